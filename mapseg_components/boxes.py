@@ -1,0 +1,150 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Pure 3D geometry of half-open boxes.
+
+A box is a float or integer array of shape (3, 2), ``[[start, stop], ...]`` per axis, half-open, in voxel *edge*
+coordinates: voxel ``i`` covers ``[i, i + 1)`` and its centre lies at ``i + 0.5``. A whole volume of shape
+``(X, Y, Z)`` therefore has the box ``[[0, X], [0, Y], [0, Z]]``, and an integer box slices an array directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+__all__ = [
+    "axis_extremes",
+    "box_of_mask",
+    "expand_box",
+    "index_affine",
+    "interpolation_matrices",
+    "relative_box",
+    "resample_box",
+    "transformed_box",
+]
+
+
+def axis_extremes(mask: np.ndarray) -> np.ndarray:
+    """First and last foreground voxel of every column along the longest axis of a 3D mask.
+
+    The bounding box of a point set under any affine map is decided by its convex hull, and every hull vertex is
+    the first or last voxel of its column: these few points stand for the whole foreground.
+
+    Args:
+        mask: boolean array (X, Y, Z).
+
+    Returns:
+        integer voxel indices (N, 3), int16; N is 0 for an empty mask.
+    """
+    axis = int(np.argmax(mask.shape))
+    columns = mask.any(axis=axis)
+    first = mask.argmax(axis=axis)
+    last = mask.shape[axis] - 1 - np.flip(mask, axis=axis).argmax(axis=axis)
+    rest = np.argwhere(columns)
+    ends = [np.insert(rest, axis, depth[columns], axis=1) for depth in (first, last)]
+    return np.unique(np.concatenate(ends), axis=0).astype(np.int16)
+
+
+def box_of_mask(mask: np.ndarray) -> np.ndarray:
+    """Smallest half-open integer box (3, 2) around the ``True`` voxels of a mask (X, Y, Z).
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    points = axis_extremes(np.asarray(mask, dtype=bool))
+    if len(points) == 0:
+        raise ValueError("an empty mask has no bounding box")
+    return np.stack([points.min(0).astype(int), points.max(0).astype(int) + 1], axis=1)
+
+
+def transformed_box(points: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Box (3, 2) around voxels whose centres were moved by an affine map of voxel indices.
+
+    Args:
+        points: voxel indices (N, 3), e.g. from `axis_extremes`.
+        affine: (4, 4), maps a voxel index of the input to a voxel index of the output.
+    """
+    moved = points @ affine[:3, :3].T + affine[:3, 3]
+    return np.stack([moved.min(0), moved.max(0) + 1.0], axis=1)
+
+
+def expand_box(box: np.ndarray, minimum_size: Sequence[int]) -> np.ndarray:
+    """Grow a box (3, 2) symmetrically so that each side has at least ``minimum_size`` voxels.
+
+    Integer boxes stay on integers: with an odd difference the extra voxel is added at the end.
+    """
+    missing = np.maximum(np.asarray(minimum_size) - (box[:, 1] - box[:, 0]), 0)
+    before = missing // 2 if np.issubdtype(box.dtype, np.integer) else missing / 2
+    return np.stack([box[:, 0] - before, box[:, 1] + (missing - before)], axis=1)
+
+
+def relative_box(box: np.ndarray, frame: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """Express a box in the grid onto which another box is resampled.
+
+    Args:
+        box: (3, 2), e.g. the local patch.
+        frame: (3, 2), the region that the grid covers, in the same coordinates.
+        grid: voxels per axis of the grid, e.g. the size of the global view.
+
+    Returns:
+        (3, 2), continuous edge coordinates of ``grid``.
+    """
+    scale = np.asarray(grid) / (frame[:, 1] - frame[:, 0])
+    return (box - frame[:, :1]) * scale[:, None]
+
+
+def index_affine(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) from voxel indices of a grid of ``size`` laid over ``box`` to voxel indices of the box's space.
+
+    Voxel centres are used throughout: index ``i`` of an axis lies at ``start + (i + 0.5) * side / size - 0.5``.
+    """
+    step = (box[:, 1] - box[:, 0]) / np.asarray(size)
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag(step)
+    affine[:3, 3] = box[:, 0] + 0.5 * step - 0.5
+    return affine
+
+
+def interpolation_matrices(start: torch.Tensor, stop: torch.Tensor, size_in: int, size_out: int) -> torch.Tensor:
+    """Linear interpolation along one axis as a matrix per sample, positions outside are clamped to the border.
+
+    Args:
+        start: (B,), first edge of the region, in edge coordinates of the input axis.
+        stop: (B,), last edge of the region.
+        size_in: length of the input axis.
+        size_out: number of equally spaced samples in the region.
+
+    Returns:
+        (B, size_out, size_in), float32; every row sums to 1.
+    """
+    steps = (torch.arange(size_out, device=start.device, dtype=torch.float32) + 0.5) / size_out
+    position = start.float()[:, None] + steps[None] * (stop - start).float()[:, None] - 0.5
+    position = position.clamp(0.0, float(size_in - 1))
+    nodes = torch.arange(size_in, device=start.device, dtype=torch.float32)
+    return (1.0 - (position[:, :, None] - nodes).abs()).clamp(min=0.0)
+
+
+def resample_box(volume: torch.Tensor, box: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Resample the region that a box covers onto a grid, linearly and differentiably.
+
+    The box is axis-aligned, so that the trilinear weights factor into one small matrix per axis: three matrix
+    products, deterministic on every device.
+
+    Args:
+        volume: (B, C, X, Y, Z).
+        box: (B, 3, 2), continuous edge coordinates of the volume's grid.
+        size: output grid (x, y, z).
+
+    Returns:
+        (B, C, x, y, z), dtype of ``volume``.
+    """
+    box = box.to(device=volume.device)
+    x = interpolation_matrices(box[:, 0, 0], box[:, 0, 1], volume.shape[2], size[0]).to(volume.dtype)
+    y = interpolation_matrices(box[:, 1, 0], box[:, 1, 1], volume.shape[3], size[1]).to(volume.dtype)
+    z = interpolation_matrices(box[:, 2, 0], box[:, 2, 1], volume.shape[4], size[2]).to(volume.dtype)
+    out = torch.matmul(volume, z.transpose(1, 2)[:, None, None])  # (B, C, X, Y, z)
+    out = torch.matmul(y[:, None, None], out)  # (B, C, X, y, z)
+    flat = out.flatten(3)  # (B, C, X, y*z)
+    return torch.matmul(x[:, None], flat).unflatten(3, [size[1], size[2]])

@@ -1,0 +1,125 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Files of weights and of training state: written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mapseg_components.errors import CheckpointError
+
+__all__ = ["load_weights", "read_checked", "restore_random_state", "random_state", "write_atomic"]
+
+
+def write_atomic(content: Any, path: str | os.PathLike) -> None:
+    """Save tensors and plain values so that ``path`` holds either its old content or all of the new one.
+
+    Written beside the target, flushed to disk, then renamed over it.
+
+    Args:
+        content: what ``torch.save`` can write and ``torch.load(weights_only=True)`` can read.
+        path: the file; missing folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_checked(path: str | os.PathLike, map_location: torch.device | str = "cpu") -> Any:
+    """Read a file of tensors and plain values; nothing in it is executed.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}: run the stage that writes this file, or correct the path")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values and was not loaded: "
+            "save a state_dict, and use only files from people you trust"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}): copy it again") from error
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike, prefix: str = "") -> int:
+    """Load weights into a network, all of it or the part below a prefix; every parameter there must be found.
+
+    Args:
+        network: receives the weights.
+        path: a state_dict. Entries outside the prefix are left out.
+        prefix: e.g. ``"encoder."``, a prefix of names that file and network share.
+
+    Returns:
+        the number of tensors loaded, which is all that the network has below the prefix.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    weights = read_checked(path)
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path} holds no plain state_dict: it may be a resume file; name a file of weights")
+    found = {name: value for name, value in weights.items() if name.startswith(prefix)}
+    expected = {name: value for name, value in network.state_dict().items() if name.startswith(prefix)}
+    problems = [f"{name} missing" for name in expected if name not in found]
+    problems += [f"{name} not in the network" for name in found if name not in expected]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems or not expected:
+        covered = len(expected) - sum(name not in found or found[name].shape != expected[name].shape for name in expected)
+        raise CheckpointError(
+            f"{path} covers {covered} of {len(expected)} tensors of the network's {prefix or 'weights'!s} "
+            f"({'; '.join(problems[:5]) or 'no such tensors'}{' ...' if len(problems) > 5 else ''}): "
+            "use the network settings (width, depth, stride, in_channels, num_classes) it was trained with"
+        )
+    network.load_state_dict(found, strict=not prefix)
+    return len(found)
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of torch, CUDA, numpy and python, as tensors and plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))

@@ -1,0 +1,91 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""One optimization step: mixed precision, gradient accumulation and clipping, alike for every trainer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from mapseg_components.errors import ConfigError, NonFiniteError
+
+__all__ = ["OptimizationStep"]
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class OptimizationStep:
+    """Forward in mixed precision, backward, and a clipped optimizer step every few iterations.
+
+    Args:
+        network: its parameters are clipped; under ``DistributedDataParallel`` gradients are synchronised only in
+            the last backward pass before a step.
+        optimizer: steps over the parameters.
+        device: where the network runs.
+        amp: ``"bf16"``, ``"fp16"`` (with loss scaling) or ``None`` for float32.
+        max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
+        accumulate_steps: iterations whose gradients are averaged into one step.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        amp: str | None,
+        max_grad_norm: float | None,
+        accumulate_steps: int,
+    ) -> None:
+        if amp is not None and amp not in AMP_TYPES:
+            raise ConfigError(f"amp is {amp!r}, expected one of {sorted(AMP_TYPES)} or null for float32")
+        if accumulate_steps < 1:
+            raise ConfigError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
+        self.network = network
+        self.optimizer = optimizer
+        self.device = device
+        self.max_grad_norm = max_grad_norm
+        self.accumulate_steps = accumulate_steps
+        self.amp_dtype = None if amp is None else AMP_TYPES[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        """Context for forward passes."""
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def ends(self, iteration: int, last_of_epoch: bool) -> bool:
+        """Whether an iteration completes a step; the last one of an epoch always does."""
+        return iteration % self.accumulate_steps == 0 or last_of_epoch
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of a scalar loss, scaled for the average over ``accumulate_steps`` iterations.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite; no gradient has been touched.
+        """
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"the loss is {loss.item()}")
+        self.scaler.scale(loss / self.accumulate_steps).backward()
+
+    @contextlib.contextmanager
+    def synchronisation(self, wanted: bool) -> Iterator[None]:
+        """Context of forward and backward; without ``wanted``, distributed workers do not exchange gradients."""
+        if wanted or not isinstance(self.network, nn.parallel.DistributedDataParallel):
+            yield
+        else:
+            with self.network.no_sync():
+                yield
+
+    def step(self) -> None:
+        """Clip, step and clear the gradients."""
+        self.scaler.unscale_(self.optimizer)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)

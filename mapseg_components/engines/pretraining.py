@@ -1,0 +1,121 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-scale masked autoencoding as a MONAI trainer (MAPSeg, arXiv 2303.09373, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.engines import Trainer
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+from mapseg_components.engines.optimization import OptimizationStep
+from mapseg_components.errors import NonFiniteError
+from mapseg_components.keys import CASE_ID, GLOBAL_IMAGE, LOCAL_IMAGE, TOTAL_LOSS
+from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
+
+__all__ = ["MAETrainer"]
+
+
+class MAETrainer(Trainer):
+    """Hide blocks of a local patch and of its global view, reconstruct both, sum the two errors.
+
+    Args:
+        device: where to train.
+        max_epochs: epochs to run.
+        train_data_loader: yields batches with ``local_image`` and ``global_image``, both (B, C, X, Y, Z) in [0, 1].
+        network: image with hidden blocks to reconstruction, e.g. ``MultiScaleMAE``.
+        optimizer: over the network's parameters.
+        loss_function: called with reconstruction, image and mask, e.g. ``MaskedReconstructionLoss``.
+        mask_ratio: share of hidden blocks (0.7 in the paper).
+        local_block_size: voxels per side of a hidden block of the local patch (8); global_block_size: of the
+            global view (4). One number or one per axis.
+        epoch_length: iterations per epoch, by default the loader's length.
+        batched_passes: encode both scales as one batch (needs equal sizes); otherwise one after the other, in
+            about half the memory.
+        amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
+            iterations per optimizer step. See `OptimizationStep`.
+        train_handlers: handlers with ``attach``.
+
+    Output:
+        ``engine.state.output`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.
+
+    Raises:
+        NonFiniteError: while running, if the loss is NaN or infinite; the message names the cases.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_function: Callable,
+        mask_ratio: float,
+        local_block_size: Sequence[int] | int,
+        global_block_size: Sequence[int] | int,
+        epoch_length: int | None = None,
+        batched_passes: bool = True,
+        amp: str | None = None,
+        max_grad_norm: float | None = None,
+        accumulate_steps: int = 1,
+        train_handlers: Sequence | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            data_loader=train_data_loader,
+            epoch_length=epoch_length,
+            handlers=train_handlers,
+            decollate=False,
+        )
+        self.network = network
+        self.optimizer = optimizer
+        self.loss_function = loss_function
+        self.mask_ratio = mask_ratio
+        self.block_sizes = {LOCAL_IMAGE: local_block_size, GLOBAL_IMAGE: global_block_size}
+        self.batched_passes = batched_passes
+        self.optimization = OptimizationStep(
+            network, optimizer, self.state.device, amp, max_grad_norm, accumulate_steps
+        )
+
+    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        optimization, iteration = self.optimization, engine.state.iteration
+        self.network.train()
+        images = {key: batchdata[key].as_subclass(torch.Tensor).to(engine.state.device) for key in self.block_sizes}
+        masks = {key: self._draw_mask(key, image) for key, image in images.items()}
+
+        ends = optimization.ends(iteration, iteration % engine.state.epoch_length == 0)
+        groups = [list(images)] if self.batched_passes else [[key] for key in images]
+        terms: dict[str, torch.Tensor] = {}
+        for number, group in enumerate(groups):
+            with optimization.synchronisation(ends and number == len(groups) - 1):
+                with optimization.autocast():
+                    hidden = [hide(images[key], masks[key]) for key in group]
+                    outputs = self.network(torch.cat(hidden)).chunk(len(group))
+                losses = {
+                    key.replace("image", "reconstruction"): self.loss_function(output, images[key], masks[key])
+                    for key, output in zip(group, outputs)
+                }
+                try:
+                    optimization.backward(torch.stack(list(losses.values())).sum())
+                except NonFiniteError as error:
+                    raise NonFiniteError(
+                        f"{error} at iteration {iteration}, cases {batchdata.get(CASE_ID)}: "
+                        "check these scans for extreme values, or lower the learning rate"
+                    ) from None
+            terms.update({name: loss.detach() for name, loss in losses.items()})
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if ends:
+            optimization.step()
+            engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return {TOTAL_LOSS: torch.stack(list(terms.values())).sum(), **terms}
+
+    def _draw_mask(self, key: str, image: torch.Tensor) -> torch.Tensor:
+        grid = block_grid(image.shape[2:], self.block_sizes[key])
+        mask = draw_block_mask(len(image), grid, self.mask_ratio).to(image.device)
+        return expand_block_mask(mask, image.shape[2:])

@@ -1,0 +1,128 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher of masked pseudo-labelling: an exponential moving average of the student (MAPSeg, Eq. 3)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+from mapseg_components.errors import ConfigError
+
+__all__ = ["EMATeacher"]
+
+logger = logging.getLogger(__name__)
+
+
+class EMATeacher:
+    """Teacher weights ``theta <- decay * theta + (1 - decay) * phi`` after each optimizer step of the student phi.
+
+    The teacher is copied from the student when the warm-up ends and is active from then on. Its buffers are copied
+    from the student at each step (as values, never as shared memory) and it always stays in evaluation mode: no
+    dropout while it labels.
+
+    Attach it to a trainer (it is a handler): it starts with the epoch after the warm-up and moves each time the
+    trainer fires ``IterationEvents.MODEL_COMPLETED``, which MAPSeg's trainers do once per optimizer step.
+
+    Args:
+        student: the network in training, called with a pair, see `pseudo_label`; a ``DistributedDataParallel``
+            wrapper is looked through.
+        warmup_epochs: epochs before the teacher exists; 0 starts it at once.
+        decay_schedule: pairs ``[until_step, decay]``, counted in updates since the teacher exists; the last
+            ``until_step`` is ``None``. The paper's large-scale schedule is ``[[1000, 0.999], [None, 0.9999]]``,
+            its small-scale one ``[[1000, 0.99], [3000, 0.999], [None, 0.9999]]``. ``ema_decay`` is the share kept.
+
+    Raises:
+        ConfigError: the schedule is not increasing, has no end, or a decay is outside [0, 1].
+    """
+
+    def __init__(
+        self, student: nn.Module, warmup_epochs: int, decay_schedule: Sequence[Sequence[float | None]]
+    ) -> None:
+        ends = [end for end, _ in decay_schedule]
+        increasing = all(a is not None and b is not None and a < b for a, b in zip(ends, ends[1:-1]))
+        if not ends or ends[-1] is not None or None in ends[:-1] or not increasing:
+            raise ConfigError(
+                f"decay_schedule {decay_schedule} must name increasing steps and end with null, "
+                "e.g. [[1000, 0.999], [null, 0.9999]]"
+            )
+        if not all(0.0 <= decay <= 1.0 for _, decay in decay_schedule):  # type: ignore[operator]
+            raise ConfigError(f"decay_schedule {decay_schedule} has a decay outside [0, 1], the share that is kept")
+        self.student = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+        self.network = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.warmup_epochs = warmup_epochs
+        self.decay_schedule = [(end, float(decay)) for end, decay in decay_schedule]  # type: ignore[arg-type]
+        self.active = False
+        self.steps = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Start with the epoch after the warm-up, update after each optimizer step."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start_after_warmup)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update_if_active)
+
+    def start(self) -> None:
+        """Copy the student, weights and buffers, and become active."""
+        self.network.load_state_dict(self.student.state_dict())
+        self.network.eval()
+        self.active = True
+        self.steps = 0
+
+    def decay(self) -> float:
+        """Share of the teacher that the next update keeps."""
+        return next(decay for end, decay in self.decay_schedule if end is None or self.steps < end)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the teacher towards the student by one step."""
+        kept = self.decay()
+        teacher, student = list(self.network.parameters()), [p.detach() for p in self.student.parameters()]
+        torch._foreach_lerp_(teacher, student, 1.0 - kept)
+        for own, buffer in zip(self.network.buffers(), self.student.buffers()):
+            own.copy_(buffer)
+        self.steps += 1
+
+    @torch.no_grad()
+    def pseudo_label(
+        self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Labels of clean target images: the class of highest probability.
+
+        Args:
+            local_image: (B, C, X, Y, Z). global_image: (B, C, X', Y', Z'). local_box: (B, 3, 2).
+
+        Returns:
+            local label, global label (integer), local confidence, global confidence (the highest probability);
+            each (B, 1, X, Y, Z) of its image.
+        """
+        local_logits, global_logits = self.network(local_image, global_image, local_box)[:2]
+        labels, confidences = [], []
+        for logits in (local_logits, global_logits):
+            confidence, label = logits.float().softmax(dim=1).max(dim=1, keepdim=True)
+            labels.append(label)
+            confidences.append(confidence)
+        return (*labels, *confidences)  # type: ignore[return-value]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, buffers, step count and whether the teacher is active."""
+        return {"network": self.network.state_dict(), "steps": self.steps, "active": self.active}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.network.load_state_dict(state["network"])
+        self.steps, self.active = state["steps"], state["active"]
+
+    def _start_after_warmup(self, engine: Engine) -> None:
+        if not self.active and engine.state.epoch > self.warmup_epochs:
+            self.start()
+            logger.info(f"The teacher starts with epoch {engine.state.epoch}.")
+
+    def _update_if_active(self, engine: Engine) -> None:
+        if self.active:
+            self.update()

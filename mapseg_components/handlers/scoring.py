@@ -1,0 +1,184 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Label-free model selection on the target: the Score (MAPSeg, arXiv 2303.09373, section 3.5)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+from monai.handlers import ValidationHandler
+from torch import nn
+
+from mapseg_components.checkpoints import write_atomic
+from mapseg_components.keys import TARGET_SEGMENTATION
+
+__all__ = ["ScoreCheckpoint", "TeacherValidation"]
+
+logger = logging.getLogger(__name__)
+
+
+class Activity(Protocol):
+    """Something that is active or not yet, such as a teacher."""
+
+    active: bool
+
+
+class TeacherValidation(ValidationHandler):
+    """MONAI's ``ValidationHandler`` that waits until the teacher exists.
+
+    Args:
+        interval: validate every so many epochs.
+        validator: the evaluator of the teacher's network.
+        teacher: see `EMATeacher`.
+    """
+
+    def __init__(self, interval: int, validator: Evaluator, teacher: Activity) -> None:
+        super().__init__(interval=interval, validator=validator)
+        self.teacher = teacher
+
+    def __call__(self, engine: Engine) -> None:
+        if self.teacher.active:
+            super().__call__(engine)
+
+
+class ScoreCheckpoint:
+    """Keep the best weights by ``Score = source validation Dice - loss_weight * mean target loss of the epoch``.
+
+    The target loss is the trainer's output ``target_segmentation``, so that no target label is needed. The Score
+    exists only from the epoch in which the teacher is active; student and teacher are both candidates and the better
+    one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with the
+    best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and never
+    becomes the best.
+
+    Attach it to the trainer after the handlers that validate.
+
+    Args:
+        save_dir: folder of the files.
+        candidates: name to ``(network, evaluator)``. Without validation data the evaluator's metric is absent
+            and counts as 0 (test-time and federated Score). The first one is the student.
+        teacher: see `EMATeacher`; ``None`` for training on the source alone.
+        loss_weight: weight of the target loss (0.5 in the paper).
+        patience: stop after so many epochs with a Score but no better one; ``None`` for never.
+
+    Sets on the trainer's state:
+        ``metrics["source_dice_<name>"]``, ``metrics["target_loss"]`` and ``metrics["score"]``.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        candidates: Mapping[str, tuple[nn.Module, Evaluator]],
+        teacher: Activity | None = None,
+        loss_weight: float = 0.5,
+        patience: int | None = None,
+    ) -> None:
+        self.save_dir = Path(save_dir)
+        self.candidates = dict(candidates)
+        self.teacher = teacher
+        self.loss_weight = loss_weight
+        self.patience = patience
+        self.best_score = -math.inf
+        self.best_source_dice = -math.inf
+        self.epochs_without_gain = 0
+        self._loss_sum = 0.0
+        self._loss_count = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Average the target loss over an epoch, score at its end."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._score)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best figures so far."""
+        return {
+            "best_score": self.best_score,
+            "best_source_dice": self.best_source_dice,
+            "epochs_without_gain": self.epochs_without_gain,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.best_score = state["best_score"]
+        self.best_source_dice = state["best_source_dice"]
+        self.epochs_without_gain = state["epochs_without_gain"]
+
+    def _reset(self, engine: Engine) -> None:
+        self._loss_sum, self._loss_count = 0.0, 0
+
+    def _accumulate(self, engine: Engine) -> None:
+        if TARGET_SEGMENTATION in engine.state.output:
+            self._loss_sum += float(engine.state.output[TARGET_SEGMENTATION])
+            self._loss_count += 1
+
+    def _score(self, engine: Engine) -> None:
+        dice = {name: self._source_dice(name, engine.state.epoch) for name in self.candidates}
+        dice = {name: value for name, value in dice.items() if value is not None}
+        for name, value in dice.items():
+            engine.state.metrics[f"source_dice_{name}"] = value
+        if self.teacher is not None and self.teacher.active:
+            self._select_by_score(engine, dice)
+        else:
+            self._keep_source_only(engine, dice)
+
+    def _keep_source_only(self, engine: Engine, dice: Mapping[str, float]) -> None:
+        name, value = next(iter(dice.items()), (None, math.nan))
+        if name is not None and value > self.best_source_dice:
+            self.best_source_dice = value
+            self._write("source_only", name, {"epoch": engine.state.epoch, "source_dice": value})
+
+    def _select_by_score(self, engine: Engine, dice: Mapping[str, float]) -> None:
+        loss_sum, loss_count = (
+            float(idist.all_reduce(torch.tensor(float(value)))) for value in (self._loss_sum, self._loss_count)
+        )
+        target_loss = loss_sum / loss_count if loss_count else math.nan
+        engine.state.metrics["target_loss"] = target_loss
+        if not dice:
+            if any(evaluator is not None for _, evaluator in self.candidates.values()):
+                return  # not an epoch of validation
+            dice = {name: 0.0 for name in self.candidates}
+        # max() does not order NaN: a candidate without a finite Dice comes last, a tie goes to the later candidate
+        name = max(reversed(dice), key=lambda key: dice[key] if math.isfinite(dice[key]) else -math.inf)
+        score = dice[name] - self.loss_weight * target_loss
+        engine.state.metrics["score"] = score
+        if not math.isfinite(score):
+            logger.warning(f"Epoch {engine.state.epoch}: the Score is {score}; it cannot become the best.")
+        elif score > self.best_score:
+            self.best_score, self.epochs_without_gain = score, 0
+            figures = {"epoch": engine.state.epoch, "score": score, "target_loss": target_loss}
+            self._write("model", name, {**figures, **{f"source_dice_{key}": value for key, value in dice.items()}})
+            logger.info(f"Epoch {engine.state.epoch}: best Score so far, {score:.4f}, by the {name}.")
+            return
+        self.epochs_without_gain += 1
+        if self.patience is not None and self.epochs_without_gain >= self.patience:
+            logger.info(f"No better Score in {self.epochs_without_gain} validations: training ends.")
+            engine.terminate()
+
+    def _source_dice(self, name: str, epoch: int) -> float | None:
+        """Key metric of a candidate's evaluator, if it ran in this epoch."""
+        evaluator = self.candidates[name][1]
+        if evaluator is None or evaluator.state.epoch != epoch or evaluator.state.key_metric_name is None:
+            return None
+        value = evaluator.state.metrics.get(evaluator.state.key_metric_name)
+        return None if value is None else float(value)
+
+    def _write(self, stem: str, name: str, figures: Mapping[str, Any]) -> None:
+        if idist.get_rank() != 0:
+            return
+        write_atomic(self.candidates[name][0].state_dict(), self.save_dir / f"{stem}.pt")
+        record = self.save_dir / "model_selection.json"
+        content = json.loads(record.read_text()) if record.is_file() else {}
+        content[f"{stem}.pt"] = {"weights": name, **figures}
+        temporary = record.with_suffix(".json.tmp")
+        temporary.write_text(json.dumps(content, indent=4) + "\n")
+        os.replace(temporary, record)

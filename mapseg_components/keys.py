@@ -1,0 +1,28 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Names of everything that travels in a batch or in an engine's output."""
+
+from __future__ import annotations
+
+IMAGE = "image"
+LABEL = "label"
+PRED = "pred"
+DOMAIN = "domain"
+CASE_ID = "case_id"
+
+# One sample of a global-local pair, see `mapseg_components.transforms.RandGlobalLocalCropd`.
+LOCAL_IMAGE = "local_image"
+LOCAL_LABEL = "local_label"
+LOCAL_BOX = "local_box"
+VALID_BOX = "valid_box"
+GLOBAL_IMAGE = "global_image"
+GLOBAL_LABEL = "global_label"
+
+# The two sides of an adaptation batch, see `mapseg_components.data.SourceTargetLoader`.
+SOURCE = "source"
+TARGET = "target"
+
+# Engine outputs: the weighted sum; every other entry is one unweighted loss term.
+TOTAL_LOSS = "loss"
+# Mean of the target's segmentation terms, the label-free half of the Score.
+TARGET_SEGMENTATION = "target_segmentation"

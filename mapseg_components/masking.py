@@ -1,0 +1,76 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Random block masks, drawn at block resolution. ``True`` means hidden, everywhere.
+
+Source: MAPSeg (arXiv 2303.09373), section 3.2: 70 % of the 8^3 blocks of a local patch and of the 4^3 blocks of a
+global view are hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mapseg_components.errors import ConfigError
+
+__all__ = ["block_grid", "draw_block_mask", "expand_block_mask", "hide"]
+
+
+def block_grid(spatial_shape: Sequence[int], block_size: Sequence[int] | int) -> tuple[int, ...]:
+    """Number of blocks per axis.
+
+    Args:
+        spatial_shape: voxels per axis.
+        block_size: voxels per block side, one number or one per axis.
+
+    Raises:
+        ConfigError: a block does not divide the image.
+    """
+    blocks = (block_size,) * len(spatial_shape) if isinstance(block_size, int) else tuple(block_size)
+    if len(blocks) != len(spatial_shape) or any(b < 1 or s % b for s, b in zip(spatial_shape, blocks)):
+        raise ConfigError(
+            f"mask block size {blocks} does not divide the image {tuple(spatial_shape)}: "
+            "choose a block size that divides the patch size on every axis"
+        )
+    return tuple(s // b for s, b in zip(spatial_shape, blocks))
+
+
+def draw_block_mask(
+    batch: int, grid: Sequence[int], mask_ratio: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draw one independent mask per sample, with the same exact number of hidden blocks in each.
+
+    Args:
+        batch: number of samples B.
+        grid: blocks per axis, see `block_grid`.
+        mask_ratio: share of hidden blocks, in [0, 1]; ``round(mask_ratio * blocks)`` are hidden.
+        generator: source of randomness; torch's global CPU generator by default.
+
+    Returns:
+        boolean (B, 1, *grid) on the generator's device (CPU by default).
+
+    Raises:
+        ConfigError: the ratio is outside [0, 1].
+    """
+    if not 0.0 <= mask_ratio <= 1.0:
+        raise ConfigError(f"mask_ratio is {mask_ratio}, expected a share between 0 and 1")
+    blocks = 1
+    for side in grid:
+        blocks *= int(side)
+    device = generator.device if generator is not None else None
+    order = torch.rand(batch, blocks, generator=generator, device=device).argsort(dim=1)
+    return (order < round(mask_ratio * blocks)).view(batch, 1, *grid)
+
+
+def expand_block_mask(mask: torch.Tensor, spatial_shape: Sequence[int]) -> torch.Tensor:
+    """Enlarge a mask from block to voxel resolution: (..., *grid) to (..., *spatial_shape)."""
+    first = mask.ndim - len(spatial_shape)
+    for axis, size in enumerate(spatial_shape):
+        mask = mask.repeat_interleave(size // mask.shape[first + axis], dim=first + axis)
+    return mask
+
+
+def hide(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Image with hidden voxels set to 0; the mask has the image's shape or broadcasts to it."""
+    return image.masked_fill(mask, 0.0)

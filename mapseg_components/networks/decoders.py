@@ -1,0 +1,134 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Decoders of MAPSeg: reconstruction for pretraining; ASPP and segmentation head for adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.utils import ensure_tuple_rep
+from torch import nn
+
+from mapseg_components.networks.encoder import ResidualBlock, group_norm
+
+__all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
+
+
+class ReconstructionDecoder(nn.Module):
+    """Features back to an image in [0, 1]: transposed conv, one residual block, GroupNorm, 3x3x3 conv, sigmoid.
+
+    Args:
+        in_channels: channels of the features.
+        out_channels: channels of the image.
+        stride: the encoder's stride, undone by the transposed conv.
+        channels: channels after the transposed conv and after the residual block (32 and 16 in the paper).
+        norm_groups: groups of the residual block's GroupNorms; the last GroupNorm has a quarter of them.
+
+    Shape:
+        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: Sequence[int] | int,
+        channels: tuple[int, int] = (32, 16),
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        strides = ensure_tuple_rep(stride, 3)
+        self.upsample = nn.ConvTranspose3d(in_channels, channels[0], kernel_size=strides, stride=strides)
+        self.block = ResidualBlock(channels[0], channels[1], stride=1, norm_groups=norm_groups)
+        self.norm = group_norm(channels[1], max(norm_groups // 4, 1))
+        self.conv = nn.Conv3d(channels[1], out_channels, kernel_size=3, padding=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.conv(self.norm(self.block(self.upsample(features)))))
+
+
+def conv_norm_relu(
+    in_channels: int, out_channels: int, kernel_size: int, norm_groups: int, dilation: tuple[int, ...] = (1, 1, 1)
+) -> nn.Sequential:
+    """Conv3d without bias that keeps the grid, GroupNorm, ReLU."""
+    padding = tuple(d * (kernel_size // 2) for d in dilation)
+    return nn.Sequential(
+        nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        group_norm(out_channels, norm_groups),
+        nn.ReLU(inplace=True),
+    )
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling in 3D (DeepLabV3, arXiv 1706.05587) with GroupNorm.
+
+    Parallel branches: 1x1x1; one 3x3x3 per dilation; global average pool, 1x1x1, upsampled. They are concatenated
+    and projected by a 1x1x1 conv, followed by dropout.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of each branch and of the output.
+        dilations: dilation of each 3x3x3 branch, one number or one per axis (4, 8, 16 in the paper).
+        dropout: dropout after the projection (0.1 in the paper).
+        norm_groups: groups of each GroupNorm.
+
+    Shape:
+        (B, in_channels, x, y, z) to (B, out_channels, x, y, z).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dilations: Sequence[int | Sequence[int]] = (4, 8, 16),
+        dropout: float = 0.1,
+        norm_groups: int = 8,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([conv_norm_relu(in_channels, out_channels, 1, norm_groups)])
+        for dilation in dilations:
+            self.branches.append(
+                conv_norm_relu(in_channels, out_channels, 3, norm_groups, dilation=ensure_tuple_rep(dilation, 3))
+            )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool3d(1), conv_norm_relu(in_channels, out_channels, 1, norm_groups))
+        self.project = nn.Sequential(
+            conv_norm_relu((len(dilations) + 2) * out_channels, out_channels, 1, norm_groups), nn.Dropout(dropout)
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        pooled = self.pool(features)
+        outputs = [branch(features) for branch in self.branches]
+        outputs.append(pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4]))
+        return self.project(torch.cat(outputs, dim=1))
+
+
+class SegmentationHead(nn.Module):
+    """Features to class logits at full resolution: transposed conv, GroupNorm, ReLU, 3x3x3 conv, GroupNorm, ReLU, 1x1x1.
+
+    Args:
+        in_channels: channels of the features.
+        num_classes: output channels, background included.
+        stride: the encoder's stride, undone by the transposed conv.
+        channels: channels at full resolution (64 in the paper). They dominate the cost of a narrow network.
+        norm_groups: groups of each GroupNorm.
+
+    Shape:
+        (B, in_channels, x, y, z) to (B, num_classes, x * stride, y * stride, z * stride).
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, stride: Sequence[int] | int, channels: int = 64, norm_groups: int = 8
+    ) -> None:
+        super().__init__()
+        strides = ensure_tuple_rep(stride, 3)
+        self.layers = nn.Sequential(
+            nn.ConvTranspose3d(in_channels, channels, kernel_size=strides, stride=strides),
+            group_norm(channels, norm_groups),
+            nn.ReLU(inplace=True),
+            conv_norm_relu(channels, channels, 3, norm_groups),
+            nn.Conv3d(channels, num_classes, kernel_size=1),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.layers(features)

@@ -1,0 +1,162 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The segmenter of MAPSeg with global-local collaboration (arXiv 2303.09373, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from mapseg_components.boxes import resample_box
+from mapseg_components.networks.decoders import ASPP, SegmentationHead
+from mapseg_components.networks.encoder import ResidualEncoder
+
+__all__ = ["GlobalLocalDeepLabV3", "GlobalLocalOutput", "GlobalLocalPass"]
+
+
+class GlobalLocalOutput(NamedTuple):
+    """What one training pass over a pair yields (B samples, C classes, W features, stride s)."""
+
+    local_logits: torch.Tensor
+    """(B, C, X, Y, Z), decoded with the global context."""
+    global_logits: torch.Tensor
+    """(B, C, X', Y', Z'), the global view decoded on its own."""
+    local_features: torch.Tensor
+    """(B, W, X/s, Y/s, Z/s)."""
+    context_features: torch.Tensor
+    """(B, W, X/s, Y/s, Z/s): the part of the global features that covers the local patch."""
+
+
+class GlobalLocalDeepLabV3(nn.Module):
+    """Encoder g, decoder h (ASPP and head): ``f(x) = h(g(x) + crop(g(X)))``, where + concatenates channels.
+
+    On one image alone the feature is duplicated, ``f(X) = h(g(X) + g(X))``: tools that know nothing of a global view
+    (sliding windows, exporters, bundle verification) call ``network(image)``.
+
+    Args:
+        in_channels: image channels.
+        num_classes: output channels, background included.
+        width: channels of the encoder and of ASPP's branches (512 in the paper).
+        depth: residual blocks of the encoder (8 in the paper).
+        stride: the encoder's reduction, one number or one per axis (4 in the paper).
+        dilations: of ASPP's 3x3x3 branches, in feature voxels (4, 8, 16 in the paper).
+        head_channels: channels of the head at full resolution (64 in the paper).
+        dropout: after ASPP's projection (0.1 in the paper).
+        norm_groups: groups of the encoder's GroupNorms (32); decoder_norm_groups: of the decoder's (8).
+
+    Shape:
+        image (B, in_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        width: int,
+        depth: int,
+        stride: Sequence[int] | int = 4,
+        dilations: Sequence[int | Sequence[int]] = (4, 8, 16),
+        head_channels: int = 64,
+        dropout: float = 0.1,
+        norm_groups: int = 32,
+        decoder_norm_groups: int = 8,
+    ) -> None:
+        super().__init__()
+        self.encoder = ResidualEncoder(in_channels, width, depth, stride, norm_groups)
+        self.aspp = ASPP(2 * width, width, dilations, dropout, decoder_norm_groups)
+        self.head = SegmentationHead(width, num_classes, stride, head_channels, decoder_norm_groups)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Features (B, width, X/s, Y/s, Z/s) of an image (B, in_channels, X, Y, Z)."""
+        return self.encoder(image)
+
+    def context(
+        self, global_features: torch.Tensor, box: torch.Tensor, global_size: list[int], feature_size: list[int]
+    ) -> torch.Tensor:
+        """The part of the global features that covers a local patch, on the grid of the local features.
+
+        Args:
+            global_features: (B, width, ...), from `encode` of the global view.
+            box: (B, 3, 2), the local patch in voxels of the global view, continuous and half-open.
+            global_size: voxels per axis of the global view.
+            feature_size: grid of the local features.
+
+        Returns:
+            (B, width, *feature_size).
+        """
+        per_voxel = [global_features.shape[2 + axis] / global_size[axis] for axis in range(3)]
+        scale = torch.tensor(per_voxel, device=box.device, dtype=torch.float32)
+        return resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
+
+    def decode(self, features: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Logits (B, num_classes, X, Y, Z) from local features and context, both (B, width, X/s, Y/s, Z/s)."""
+        return self.head(self.aspp(torch.cat([features, context], dim=1)))
+
+    def forward(
+        self, image: torch.Tensor, global_image: Optional[torch.Tensor] = None, box: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Logits of an image, with global-local collaboration if a global view and the image's box in it are given.
+
+        Args:
+            image: (B, in_channels, X, Y, Z).
+            global_image: (B, in_channels, X', Y', Z'), the whole foreground on the patch grid.
+            box: (B, 3, 2), the image in voxels of ``global_image``, continuous and half-open.
+
+        Returns:
+            logits (B, num_classes, X, Y, Z).
+
+        Raises:
+            ValueError: only one of ``global_image`` and ``box`` is given.
+        """
+        features = self.encode(image)
+        if global_image is None and box is None:
+            return self.decode(features, features)
+        if global_image is None or box is None:
+            raise ValueError("global_image and box belong together: give both for collaboration, none for one image")
+        context = self.context(
+            self.encode(global_image), box, list(global_image.shape[2:]), list(features.shape[2:])
+        )
+        return self.decode(features, context)
+
+
+class GlobalLocalPass(nn.Module):
+    """The training pass of a segmenter: everything that the losses need, from one encoding of each image.
+
+    It owns no weights. Trainers call it, and distributed training wraps it, because gradients are synchronised
+    only in a module's ``forward``.
+
+    Args:
+        network: a `GlobalLocalDeepLabV3` or any module with its ``encode``, ``context`` and ``decode``.
+    """
+
+    def __init__(self, network: GlobalLocalDeepLabV3) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor
+    ) -> GlobalLocalOutput:
+        """Encode and decode a pair.
+
+        Args:
+            local_image: (B, C, X, Y, Z). global_image: (B, C, X', Y', Z'). local_box: (B, 3, 2), see
+                `GlobalLocalDeepLabV3.forward`. Patches and views of equal size share one batch.
+        """
+        if local_image.shape == global_image.shape:
+            local_features, global_features = self.network.encode(torch.cat([local_image, global_image])).chunk(2)
+        else:
+            local_features, global_features = self.network.encode(local_image), self.network.encode(global_image)
+        context = self.network.context(
+            global_features, local_box, list(global_image.shape[2:]), list(local_features.shape[2:])
+        )
+        if local_features.shape == global_features.shape:
+            local_logits, global_logits = self.network.decode(
+                torch.cat([local_features, global_features]), torch.cat([context, global_features])
+            ).chunk(2)
+        else:
+            local_logits = self.network.decode(local_features, context)
+            global_logits = self.network.decode(global_features, global_features)
+        return GlobalLocalOutput(local_logits, global_logits, local_features, context)
