@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.losses import MaskedDiceLoss
+from monai.losses import DiceLoss, MaskedDiceLoss
 from torch import nn
 
 from mapseg_components.errors import ConfigError
@@ -24,27 +25,34 @@ __all__ = [
 class SegmentationLoss(nn.Module):
     """``L_seg`` = mean cross-entropy - mean soft Dice over the foreground classes (Eq. 1); its lower bound is -1.
 
-    Dice is computed over the whole batch (one ratio per class) by MONAI's ``MaskedDiceLoss``, in float32 whatever
+    Dice is computed over the whole batch (one ratio per class) by MONAI's ``DiceLoss``, in float32 whatever
     the logits' type.
 
     Args:
         include_absent: count a class that the batch's labels do not hold as Dice of about 0, as the authors' code
             does. By default it is left out of the Dice mean.
+        class_weights: weight of each class in the cross-entropy, background first; equal (``None``) in the paper. The
+            weighted mean is taken, so that the scale of the weights does not matter.
         smooth: added to numerator and denominator of each Dice ratio.
     """
 
-    def __init__(self, include_absent: bool = False, smooth: float = 1e-5) -> None:
+    def __init__(
+        self, include_absent: bool = False, class_weights: Sequence[float] | None = None, smooth: float = 1e-5
+    ) -> None:
         super().__init__()
         self.include_absent = include_absent
-        self.dice = MaskedDiceLoss(
-            include_background=False,
-            to_onehot_y=True,
-            softmax=True,
-            batch=True,
-            reduction="none",
-            smooth_nr=smooth,
-            smooth_dr=smooth,
-        )
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        settings: dict[str, Any] = {
+            "include_background": False,
+            "to_onehot_y": True,
+            "softmax": True,
+            "batch": True,
+            "reduction": "none",
+            "smooth_nr": smooth,
+            "smooth_dr": smooth,
+        }
+        self.dice = DiceLoss(**settings)
+        self.masked_dice = MaskedDiceLoss(**settings)
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Scalar loss.
@@ -63,12 +71,15 @@ class SegmentationLoss(nn.Module):
                 f"for logits of shape {tuple(logits.shape)}"
             )
         logits, label = logits.float(), label.long()
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         if valid is None:
-            cross_entropy = F.cross_entropy(logits, label[:, 0])
+            cross_entropy = F.cross_entropy(logits, label[:, 0], weights)
+            dice = 1.0 - self.dice(logits, label).flatten()
         else:
-            per_voxel = F.cross_entropy(logits, label[:, 0], reduction="none")
-            cross_entropy = (per_voxel * valid[:, 0]).sum() / valid.sum().clamp(min=1)
-        dice = 1.0 - self.dice(logits, label, mask=None if valid is None else valid.float()).flatten()
+            per_voxel = F.cross_entropy(logits, label[:, 0], weights, reduction="none") * valid[:, 0]
+            share = valid.float() if weights is None else weights[label] * valid
+            cross_entropy = per_voxel.sum() / share.sum().clamp(min=1e-6)
+            dice = 1.0 - self.masked_dice(logits, label, mask=valid.float()).flatten()
         if self.include_absent:
             return cross_entropy - dice.mean()
         counted = label if valid is None else label.masked_fill(~valid, 0)
@@ -121,6 +132,8 @@ class AdaptationLoss(nn.Module):
         gamma: weight of the global segmentation terms (0.05 in the paper).
         delta: weight of the cosine terms (0.025 in the paper).
         target_clean: whether the target side has clean terms too.
+        source_masked: whether the source side has masked terms (the paper). Without them the clean terms take their
+            share too, at half the cost.
         segmentation: by default `SegmentationLoss`.
         confidence_threshold: v1's tau, in [0, 1]; pseudo-label terms are weighted by eta, the share of voxels whose
             maximum probability exceeds it. Off (``None``) by default.
@@ -134,6 +147,7 @@ class AdaptationLoss(nn.Module):
         gamma: float = 0.05,
         delta: float = 0.025,
         target_clean: bool = False,
+        source_masked: bool = True,
         segmentation: nn.Module | None = None,
         confidence_threshold: float | None = None,
         ignore_unsure: float | None = None,
@@ -150,7 +164,9 @@ class AdaptationLoss(nn.Module):
         kinds = {"local": (beta, 1.0), "global": (gamma, 2 * gamma), "cosine": (delta, 2 * delta)}
         self.weights: dict[str, float] = {}
         for kind, (source, target) in kinds.items():
-            self.weights[f"source_{kind}"] = self.weights[f"source_{kind}_masked"] = source
+            self.weights[f"source_{kind}"] = source if source_masked else 2 * source
+            if source_masked:
+                self.weights[f"source_{kind}_masked"] = source
             self.weights[f"target_{kind}_masked"] = target / 2 if target_clean else target
             if target_clean:
                 self.weights[f"target_{kind}"] = target / 2

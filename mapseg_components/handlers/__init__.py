@@ -1,10 +1,21 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Ignite handlers of MAPSeg: teacher, selection by Score, checkpoints, weights, progress."""
+"""Ignite handlers of MAPSeg: teacher, selection by Score, checkpoints, weights, history, reports, progress."""
 
 from mapseg_components.handlers.checkpointing import TrainingCheckpoint, WeightsLoader
 from mapseg_components.handlers.ema_teacher import EMATeacher
+from mapseg_components.handlers.history import DiceReport, EpochHistory, VolumesTable
 from mapseg_components.handlers.progress import LossProgressBar
 from mapseg_components.handlers.scoring import ScoreCheckpoint, TeacherValidation
 
-__all__ = ["EMATeacher", "LossProgressBar", "ScoreCheckpoint", "TeacherValidation", "TrainingCheckpoint", "WeightsLoader"]
+__all__ = [
+    "DiceReport",
+    "EMATeacher",
+    "EpochHistory",
+    "LossProgressBar",
+    "ScoreCheckpoint",
+    "TeacherValidation",
+    "TrainingCheckpoint",
+    "VolumesTable",
+    "WeightsLoader",
+]

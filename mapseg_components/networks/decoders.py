@@ -91,7 +91,9 @@ class ASPP(nn.Module):
             self.branches.append(
                 conv_norm_relu(in_channels, out_channels, 3, norm_groups, dilation=ensure_tuple_rep(dilation, 3))
             )
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool3d(1), conv_norm_relu(in_channels, out_channels, 1, norm_groups))
+        # one voxel is left: a group of a single channel would be normalised to a constant
+        pool_groups = min(norm_groups, max(out_channels // 2, 1))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool3d(1), conv_norm_relu(in_channels, out_channels, 1, pool_groups))
         self.project = nn.Sequential(
             conv_norm_relu((len(dilations) + 2) * out_channels, out_channels, 1, norm_groups), nn.Dropout(dropout)
         )

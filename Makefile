@@ -1,0 +1,43 @@
+# make demo: set up, run the whole method on shipped real scans. make test: set up, run all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint results weights clean
+
+help:
+	@echo "make demo     pretraining, source-only, adaptation, inference and evaluation on the shipped scans"
+	@echo "make test     all tests"
+	@echo "make lint     ruff, mypy and the config check"
+	@echo "make weights  train the weights that the bundles ship, on the shipped scans"
+	@echo "make clean    remove the environment and everything the demo wrote"
+
+$(STAMP): setup.cfg constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) is older than Python 3.10: install a newer one, or name it: make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv)"; exit 2; }
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  PyTorch ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@echo "  MONAI and the rest ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[yaml,report,test]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python tools/demo.py
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mapseg_components && $(BIN)/python tools/check_bundles.py
+
+weights: $(STAMP)
+	@$(BIN)/python tools/demo.py --settings fetal_age --ship
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,25 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Datalists, their checks, loaders for several domains, and what is measured on label maps."""
+
+from mapseg_components.data.audit import check_datalist, check_pretraining_data, check_scan, check_training_data
+from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
+from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SourceTargetLoader
+from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
+
+__all__ = [
+    "SECTIONS",
+    "DomainBalancedSampler",
+    "EpochLoader",
+    "SourceTargetLoader",
+    "check_datalist",
+    "check_pretraining_data",
+    "check_scan",
+    "check_training_data",
+    "class_weights",
+    "load_datalist",
+    "load_images",
+    "load_scans",
+    "structure_volumes",
+    "write_volumes_csv",
+]

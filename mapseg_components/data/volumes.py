@@ -1,0 +1,79 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes of the structures in a label map."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from mapseg_components.keys import LABEL
+
+__all__ = ["class_weights", "structure_volumes", "write_volumes_csv"]
+
+COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
+
+
+def class_weights(
+    cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int], power: float
+) -> list[float] | None:
+    """Cross-entropy weights that grow with the rarity of a class: ``(1 / share of voxels) ** power``, background 1.
+
+    Args:
+        cases: labelled (source) cases; every label map is read once.
+        labels: structure name to value; all other values count as background.
+        power: 0 for equal weights (then nothing is read), 0.5 for a strong, 1 for a full balance.
+
+    Returns:
+        one weight per class, background first, or ``None`` for equal weights. A class without a voxel weighs 1.
+    """
+    if power == 0:
+        return None
+    counts = np.zeros(len(labels) + 1)
+    for case in cases:
+        voxels = np.asarray(nib.load(case[LABEL]).dataobj)
+        found = [int((voxels == value).sum()) for value in labels.values()]
+        counts += [voxels.size - sum(found), *found]
+    weights = np.where(counts > 0, (counts[0] / np.maximum(counts, 1)) ** power, 1.0)
+    return [float(weight) for weight in weights]
+
+
+def structure_volumes(label_map: np.ndarray, affine: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Voxels and mm3 of each structure, and whether it touches the edge of the field of view (and may go on there).
+
+    Args:
+        label_map: integers (X, Y, Z), 0 background, then the structures in order.
+        affine: (4, 4), voxel to mm.
+        names: structures, background left out.
+
+    Returns:
+        one row per structure: ``structure``, ``voxels``, ``volume_mm3``, ``touches_edge``.
+    """
+    voxel_mm3 = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))
+    label_map = np.asarray(label_map).astype(np.int64)
+    counts = np.bincount(label_map.ravel(), minlength=len(names) + 1)
+    at_edge = {int(v) for axis in range(3) for end in (0, -1) for v in np.unique(np.take(label_map, end, axis))}
+    return [
+        {
+            "structure": name,
+            "voxels": int(counts[index]),
+            "volume_mm3": round(int(counts[index]) * voxel_mm3, 3),
+            "touches_edge": index in at_edge,
+        }
+        for index, name in enumerate(names, start=1)
+    ]
+
+
+def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Write rows of `structure_volumes`, each with its ``case``, as CSV."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,157 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Files that a run leaves beside its weights: its history by epoch, volumes and Dice of its label maps."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.metrics import compute_dice
+from monai.networks.utils import one_hot
+
+from mapseg_components.data import structure_volumes, write_volumes_csv
+from mapseg_components.keys import CASE_ID, LABEL, PRED
+
+__all__ = ["DiceReport", "EpochHistory", "VolumesTable"]
+
+
+class EpochHistory:
+    """Append one JSON line per training epoch: the mean of every loss term, metrics, learning rate and seconds.
+
+    Args:
+        output_dir: folder of ``history.jsonl``. A resumed run goes on in the same file.
+        optimizer: for the learning rate.
+    """
+
+    def __init__(self, output_dir: str, optimizer: torch.optim.Optimizer) -> None:
+        self.path = Path(output_dir) / "history.jsonl"
+        self.optimizer = optimizer
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._started = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Sum over iterations, write at the end of an epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _reset(self, engine: Engine) -> None:
+        self._sums, self._counts, self._started = {}, defaultdict(int), time.monotonic()
+        engine.state.metrics.clear()
+
+    def _accumulate(self, engine: Engine) -> None:
+        for name, value in engine.state.output.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+            self._counts[name] += 1
+
+    def _write(self, engine: Engine) -> None:
+        if idist.get_rank() != 0:
+            return
+        line = {
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "seconds": round(time.monotonic() - self._started, 2),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            **{name: float(total) / self._counts[name] for name, total in self._sums.items()},
+            **{name: float(value) for name, value in engine.state.metrics.items() if np.isscalar(value)},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+class VolumesTable:
+    """Write ``volumes.csv`` for the label maps of an evaluator: voxels and mm3 per structure, edge flag.
+
+    Attach it to an evaluator whose output ``pred`` is the label map on the scan's own grid.
+
+    Args:
+        output_dir: folder of the table.
+        names: structures in the order of their class index, background left out.
+    """
+
+    def __init__(self, output_dir: str, names: list[str]) -> None:
+        self.path = Path(output_dir) / "volumes.csv"
+        self.names = list(names)
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Collect after each scan, write at the end."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _collect(self, engine: Engine) -> None:
+        for case in engine.state.output:
+            label_map = case[PRED]
+            for row in structure_volumes(np.asarray(label_map[0].cpu()), np.asarray(label_map.affine), self.names):
+                self.rows.append({"case": case_name(case), **row})
+
+    def _write(self, engine: Engine) -> None:
+        write_volumes_csv(self.rows, self.path)
+
+
+class DiceReport:
+    """Write ``metrics.json``: Dice per case and structure and their means, on the scans' own grids.
+
+    Attach it to an evaluator whose output holds ``pred`` and ``label`` (1, X, Y, Z) of class indices. A structure that
+    the truth does not hold in a case is ``null`` there and left out of the means.
+
+    Args:
+        output_dir: folder of the file.
+        names: structures in the order of their class index, background left out.
+        settings: what else to write down, e.g. the weights' path.
+    """
+
+    def __init__(self, output_dir: str, names: list[str], settings: dict[str, Any] | None = None) -> None:
+        self.path = Path(output_dir) / "metrics.json"
+        self.names = list(names)
+        self.settings = settings or {}
+        self.cases: dict[str, dict[str, float | None]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Measure after each scan, write at the end."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _measure(self, engine: Engine) -> None:
+        classes = len(self.names) + 1
+        for case in engine.state.output:
+            maps = [one_hot(case[key].as_tensor()[None].long().cpu(), classes) for key in (PRED, LABEL)]
+            dice = compute_dice(*maps, include_background=False)[0].tolist()
+            present = maps[1].flatten(2).any(dim=2)[0, 1:].tolist()
+            self.cases[case_name(case)] = {
+                name: value if there else None for name, value, there in zip(self.names, dice, present)
+            }
+
+    def _write(self, engine: Engine) -> None:
+        def mean(values: list[float | None]) -> float | None:
+            known = [value for value in values if value is not None]
+            return sum(known) / len(known) if known else None
+
+        structures = {name: mean([case[name] for case in self.cases.values()]) for name in self.names}
+        content = {
+            **self.settings,
+            "metric": "Dice",
+            "cases": self.cases,
+            "structures": structures,
+            "mean": mean(list(structures.values())),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(content, indent=4) + "\n")
+
+
+def case_name(case: dict[str, Any]) -> str:
+    """Case id of an evaluator's output, or the scan's file name."""
+    pred = case[PRED]
+    name = pred.meta.get("filename_or_obj", "case") if isinstance(pred, MetaTensor) else "case"
+    return str(case.get(CASE_ID) or Path(str(name)).name.removesuffix(".gz").removesuffix(".nii"))

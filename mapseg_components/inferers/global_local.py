@@ -1,0 +1,183 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Sliding windows that know the whole scan (MAPSeg, arXiv 2303.09373, sections 3.4 and 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import Inferer
+from monai.utils import BlendMode, ensure_tuple_rep
+
+from mapseg_components.boxes import box_of_mask, expand_box, resample_box
+from mapseg_components.errors import ConfigError, DataError, NonFiniteError
+
+__all__ = ["GlobalLocalSlidingWindowInferer"]
+
+
+class GlobalLocalSlidingWindowInferer(Inferer):
+    """Segment a whole scan by windows, each decoded with its part of the scan's global features.
+
+    Per scan: the box of its foreground (non-zero voxels), grown to the window where the scan is smaller, is resampled
+    to the global view, whose features are computed once. Unique windows over the box are encoded in batches, windows
+    without foreground are skipped, and the logits of overlapping windows are averaged. Outside the box is background.
+
+    Args:
+        roi_size: window, voxels per axis.
+        global_size: global view, voxels per axis; by default the window's size.
+        stride: steps between windows, voxels per axis (80 for windows of 96 in the paper); by default 5/6 of the window.
+        sw_batch_size: windows per batch.
+        mode: ``"constant"`` for a plain mean (the paper), ``"gaussian"`` to weight a window's centre more.
+        stitching_device: where logits of the whole scan are kept, e.g. ``"cpu"`` for large scans; by default the
+            input's device.
+        background_margin: logit that background has over every other class where no window looked.
+
+    A network without ``encode``, ``context`` and ``decode`` is called on each window alone.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int] | int,
+        global_size: Sequence[int] | int | None = None,
+        stride: Sequence[int] | int | None = None,
+        sw_batch_size: int = 4,
+        mode: str = "constant",
+        stitching_device: torch.device | str | None = None,
+        background_margin: float = 10.0,
+    ) -> None:
+        super().__init__()
+        self.roi_size = ensure_tuple_rep(roi_size, 3)
+        self.global_size = self.roi_size if global_size is None else ensure_tuple_rep(global_size, 3)
+        default_stride = tuple(max(side * 5 // 6, 1) for side in self.roi_size)
+        self.stride = default_stride if stride is None else ensure_tuple_rep(stride, 3)
+        if any(not 1 <= step <= side for step, side in zip(self.stride, self.roi_size)):
+            raise ConfigError(
+                f"window stride {self.stride} must be between 1 and the window {self.roi_size} on every axis, "
+                "or voxels would be left out"
+            )
+        self.sw_batch_size = sw_batch_size
+        self.mode = BlendMode(mode)
+        self.stitching_device = stitching_device
+        self.background_margin = background_margin
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Logits of whole scans.
+
+        Args:
+            inputs: (B, C, X, Y, Z), in [0, 1], background 0.
+            network: e.g. ``GlobalLocalDeepLabV3``.
+
+        Returns:
+            (B, classes, X, Y, Z), float32.
+
+        Raises:
+            DataError: a scan has no foreground.
+            NonFiniteError: the network's output holds NaN or infinite values.
+        """
+        logits = torch.stack([self._segment(image, network, *args, **kwargs) for image in inputs])
+        return MetaTensor(logits, meta=inputs.meta) if isinstance(inputs, MetaTensor) else logits
+
+    def _segment(self, scan: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(C, X, Y, Z) to (classes, X, Y, Z)."""
+        name = scan.meta.get("filename_or_obj", "the scan") if isinstance(scan, MetaTensor) else "the scan"
+        image = scan.as_subclass(torch.Tensor)
+        foreground = (image != 0).any(dim=0)
+        if not foreground.any():
+            raise DataError(f"{name}: no voxel above 0, no foreground to segment: check its intensities")
+        box = expand_box(box_of_mask(foreground.cpu().numpy()), self.roi_size)
+        region = crop_with_zeros(image, box)
+        windows = self._windows(crop_with_zeros(foreground[None], box)[0])
+        forward = self._forward(region, network, *args, **kwargs)
+
+        weight = compute_importance_map(self.roi_size, mode=self.mode, sigma_scale=0.125, device=self._stitcher(image))
+        total: torch.Tensor | None = None
+        count = torch.zeros((1, *region.shape[1:]), device=weight.device)
+        for start in range(0, len(windows), self.sw_batch_size):
+            batch = windows[start : start + self.sw_batch_size]
+            logits = forward(batch).float()
+            if not torch.isfinite(logits).all():
+                raise NonFiniteError(f"{name}: the network's output is NaN or infinite: check the weights and amp")
+            if total is None:
+                total = torch.zeros((logits.shape[1], *region.shape[1:]), device=weight.device)
+            for window, one in zip(batch, logits.to(weight.device)):
+                total[(slice(None), *window)] += weight * one
+                count[(slice(None), *window)] += weight
+        assert total is not None  # a foreground has at least one window
+        seen = count[0] > 0
+        total = torch.where(seen, total / count.clamp(min=1e-6), self._background(total[:, :1, :1, :1]))
+        return paste(total, box, self._background(total[:, :1, :1, :1]).expand(-1, *image.shape[1:]).clone())
+
+    def _windows(self, foreground: torch.Tensor) -> list[tuple[slice, ...]]:
+        """Unique windows over a region (X, Y, Z) that hold foreground."""
+        windows = dict.fromkeys(
+            tuple((s.start, s.stop) for s in window)
+            for window in dense_patch_slices(tuple(foreground.shape), self.roi_size, self.stride)
+        )
+        slices = [tuple(slice(*ends) for ends in window) for window in windows]
+        return [window for window in slices if foreground[window].any()]
+
+    def _forward(
+        self, region: torch.Tensor, network: Any, *args: Any, **kwargs: Any
+    ) -> Callable[[list[tuple[slice, ...]]], torch.Tensor]:
+        """Function from windows of a region (C, X, Y, Z) to their logits (N, classes, *roi_size)."""
+
+        def stack(windows: list[tuple[slice, ...]]) -> torch.Tensor:
+            return torch.stack([region[(slice(None), *window)] for window in windows])
+
+        if not all(hasattr(network, part) for part in ("encode", "context", "decode")):
+            return lambda windows: network(stack(windows), *args, **kwargs)
+
+        sides = torch.tensor(region.shape[1:], dtype=torch.float32, device=region.device)
+        whole = torch.stack([torch.zeros_like(sides), sides], dim=1)[None]
+        global_features = network.encode(resample_box(region[None], whole, list(self.global_size)))
+        scale = torch.tensor(self.global_size, dtype=torch.float32, device=region.device) / sides
+
+        def collaborate(windows: list[tuple[slice, ...]]) -> torch.Tensor:
+            features = network.encode(stack(windows))
+            ends = torch.tensor([[[s.start, s.stop] for s in window] for window in windows], dtype=torch.float32)
+            context = network.context(
+                global_features.expand(len(windows), *[-1] * 4),
+                ends.to(region.device) * scale[:, None],
+                list(self.global_size),
+                list(features.shape[2:]),
+            )
+            return network.decode(features, context)
+
+        return collaborate
+
+    def _stitcher(self, image: torch.Tensor) -> torch.device:
+        return image.device if self.stitching_device is None else torch.device(self.stitching_device)
+
+    def _background(self, like: torch.Tensor) -> torch.Tensor:
+        """Logits (classes, 1, 1, 1) of certain background."""
+        logits = torch.full_like(like, -self.background_margin)
+        logits[0] = 0.0
+        return logits
+
+
+def crop_with_zeros(volume: torch.Tensor, box: np.ndarray) -> torch.Tensor:
+    """Part of a volume (C, X, Y, Z) inside an integer box, with 0 where the box leaves the volume."""
+    shape = volume.shape[1:]
+    padding = [[max(-int(start), 0), max(int(stop) - side, 0)] for (start, stop), side in zip(box, shape)]
+    inner = tuple(slice(max(int(start), 0), min(int(stop), side)) for (start, stop), side in zip(box, shape))
+    return F.pad(volume[(slice(None), *inner)], [size for pair in reversed(padding) for size in pair])
+
+
+def paste(region: torch.Tensor, box: np.ndarray, canvas: torch.Tensor) -> torch.Tensor:
+    """Write a region (C, ...) into a canvas (C, X, Y, Z) at its box; what leaves the canvas is dropped."""
+    target, source = [], []
+    for (start, stop), side in zip(box.astype(int).tolist(), canvas.shape[1:]):
+        low, high = max(start, 0), min(stop, side)
+        target.append(slice(low, high))
+        source.append(slice(low - start, high - start))
+    canvas[(slice(None), *target)] = region[(slice(None), *source)]
+    return canvas

@@ -1,0 +1,35 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms of MAPSeg in MONAI's conventions, for any MONAI ``Compose``."""
+
+from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
+from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
+from mapseg_components.transforms.intensity import (
+    NegativeValues,
+    NegativeValuesd,
+    PercentileClip,
+    PercentileClipd,
+    PercentileTabled,
+    RandPercentileClip,
+    RandPercentileClipd,
+)
+from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
+from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
+
+__all__ = [
+    "AxisExtremesd",
+    "ClassVoxelsd",
+    "NegativeValues",
+    "NegativeValuesd",
+    "PercentileClip",
+    "PercentileClipd",
+    "PercentileTabled",
+    "RandBlockMask",
+    "RandBlockMaskd",
+    "RandGlobalLocalCrop",
+    "RandGlobalLocalCropd",
+    "RandPercentileClip",
+    "RandPercentileClipd",
+    "SelectLabels",
+    "SelectLabelsd",
+]

@@ -1,0 +1,259 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Intensities of one scan: an explicit policy for negative values, and scaling to [0, 1] by percentiles."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
+
+from mapseg_components.errors import ConfigError, DataError
+
+__all__ = [
+    "NegativeValues",
+    "NegativeValuesd",
+    "PercentileClip",
+    "PercentileClipd",
+    "PercentileTabled",
+    "RandPercentileClip",
+    "RandPercentileClipd",
+    "percentile_table",
+    "scan_name",
+]
+
+TABLE_LOWEST, TABLE_STEPS = 90.0, 1001
+TABLE_POSTFIX = "percentiles"
+
+
+def scan_name(image: Any) -> str:
+    """File name of a scan for messages, if the tensor knows it."""
+    return str(image.meta.get("filename_or_obj", "a scan in memory")) if isinstance(image, MetaTensor) else "a scan"
+
+
+def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Tensor:
+    """Minimum of a volume, and its percentiles from 90 to 100 in steps of 0.01.
+
+    Args:
+        image: any shape.
+        foreground: take the percentiles over the non-zero voxels only.
+
+    Returns:
+        float32 (1 + 1001,): the minimum, then the percentiles.
+
+    Raises:
+        DataError: the scan is constant, or holds NaN or infinite values; the message names the file.
+    """
+    values = np.asarray(image.detach().cpu(), dtype=np.float32).ravel()
+    if not np.isfinite(values).all():
+        bad = int(values.size - np.isfinite(values).sum())
+        raise DataError(f"{scan_name(image)}: {bad} voxels are NaN or infinite: repair the scan or leave it out")
+    lowest = values.min()
+    if lowest == values.max():
+        raise DataError(
+            f"{scan_name(image)}: all voxels are {lowest:g}, no contrast to segment: leave the scan out"
+        )
+    table = np.percentile(values[values != 0] if foreground else values, np.linspace(TABLE_LOWEST, 100, TABLE_STEPS))
+    return torch.from_numpy(np.concatenate([[lowest], table]).astype(np.float32))
+
+
+def clip_and_scale(image: torch.Tensor, table: torch.Tensor, percentile: float) -> torch.Tensor:
+    """Clip at a percentile and scale so that the scan's minimum is 0 and the percentile is 1."""
+    if not TABLE_LOWEST <= percentile <= 100:
+        raise ConfigError(f"percentile {percentile} is outside [{TABLE_LOWEST:g}, 100]")
+    position = (percentile - TABLE_LOWEST) / (100 - TABLE_LOWEST) * (TABLE_STEPS - 1)
+    below = min(int(position), TABLE_STEPS - 2)
+    lowest, values = float(table[0]), table[1:]
+    top = float(torch.lerp(values[below], values[below + 1], position - below))
+    if top <= lowest:
+        raise DataError(
+            f"{scan_name(image)}: its percentile {percentile:g} equals its minimum ({lowest:g}), nearly all voxels "
+            "are background: crop the scan, or take the percentiles over the foreground"
+        )
+    return ((image - lowest) / (top - lowest)).clamp(0.0, 1.0)
+
+
+class NegativeValues(Transform):
+    """What to do with negative intensities, said explicitly and never by default.
+
+    Args:
+        policy: ``"clip"`` sets them to 0 (MR); ``"shift"`` first adds ``shift`` (CT in Hounsfield units, where air is
+            -1024) and then clips at 0; ``"keep"`` leaves the scan as it is.
+        shift: added under ``"shift"``, in the scan's units.
+
+    Raises:
+        ConfigError: the policy is unknown.
+    """
+
+    def __init__(self, policy: str, shift: float = 1024.0) -> None:
+        if policy not in ("clip", "shift", "keep"):
+            raise ConfigError(
+                f"negative_values is {policy!r}, expected 'clip' (MR), 'shift' (CT in HU: adds {shift:g} first) or 'keep'"
+            )
+        self.policy = policy
+        self.shift = shift
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Image of the same shape, any number of dimensions."""
+        if self.policy == "keep":
+            return img
+        return (img + self.shift if self.policy == "shift" else img).clamp(min=0)
+
+
+class NegativeValuesd(MapTransform):
+    """Dictionary version of `NegativeValues`."""
+
+    def __init__(
+        self, keys: KeysCollection, policy: str, shift: float = 1024.0, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = NegativeValues(policy, shift)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key])
+        return result
+
+
+class PercentileTabled(MapTransform):
+    """Store the `percentile_table` of a volume as ``<key>_percentiles``: computed once, cached, used by every draw.
+
+    Args:
+        keys: whole volumes.
+        foreground: take the percentiles over the non-zero voxels only (the paper takes the whole volume).
+    """
+
+    def __init__(self, keys: KeysCollection, foreground: bool = False, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.foreground = foreground
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[f"{key}_{TABLE_POSTFIX}"] = percentile_table(result[key], self.foreground)
+        return result
+
+
+class PercentileClip(Transform):
+    """Clip a volume at a percentile and scale it to [0, 1] (99.5 at inference, MAPSeg section 4.1).
+
+    Args:
+        percentile: from 90 to 100.
+        foreground: take the percentile over the non-zero voxels only.
+    """
+
+    def __init__(self, percentile: float = 99.5, foreground: bool = False) -> None:
+        self.percentile = percentile
+        self.foreground = foreground
+
+    def __call__(self, img: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Image of the same shape in [0, 1].
+
+        Args:
+            img: the volume, or a part of it if its table is given.
+            table: `percentile_table` of the whole volume.
+
+        Raises:
+            DataError: the scan has no contrast or non-finite values.
+        """
+        table = percentile_table(img, self.foreground) if table is None else table
+        return clip_and_scale(img, table, self.percentile)
+
+
+class PercentileClipd(MapTransform):
+    """Dictionary version of `PercentileClip`; uses ``<key>_percentiles`` if it is there."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        percentile: float = 99.5,
+        foreground: bool = False,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = PercentileClip(percentile, foreground)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key], result.pop(f"{key}_{TABLE_POSTFIX}", None))
+        return result
+
+
+class RandPercentileClip(RandomizableTransform):
+    """Clip at a random percentile with probability ``prob``, at the default one otherwise, and scale to [0, 1].
+
+    Args:
+        lower: smallest random percentile (99 in the paper). upper: largest (100).
+        prob: probability of a random one (0.35).
+        default: percentile otherwise (99.5).
+        foreground: take percentiles over the non-zero voxels only.
+    """
+
+    def __init__(
+        self,
+        lower: float = 99.0,
+        upper: float = 100.0,
+        prob: float = 0.35,
+        default: float = 99.5,
+        foreground: bool = False,
+    ) -> None:
+        super().__init__(prob)
+        self.lower, self.upper, self.default = lower, upper, default
+        self.foreground = foreground
+        self.percentile = default
+
+    def randomize(self, data: Any = None) -> None:
+        super().randomize(None)
+        self.percentile = float(self.R.uniform(self.lower, self.upper)) if self._do_transform else self.default
+
+    def __call__(self, img: torch.Tensor, table: torch.Tensor | None = None, randomize: bool = True) -> torch.Tensor:
+        """Image of the same shape in [0, 1]; see `PercentileClip`."""
+        if randomize:
+            self.randomize()
+        return PercentileClip(self.percentile, self.foreground)(img, table)
+
+
+class RandPercentileClipd(Randomizable, MapTransform):
+    """Dictionary version of `RandPercentileClip`: one draw for all keys, and one table.
+
+    Args:
+        keys: images that are parts of one volume, e.g. a local patch and its global view.
+        table_key: entry with the volume's `percentile_table`, removed afterwards; without it each image has its own.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        lower: float = 99.0,
+        upper: float = 100.0,
+        prob: float = 0.35,
+        default: float = 99.5,
+        foreground: bool = False,
+        table_key: str = f"image_{TABLE_POSTFIX}",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        MapTransform.__init__(self, keys, allow_missing_keys)
+        self.transform = RandPercentileClip(lower, upper, prob, default, foreground)
+        self.table_key = table_key
+
+    def set_random_state(
+        self, seed: int | None = None, state: np.random.RandomState | None = None
+    ) -> RandPercentileClipd:
+        super().set_random_state(seed, state)
+        self.transform.set_random_state(seed, state)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        table = result.pop(self.table_key, None)
+        self.transform.randomize()
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key], table, randomize=False)
+        return result

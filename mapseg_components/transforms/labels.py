@@ -1,0 +1,76 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From the values of a label map to consecutive class indices, with nothing dropped silently."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapLabelValue, MapTransform, Transform
+
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms.intensity import scan_name
+
+__all__ = ["SelectLabels", "SelectLabelsd"]
+
+
+class SelectLabels(Transform):
+    """Map the kept values of a label map to 1, 2, ... in the order given; dropped values and 0 become background.
+
+    Args:
+        kept: values in the order of their class index, or a mapping of structure name to value.
+        dropped: values that the dataset has and this task does not want.
+
+    Raises:
+        ConfigError: a value is named twice, or 0 is among them.
+    """
+
+    def __init__(self, kept: Sequence[int] | Mapping[str, int], dropped: Sequence[int] = ()) -> None:
+        values = [int(value) for value in (kept.values() if isinstance(kept, Mapping) else kept)]
+        named = [*values, *(int(value) for value in dropped)]
+        if len(set(named)) != len(named) or 0 in named:
+            raise ConfigError(
+                f"labels {values} and dropped_labels {list(dropped)} must name each value once, and 0 is background"
+            )
+        self.known = torch.tensor(sorted([0, *named]))
+        targets = [*range(1, len(values) + 1), *([0] * len(dropped))]
+        self.mapping = MapLabelValue(orig_labels=named, target_labels=targets, dtype=torch.uint8)
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Label of class indices, uint8, of the same shape.
+
+        Raises:
+            DataError: a value is neither kept nor dropped (fractions included); the message names the file.
+        """
+        found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)
+        unknown = ~torch.isin(found, self.known.to(found.dtype))
+        if unknown.any():
+            listed = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(found[unknown].tolist(), counts[unknown].tolist()))
+            raise DataError(
+                f"{scan_name(img)}: label map has unknown values {listed}, known are {self.known.tolist()}: "
+                "name them in labels or in dropped_labels"
+            )
+        return self.mapping(img)
+
+
+class SelectLabelsd(MapTransform):
+    """Dictionary version of `SelectLabels`."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        kept: Sequence[int] | Mapping[str, int],
+        dropped: Sequence[int] = (),
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = SelectLabels(kept, dropped)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key])
+        return result
