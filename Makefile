@@ -37,7 +37,7 @@ lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mapseg_components && $(BIN)/python tools/check_bundles.py
 
 weights: $(STAMP)
-	@$(BIN)/python tools/demo.py --settings fetal_age --ship
+	@$(BIN)/python tools/demo.py --full --ship
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The whole method on the shipped scans, by the same commands that a user types.
+
+Pretraining on all images, source-only training on older fetuses, adaptation to younger ones without their labels,
+then both models on held-out young fetuses whose labels only the evaluation reads. Prints a table; writes label maps
+on the scans' own grids, ``metrics.json`` and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+
+from mapseg_components.data import load_datalist
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "sample" / "fetal_age"
+PRETRAINING, ADAPTATION = ROOT / "bundles" / "mapseg_pretraining", ROOT / "bundles" / "mapseg_adaptation"
+# Okabe and Ito's colours, told apart with any colour vision; background is transparent
+COLOURS = ["#00000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
+
+
+def run_bundle(title: str, bundle: Path, configs: list[str], output: Path, **settings: object) -> float:
+    """One command of a bundle, run from its folder; its output goes to a log. Returns seconds."""
+    output.mkdir(parents=True, exist_ok=True)
+    files = [f"configs/{name}" for name in configs]
+    settings = {"dataset_dir": SAMPLE, "ckpt_dir": output, "output_dir": output, **settings}
+    command = [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file", str(files)]
+    for key, value in settings.items():
+        command += [f"--{key}", str(value)]
+    started, log = time.monotonic(), output / "log.txt"
+    print(f"{title} ...", end="", flush=True)
+    with log.open("w") as stream:
+        code = subprocess.run(command, cwd=bundle, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    seconds = time.monotonic() - started
+    if code:
+        print(" failed\n" + "\n".join(log.read_text().splitlines()[-15:]))
+        sys.exit(f"{title} ended with exit code {code}; the whole log is in {log}")
+    print(f" {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def table(results: dict[str, dict]) -> str:
+    """Dice per structure, source-only beside adapted."""
+    names = list(results["source-only"]["structures"])
+    width = max(map(len, names)) + 2
+    lines = [f"{'Dice on the held-out target':<{width}}  source-only  adapted"]
+    for name in [*names, "mean"]:
+        row = [r["mean"] if name == "mean" else r["structures"][name] for r in results.values()]
+        lines.append(f"{name:<{width}}  {row[0]:11.3f}  {row[1]:7.3f}")
+    return "\n".join(lines)
+
+
+def picture(folders: dict[str, Path], path: Path, names: list[str]) -> None:
+    """Scan, truth, source-only and adapted, one row a held-out scan, axial slice with the most structures."""
+    cases = load_datalist(SAMPLE, "target_test")
+    colours = matplotlib.colors.ListedColormap(COLOURS)
+    figure, axes = plt.subplots(len(cases), 4, figsize=(11, 3.2 * len(cases)), squeeze=False)
+    for row, case in zip(axes, cases):
+        scan, truth = (nib.as_closest_canonical(nib.load(case[key])) for key in ("image", "label"))
+        maps = [np.asarray(truth.dataobj)]
+        for folder in folders.values():
+            maps.append(np.asarray(nib.as_closest_canonical(nib.load(folder / f"{case['case_id']}_seg.nii.gz")).dataobj))
+        grey, level = np.asarray(scan.dataobj), 0
+        level = int(np.argmax([len(np.unique(maps[0][..., z])) * 1e6 + (maps[0][..., z] > 0).sum() for z in range(grey.shape[2])]))
+        for column, (axis, title) in enumerate(zip(row, ["scan", "truth", *folders])):
+            axis.imshow(grey[..., level].T, cmap="gray", origin="lower")
+            if column:
+                axis.imshow(maps[column - 1][..., level].T, cmap=colours, vmin=0, vmax=8, origin="lower", alpha=0.7, interpolation="nearest")
+            axis.set_title(title if row is axes[0] else "")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(case["case_id"].replace("_", " "))
+    handles = [matplotlib.patches.Patch(color=colour, label=name) for colour, name in zip(COLOURS[1:], names)]
+    figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run every stage and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=None, help="folder of results (runs/demo)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="the whole schedule of fetal_age.yaml, not the short one")
+    parser.add_argument("--ship", action="store_true", help="put the resulting weights into the bundles (with --full)")
+    arguments = parser.parse_args()
+    if arguments.ship and not arguments.full:
+        parser.error("--ship needs --full: the bundles ship weights of the whole schedule")
+    output = (arguments.output or ROOT / "runs" / ("fetal_age" if arguments.full else "demo")).absolute()
+    if output.exists():
+        print(f"Removing the results of an earlier run in {output}")
+        shutil.rmtree(output)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+
+    settings = ["small_data.yaml", "fetal_age.yaml", *([] if arguments.full else ["demo.yaml"])]
+    train = ["train.json", *settings]
+    seed = {"seed": arguments.seed}
+    folders = {name: output / name for name in ("pretraining", "source_only", "adaptation")}
+    seconds = {
+        "pretraining": run_bundle("1/5 pretraining on all images", PRETRAINING, train, folders["pretraining"], **seed),
+        "source_only": run_bundle(
+            "2/5 source-only training",
+            ADAPTATION,
+            [*train, "source_only.yaml"],
+            folders["source_only"],
+            encoder_weights=folders["pretraining"] / "model.pt",
+            **seed,
+        ),
+        "adaptation": run_bundle(
+            "3/5 adaptation without target labels",
+            ADAPTATION,
+            [*train, "from_source.yaml"],
+            folders["adaptation"],
+            initial_weights=folders["source_only"] / "source_only.pt",
+            **seed,
+        ),
+    }
+    weights = {
+        "source-only": folders["source_only"] / "source_only.pt",
+        "adapted": folders["adaptation"] / "model.pt",
+    }
+    predictions = {name: output / "predictions" / name for name in weights}
+    results = {}
+    for number, (name, file) in enumerate(weights.items(), start=4):
+        configs = ["inference.json", "evaluate.json"]
+        run_bundle(f"{number}/5 inference and evaluation, {name}", ADAPTATION, configs, predictions[name], weights=file)
+        results[name] = json.loads((predictions[name] / "metrics.json").read_text())
+
+    selection = json.loads((folders["adaptation"] / "model_selection.json").read_text())["model.pt"]
+    report = {"seed": arguments.seed, "seconds": seconds, "selection": selection, **results}
+    (output / "metrics.json").write_text(json.dumps(report, indent=4) + "\n")
+    picture(predictions, output / "comparison.png", list(results["adapted"]["structures"]))
+    gain = results["adapted"]["mean"] - results["source-only"]["mean"]
+    verdict = "Adaptation helped" if gain > 0.005 else "Adaptation made it worse" if gain < -0.005 else "No difference"
+    print(f"\n{table(results)}\n\n{verdict}: {gain:+.3f} mean Dice (seed {arguments.seed}).")
+    print(f"Chosen without target labels: the {selection['weights']} of epoch {selection['epoch']}.")
+    print(f"\nLabel maps, volumes.csv  {predictions['adapted']}")
+    print(f"Figures                  {output / 'metrics.json'}\nPicture                  {output / 'comparison.png'}")
+    if arguments.ship:
+        shutil.copyfile(folders["pretraining"] / "model.pt", PRETRAINING / "models" / "model.pt")
+        shutil.copyfile(weights["adapted"], ADAPTATION / "models" / "model.pt")
+        print(f"Weights put into {PRETRAINING / 'models'} and {ADAPTATION / 'models'}.")
+
+
+if __name__ == "__main__":
+    main()
