@@ -134,7 +134,9 @@ class AdaptationLoss(nn.Module):
         target_clean: whether the target side has clean terms too.
         source_masked: whether the source side has masked terms (the paper). Without them the clean terms take their
             share too, at half the cost.
-        segmentation: by default `SegmentationLoss`.
+        segmentation: of source terms, by default `SegmentationLoss`.
+        pseudo_segmentation: of pseudo-label terms, by default `SegmentationLoss` without class weights: weighting
+            the rare classes of pseudo labels would feed their false positives back.
         confidence_threshold: v1's tau, in [0, 1]; pseudo-label terms are weighted by eta, the share of voxels whose
             maximum probability exceeds it. Off (``None``) by default.
         ignore_unsure: leave voxels whose maximum probability does not exceed this threshold out of the pseudo-label
@@ -149,6 +151,7 @@ class AdaptationLoss(nn.Module):
         target_clean: bool = False,
         source_masked: bool = True,
         segmentation: nn.Module | None = None,
+        pseudo_segmentation: nn.Module | None = None,
         confidence_threshold: float | None = None,
         ignore_unsure: float | None = None,
     ) -> None:
@@ -158,6 +161,7 @@ class AdaptationLoss(nn.Module):
                 raise ConfigError(f"{name} is {value}, expected a probability between 0 and 1, or null for off")
         self.target_clean = target_clean
         self.segmentation = SegmentationLoss() if segmentation is None else segmentation
+        self.pseudo_segmentation = SegmentationLoss() if pseudo_segmentation is None else pseudo_segmentation
         self.cosine = LocalGlobalCosineLoss()
         self.confidence_threshold = confidence_threshold
         self.ignore_unsure = ignore_unsure
@@ -191,6 +195,7 @@ class AdaptationLoss(nn.Module):
             output: local logits, global logits (B, C, ...), local features, context features (B, W, ...).
             local_label: (B, 1, X, Y, Z), labels or pseudo labels; global_label: likewise.
             local_confidence: (B, 1, X, Y, Z), maximum probability of the teacher; global_confidence: likewise.
+                Given for pseudo labels only.
         """
         side, end = name
         local_logits, global_logits, local_features, context_features = output
@@ -214,7 +219,7 @@ class AdaptationLoss(nn.Module):
         if confidence is None:
             return self.segmentation(logits, label)
         valid = None if self.ignore_unsure is None else confidence > self.ignore_unsure
-        loss = self.segmentation(logits, label, valid)
+        loss = self.pseudo_segmentation(logits, label, valid)
         if self.confidence_threshold is not None:
             loss = loss * (confidence > self.confidence_threshold).float().mean()
         return loss

@@ -71,18 +71,20 @@ def picture(folders: dict[str, Path], path: Path, names: list[str]) -> None:
     cases = load_datalist(SAMPLE, "target_test")
     colours = matplotlib.colors.ListedColormap(COLOURS)
     figure, axes = plt.subplots(len(cases), 4, figsize=(11, 3.2 * len(cases)), squeeze=False)
-    for row, case in zip(axes, cases):
+    for number, (row, case) in enumerate(zip(axes, cases)):
         scan, truth = (nib.as_closest_canonical(nib.load(case[key])) for key in ("image", "label"))
         maps = [np.asarray(truth.dataobj)]
         for folder in folders.values():
             maps.append(np.asarray(nib.as_closest_canonical(nib.load(folder / f"{case['case_id']}_seg.nii.gz")).dataobj))
-        grey, level = np.asarray(scan.dataobj), 0
-        level = int(np.argmax([len(np.unique(maps[0][..., z])) * 1e6 + (maps[0][..., z] > 0).sum() for z in range(grey.shape[2])]))
+        grey = np.asarray(scan.dataobj)
+        slices = [maps[0][..., z] for z in range(grey.shape[2])]
+        level = max(range(len(slices)), key=lambda z: (len(np.unique(slices[z])), np.count_nonzero(slices[z])))
         for column, (axis, title) in enumerate(zip(row, ["scan", "truth", *folders])):
             axis.imshow(grey[..., level].T, cmap="gray", origin="lower")
             if column:
-                axis.imshow(maps[column - 1][..., level].T, cmap=colours, vmin=0, vmax=8, origin="lower", alpha=0.7, interpolation="nearest")
-            axis.set_title(title if row is axes[0] else "")
+                overlay = {"cmap": colours, "vmin": 0, "vmax": len(COLOURS) - 1, "interpolation": "nearest"}
+                axis.imshow(maps[column - 1][..., level].T, origin="lower", alpha=0.7, **overlay)
+            axis.set_title("" if number else title)
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(case["case_id"].replace("_", " "))

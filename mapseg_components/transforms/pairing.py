@@ -42,12 +42,13 @@ def sample(volume: torch.Tensor, affine: np.ndarray, size: Sequence[int], mode: 
         mode: "bilinear" (trilinear in 3D) or "nearest". Outside the volume the value is 0.
 
     Returns:
-        (C, *size) of the volume's dtype. A shift by whole voxels copies values exactly.
+        (C, *size) of the volume's dtype. A shift by whole voxels, with or without flips, copies values exactly.
     """
     data = volume.as_subclass(torch.Tensor)
-    shift = affine[:3, 3]
-    if np.array_equal(affine[:3, :3], np.eye(3)) and np.array_equal(shift, np.round(shift)):
-        return copy_box(data, shift.astype(int), size)
+    shift, signs = affine[:3, 3], np.diag(affine)[:3]
+    if np.array_equal(affine[:3, :3], np.diag(np.sign(signs))) and np.array_equal(affine[:3], np.round(affine[:3])):
+        start = np.where(signs < 0, shift - (np.asarray(size) - 1), shift).astype(int)
+        return copy_box(data, start, size).flip([1 + axis for axis in range(3) if signs[axis] < 0])
     resampler = AffineTransform(
         spatial_size=tuple(size), normalized=False, mode=mode, padding_mode="zeros", align_corners=False
     )

@@ -1,0 +1,188 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the global-local pair, on volumes with three different sides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import CacheDataset, DataLoader, MetaTensor
+from monai.networks.layers import AffineTransform
+from monai.transforms import Compose
+
+from mapseg_components.boxes import resample_box, transformed_box
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms import (
+    AxisExtremesd,
+    ClassVoxelsd,
+    PercentileTabled,
+    RandGlobalLocalCrop,
+    RandGlobalLocalCropd,
+    RandPercentileClipd,
+)
+from tests.conftest import make_scan
+
+AFFINE = torch.tensor([[0.0, 1.1, 0.0, -7.0], [-0.9, 0.0, 0.0, 4.0], [0.0, 0.0, 1.3, 2.0], [0.0, 0.0, 0.0, 1.0]])
+WARPED = {"prob": 1.0, "scale_range": (0.8, 1.3), "rotate_range_deg": 25.0}
+
+
+def smooth(volume):
+    kernel = torch.ones(1, 1, 5, 5, 5) / 125
+    for _ in range(2):
+        volume = torch.nn.functional.conv3d(volume[None], kernel, padding=2)[0]
+    return volume
+
+
+def scan(shape=(34, 42, 38)):
+    image, label = (torch.from_numpy(v)[None] for v in make_scan(shape))
+    return MetaTensor(image, affine=AFFINE.double()), MetaTensor(label, affine=AFFINE.double())
+
+
+def dice(a, b):
+    return (2 * (a & b).sum() / (a.sum() + b.sum())).item()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("options", [{"prob": 0.0}, WARPED, {"prob": 0.0, "flip_prob": 1.0}])
+def test_global_label_in_the_box_is_the_local_label(seed, options):
+    image, label = scan()
+    crop = RandGlobalLocalCrop((20, 24, 16), (40, 32, 36), **options).set_random_state(seed)
+    out = crop(image, label)
+    inside = resample_box((out["global_label"].as_tensor() > 0)[None].float(), out["local_box"][None], [20, 24, 16])
+    local = out["local_label"].as_tensor()[None] > 0
+    if local.sum() > 200:
+        assert dice(inside > 0.5, local) > 0.85
+    box = out["local_box"]
+    assert (box[:, 0] >= -1e-4).all() and (box[:, 1] <= torch.tensor([40, 32, 36]) + 1e-3).all()
+
+
+def test_without_a_warp_the_patch_is_an_exact_copy():
+    image, label = scan()
+    crop = RandGlobalLocalCrop((20, 24, 16), prob=0.0).set_random_state(5)
+    out = crop(image, label)
+    part = tuple(slice(int(a), int(b)) for a, b in crop.window)
+    assert torch.equal(out["local_image"].as_tensor(), image.as_tensor()[(slice(None), *part)])
+    assert torch.equal(out["local_label"].as_tensor(), label.as_tensor()[(slice(None), *part)])
+    assert out["local_label"].dtype == torch.uint8
+
+
+def test_flip_copies_voxels_exactly():
+    image, _ = scan()
+    crop = RandGlobalLocalCrop((20, 24, 16), prob=0.0, flip_prob=1.0).set_random_state(1)
+    patch = crop(image)["local_image"].as_tensor()
+    assert set(patch.unique().tolist()) <= set(image.as_tensor().unique().tolist())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pair_equals_warping_the_whole_volume_and_then_cropping(seed):
+    image = smooth(scan()[0].as_tensor())
+    crop = RandGlobalLocalCrop((16, 20, 12), (24, 16, 20), **WARPED).set_random_state(seed)
+    points = np.argwhere(np.ones(image.shape[1:], bool))  # whole canvas as foreground: windows stay inside
+    out = crop(image, extremes=torch.from_numpy(points))
+    # independent: warp everything onto a large canvas at whole voxels, then resample the two boxes from it
+    low = np.floor(crop.box[:, 0]) - 2
+    size = (np.ceil(crop.box[:, 1]) + 2 - low).astype(int)
+    shift = np.eye(4)
+    shift[:3, 3] = low
+    theta = torch.from_numpy(np.linalg.inv(crop.warp) @ shift).float()[None]
+    canvas = AffineTransform(spatial_size=tuple(size), normalized=False, padding_mode="zeros", align_corners=False)
+    warped = canvas(image[None], theta)
+    for key, box, grid in (
+        ("local_image", crop.window, [16, 20, 12]),
+        ("global_image", crop.box, [24, 16, 20]),
+    ):
+        expected = resample_box(warped, torch.from_numpy(box - low[:, None])[None].float(), grid)[0]
+        error = (out[key] - expected).abs()
+        assert error.mean() < 0.01 * image.max(), key
+
+
+def test_box_of_the_warped_scan_holds_the_warped_foreground():
+    image, _ = scan()
+    crop = RandGlobalLocalCrop((8, 8, 8), **WARPED).set_random_state(0)
+    crop(image)
+    moved = transformed_box(np.argwhere(image[0].numpy() > 0), crop.warp)
+    np.testing.assert_allclose(crop.box, moved, atol=1e-6)
+
+
+def test_small_scan_is_padded_and_comes_back():
+    image, label = scan((10, 14, 30))
+    out = RandGlobalLocalCrop((24, 20, 16), prob=0.0).set_random_state(2)(image, label)
+    patch, box = out["local_image"].as_tensor(), out["valid_box"].int().tolist()
+    inner = patch[(slice(None), *(slice(*ends) for ends in box))]
+    assert patch.shape == (1, 24, 20, 16)
+    assert patch.count_nonzero() == inner.count_nonzero() and inner.shape[1] == 5 and inner.shape[2] == 9  # foreground of 2:7 and 2:11
+    start = [a for a, _ in box]
+    assert (start[0], start[1]) == ((24 - 5) // 2, (20 - 9) // 2)
+    assert torch.equal(inner[0, :, :, 0] > 0, torch.ones(5, 9, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("options", [{"prob": 0.0}, WARPED])
+def test_landmark_keeps_its_place_in_the_world(options):
+    """The voxel of the patch that shows a landmark has the landmark's world coordinates."""
+    image, _ = scan()
+    voxels = torch.zeros_like(image.as_tensor())
+    voxels[:, 5:30, 5:38, 5:34] = 1
+    place = (15, 20, 18)
+    marked = voxels.clone()
+    marked[(0, *place)] = 1000
+    crop = RandGlobalLocalCrop((24, 28, 24), **options).set_random_state(3)
+    out = crop(MetaTensor(marked, affine=AFFINE.double()))
+    found = torch.tensor(np.unravel_index(int(out["local_image"].argmax()), (24, 28, 24))).double()
+    world = out["local_image"].affine @ torch.cat([found, torch.ones(1)]).double()
+    expected = AFFINE.double() @ torch.tensor([*place, 1.0]).double()
+    assert (world - expected)[:3].norm() < 1.3  # within a voxel
+
+
+def test_foreground_fraction_centres_on_every_class():
+    image, label = scan()
+    crop = Compose(
+        [
+            AxisExtremesd("image"),
+            ClassVoxelsd("label"),
+            RandGlobalLocalCropd(8, prob=0.0, foreground_fraction=1.0),
+        ]
+    ).set_random_state(0)
+    centres = [int(crop({"image": image, "label": label})["local_label"][0, 4, 4, 4]) for _ in range(30)]
+    assert 8 <= centres.count(1) and 8 <= centres.count(2) and centres.count(0) <= 2
+
+
+def test_same_seed_same_sample_and_inputs_stay_untouched():
+    image, label = scan()
+    before = image.clone()
+    out = [RandGlobalLocalCrop(16, **WARPED).set_random_state(9)(image, label) for _ in range(2)]
+    for key in out[0]:
+        assert torch.equal(torch.as_tensor(out[0][key]), torch.as_tensor(out[1][key])), key
+    assert torch.equal(image, before)
+    crop = RandGlobalLocalCrop(16, **WARPED).set_random_state(9)
+    first = crop(image)
+    assert torch.equal(crop(image, randomize=False)["local_image"], first["local_image"])
+
+
+def test_works_in_a_cached_dataset_and_collates():
+    image, label = scan()
+    transform = Compose(
+        [
+            AxisExtremesd("image"),
+            PercentileTabled("image"),
+            RandGlobalLocalCropd(16, prob=1.0, rotate_range_deg=10),
+            RandPercentileClipd(["local_image", "global_image"]),
+        ]
+    )
+    data = [{"image": image, "label": label, "case_id": str(i)} for i in range(2)]
+    batch = next(iter(DataLoader(CacheDataset(data, transform, progress=False, copy_cache=False), batch_size=2)))
+    assert batch["local_image"].shape == batch["global_label"].shape == (2, 1, 16, 16, 16)
+    assert batch["local_box"].shape == (2, 3, 2) and batch["case_id"] == ["0", "1"]
+    assert 0 <= batch["local_image"].min() and batch["local_image"].max() <= 1
+
+
+def test_bad_input_is_named():
+    image, label = scan()
+    with pytest.raises(DataError, match="no foreground"):
+        RandGlobalLocalCrop(8)(torch.zeros(1, 9, 10, 11))
+    with pytest.raises(DataError, match=r"\(34, 42, 38\).*\(34, 42, 37\)"):
+        RandGlobalLocalCrop(8)(image, label[..., :-1])
+    with pytest.raises(ConfigError, match="scale_range"):
+        RandGlobalLocalCrop(8, scale_range=(1.2, 0.8))
+    with pytest.raises(ConfigError, match="foreground_fraction is 3"):
+        RandGlobalLocalCrop(8, foreground_fraction=3)

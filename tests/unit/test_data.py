@@ -1,0 +1,231 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mapseg_components.data import (
+    DomainBalancedSampler,
+    EpochLoader,
+    SourceTargetLoader,
+    check_datalist,
+    check_pretraining_data,
+    check_scan,
+    check_training_data,
+    class_weights,
+    load_datalist,
+    load_images,
+    load_scans,
+    structure_volumes,
+    write_volumes_csv,
+)
+from mapseg_components.errors import ConfigError, DataError
+from tests.conftest import make_scan, write_nifti
+
+LABELS = {"first": 1, "second": 2}
+
+
+def edit(dataset, change):
+    content = json.loads((dataset / "datalist.json").read_text())
+    change(content)
+    (dataset / "datalist.json").write_text(json.dumps(content))
+    return dataset / "datalist.json"
+
+
+def test_target_training_has_no_label_key_even_if_the_file_has_one(dataset, caplog):
+    path = edit(dataset, lambda c: c["target_training"][0].update(label="secret.nii.gz"))
+    assert all("label" not in case for case in load_datalist(path, "target_training"))
+    assert "never read in training" in caplog.text
+
+
+def test_sound_data_passes(dataset):
+    check_training_data(dataset / "datalist.json", LABELS)
+    check_pretraining_data(dataset / "datalist.json")
+    cases = load_images(dataset / "datalist.json", ["source_training", "target_training"])
+    assert {case["domain"] for case in cases} == {"source_training", "target_training"}
+    assert not any("label" in case for case in cases)
+
+
+def test_domains_of_a_folder(tmp_path):
+    for domain, count in {"site a": 2, "site b": 1}.items():
+        for number in range(count):
+            for kind in ("images", "labels"):
+                write_nifti(tmp_path / "source" / domain / kind / f"{domain[-1]}{number}.nii.gz", make_scan()[0])
+    cases = load_datalist(tmp_path, "source_training")
+    assert [(case["domain"], case["case_id"]) for case in cases] == [("site a", "a0"), ("site a", "a1"), ("site b", "b0")]
+    assert all(case["label"].endswith(f"labels/{case['case_id']}.nii.gz") for case in cases)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.update(source_training=[]), "'source_training' is empty: list at least one scan"),
+        (lambda c: c["source_training"][0].pop("label"), "entry 0: 'label' is missing for .*: name it"),
+        (lambda c: c["source_training"].append(dict(c["source_training"][0])), "'source_training-0' stands twice"),
+        (lambda c: c["source_validation"].append({**c["source_training"][0]}), "stands in source_training and in"),
+        (lambda c: c["target_test"].append({**c["target_training"][0], "label": "x"}), "stands in target_training and"),
+        (lambda c: c["source_training"][0].update(case_id="../x"), "case id '../x' cannot name a file"),
+        (lambda c: c["source_training"].append("scan.nii.gz"), "entry 2: expected an object with 'image'"),
+    ],
+)
+def test_bad_datalist_is_named(dataset, change, message):
+    with pytest.raises(DataError, match=message):
+        check_datalist(edit(dataset, change))
+
+
+def test_missing_datalist_and_section(dataset, tmp_path):
+    with pytest.raises(ConfigError, match="no datalist at"):
+        load_datalist(tmp_path / "nowhere.json", "source_training")
+    path = edit(dataset, lambda c: c.pop("source_training"))
+    with pytest.raises(ConfigError, match="has no 'source_training'"):
+        check_datalist(path)
+    with pytest.raises(ConfigError, match="section 'training' is unknown"):
+        load_datalist(path, "training")
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="no valid JSON"):
+        load_datalist(path, "target_training")
+
+
+def image_of(dataset):
+    return dataset / "source_training" / "0.nii.gz"
+
+
+def break_nan(dataset):
+    image, _ = make_scan()
+    image[3, 4, 5] = np.nan
+    write_nifti(image_of(dataset), image)
+
+
+def break_truncate(dataset):
+    content = image_of(dataset).read_bytes()
+    image_of(dataset).write_bytes(content[: len(content) // 2])
+
+
+def break_crc(dataset):
+    content = bytearray(image_of(dataset).read_bytes())
+    content[len(content) // 2] ^= 1
+    image_of(dataset).write_bytes(bytes(content))
+
+
+def break_affine(dataset):
+    write_nifti(dataset / "source_training" / "0_label.nii.gz", make_scan()[1], np.diag([1.0, 1.1, 1.4, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (break_nan, r"0\.nii\.gz: 1 voxels are NaN or infinite, the first at \(3, 4, 5\): repair"),
+        (lambda d: write_nifti(image_of(d), np.ones((20, 24, 28))), "all voxels are 1, no contrast"),
+        (lambda d: write_nifti(image_of(d), np.random.rand(20, 24, 28, 3)), r"\(20, 24, 28, 3\), expected 3D"),
+        (lambda d: write_nifti(image_of(d), make_scan((20, 24, 27))[0]), r"label map of shape \(20, 24, 28\), its scan \(20"),
+        (break_affine, r"0_label\.nii\.gz: its affine puts a corner \d+\.\d+ mm away"),
+        (lambda d: write_nifti(d / "source_training/0_label.nii.gz", make_scan()[1] * 4), r"unknown values 4 .*8 .*known are \[0, 1, 2\]"),
+        (lambda d: image_of(d).unlink(), "0.nii.gz: no such file: correct the datalist"),
+        (lambda d: image_of(d).write_text("hello"), "cannot be read as NIfTI"),
+        (break_truncate, "cannot be read as NIfTI"),
+        (break_crc, r"0\.nii\.gz"),
+    ],
+)
+def test_bad_scan_is_named(dataset, break_it, message):
+    break_it(dataset)
+    with pytest.raises(DataError, match=message) as caught:
+        check_training_data(dataset / "datalist.json", LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_finding_is_listed(dataset):
+    image_of(dataset).unlink()
+    write_nifti(dataset / "target_training" / "1.nii.gz", np.zeros((8, 9, 10)))
+    with pytest.raises(DataError) as caught:
+        check_training_data(dataset / "datalist.json", LABELS)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_fourth_axis_of_one_is_squeezed(tmp_path):
+    path = write_nifti(tmp_path / "a.nii.gz", make_scan()[0][..., None])
+    assert check_scan(path)[0] == (20, 24, 28)
+
+
+def test_scans_of_a_folder(tmp_path):
+    write_nifti(tmp_path / "b.nii", make_scan()[0])
+    write_nifti(tmp_path / "a.x.nii.gz", make_scan()[0])
+    (tmp_path / "notes.txt").write_text("")
+    assert [case["case_id"] for case in load_scans(tmp_path)] == ["a.x", "b"]
+    assert load_scans(tmp_path / "b.nii")[0]["case_id"] == "b"
+    with pytest.raises(DataError, match="no NIfTI scan"):
+        load_scans(tmp_path / "empty")
+
+
+def test_domains_are_drawn_evenly_whatever_their_size():
+    sampler = DomainBalancedSampler(["a"] * 9 + ["b"], num_samples=2000, seed=1)
+    share = np.mean([index == 9 for index in sampler])
+    assert 0.45 < share < 0.55
+    again = DomainBalancedSampler(["a"] * 9 + ["b"], 2000, 1)
+    assert list(again) == list(sampler)
+    again.set_epoch(1)
+    assert list(again) != list(sampler)
+
+
+class Random(torch.utils.data.Dataset):
+    """A dataset with a transform of its own random state, as MONAI's have."""
+
+    def __init__(self):
+        from monai.transforms import RandLambda
+
+        self.transform = RandLambda(lambda x: x, prob=0.5)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index + self.transform.R.uniform()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_depends_on_its_number_alone(workers):
+    def loader():
+        torch.manual_seed(torch.seed() % 2**31)
+        return SourceTargetLoader(
+            DataLoader(Random(), sampler=DomainBalancedSampler(["a"] * 6, 4), num_workers=workers, generator=torch.Generator()), None, seed=3
+        )
+
+    first = loader()
+    epochs = [[batch["source"].tolist() for batch in first] for _ in range(2)]
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 1})
+    assert [batch["source"].tolist() for batch in resumed] == epochs[1] != epochs[0]
+
+
+def test_sides_are_named_and_one_may_be_absent():
+    numbers = DataLoader(list(range(5)))
+    both = SourceTargetLoader(numbers, DataLoader(list(range(3))))
+    assert len(both) == 3 and [set(batch) for batch in both] == [{"source", "target"}] * 3
+    assert [set(batch) for batch in SourceTargetLoader(None, numbers)] == [{"target"}] * 5
+    assert len(list(EpochLoader(numbers))) == 5
+    with pytest.raises(ConfigError, match="neither source nor target"):
+        SourceTargetLoader(None, None)
+
+
+def test_volumes_in_mm3_and_edges(tmp_path):
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1:3, 1:3, 1:3] = 1
+    label[:, 0, 0] = 2
+    rows = structure_volumes(label, np.diag([2.0, -1.0, 0.5, 1.0]), ["inside", "edge", "absent"])
+    assert [(r["voxels"], r["volume_mm3"], r["touches_edge"]) for r in rows] == [(8, 8.0, False), (4, 4.0, True), (0, 0.0, False)]
+    write_volumes_csv([{"case": "a", **row} for row in rows], tmp_path / "new" / "volumes.csv")
+    with (tmp_path / "new" / "volumes.csv").open() as stream:
+        assert list(csv.DictReader(stream))[1]["structure"] == "edge"
+
+
+def test_class_weights_follow_rarity(dataset):
+    cases = load_datalist(dataset / "datalist.json", "source_training")
+    counts = sum(np.bincount(np.asarray(nib.load(case["label"]).dataobj).ravel(), minlength=3) for case in cases)
+    assert class_weights(cases, LABELS, 0.5) == pytest.approx(np.sqrt(counts[0] / counts).tolist())
+    assert class_weights(cases, LABELS, 0) is None

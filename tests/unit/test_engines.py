@@ -1,0 +1,172 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from monai.utils import set_determinism
+
+from mapseg_components.engines import MAETrainer, UDATrainer
+from mapseg_components.errors import ConfigError, NonFiniteError
+from mapseg_components.handlers import EMATeacher
+from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
+from mapseg_components.networks import GlobalLocalPass, MultiScaleMAE
+
+BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
+
+
+def pair(labels=True, batch=1, value=None):
+    torch.manual_seed(1)
+    image = torch.rand(batch, 1, 8, 8, 12) if value is None else torch.full((batch, 1, 8, 8, 12), value)
+    result = {
+        "local_image": image,
+        "global_image": image.flip(2),
+        "local_box": torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 12.0]]] * batch),
+        "case_id": ["case 7"] * batch,
+    }
+    if labels:
+        result["local_label"] = (image > 0.5).long() + (image > 0.8)
+        result["global_label"] = result["local_label"].flip(2)
+    return result
+
+
+def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimizer=torch.optim.AdamW, **options):
+    set_determinism(0)
+    network = GlobalLocalPass(copy.deepcopy(network))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    teacher = EMATeacher(network, warmup, [[None, 0.9]]) if teacher else None
+    loss = options.pop("loss", AdaptationLoss())
+    trainer = UDATrainer(
+        device="cpu",
+        max_epochs=epochs,
+        train_data_loader=data,
+        network=network,
+        optimizer=optimizer(network.parameters(), lr=lr),
+        loss_function=loss,
+        teacher=teacher,
+        train_handlers=[teacher] if teacher else None,
+        **BLOCKS,
+        **options,
+    )
+    trainer.run()
+    return trainer
+
+
+def same_weights(first, second, **tolerance):
+    for a, b in zip(first.network.parameters(), second.network.parameters()):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_separate_passes_give_the_gradients_of_batched_ones(tiny_network, clean):
+    data = [{"source": pair(), "target": pair(labels=False)}]
+    options = {"loss": AdaptationLoss(target_clean=clean), "optimizer": torch.optim.SGD}  # SGD: the step is the gradient
+    runs = [adaptation(tiny_network, data, batched_passes=batched, **options) for batched in (True, False)]
+    for name, value in runs[0].state.output.items():
+        torch.testing.assert_close(runs[1].state.output[name], value, rtol=1e-4, atol=1e-5)
+    same_weights(*runs, rtol=1e-4, atol=1e-6)
+
+
+def test_output_names_every_term(tiny_network):
+    loss = AdaptationLoss(target_clean=True)
+    output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output
+    assert set(output) == {*loss.weights, "loss", "target_segmentation"}
+    assert output["loss"].item() == pytest.approx(sum(w * output[n].item() for n, w in loss.weights.items()), rel=1e-5)
+    both = (output["target_local"] + output["target_local_masked"]) / 2
+    torch.testing.assert_close(output["target_segmentation"], both)
+
+
+def test_target_is_not_touched_in_warmup(tiny_network):
+    class Untouchable(dict):
+        def items(self):
+            raise AssertionError("the target was read in warm-up")
+
+    run = adaptation(tiny_network, [{"source": pair(), "target": Untouchable()}], warmup=1)
+    assert not any(name.startswith("target") for name in run.state.output)
+
+
+def test_target_alone_trains_when_the_teacher_exists(tiny_network):
+    output = adaptation(tiny_network, [{"target": pair(False)}]).state.output
+    assert all(name.startswith("target") or name == "loss" for name in output)
+
+
+def test_nothing_to_train_on_is_an_error(tiny_network):
+    with pytest.raises(ConfigError, match="nothing to train on.*warmup_epochs"):
+        adaptation(tiny_network, [{"target": pair(False)}], warmup=1)
+
+
+def test_accumulation_equals_a_larger_batch_without_masks(tiny_network):
+    options = {"loss": AdaptationLoss(source_masked=False, gamma=0.0, delta=0.0), "teacher": False}
+    torch.manual_seed(3)
+    halves = [{"source": pair(value=v)} for v in (0.3, 0.9)]
+    one = adaptation(tiny_network, halves, accumulate_steps=2, **options)
+    assert one.optimizer.state_dict()["state"][0]["step"] == 1  # two iterations, one step
+    two = adaptation(tiny_network, halves, accumulate_steps=1, **options)
+    assert two.optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_nan_names_term_and_case(tiny_network):
+    bad = pair()
+    bad["local_image"][0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"source_local.*iteration 1.*case 7"):
+        adaptation(tiny_network, [{"source": bad}], teacher=False)
+
+
+@pytest.mark.parametrize("amp", ["bf16", None])
+def test_mixed_precision_keeps_float32_weights(tiny_network, amp):
+    run = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], amp=amp, max_grad_norm=1.0)
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in run.network.parameters())
+
+
+def test_unknown_amp_is_refused(tiny_network):
+    with pytest.raises(ConfigError, match="amp is 'half'"):
+        adaptation(tiny_network, [], amp="half")
+
+
+def test_sixty_steps_fit_one_pair(tiny_network):
+    """Overfit: the loss above its floor of -1 falls to a quarter at most."""
+    loss = AdaptationLoss(source_masked=False)
+    data = [{"source": pair()}] * 60
+    start = adaptation(tiny_network, data[:1], teacher=False, loss=loss).state.output["source_local"].item()
+    end = adaptation(tiny_network, data, teacher=False, loss=loss, lr=0.02).state.output["source_local"].item()
+    assert (end + 1) <= 0.25 * (start + 1)
+
+
+def autoencoding(steps, seed=0, **options):
+    set_determinism(seed)
+    network = MultiScaleMAE(1, 16, 1, 4, (8, 8))
+    x = torch.linspace(0, 1, 8)
+    image = (x[:, None, None] + x[:, None] ** 2 + x)[None, None] / 3
+    batch = {"local_image": image, "global_image": image.flip(2), "case_id": ["case 9"]}
+    trainer = MAETrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=[batch] * steps,
+        network=network,
+        optimizer=torch.optim.AdamW(network.parameters(), lr=0.01),
+        loss_function=MaskedReconstructionLoss(),
+        **BLOCKS,
+        **options,
+    )
+    trainer.run()
+    return trainer
+
+
+def test_autoencoder_fits_one_pair():
+    first, last = (autoencoding(steps).state.output["loss"].item() for steps in (1, 60))
+    assert last <= 0.25 * first
+
+
+def test_autoencoder_passes_agree():
+    runs = [autoencoding(1, batched_passes=batched) for batched in (True, False)]
+    for name, value in runs[0].state.output.items():
+        torch.testing.assert_close(runs[1].state.output[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_gives_the_same_weights(tiny_network):
+    data = [{"source": pair(), "target": pair(False)}] * 3
+    same_weights(adaptation(tiny_network, data), adaptation(tiny_network, data), rtol=0, atol=0)

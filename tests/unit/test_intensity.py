@@ -1,0 +1,101 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms import (
+    NegativeValues,
+    NegativeValuesd,
+    PercentileClip,
+    PercentileClipd,
+    PercentileTabled,
+    RandPercentileClip,
+    RandPercentileClipd,
+    SelectLabels,
+    SelectLabelsd,
+)
+
+
+def volume(seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).gamma(2.0, 30.0, (1, 11, 13, 17)).astype(np.float32))
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.5, 99.73, 100.0])
+def test_clip_equals_numpy(percentile):
+    image = volume()
+    top = np.percentile(image.numpy(), percentile)
+    expected = ((image - image.min()) / (top - image.min())).clamp(0, 1)
+    torch.testing.assert_close(PercentileClip(percentile)(image), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_table_of_the_volume_scales_its_parts_alike():
+    data = PercentileTabled(keys="image")({"image": volume()})
+    part = PercentileClip(99.5)(volume()[:, :4], data["image_percentiles"])
+    torch.testing.assert_close(part, PercentileClip(99.5)(volume())[:, :4])
+    whole = PercentileClipd(keys="image")(data)
+    assert "image_percentiles" not in whole and whole["image"].max() == 1
+
+
+def test_foreground_percentile_leaves_background_out():
+    image = torch.cat([torch.zeros(1, 90, 13, 17), volume()], dim=1)
+    top = np.percentile(volume().numpy(), 95)
+    scaled = PercentileClip(95, foreground=True)(image)
+    assert scaled.eq(1).sum() == (volume() >= top - 0.5).sum() or abs(scaled[scaled < 1].max() - 1) < 0.05
+
+
+def test_random_percentile_is_shared_and_seeded():
+    data = {"image_percentiles": PercentileTabled("image")({"image": volume()})["image_percentiles"]}
+    data |= {"local_image": volume()[:, :5], "global_image": volume()[:, :5]}
+    keys = ["local_image", "global_image"]
+    draw = [RandPercentileClipd(keys, prob=1.0).set_random_state(seed)(data) for seed in (1, 1, 2)]
+    torch.testing.assert_close(draw[0]["local_image"], draw[0]["global_image"])
+    torch.testing.assert_close(draw[0]["local_image"], draw[1]["local_image"])
+    assert not torch.allclose(draw[0]["local_image"], draw[2]["local_image"])
+    assert "image_percentiles" not in draw[0] and "image_percentiles" in data
+
+
+def test_random_percentile_falls_back_to_the_default():
+    transform = RandPercentileClip(prob=0.0, default=99.5)
+    torch.testing.assert_close(transform(volume()), PercentileClip(99.5)(volume()))
+
+
+@pytest.mark.parametrize("bad, word", [(torch.ones(1, 4, 5, 6), "no contrast"), (volume() / 0, "NaN or infinite")])
+def test_scan_without_contrast_is_named(bad, word):
+    scan = MetaTensor(bad, meta={"filename_or_obj": "t1/case_5.nii.gz"})
+    with pytest.raises(DataError, match=f"case_5.*{word}"):
+        PercentileClip()(scan)
+
+
+def test_negative_values_are_a_choice():
+    image = torch.tensor([-2000.0, -1024.0, -100.0, 0.0, 50.0])
+    assert NegativeValues("clip")(image).tolist() == [0, 0, 0, 0, 50]
+    assert NegativeValues("shift")(image).tolist() == [0, 0, 924, 1024, 1074]
+    assert NegativeValues("keep")(image) is image
+    assert NegativeValuesd("ct", "shift")({"ct": image})["ct"].max() == 1074
+    with pytest.raises(ConfigError, match="negative_values is 'zero'"):
+        NegativeValues("zero")
+
+
+def test_labels_become_consecutive():
+    label = torch.tensor([0, 4, 9, 2, 4]).view(1, 5, 1, 1)
+    assert SelectLabels({"a": 9, "b": 4}, dropped=[2])(label).flatten().tolist() == [0, 2, 1, 0, 2]
+    out = SelectLabelsd("label", [4, 9, 2], allow_missing_keys=True)({"label": label})
+    assert out["label"].flatten().tolist() == [0, 1, 2, 3, 1] and out["label"].dtype == torch.uint8
+    assert SelectLabelsd("label", [4], allow_missing_keys=True)({"image": 1}) == {"image": 1}
+
+
+@pytest.mark.parametrize("values, word", [([0, 1, 7], r"7 \(1 voxels\)"), ([0.0, 1.5, 1.0], "1.5"), ([-1, 0, 1], "-1")])
+def test_unknown_label_is_named(values, word):
+    label = MetaTensor(torch.tensor(values).view(1, 3, 1, 1), meta={"filename_or_obj": "labels/x.nii.gz"})
+    with pytest.raises(DataError, match=f"x.nii.gz.*{word}.*dropped_labels"):
+        SelectLabels([1])(label)
+
+
+def test_label_named_twice_is_refused():
+    with pytest.raises(ConfigError, match="name each value once"):
+        SelectLabels([1, 2], dropped=[2])

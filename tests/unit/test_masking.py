@@ -1,0 +1,59 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mapseg_components.errors import ConfigError
+from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
+from mapseg_components.transforms import RandBlockMask, RandBlockMaskd
+
+
+@pytest.mark.parametrize("block, hidden", [(8, 1210), (4, 9677)])
+def test_paper_masks_hide_an_exact_count(block, hidden):
+    mask = draw_block_mask(3, block_grid((96, 96, 96), block), 0.7)
+    assert mask.flatten(1).sum(1).tolist() == [hidden] * 3
+    assert mask.shape == (3, 1, *(96 // block,) * 3)
+
+
+def test_samples_are_independent_and_seeded():
+    draws = [draw_block_mask(2, (3, 4, 5), 0.5, torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0][0], draws[0][1])
+
+
+@pytest.mark.parametrize("ratio, hidden", [(0.0, 0), (1.0, 60)])
+def test_extreme_ratios(ratio, hidden):
+    assert draw_block_mask(1, (3, 4, 5), ratio).sum() == hidden
+
+
+def test_mask_grows_to_voxels_blockwise_and_true_is_hidden():
+    mask = torch.zeros(1, 1, 1, 2, 3, dtype=torch.bool)
+    mask[..., 1, 2] = True
+    grown = expand_block_mask(mask, (2, 4, 9))
+    assert grown.sum() == 2 * 2 * 3 and grown[..., 2:, 6:].all()
+    image = hide(torch.ones(1, 2, 2, 4, 9), grown)
+    assert image[:, :, :, 2:, 6:].sum() == 0 and image.sum() == 2 * (72 - 12)
+
+
+def test_block_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"\(8, 8, 8\) does not divide the image \(16, 24, 20\)"):
+        block_grid((16, 24, 20), 8)
+    with pytest.raises(ConfigError, match="mask_ratio is 1.2"):
+        draw_block_mask(1, (2, 2, 2), 1.2)
+
+
+def test_transform_hides_and_tells():
+    image = torch.rand(2, 8, 12, 16) + 1
+    transform = RandBlockMaskd(keys=["a", "b"], block_size=(4, 4, 2), mask_ratio=0.25).set_random_state(3)
+    out = transform({"a": image, "b": image, "other": 1})
+    assert out["other"] == 1
+    for key in "ab":
+        assert out[f"{key}_mask"].shape == (1, 8, 12, 16) and out[f"{key}_mask"].float().mean() == 0.25
+        assert torch.equal(out[key] == 0, out[f"{key}_mask"].expand(2, -1, -1, -1))
+    assert not torch.equal(out["a_mask"], out["b_mask"])
+    again = RandBlockMaskd(keys=["a", "b"], block_size=(4, 4, 2), mask_ratio=0.25).set_random_state(3)
+    assert torch.equal(again({"a": image, "b": image})["b_mask"], out["b_mask"])
+    single = RandBlockMask(4, 0.5).set_random_state(0)
+    assert torch.equal(single(image), single(image, randomize=False))

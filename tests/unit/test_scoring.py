@@ -1,0 +1,107 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from mapseg_components.handlers import ScoreCheckpoint
+from mapseg_components.keys import TARGET_SEGMENTATION
+
+
+class Fake:
+    """An evaluator that 'ran' in each epoch with a given metric."""
+
+    def __init__(self):
+        self.state = SimpleNamespace(epoch=0, key_metric_name="dice", metrics={})
+
+
+def run(tmp_path, epochs, active_from=1, **options):
+    """epochs: list of (student Dice, teacher Dice, target losses of the epoch)."""
+    student, teacher = nn.Linear(1, 1), nn.Linear(1, 1)
+    nn.init.constant_(student.weight, 1.0)
+    nn.init.constant_(teacher.weight, 2.0)
+    evaluators = {"student": Fake(), "teacher": Fake()}
+    activity = SimpleNamespace(active=False)
+    score = ScoreCheckpoint(
+        str(tmp_path),
+        {"student": (student, evaluators["student"]), "teacher": (teacher, evaluators["teacher"])},
+        activity,
+        **options,
+    )
+    losses = iter([loss for _, _, values in epochs for loss in values])
+    trainer = Engine(lambda engine, batch: {TARGET_SEGMENTATION: next(losses)} if activity.active else {})
+    seen = []
+
+    from ignite.engine import Events
+
+    @trainer.on(Events.EPOCH_STARTED)
+    def begin(engine):
+        activity.active = engine.state.epoch >= active_from
+        student_dice, teacher_dice, _ = epochs[engine.state.epoch - 1]
+        for name, value in {"student": student_dice, "teacher": teacher_dice}.items():
+            evaluators[name].state.epoch = engine.state.epoch if value is not None else -1
+            evaluators[name].state.metrics = {"dice": value}
+
+    score.attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: seen.append(engine.state.metrics.get("score")))
+    trainer.run(range(max(len(values) for *_, values in epochs)), max_epochs=len(epochs))
+    record = tmp_path / "model_selection.json"
+    return score, seen, json.loads(record.read_text()) if record.is_file() else {}
+
+
+def test_score_is_dice_minus_half_the_mean_target_loss(tmp_path):
+    _, seen, record = run(tmp_path, [(0.6, 0.5, [-0.2, -0.6])])
+    assert seen == [pytest.approx(0.6 - 0.5 * -0.4)]
+    assert record["model.pt"] == pytest.approx(
+        {"weights": "student", "epoch": 1, "score": 0.8, "target_loss": -0.4}
+        | {"source_dice_student": 0.6, "source_dice_teacher": 0.5}
+    )
+
+
+def test_better_of_student_and_teacher_is_written(tmp_path):
+    run(tmp_path, [(0.6, 0.7, [0.0])])
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["weight"].item() == 2.0
+
+
+def test_no_score_before_the_teacher_exists(tmp_path):
+    epochs = [(0.9, None, [0.0]), (0.95, None, [0.0]), (0.1, 0.1, [1.0])]
+    _, seen, record = run(tmp_path, epochs, active_from=3)
+    assert seen[:2] == [None, None]
+    assert record["source_only.pt"] == {"weights": "student", "epoch": 2, "source_dice": 0.95}
+    assert record["model.pt"]["epoch"] == 3  # though its Dice is far below the warm-up's
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_score_is_never_best(tmp_path, bad):
+    score, _, record = run(tmp_path, [(0.5, 0.5, [bad]), (0.3, 0.3, [0.0]), (0.9, 0.9, [bad])])
+    assert record["model.pt"]["epoch"] == 2 and score.best_score == pytest.approx(0.3)
+
+
+def test_nan_dice_of_one_candidate_leaves_the_other(tmp_path):
+    _, _, record = run(tmp_path, [(math.nan, 0.4, [0.0])])
+    assert record["model.pt"]["weights"] == "teacher"
+
+
+def test_epochs_without_validation_change_nothing(tmp_path):
+    _, seen, record = run(tmp_path, [(0.5, 0.5, [0.0]), (None, None, [-9.0])])
+    assert record["model.pt"]["epoch"] == 1
+
+
+def test_patience_counts_scores_only(tmp_path):
+    epochs = [(0.9, None, [0.0])] * 3 + [(0.5, 0.5, [0.0])] + [(0.4, 0.4, [0.0])] * 5
+    score, seen, _ = run(tmp_path, epochs, active_from=4, patience=2)
+    assert len(seen) == 6 and score.epochs_without_gain == 2
+
+
+def test_state_survives_a_round_trip(tmp_path):
+    score, _, _ = run(tmp_path, [(0.5, 0.6, [0.0])])
+    other = ScoreCheckpoint(str(tmp_path), {})
+    other.load_state_dict(score.state_dict())
+    assert other.best_score == score.best_score == pytest.approx(0.6)
