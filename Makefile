@@ -34,10 +34,10 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy mapseg_components && $(BIN)/python tools/check_bundles.py
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python tools/check_bundles.py
 
 weights: $(STAMP)
-	@$(BIN)/python tools/demo.py --full --ship
+	@$(BIN)/python tools/demo.py --ship
 
 clean:
 	rm -rf $(VENV) runs

@@ -92,7 +92,8 @@ def relative_box(box: np.ndarray, frame: np.ndarray, grid: Sequence[int]) -> np.
         (3, 2), continuous edge coordinates of ``grid``.
     """
     scale = np.asarray(grid) / (frame[:, 1] - frame[:, 0])
-    return (box - frame[:, :1]) * scale[:, None]
+    relative: np.ndarray = (box - frame[:, :1]) * scale[:, None]
+    return relative
 
 
 def index_affine(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -147,4 +148,5 @@ def resample_box(volume: torch.Tensor, box: torch.Tensor, size: list[int]) -> to
     out = torch.matmul(volume, z.transpose(1, 2)[:, None, None])  # (B, C, X, Y, z)
     out = torch.matmul(y[:, None, None], out)  # (B, C, X, y, z)
     flat = out.flatten(3)  # (B, C, X, y*z)
-    return torch.matmul(x[:, None], flat).unflatten(3, [size[1], size[2]])
+    out = torch.matmul(x[:, None], flat)
+    return out.view(out.shape[0], out.shape[1], out.shape[2], size[1], size[2])

@@ -21,7 +21,7 @@ from mapseg_components.errors import CheckpointError
 __all__ = ["load_weights", "read_checked", "restore_random_state", "random_state", "write_atomic"]
 
 
-def write_atomic(content: Any, path: str | os.PathLike) -> None:
+def write_atomic(content: Any, path: str | os.PathLike[str]) -> None:
     """Save tensors and plain values so that ``path`` holds either its old content or all of the new one.
 
     Written beside the target, flushed to disk, then renamed over it.
@@ -45,7 +45,7 @@ def write_atomic(content: Any, path: str | os.PathLike) -> None:
         raise
 
 
-def read_checked(path: str | os.PathLike, map_location: torch.device | str = "cpu") -> Any:
+def read_checked(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> Any:
     """Read a file of tensors and plain values; nothing in it is executed.
 
     Raises:
@@ -65,7 +65,7 @@ def read_checked(path: str | os.PathLike, map_location: torch.device | str = "cp
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}): copy it again") from error
 
 
-def load_weights(network: nn.Module, path: str | os.PathLike, prefix: str = "") -> int:
+def load_weights(network: nn.Module, path: str | os.PathLike[str], prefix: str = "") -> int:
     """Load weights into a network, all of it or the part below a prefix; every parameter there must be found.
 
     Args:
@@ -92,7 +92,9 @@ def load_weights(network: nn.Module, path: str | os.PathLike, prefix: str = "") 
         if name in found and found[name].shape != value.shape
     ]
     if problems or not expected:
-        covered = len(expected) - sum(name not in found or found[name].shape != expected[name].shape for name in expected)
+        covered = len(expected) - sum(
+            name not in found or found[name].shape != expected[name].shape for name in expected
+        )
         raise CheckpointError(
             f"{path} covers {covered} of {len(expected)} tensors of the network's {prefix or 'weights'!s} "
             f"({'; '.join(problems[:5]) or 'no such tensors'}{' ...' if len(problems) > 5 else ''}): "
@@ -104,12 +106,18 @@ def load_weights(network: nn.Module, path: str | os.PathLike, prefix: str = "") 
 
 def random_state() -> dict[str, Any]:
     """State of the generators of torch, CUDA, numpy and python, as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "python": [version, list(words), gauss],
     }
 

@@ -213,9 +213,7 @@ class AdaptationLoss(nn.Module):
         """
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
-    def _segmentation(
-        self, logits: torch.Tensor, label: torch.Tensor, confidence: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _segmentation(self, logits: torch.Tensor, label: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
         if confidence is None:
             return self.segmentation(logits, label)
         valid = None if self.ignore_unsure is None else confidence > self.ignore_unsure

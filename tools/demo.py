@@ -75,7 +75,9 @@ def picture(folders: dict[str, Path], path: Path, names: list[str]) -> None:
         scan, truth = (nib.as_closest_canonical(nib.load(case[key])) for key in ("image", "label"))
         maps = [np.asarray(truth.dataobj)]
         for folder in folders.values():
-            maps.append(np.asarray(nib.as_closest_canonical(nib.load(folder / f"{case['case_id']}_seg.nii.gz")).dataobj))
+            maps.append(
+                np.asarray(nib.as_closest_canonical(nib.load(folder / f"{case['case_id']}_seg.nii.gz")).dataobj)
+            )
         grey = np.asarray(scan.dataobj)
         slices = [maps[0][..., z] for z in range(grey.shape[2])]
         level = max(range(len(slices)), key=lambda z: (len(np.unique(slices[z])), np.count_nonzero(slices[z])))
@@ -99,19 +101,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=None, help="folder of results (runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="the whole schedule of fetal_age.yaml, not the short one")
-    parser.add_argument("--ship", action="store_true", help="put the resulting weights into the bundles (with --full)")
+    parser.add_argument("--ship", action="store_true", help="put the resulting weights into the bundles")
     arguments = parser.parse_args()
-    if arguments.ship and not arguments.full:
-        parser.error("--ship needs --full: the bundles ship weights of the whole schedule")
-    output = (arguments.output or ROOT / "runs" / ("fetal_age" if arguments.full else "demo")).absolute()
+    output = (arguments.output or ROOT / "runs" / "demo").absolute()
     if output.exists():
         print(f"Removing the results of an earlier run in {output}")
         shutil.rmtree(output)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
-    settings = ["small_data.yaml", "fetal_age.yaml", *([] if arguments.full else ["demo.yaml"])]
-    train = ["train.json", *settings]
+    train = ["train.json", "small_data.yaml", "fetal_age.yaml"]
     seed = {"seed": arguments.seed}
     folders = {name: output / name for name in ("pretraining", "source_only", "adaptation")}
     seconds = {

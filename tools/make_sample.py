@@ -103,9 +103,7 @@ def main() -> None:
     for folder, cases in SPLITS.items():
         entries = []
         for case in cases:
-            image, label = coarsen(
-                *(nib.load(arguments.atlas / kind / f"{case}.nii.gz") for kind in ("T2", "label"))
-            )
+            image, label = coarsen(*(nib.load(arguments.atlas / kind / f"{case}.nii.gz") for kind in ("T2", "label")))
             entry = {"image": f"{folder}/images/{case}.nii.gz"}
             write(image, arguments.output / entry["image"])
             if folder != "target":  # nothing in the sample could leak a label of the target's training side
@@ -115,7 +113,9 @@ def main() -> None:
         datalist[SECTIONS[folder]] = entries
     (arguments.output / "datalist.json").write_text(json.dumps(datalist, indent=4) + "\n")
     scans = sorted(arguments.output.rglob("*.nii.gz"))
-    sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(arguments.output).as_posix()}" for p in scans]
+    sums = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(arguments.output).as_posix()}" for p in scans
+    ]
     (arguments.output / "SHA256SUMS").write_text("\n".join(sums) + "\n")
 
 

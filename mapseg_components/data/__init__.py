@@ -2,7 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datalists, their checks, loaders for several domains, and what is measured on label maps."""
 
-from mapseg_components.data.audit import check_datalist, check_pretraining_data, check_scan, check_training_data
+from mapseg_components.data.audit import (
+    check_datalist,
+    check_pretraining_data,
+    check_scan,
+    check_scans,
+    check_training_data,
+)
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SourceTargetLoader
 from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
@@ -15,6 +21,7 @@ __all__ = [
     "check_datalist",
     "check_pretraining_data",
     "check_scan",
+    "check_scans",
     "check_training_data",
     "class_weights",
     "load_datalist",

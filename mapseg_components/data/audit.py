@@ -19,7 +19,7 @@ from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
 
-__all__ = ["check_datalist", "check_pretraining_data", "check_scan", "check_training_data"]
+__all__ = ["check_datalist", "check_pretraining_data", "check_scan", "check_scans", "check_training_data"]
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,21 @@ def check_pretraining_data(datalist: str | Path) -> None:
     """Check the scans that pretraining will read; no label is read. Raises as `check_training_data`."""
     check_datalist(datalist, ("source_training", "target_training"))
     report_findings(load_images(datalist, ("source_training", "target_training")), [])
+
+
+def check_scans(cases: Sequence[dict[str, Any]]) -> None:
+    """Check scans before inference; labels are not read.
+
+    Raises:
+        DataError: there is none, two would write the same file, or what `check_scan` finds, one finding a line.
+    """
+    if not cases:
+        raise DataError("no NIfTI scan (*.nii, *.nii.gz) found: set dataset_dir to the folder of your scans")
+    names = [case[CASE_ID] for case in cases]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"case ids {twice} stand twice and would overwrite each other's results: rename the files")
+    report_findings([{IMAGE: case[IMAGE]} for case in cases], [])
 
 
 def report_findings(cases: Iterable[dict[str, Any]], known: Sequence[int]) -> None:

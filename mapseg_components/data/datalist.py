@@ -76,7 +76,9 @@ def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
             raise ConfigError(f"{path} has no {section!r}: add this list (it has {sorted(content)})")
         entries, origin = content[section], f"{path}, {section!r}"
     else:
-        raise ConfigError(f"no datalist at {path}: set datalist to a JSON file, or to a folder with source/ and target/")
+        raise ConfigError(
+            f"no datalist at {path}: set datalist to a JSON file, or to a folder with source/ and target/"
+        )
     if not isinstance(entries, list) or not entries:
         raise DataError(f"{origin} is empty: list at least one scan")
     return [case_of_entry(entry, path, section, f"{origin}, entry {number}") for number, entry in enumerate(entries)]
@@ -93,15 +95,9 @@ def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str,
 
 
 def load_scans(folder: str | Path) -> list[dict[str, Any]]:
-    """Every NIfTI scan of a folder (or one scan) as a case, for inference.
-
-    Raises:
-        DataError: there is no such folder, or no scan in it.
-    """
+    """Every NIfTI scan of a folder (or one scan) as a case, for inference; empty if there is none."""
     path = Path(folder)
     scans = [path] if path.is_file() else list_scans(path)
-    if not scans:
-        raise DataError(f"no NIfTI scan (*.nii, *.nii.gz) in {path}: set dataset_dir to the folder of your scans")
     return [{IMAGE: str(scan.absolute()), CASE_ID: stem(scan)} for scan in scans]
 
 
@@ -124,7 +120,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid JSON ({error}): correct the datalist") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected an object with lists such as source_training")
+        raise ConfigError(
+            f"{path} holds a {type(content).__name__}, expected an object with lists such as source_training"
+        )
     return content
 
 
@@ -167,9 +165,7 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
         case[key] = str((Path(entry[key]) if datalist.is_dir() else base / entry[key]).absolute())
     case[CASE_ID] = entry.get(CASE_ID) or stem(Path(entry[IMAGE]))
     if not re.fullmatch(r"[\w][\w.\- ]*", case[CASE_ID]) or ".." in case[CASE_ID]:
-        raise DataError(
-            f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-' and set case_id"
-        )
+        raise DataError(f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-'")
     if entry.get(DOMAIN):
         case[DOMAIN] = str(entry[DOMAIN])
     return case

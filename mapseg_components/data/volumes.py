@@ -19,9 +19,7 @@ __all__ = ["class_weights", "structure_volumes", "write_volumes_csv"]
 COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
 
 
-def class_weights(
-    cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int], power: float
-) -> list[float] | None:
+def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int], power: float) -> list[float] | None:
     """Cross-entropy weights that grow with the rarity of a class: ``(1 / share of voxels) ** power``, background 1.
 
     Args:

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Unsupervised domain adaptation by masked pseudo-labelling as a MONAI trainer (MAPSeg, arXiv 2303.09373, section 3)."""
+"""Adaptation by masked pseudo-labelling as a MONAI trainer (MAPSeg, arXiv 2303.09373, section 3)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ class Teacher(Protocol):
 
     active: bool
 
+    def attach(self, engine: Any) -> None:
+        """Follow the engine's events."""
+
     def pseudo_label(
         self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -74,7 +77,7 @@ class UDATrainer(Trainer):
             features and context features, e.g. ``GlobalLocalPass``.
         optimizer: over the network's parameters.
         loss_function: an ``AdaptationLoss``.
-        teacher: see `Teacher`; ``None`` trains on the source alone.
+        teacher: see `Teacher`, attached by the trainer; ``None`` trains on the source alone.
         mask_ratio: share of hidden blocks (0.7 in the paper).
         local_block_size: voxels per side of a hidden block of the local patch (8); global_block_size: of the
             global view (4). One number or one per axis.
@@ -118,7 +121,7 @@ class UDATrainer(Trainer):
             max_epochs=max_epochs,
             data_loader=train_data_loader,
             epoch_length=epoch_length,
-            handlers=train_handlers,
+            handlers=[*(train_handlers or ()), *([] if teacher is None else [teacher])],
             decollate=False,
         )
         self.network = network

@@ -102,9 +102,10 @@ class TrainingCheckpoint:
         state = read_checked(self.path)
         expected = {*self.save_dict, "epoch", "epoch_length", "random_state"}
         if not isinstance(state, Mapping) or set(state) != expected:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise CheckpointError(
-                f"{self.path} is no resume file of this run (found {sorted(state) if isinstance(state, Mapping) else type(state).__name__}, "
-                f"expected {sorted(expected)}): move it away, or set resume to false to start anew"
+                f"{self.path} is no resume file of this run (found {found}, expected {sorted(expected)}): "
+                "move it away, or set resume to false to start anew"
             )
         if state["epoch_length"] != engine.state.epoch_length:
             raise CheckpointError(
@@ -129,9 +130,7 @@ class TrainingCheckpoint:
         if idist.get_rank() != 0:
             return
         state = {name: thing.state_dict() for name, thing in self.save_dict.items()}
-        state.update(
-            epoch=engine.state.epoch, epoch_length=engine.state.epoch_length, random_state=random_state()
-        )
+        state.update(epoch=engine.state.epoch, epoch_length=engine.state.epoch_length, random_state=random_state())
         write_atomic(state, self.path)
         if self.weights_path is not None and self.weights is not None:
             write_atomic(self.weights.state_dict(), self.weights_path)

@@ -91,10 +91,10 @@ class VolumesTable:
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _collect(self, engine: Engine) -> None:
-        for case in engine.state.output:
+        for batch, case in zip(engine.state.batch, engine.state.output):
             label_map = case[PRED]
             for row in structure_volumes(np.asarray(label_map[0].cpu()), np.asarray(label_map.affine), self.names):
-                self.rows.append({"case": case_name(case), **row})
+                self.rows.append({"case": case_name(batch, case), **row})
 
     def _write(self, engine: Engine) -> None:
         write_volumes_csv(self.rows, self.path)
@@ -125,11 +125,11 @@ class DiceReport:
 
     def _measure(self, engine: Engine) -> None:
         classes = len(self.names) + 1
-        for case in engine.state.output:
+        for batch, case in zip(engine.state.batch, engine.state.output):
             maps = [one_hot(case[key].as_tensor()[None].long().cpu(), classes) for key in (PRED, LABEL)]
             dice = compute_dice(*maps, include_background=False)[0].tolist()
             present = maps[1].flatten(2).any(dim=2)[0, 1:].tolist()
-            self.cases[case_name(case)] = {
+            self.cases[case_name(batch, case)] = {
                 name: value if there else None for name, value, there in zip(self.names, dice, present)
             }
 
@@ -150,8 +150,8 @@ class DiceReport:
         self.path.write_text(json.dumps(content, indent=4) + "\n")
 
 
-def case_name(case: dict[str, Any]) -> str:
-    """Case id of an evaluator's output, or the scan's file name."""
-    pred = case[PRED]
+def case_name(batch: dict[str, Any], output: dict[str, Any]) -> str:
+    """Case id of a decollated batch, or the file name of its label map's scan."""
+    pred = output[PRED]
     name = pred.meta.get("filename_or_obj", "case") if isinstance(pred, MetaTensor) else "case"
-    return str(case.get(CASE_ID) or Path(str(name)).name.removesuffix(".gz").removesuffix(".nii"))
+    return str(batch.get(CASE_ID) or Path(str(name)).name.removesuffix(".gz").removesuffix(".nii"))

@@ -146,7 +146,7 @@ class ScoreCheckpoint:
         if not dice:
             if any(evaluator is not None for _, evaluator in self.candidates.values()):
                 return  # not an epoch of validation
-            dice = {name: 0.0 for name in self.candidates}
+            dice = dict.fromkeys(self.candidates, 0.0)
         # max() does not order NaN: a candidate without a finite Dice comes last, a tie goes to the later candidate
         name = max(reversed(dice), key=lambda key: dice[key] if math.isfinite(dice[key]) else -math.inf)
         score = dice[name] - self.loss_weight * target_loss

@@ -31,7 +31,8 @@ class GlobalLocalSlidingWindowInferer(Inferer):
     Args:
         roi_size: window, voxels per axis.
         global_size: global view, voxels per axis; by default the window's size.
-        stride: steps between windows, voxels per axis (80 for windows of 96 in the paper); by default 5/6 of the window.
+        stride: steps between windows, voxels per axis (80 for windows of 96 in the paper); by default
+            5/6 of the window.
         sw_batch_size: windows per batch.
         mode: ``"constant"`` for a plain mean (the paper), ``"gaussian"`` to weight a window's centre more.
         stitching_device: where logits of the whole scan are kept, e.g. ``"cpu"`` for large scans; by default the

@@ -106,7 +106,9 @@ class ASPP(nn.Module):
 
 
 class SegmentationHead(nn.Module):
-    """Features to class logits at full resolution: transposed conv, GroupNorm, ReLU, 3x3x3 conv, GroupNorm, ReLU, 1x1x1.
+    """Features to class logits at full resolution.
+
+    Transposed conv, GroupNorm, ReLU, 3x3x3 conv, GroupNorm, ReLU, 1x1x1 conv.
 
     Args:
         in_channels: channels of the features.

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The residual 3D encoder that pretraining and segmentation share (MAPSeg, arXiv 2303.09373, section 3.1 and supplement)."""
+"""The residual 3D encoder that pretraining and segmentation share (MAPSeg, arXiv 2303.09373, section 3.1)."""
 
 from __future__ import annotations
 

@@ -116,9 +116,7 @@ class GlobalLocalDeepLabV3(nn.Module):
             return self.decode(features, features)
         if global_image is None or box is None:
             raise ValueError("global_image and box belong together: give both for collaboration, none for one image")
-        context = self.context(
-            self.encode(global_image), box, list(global_image.shape[2:]), list(features.shape[2:])
-        )
+        context = self.context(self.encode(global_image), box, list(global_image.shape[2:]), list(features.shape[2:]))
         return self.decode(features, context)
 
 

@@ -55,9 +55,7 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
         raise DataError(f"{scan_name(image)}: {bad} voxels are NaN or infinite: repair the scan or leave it out")
     lowest = values.min()
     if lowest == values.max():
-        raise DataError(
-            f"{scan_name(image)}: all voxels are {lowest:g}, no contrast to segment: leave the scan out"
-        )
+        raise DataError(f"{scan_name(image)}: all voxels are {lowest:g}, no contrast to segment: leave the scan out")
     table = np.percentile(values[values != 0] if foreground else values, np.linspace(TABLE_LOWEST, 100, TABLE_STEPS))
     return torch.from_numpy(np.concatenate([[lowest], table]).astype(np.float32))
 
@@ -93,7 +91,7 @@ class NegativeValues(Transform):
     def __init__(self, policy: str, shift: float = 1024.0) -> None:
         if policy not in ("clip", "shift", "keep"):
             raise ConfigError(
-                f"negative_values is {policy!r}, expected 'clip' (MR), 'shift' (CT in HU: adds {shift:g} first) or 'keep'"
+                f"negative_values is {policy!r}, expected 'clip' (MR), 'shift' (CT: adds {shift:g} first) or 'keep'"
             )
         self.policy = policy
         self.shift = shift

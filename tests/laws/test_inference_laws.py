@@ -41,12 +41,15 @@ def plain_loop(scan, network, roi, stride):
         missing = max(side - (stop[axis] - start[axis]), 0)
         start[axis], stop[axis] = start[axis] - missing // 2, stop[axis] + missing - missing // 2
     padded = torch.nn.functional.pad(voxels, [40] * 6)
-    region = padded[:, *(slice(a + 40, b + 40) for a, b in zip(start, stop))]
+    region = padded[(slice(None), *(slice(a + 40, b + 40) for a, b in zip(start, stop)))]
     lines = [torch.linspace(-1 + 1 / n, 1 - 1 / n, n) for n in roi]
     grid = torch.stack(torch.meshgrid(*lines, indexing="ij"), -1).flip(-1)[None]
     view = torch.nn.functional.grid_sample(region[None], grid, padding_mode="border", align_corners=False)
     sides = region.shape[1:]
-    starts = [sorted({min(s, side - r) for s in range(0, max(side - r, 0) + step, step)}) for side, r, step in zip(sides, roi, stride)]
+    starts = [
+        sorted({min(s, side - r) for s in range(0, max(side - r, 0) + step, step)})
+        for side, r, step in zip(sides, roi, stride)
+    ]
     total, count = None, torch.zeros(sides, dtype=torch.float64)
     for corner in itertools.product(*starts):
         window = tuple(slice(c, c + r) for c, r in zip(corner, roi))
@@ -166,7 +169,9 @@ def round_trip(folder, voxels, affine):
     return nib.load(folder / "scan_seg.nii.gz")
 
 
-ORIENTATIONS = ["".join(code) for axes in itertools.permutations(["RL", "AP", "SI"]) for code in itertools.product(*axes)]
+ORIENTATIONS = [
+    "".join(code) for axes in itertools.permutations(["RL", "AP", "SI"]) for code in itertools.product(*axes)
+]
 
 
 def test_there_are_48_orientations():

@@ -111,7 +111,9 @@ def test_small_scan_is_padded_and_comes_back():
     patch, box = out["local_image"].as_tensor(), out["valid_box"].int().tolist()
     inner = patch[(slice(None), *(slice(*ends) for ends in box))]
     assert patch.shape == (1, 24, 20, 16)
-    assert patch.count_nonzero() == inner.count_nonzero() and inner.shape[1] == 5 and inner.shape[2] == 9  # foreground of 2:7 and 2:11
+    assert (
+        patch.count_nonzero() == inner.count_nonzero() and inner.shape[1] == 5 and inner.shape[2] == 9
+    )  # foreground of 2:7 and 2:11
     start = [a for a, _ in box]
     assert (start[0], start[1]) == ((24 - 5) // 2, (20 - 9) // 2)
     assert torch.equal(inner[0, :, :, 0] > 0, torch.ones(5, 9, dtype=torch.bool))

@@ -18,6 +18,7 @@ from mapseg_components.data import (
     check_datalist,
     check_pretraining_data,
     check_scan,
+    check_scans,
     check_training_data,
     class_weights,
     load_datalist,
@@ -59,7 +60,11 @@ def test_domains_of_a_folder(tmp_path):
             for kind in ("images", "labels"):
                 write_nifti(tmp_path / "source" / domain / kind / f"{domain[-1]}{number}.nii.gz", make_scan()[0])
     cases = load_datalist(tmp_path, "source_training")
-    assert [(case["domain"], case["case_id"]) for case in cases] == [("site a", "a0"), ("site a", "a1"), ("site b", "b0")]
+    assert [(case["domain"], case["case_id"]) for case in cases] == [
+        ("site a", "a0"),
+        ("site a", "a1"),
+        ("site b", "b0"),
+    ]
     assert all(case["label"].endswith(f"labels/{case['case_id']}.nii.gz") for case in cases)
 
 
@@ -124,9 +129,15 @@ def break_affine(dataset):
         (break_nan, r"0\.nii\.gz: 1 voxels are NaN or infinite, the first at \(3, 4, 5\): repair"),
         (lambda d: write_nifti(image_of(d), np.ones((20, 24, 28))), "all voxels are 1, no contrast"),
         (lambda d: write_nifti(image_of(d), np.random.rand(20, 24, 28, 3)), r"\(20, 24, 28, 3\), expected 3D"),
-        (lambda d: write_nifti(image_of(d), make_scan((20, 24, 27))[0]), r"label map of shape \(20, 24, 28\), its scan \(20"),
+        (
+            lambda d: write_nifti(image_of(d), make_scan((20, 24, 27))[0]),
+            r"label map of shape \(20, 24, 28\), its scan \(20",
+        ),
         (break_affine, r"0_label\.nii\.gz: its affine puts a corner \d+\.\d+ mm away"),
-        (lambda d: write_nifti(d / "source_training/0_label.nii.gz", make_scan()[1] * 4), r"unknown values 4 .*8 .*known are \[0, 1, 2\]"),
+        (
+            lambda d: write_nifti(d / "source_training/0_label.nii.gz", make_scan()[1] * 4),
+            r"unknown values 4 .*8 .*known are \[0, 1, 2\]",
+        ),
         (lambda d: image_of(d).unlink(), "0.nii.gz: no such file: correct the datalist"),
         (lambda d: image_of(d).write_text("hello"), "cannot be read as NIfTI"),
         (break_truncate, "cannot be read as NIfTI"),
@@ -159,8 +170,12 @@ def test_scans_of_a_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert [case["case_id"] for case in load_scans(tmp_path)] == ["a.x", "b"]
     assert load_scans(tmp_path / "b.nii")[0]["case_id"] == "b"
+    check_scans(load_scans(tmp_path))
     with pytest.raises(DataError, match="no NIfTI scan"):
-        load_scans(tmp_path / "empty")
+        check_scans(load_scans(tmp_path / "empty"))
+    write_nifti(tmp_path / "b.nii.gz", make_scan()[0])
+    with pytest.raises(DataError, match=r"\['b'\] stand twice"):
+        check_scans(load_scans(tmp_path))
 
 
 def test_domains_are_drawn_evenly_whatever_their_size():
@@ -193,7 +208,11 @@ def test_an_epoch_depends_on_its_number_alone(workers):
     def loader():
         torch.manual_seed(torch.seed() % 2**31)
         return SourceTargetLoader(
-            DataLoader(Random(), sampler=DomainBalancedSampler(["a"] * 6, 4), num_workers=workers, generator=torch.Generator()), None, seed=3
+            DataLoader(
+                Random(), sampler=DomainBalancedSampler(["a"] * 6, 4), num_workers=workers, generator=torch.Generator()
+            ),
+            None,
+            seed=3,
         )
 
     first = loader()
@@ -218,7 +237,11 @@ def test_volumes_in_mm3_and_edges(tmp_path):
     label[1:3, 1:3, 1:3] = 1
     label[:, 0, 0] = 2
     rows = structure_volumes(label, np.diag([2.0, -1.0, 0.5, 1.0]), ["inside", "edge", "absent"])
-    assert [(r["voxels"], r["volume_mm3"], r["touches_edge"]) for r in rows] == [(8, 8.0, False), (4, 4.0, True), (0, 0.0, False)]
+    assert [(r["voxels"], r["volume_mm3"], r["touches_edge"]) for r in rows] == [
+        (8, 8.0, False),
+        (4, 4.0, True),
+        (0, 0.0, False),
+    ]
     write_volumes_csv([{"case": "a", **row} for row in rows], tmp_path / "new" / "volumes.csv")
     with (tmp_path / "new" / "volumes.csv").open() as stream:
         assert list(csv.DictReader(stream))[1]["structure"] == "edge"

@@ -48,7 +48,6 @@ def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimiz
         optimizer=optimizer(network.parameters(), lr=lr),
         loss_function=loss,
         teacher=teacher,
-        train_handlers=[teacher] if teacher else None,
         **BLOCKS,
         **options,
     )
@@ -64,7 +63,10 @@ def same_weights(first, second, **tolerance):
 @pytest.mark.parametrize("clean", [False, True])
 def test_separate_passes_give_the_gradients_of_batched_ones(tiny_network, clean):
     data = [{"source": pair(), "target": pair(labels=False)}]
-    options = {"loss": AdaptationLoss(target_clean=clean), "optimizer": torch.optim.SGD}  # SGD: the step is the gradient
+    options = {
+        "loss": AdaptationLoss(target_clean=clean),
+        "optimizer": torch.optim.SGD,
+    }  # SGD: the step is the gradient
     runs = [adaptation(tiny_network, data, batched_passes=batched, **options) for batched in (True, False)]
     for name, value in runs[0].state.output.items():
         torch.testing.assert_close(runs[1].state.output[name], value, rtol=1e-4, atol=1e-5)
@@ -95,7 +97,7 @@ def test_target_alone_trains_when_the_teacher_exists(tiny_network):
 
 
 def test_nothing_to_train_on_is_an_error(tiny_network):
-    with pytest.raises(ConfigError, match="nothing to train on.*warmup_epochs"):
+    with pytest.raises(ConfigError, match=r"nothing to train on.*warmup_epochs"):
         adaptation(tiny_network, [{"target": pair(False)}], warmup=1)
 
 

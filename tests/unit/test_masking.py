@@ -40,7 +40,7 @@ def test_mask_grows_to_voxels_blockwise_and_true_is_hidden():
 def test_block_that_does_not_divide_is_refused():
     with pytest.raises(ConfigError, match=r"\(8, 8, 8\) does not divide the image \(16, 24, 20\)"):
         block_grid((16, 24, 20), 8)
-    with pytest.raises(ConfigError, match="mask_ratio is 1.2"):
+    with pytest.raises(ConfigError, match=r"mask_ratio is 1\.2"):
         draw_block_mask(1, (2, 2, 2), 1.2)
 
 

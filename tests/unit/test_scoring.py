@@ -90,7 +90,7 @@ def test_nan_dice_of_one_candidate_leaves_the_other(tmp_path):
 
 
 def test_epochs_without_validation_change_nothing(tmp_path):
-    _, seen, record = run(tmp_path, [(0.5, 0.5, [0.0]), (None, None, [-9.0])])
+    _, _, record = run(tmp_path, [(0.5, 0.5, [0.0]), (None, None, [-9.0])])
     assert record["model.pt"]["epoch"] == 1
 
 

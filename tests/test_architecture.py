@@ -1,0 +1,73 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mapseg_components"
+ROWS = [
+    {"keys", "errors"},
+    {"boxes", "masking"},
+    {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
+    {"inferers", "engines", "handlers"},
+]
+ROW = {name: number for number, row in enumerate(ROWS) for name in row}
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[ast.stmt, str, bool]]:
+    """Statement, module, and whether it stands at the top level."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        found += [(node, name) for name in names]
+    typing_only = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    hints = {id(inner) for block in typing_only for inner in ast.walk(block)}
+    top = {id(node) for node in tree.body}
+    return [(node, name, id(node) in top) for node, name in found if id(node) not in hints]
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_point_down(path):
+    for node, name, at_top in imports(path):
+        assert at_top, f"{path.name}:{node.lineno} imports inside a function"
+        parts = name.split(".")
+        assert parts[0] not in ("tests", "tools", "bundles")
+        if parts[0] != "mapseg_components" or len(parts) == 1:
+            continue
+        own, other = room(path), parts[1]
+        assert own == other or ROW[other] < ROW[own], f"{path.name}:{node.lineno}: {own} may not import {other}"
+
+
+def test_every_room_has_a_row():
+    assert {room(path) for path in SOURCES} - {"__init__"} == set(ROW)
+
+
+def test_one_door_for_torch_load():
+    doors = [p.name for p in SOURCES if "torch.load(" in p.read_text()]
+    assert doors == ["checkpoints.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_header_and_no_print(path):
+    text = path.read_text()
+    assert text.startswith("# Copyright (c) MAPSeg for MONAI contributors\n# SPDX-License-Identifier: Apache-2.0\n")
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    assert not any(getattr(call.func, "id", "") == "print" for call in calls)
