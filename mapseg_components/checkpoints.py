@@ -107,17 +107,12 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], prefix: str =
 def random_state() -> dict[str, Any]:
     """State of the generators of torch, CUDA, numpy and python, as tensors and plain values."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_of_numpy = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, words, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [
-            str(name),
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [str(name), words_of_numpy, int(position), int(has_gauss), float(cached)],
         "python": [version, list(words), gauss],
     }
 
