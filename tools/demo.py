@@ -14,9 +14,7 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -25,34 +23,15 @@ import numpy as np
 
 from mapseg_components.data import load_datalist
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.stages import ADAPTATION, PRETRAINING, ROOT, run_bundle
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "sample" / "fetal_age"
-PRETRAINING, ADAPTATION = ROOT / "bundles" / "mapseg_pretraining", ROOT / "bundles" / "mapseg_adaptation"
 # Okabe and Ito's colours, told apart with any colour vision; background is transparent
 COLOURS = ["#00000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
-
-
-def run_bundle(title: str, bundle: Path, configs: list[str], output: Path, **settings: object) -> float:
-    """One command of a bundle, run from its folder; its output goes to a log. Returns seconds."""
-    output.mkdir(parents=True, exist_ok=True)
-    files = [f"configs/{name}" for name in configs]
-    settings = {"dataset_dir": SAMPLE, "ckpt_dir": output, "output_dir": output, **settings}
-    command = [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file", str(files)]
-    for key, value in settings.items():
-        command += [f"--{key}", str(value)]
-    started, log = time.monotonic(), output / "log.txt"
-    print(f"{title} ...", end="", flush=True)
-    with log.open("w") as stream:
-        code = subprocess.run(command, cwd=bundle, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-    seconds = time.monotonic() - started
-    if code:
-        print(" failed\n" + "\n".join(log.read_text().splitlines()[-15:]))
-        sys.exit(f"{title} ended with exit code {code}; the whole log is in {log}")
-    print(f" {seconds:.0f} s", flush=True)
-    return seconds
 
 
 def table(results: dict[str, dict]) -> str:
@@ -110,17 +89,17 @@ def main() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
     train = ["train.json", "small_data.yaml", "fetal_age.yaml"]
-    seed = {"seed": arguments.seed}
+    common = {"seed": arguments.seed, "dataset_dir": SAMPLE}
     folders = {name: output / name for name in ("pretraining", "source_only", "adaptation")}
     seconds = {
-        "pretraining": run_bundle("1/5 pretraining on all images", PRETRAINING, train, folders["pretraining"], **seed),
+        "pretraining": run_bundle("1/5 pretraining, all images", PRETRAINING, train, folders["pretraining"], **common),
         "source_only": run_bundle(
             "2/5 source-only training",
             ADAPTATION,
             [*train, "source_only.yaml"],
             folders["source_only"],
             encoder_weights=folders["pretraining"] / "model.pt",
-            **seed,
+            **common,
         ),
         "adaptation": run_bundle(
             "3/5 adaptation without target labels",
@@ -128,7 +107,7 @@ def main() -> None:
             [*train, "from_source.yaml"],
             folders["adaptation"],
             initial_weights=folders["source_only"] / "source_only.pt",
-            **seed,
+            **common,
         ),
     }
     weights = {
@@ -139,7 +118,8 @@ def main() -> None:
     results = {}
     for number, (name, file) in enumerate(weights.items(), start=4):
         configs = ["inference.json", "evaluate.json"]
-        run_bundle(f"{number}/5 inference and evaluation, {name}", ADAPTATION, configs, predictions[name], weights=file)
+        title = f"{number}/5 inference and evaluation, {name}"
+        run_bundle(title, ADAPTATION, configs, predictions[name], dataset_dir=SAMPLE, weights=file)
         results[name] = json.loads((predictions[name] / "metrics.json").read_text())
 
     selection = json.loads((folders["adaptation"] / "model_selection.json").read_text())["model.pt"]
