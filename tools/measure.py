@@ -6,8 +6,8 @@
     python tools/measure.py --datalist DATALIST --oracle ORACLE --experiment neonate_t1_to_t2 --output DIR
 
 DATALIST has source_training, source_validation, target_training (images) and, to score, target_test. ORACLE has
-labelled target scans as source_training and source_validation, and others as target_test. Same network and same steps for all:
-``small_data.yaml``, then the experiment's overlay. Run it again to go on where it stopped.
+labelled target scans as source_training and source_validation, and others as target_test. Same network and same steps
+for all: ``small_data.yaml``, then the experiment's overlay. Run it again to go on where it stopped.
 """
 
 from __future__ import annotations
