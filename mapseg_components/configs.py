@@ -12,11 +12,14 @@ from types import TracebackType
 from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from mapseg_components.errors import ConfigError, MAPSegError
 
 __all__ = ["begin_run", "check_settings", "known_settings"]
 
+# what `monai.bundle run --tracking` adds by itself
+TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
 STANDALONE = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
 
 
@@ -59,9 +62,10 @@ def check_settings(settings: dict[str, Any], config_folder: Path) -> None:
 
 
 def known_settings(config_folder: Path) -> set[str]:
-    """Top-level keys of the stand-alone configs of a bundle."""
-    files = [config_folder / name for name in STANDALONE]
-    return {key.lstrip("+") for file in files if file.is_file() for key in ConfigParser.load_config_file(file)}
+    """Top-level keys of the stand-alone configs of a bundle, and those of MONAI's tracking; empty without configs."""
+    files = [config_folder / name for name in STANDALONE if (config_folder / name).is_file()]
+    keys = {key.lstrip("+") for file in files for key in ConfigParser.load_config_file(file)}
+    return keys | TRACKING if keys else keys
 
 
 def running_workflow() -> ConfigWorkflow | None:
