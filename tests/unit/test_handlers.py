@@ -1,0 +1,99 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Resume file, weights loader, history and Dice report, on small engines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from torch import nn
+
+from mapseg_components.checkpoints import write_atomic
+from mapseg_components.errors import CheckpointError
+from mapseg_components.handlers import DiceReport, EpochHistory, TrainingCheckpoint, WeightsLoader
+
+
+def counting_engine(network, epochs=1):
+    def iteration(engine, batch):
+        with torch.no_grad():
+            network.weight += 1
+        return {"loss": network.weight.detach().sum()}
+
+    return Engine(iteration), {"data": range(3), "max_epochs": epochs}
+
+
+def test_weights_are_loaded_when_the_engine_starts(tmp_path, caplog):
+    caplog.set_level("INFO")
+    source, target = nn.Linear(1, 1), nn.Linear(1, 1)
+    write_atomic(source.state_dict(), tmp_path / "w.pt")
+    engine, run = counting_engine(target)
+    WeightsLoader(str(tmp_path / "w.pt"), target).attach(engine)
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda e: torch.testing.assert_close(target.weight, source.weight))
+    engine.run(**run)
+    assert "2 of 2 tensors (100 % coverage)" in caplog.text
+
+
+def test_resume_goes_on_after_the_last_whole_epoch(tmp_path):
+    network = nn.Linear(1, 1)
+    nn.init.zeros_(network.weight)
+    engine, run = counting_engine(network, epochs=2)
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {"network": network}).attach(engine)
+    engine.run(**run)
+    assert network.weight.item() == 6
+
+    other = nn.Linear(1, 1)
+    engine, run = counting_engine(other, epochs=3)
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {"network": other}).attach(engine)
+    seen = []
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda e: seen.append((e.state.epoch, other.weight.item())))
+    engine.run(**run)
+    assert seen == [(3, 6.0)] and other.weight.item() == 9
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: state.pop("random_state"), r"last\.pt is no resume file of this run"),
+        (lambda state: state.update(epoch_length=7), "7 iterations an epoch, this run has 3"),
+        (lambda state: state["network"].update(weight=torch.zeros(5, 5)), "its 'network' does not fit this run"),
+    ],
+)
+def test_resume_file_of_another_run_is_refused(tmp_path, change, message):
+    network = nn.Linear(1, 1)
+    engine, run = counting_engine(network)
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {"network": network}).attach(engine)
+    engine.run(**run)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    change(state)
+    write_atomic(state, tmp_path / "last.pt")
+    engine, run = counting_engine(network, epochs=2)
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {"network": network}).attach(engine)
+    engine.logger.disabled = True
+    with pytest.raises(CheckpointError, match=message):
+        engine.run(**run)
+
+
+def test_history_has_a_line_per_epoch(tmp_path):
+    network = nn.Linear(1, 1)
+    nn.init.zeros_(network.weight)
+    engine, run = counting_engine(network, epochs=2)
+    EpochHistory(str(tmp_path), torch.optim.SGD(network.parameters(), lr=0.5)).attach(engine)
+    engine.run(**run)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["iteration"], line["loss"]) for line in lines] == [(1, 3, 2.0), (2, 6, 5.0)]
+    assert lines[0]["learning_rate"] == 0.5
+
+
+def test_dice_by_hand(tmp_path):
+    truth = torch.tensor([0, 1, 1, 1, 2, 0]).view(1, 6, 1, 1)
+    pred = torch.tensor([0, 1, 1, 0, 0, 0]).view(1, 6, 1, 1)
+    engine = Engine(lambda engine, batch: [{"pred": MetaTensor(pred), "label": MetaTensor(truth)}])
+    DiceReport(str(tmp_path), ["one", "two", "three"], {"weights": "w.pt"}).attach(engine)
+    engine.run([[{"case_id": "a"}]])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["cases"]["a"] == {"one": pytest.approx(0.8), "two": 0.0, "three": None}
+    assert metrics["mean"] == pytest.approx(0.4) and metrics["weights"] == "w.pt"
