@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint results weights clean
+.PHONY: help demo test lint weights clean
 
 help:
 	@echo "make demo     pretraining, source-only, adaptation, inference and evaluation on the shipped scans"
@@ -14,6 +14,8 @@ help:
 	@echo "make clean    remove the environment and everything the demo wrote"
 
 $(STAMP): setup.cfg constraints.txt Makefile
+	@command -v $(PYTHON) > /dev/null || { \
+	  echo "$(PYTHON) not found: install Python 3.10 or newer, or name it: make PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "$(PYTHON) is older than Python 3.10: install a newer one, or name it: make PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \

@@ -39,12 +39,27 @@ def test_sample_is_what_the_script_made():
     assert len(list(SAMPLE.rglob("*.nii.gz"))) == len((SAMPLE / "SHA256SUMS").read_text().splitlines())
 
 
+def test_every_label_map_lies_on_its_scans_grid():
+    labelled = [case for section in SECTIONS for case in load_datalist(SAMPLE, section) if "label" in case]
+    assert len(labelled) == 7
+    for case in labelled:
+        image, label = (nib.load(case[key]) for key in ("image", "label"))
+        assert label.shape == image.shape, case["label"]
+        np.testing.assert_allclose(label.affine, image.affine, atol=1e-6, err_msg=case["label"])
+        assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+        np.testing.assert_allclose(image.header.get_zooms(), 1.6, atol=1e-4)  # the atlas says 0.799999 mm
+        assert label.get_data_dtype() == np.uint8
+        assert set(np.unique(label.dataobj)) == set(range(9)), case["label"]
+
+
 def test_sample_is_small_and_licensed():
     assert sum(path.stat().st_size for path in SAMPLE.rglob("*") if path.is_file()) <= 4 * 2**20
     assert "CC0" in (SAMPLE / "LICENSE.txt").read_text()
 
 
 def test_no_label_of_a_target_training_scan_is_shipped():
+    entries = json.loads((SAMPLE / "datalist.json").read_text())["target_training"]
+    assert all(set(entry) == {"image"} for entry in entries)
     names = {Path(case["image"]).name for case in load_datalist(SAMPLE, "target_training")}
     assert names == {path.name for path in (SAMPLE / "target").rglob("*.nii.gz")}
     assert not (SAMPLE / "target" / "labels").exists()
