@@ -4,6 +4,7 @@
 
 from mapseg_components.data.audit import (
     check_datalist,
+    check_labelled_scans,
     check_pretraining_data,
     check_scan,
     check_scans,
@@ -19,6 +20,7 @@ __all__ = [
     "EpochLoader",
     "SourceTargetLoader",
     "check_datalist",
+    "check_labelled_scans",
     "check_pretraining_data",
     "check_scan",
     "check_scans",

@@ -19,7 +19,14 @@ from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
 
-__all__ = ["check_datalist", "check_pretraining_data", "check_scan", "check_scans", "check_training_data"]
+__all__ = [
+    "check_datalist",
+    "check_labelled_scans",
+    "check_pretraining_data",
+    "check_scan",
+    "check_scans",
+    "check_training_data",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +106,13 @@ def check_label_map(path: str | Path, known: Iterable[int], shape: tuple[int, ..
 def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTIONS)) -> dict[str, list[dict[str, Any]]]:
     """Load the sections that a datalist has and refuse duplicates and leaks between them. No scan is opened.
 
+    Equal case ids in two sections are allowed: source and target are often numbered alike.
+
     Returns:
         section to cases.
 
     Raises:
-        DataError: a case id or file stands twice, in one section or in two.
+        DataError: a case id stands twice in a section, or a file stands twice anywhere.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for section in sections:
@@ -162,6 +171,14 @@ def check_scans(cases: Sequence[dict[str, Any]]) -> None:
     if twice:
         raise DataError(f"case ids {twice} stand twice and would overwrite each other's results: rename the files")
     report_findings([{IMAGE: case[IMAGE]} for case in cases], [])
+
+
+def check_labelled_scans(
+    cases: Sequence[dict[str, Any]], labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int] = ()
+) -> None:
+    """Check scans and label maps before an evaluation. Raises as `check_training_data`."""
+    check_scans(cases)
+    report_findings(cases, [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels])
 
 
 def report_findings(cases: Iterable[dict[str, Any]], known: Sequence[int]) -> None:

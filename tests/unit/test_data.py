@@ -16,6 +16,7 @@ from mapseg_components.data import (
     EpochLoader,
     SourceTargetLoader,
     check_datalist,
+    check_labelled_scans,
     check_pretraining_data,
     check_scan,
     check_scans,
@@ -149,6 +150,14 @@ def test_bad_scan_is_named(dataset, break_it, message):
     with pytest.raises(DataError, match=message) as caught:
         check_training_data(dataset / "datalist.json", LABELS)
     assert "\n" not in str(caught.value)
+
+
+def test_evaluation_checks_labels_too(dataset):
+    cases = load_datalist(dataset / "datalist.json", "target_test")
+    check_labelled_scans(cases, LABELS)
+    write_nifti(dataset / "target_test" / "0_label.nii.gz", make_scan((20, 24, 27))[1])
+    with pytest.raises(DataError, match=r"0_label.*shape \(20, 24, 27\), its scan \(20, 24, 28\)"):
+        check_labelled_scans(cases, LABELS)
 
 
 def test_every_finding_is_listed(dataset):
