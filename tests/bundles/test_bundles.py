@@ -15,7 +15,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, run
 
-from tests.conftest import ROOT, make_scan, write_nifti
+from tests.conftest import ROOT, SAMPLE, make_scan, write_nifti
 from tools.check_bundles import findings
 
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
@@ -175,6 +175,19 @@ def test_inference_and_evaluation_on_the_scans_own_grid(dataset, tmp_path):
         a, b = truth == value, pred == value
         expected = 2 * (a & b).sum() / (a.sum() + b.sum())
         assert metrics["cases"]["target_test-0"][name] == pytest.approx(expected, abs=1e-5)
+
+
+def test_shipped_weights_segment_the_sample(tmp_path):
+    """The weights in the bundles are trained ones: the held-out fetal brains are segmented, not guessed."""
+    files = [str(ADAPTATION / "configs" / name) for name in ("inference.json", "evaluate.json")]
+    settings = {"bundle_root": str(ADAPTATION), "dataset_dir": str(SAMPLE), "output_dir": str(tmp_path)}
+    run(run_id="run", config_file=files, device="$torch.device('cpu')", **settings)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["cases"]) == {"GA24_notoperated", "GA25_operated"}
+    assert metrics["mean"] > 0.45
+    for bundle in (ADAPTATION, PRETRAINING):
+        norms = [v for n, v in weights(bundle / "models" / "model.pt").items() if "norm1.weight" in n and v.numel() > 1]
+        assert norms and not any((norm == 1).all() for norm in norms)
 
 
 @pytest.mark.parametrize(
