@@ -98,6 +98,7 @@ class ScoreCheckpoint:
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._score)
+        engine.add_event_handler(Events.COMPLETED, self._warn_if_empty)
 
     def state_dict(self) -> dict[str, Any]:
         """Best figures so far."""
@@ -112,6 +113,13 @@ class ScoreCheckpoint:
         self.best_score = state["best_score"]
         self.best_source_dice = state["best_source_dice"]
         self.epochs_without_gain = state["epochs_without_gain"]
+
+    def _warn_if_empty(self, engine: Engine) -> None:
+        if not math.isfinite(max(self.best_score, self.best_source_dice)):
+            logger.warning(
+                f"No weights were selected in {engine.state.epoch} epochs: no epoch was validated, or every figure was "
+                "NaN. Lower val_interval, or look at the losses in history.jsonl."
+            )
 
     def _reset(self, engine: Engine) -> None:
         self._loss_sum, self._loss_count = 0.0, 0

@@ -94,6 +94,11 @@ def test_epochs_without_validation_change_nothing(tmp_path):
     assert record["model.pt"]["epoch"] == 1
 
 
+def test_a_run_that_selected_nothing_says_so(tmp_path, caplog):
+    run(tmp_path, [(None, None, [0.0])])
+    assert "No weights were selected in 1 epochs" in caplog.text and not list(tmp_path.iterdir())
+
+
 def test_patience_counts_scores_only(tmp_path):
     epochs = [(0.9, None, [0.0])] * 3 + [(0.5, 0.5, [0.0])] + [(0.4, 0.4, [0.0])] * 5
     score, seen, _ = run(tmp_path, epochs, active_from=4, patience=2)
