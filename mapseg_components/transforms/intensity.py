@@ -100,7 +100,8 @@ class NegativeValues(Transform):
         """Image of the same shape, any number of dimensions."""
         if self.policy == "keep":
             return img
-        return (img + self.shift if self.policy == "shift" else img).clamp(min=0)
+        shifted = img + self.shift if self.policy == "shift" else img
+        return torch.where(torch.isneginf(shifted), shifted, shifted.clamp(min=0))  # -inf is damage, left to be named
 
 
 class NegativeValuesd(MapTransform):

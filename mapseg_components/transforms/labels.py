@@ -46,7 +46,7 @@ class SelectLabels(Transform):
             DataError: a value is neither kept nor dropped (fractions included); the message names the file.
         """
         found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)
-        unknown = ~torch.isin(found, self.known.to(found.dtype))
+        unknown = ~torch.isin(found.double(), self.known.double())  # a uint8 map must not wrap 300 to 44
         if unknown.any():
             listed = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(found[unknown].tolist(), counts[unknown].tolist()))
             raise DataError(

@@ -178,6 +178,56 @@ def test_works_in_a_cached_dataset_and_collates():
     assert 0 <= batch["local_image"].min() and batch["local_image"].max() <= 1
 
 
+@pytest.mark.parametrize("copy_cache", [True, False])
+def test_cached_scan_gives_a_new_crop_each_time(copy_cache):
+    image, label = scan()
+    steps = [AxisExtremesd("image"), ClassVoxelsd("label"), RandGlobalLocalCropd(16, **WARPED)]
+    data = CacheDataset([{"image": image, "label": label}], Compose(steps), progress=False, copy_cache=copy_cache)
+    first, second = data[0], data[0]
+    assert not torch.equal(first["local_box"], second["local_box"])
+    assert torch.equal(data._cache[0]["image"], image)
+
+
+def test_every_start_is_drawn_including_the_last():
+    image = torch.ones(1, 9, 11, 10)
+    crop = RandGlobalLocalCrop((7, 8, 9), prob=0.0).set_random_state(0)
+    starts = []
+    for _ in range(60):
+        crop(image)
+        starts.append(crop.window[:, 0])
+    assert [sorted(set(axis)) for axis in np.transpose(starts)] == [[0, 1, 2], [0, 1, 2, 3], [0, 1]]
+
+
+def test_rotation_is_drawn_about_every_axis():
+    image, _ = scan()
+    crop = RandGlobalLocalCrop(8, prob=1.0, rotate_range_deg=25.0).set_random_state(0)
+    crop(image)
+    assert (np.abs(crop.warp[:3, :3][~np.eye(3, dtype=bool)]) > 1e-3).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("options", [{"prob": 0.0}, {"prob": 0.0, "flip_prob": 1.0}, WARPED])
+def test_every_voxel_shows_its_place_in_the_world(options, seed):
+    """A ramp in world coordinates is linear, so that trilinear sampling reproduces it exactly inside the scan."""
+    shape, weights = (40, 46, 34), np.array([0.7, -1.3, 2.1])
+
+    def places(affine, size):
+        index = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), axis=-1)
+        return index @ affine[:3, :3].T + affine[:3, 3]
+
+    ramp = torch.from_numpy(places(AFFINE.double().numpy(), shape) @ weights + 500)[None].float()
+    crop = RandGlobalLocalCrop((16, 20, 12), (24, 18, 22), **options).set_random_state(seed)
+    out = crop(MetaTensor(ramp, affine=AFFINE.double()))
+    for key in ("local_image", "global_image"):
+        affine, size = out[key].affine.numpy(), out[key].shape[1:]
+        source = places(np.linalg.inv(AFFINE.double().numpy()) @ affine, size)
+        inside = ((source > 1e-3) & (source < np.array(shape) - 1.001)).all(-1)
+        assert inside.any()
+        np.testing.assert_allclose(
+            out[key].numpy()[0][inside], (places(affine, size) @ weights + 500)[inside], atol=2e-2
+        )
+
+
 def test_bad_input_is_named():
     image, label = scan()
     with pytest.raises(DataError, match="no foreground"):

@@ -96,6 +96,27 @@ def test_unknown_label_is_named(values, word):
         SelectLabels([1])(label)
 
 
+@pytest.mark.parametrize("policy", ["clip", "shift", "keep"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_damage_is_not_clipped_away(policy, bad):
+    image = volume()
+    image[0, 1, 2, 3] = bad
+    with pytest.raises(DataError, match="1 voxels are NaN or infinite"):
+        PercentileTabled("image")(NegativeValuesd("image", policy)({"image": image}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.int64])
+def test_large_label_values_map_exactly(dtype):
+    values = [500, 600, 420, 550, 205, 820, 850]
+    label = torch.tensor([0, *values]).to(dtype).view(1, 8, 1, 1)
+    assert SelectLabels(values)(label).flatten().tolist() == list(range(8))
+
+
+def test_unknown_value_of_a_narrow_type_is_named():
+    with pytest.raises(DataError, match=r"44 \(1 voxels\)"):  # 300 modulo 256 is 44
+        SelectLabels([300])(torch.tensor([0, 44], dtype=torch.uint8).view(1, 2, 1, 1))
+
+
 def test_label_named_twice_is_refused():
     with pytest.raises(ConfigError, match="name each value once"):
         SelectLabels([1, 2], dropped=[2])
