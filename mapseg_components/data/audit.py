@@ -48,6 +48,8 @@ def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         if len(shape) != 3:
             raise DataError(f"{path}: shape {scan.shape}, expected 3D: split a series into one file per volume")
         voxels = np.asanyarray(scan.dataobj).reshape(shape)
+    except DataError:
+        raise
     except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, MemoryError, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: cannot be read as NIfTI ({reason}): copy it again") from error
@@ -65,7 +67,7 @@ def check_scan(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
         its shape and affine.
 
     Raises:
-        DataError: see `read_scan`; or NaN or infinite voxels; or no contrast; or nothing above 0.
+        DataError: see `read_scan`; or NaN or infinite voxels; or no contrast.
     """
     voxels, affine = read_scan(path)
     bad = voxels.size - int(np.isfinite(voxels).sum())
@@ -126,7 +128,9 @@ def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTION
         ids: set[str] = set()
         for case in cases:
             if case[CASE_ID] in ids:
-                raise DataError(f"{section}: case id {case[CASE_ID]!r} stands twice: set case_id to tell them apart")
+                raise DataError(
+                    f"{section}: case id {case[CASE_ID]!r} stands twice: set case_id, or in a folder rename a file"
+                )
             ids.add(case[CASE_ID])
             real = str(Path(case[IMAGE]).resolve())
             if real in seen:
@@ -164,20 +168,25 @@ def check_scans(cases: Sequence[dict[str, Any]]) -> None:
     Raises:
         DataError: there is none, two would write the same file, or what `check_scan` finds, one finding a line.
     """
+    check_names(cases)
+    report_findings([{IMAGE: case[IMAGE]} for case in cases], [])
+
+
+def check_names(cases: Sequence[dict[str, Any]]) -> None:
+    """Refuse an empty list, and cases whose results would overwrite each other. Raises `DataError`."""
     if not cases:
         raise DataError("no NIfTI scan (*.nii, *.nii.gz) found: set dataset_dir to the folder of your scans")
     names = [case[CASE_ID] for case in cases]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"case ids {twice} stand twice and would overwrite each other's results: rename the files")
-    report_findings([{IMAGE: case[IMAGE]} for case in cases], [])
 
 
 def check_labelled_scans(
     cases: Sequence[dict[str, Any]], labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int] = ()
 ) -> None:
     """Check scans and label maps before an evaluation. Raises as `check_training_data`."""
-    check_scans(cases)
+    check_names(cases)
     report_findings(cases, [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels])
 
 

@@ -66,6 +66,8 @@ def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
     """
     if section not in SECTIONS:
         raise ConfigError(f"section {section!r} is unknown, expected one of {sorted(SECTIONS)}")
+    if not datalist:
+        raise ConfigError("no datalist given: set datalist to a JSON file, or to a folder with source/ and target/")
     path = Path(datalist)
     if path.is_dir():
         entries = entries_of_folder(path / SECTIONS[section], with_labels=section not in WITHOUT_LABELS)
@@ -116,7 +118,7 @@ def list_scans(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid JSON ({error}): correct the datalist") from error
     if not isinstance(content, dict):
@@ -163,7 +165,10 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
             raise DataError(f"{origin}: {key!r} is missing for {entry[IMAGE]}: name it, or leave the case out")
         # absolute paths stay; relative ones are below the datalist (or, from a folder, already begin with it)
         case[key] = str((Path(entry[key]) if datalist.is_dir() else base / entry[key]).absolute())
-    case[CASE_ID] = entry.get(CASE_ID) or stem(Path(entry[IMAGE]))
+    if case.get(LABEL) == case[IMAGE]:
+        raise DataError(f"{origin}: {case[IMAGE]} is named as image and as label: name its label map")
+    case_id = entry.get(CASE_ID)
+    case[CASE_ID] = stem(Path(entry[IMAGE])) if case_id in (None, "") else str(case_id)
     if not re.fullmatch(r"[\w][\w.\- ]*", case[CASE_ID]) or ".." in case[CASE_ID]:
         raise DataError(f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-'")
     if entry.get(DOMAIN):

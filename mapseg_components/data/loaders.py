@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from monai.data.utils import set_rnd
 from torch.utils.data import DataLoader, Sampler
@@ -60,10 +61,14 @@ class EpochLoader:
     Args:
         loader: batches of one side.
         seed: see above.
+
+    Raises:
+        ConfigError: the loader keeps its workers from epoch to epoch, where no new seed reaches them.
     """
 
     def __init__(self, loader: DataLoader, seed: int = 0) -> None:
         self.loaders = {"": loader}
+        self._refuse_persistent_workers()
         self.seed = seed
         self.epoch = 0
 
@@ -82,12 +87,19 @@ class EpochLoader:
         """Go on after that epoch."""
         self.epoch = state["epoch"]
 
+    def _refuse_persistent_workers(self) -> None:
+        if any(loader.persistent_workers for loader in self.loaders.values()):
+            raise ConfigError("persistent_workers is true, but an epoch's seed reaches new workers only: set it false")
+
     def _next_epoch(self) -> list[DataLoader]:
         for side, loader in enumerate(self.loaders.values()):
             if hasattr(loader.sampler, "set_epoch"):
                 loader.sampler.set_epoch(self.epoch)
             seed = int(np.random.SeedSequence([self.seed, self.epoch, process_rank(), side]).generate_state(1)[0])
             set_rnd(loader.dataset, seed=seed)
+            if loader.generator is None and loader.num_workers > 0:
+                # workers are seeded from the loader's generator; without one, from torch's global state
+                loader.generator = torch.Generator()
             if loader.generator is not None:
                 loader.generator.manual_seed(seed)
         self.epoch += 1
@@ -103,7 +115,7 @@ class SourceTargetLoader(EpochLoader):
         seed: see `EpochLoader`.
 
     Raises:
-        ConfigError: both are ``None``.
+        ConfigError: both are ``None``, or see `EpochLoader`.
     """
 
     def __init__(self, source_loader: DataLoader | None, target_loader: DataLoader | None, seed: int = 0) -> None:
@@ -111,6 +123,7 @@ class SourceTargetLoader(EpochLoader):
         self.loaders = {side: loader for side, loader in sides.items() if loader is not None}
         if not self.loaders:
             raise ConfigError("neither source nor target data: give at least one loader")
+        self._refuse_persistent_workers()
         self.seed = seed
         self.epoch = 0
 

@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers import Inferer
 from monai.utils import BlendMode, ensure_tuple_rep
+from torch import nn
 
 from mapseg_components.boxes import box_of_mask, expand_box, resample_box
 from mapseg_components.errors import ConfigError, DataError, NonFiniteError
@@ -134,6 +135,8 @@ class GlobalLocalSlidingWindowInferer(Inferer):
         def stack(windows: list[tuple[slice, ...]]) -> torch.Tensor:
             return torch.stack([region[(slice(None), *window)] for window in windows])
 
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = network.module  # the wrapper hides encode, context and decode
         if not all(hasattr(network, part) for part in ("encode", "context", "decode")):
             return lambda windows: network(stack(windows), *args, **kwargs)
 

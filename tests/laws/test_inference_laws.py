@@ -89,6 +89,11 @@ def test_scans_of_a_batch_do_not_mix(tiny_network):
     torch.testing.assert_close(both[1], inferer(scans[1:], tiny_network)[0])
 
 
+def test_a_wrapped_network_collaborates_too(tiny_network):
+    inferer = GlobalLocalSlidingWindowInferer(ROI)
+    torch.testing.assert_close(inferer(image(), torch.nn.DataParallel(tiny_network)), inferer(image(), tiny_network))
+
+
 class Counting(torch.nn.Module):
     """A network without encode and decode that remembers its windows."""
 

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from monai.data import DataLoader
 
 from mapseg_components.data import (
     DomainBalancedSampler,
@@ -78,6 +78,7 @@ def test_domains_of_a_folder(tmp_path):
         (lambda c: c["source_validation"].append({**c["source_training"][0]}), "stands in source_training and in"),
         (lambda c: c["target_test"].append({**c["target_training"][0], "label": "x"}), "stands in target_training and"),
         (lambda c: c["source_training"][0].update(case_id="../x"), "case id '../x' cannot name a file"),
+        (lambda c: c["source_training"][0].update(label="source_training/0.nii.gz"), "named as image and as label"),
         (lambda c: c["source_training"].append("scan.nii.gz"), "entry 2: expected an object with 'image'"),
     ],
 )
@@ -86,9 +87,18 @@ def test_bad_datalist_is_named(dataset, change, message):
         check_datalist(edit(dataset, change))
 
 
+def test_number_as_case_id_and_byte_order_mark_are_read(dataset):
+    path = edit(dataset, lambda c: c["source_training"][0].update(case_id=0))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_datalist(path, "source_training")[0]["case_id"] == "0"
+
+
 def test_missing_datalist_and_section(dataset, tmp_path):
     with pytest.raises(ConfigError, match="no datalist at"):
         load_datalist(tmp_path / "nowhere.json", "source_training")
+    for nothing in (None, ""):
+        with pytest.raises(ConfigError, match="no datalist given"):
+            load_datalist(nothing, "source_training")
     path = edit(dataset, lambda c: c.pop("source_training"))
     with pytest.raises(ConfigError, match="has no 'source_training'"):
         check_datalist(path)
@@ -129,7 +139,10 @@ def break_affine(dataset):
     [
         (break_nan, r"0\.nii\.gz: 1 voxels are NaN or infinite, the first at \(3, 4, 5\): repair"),
         (lambda d: write_nifti(image_of(d), np.ones((20, 24, 28))), "all voxels are 1, no contrast"),
-        (lambda d: write_nifti(image_of(d), np.random.rand(20, 24, 28, 3)), r"\(20, 24, 28, 3\), expected 3D"),
+        (
+            lambda d: write_nifti(image_of(d), np.random.rand(20, 24, 28, 3)),
+            r"\(20, 24, 28, 3\), expected 3D: split a series [^:]*$",
+        ),
         (
             lambda d: write_nifti(image_of(d), make_scan((20, 24, 27))[0]),
             r"label map of shape \(20, 24, 28\), its scan \(20",
@@ -212,14 +225,12 @@ class Random(torch.utils.data.Dataset):
         return index + self.transform.R.uniform()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_depends_on_its_number_alone(workers):
+@pytest.mark.parametrize("workers, generator", [(0, None), (2, None), (0, torch.Generator()), (2, torch.Generator())])
+def test_an_epoch_depends_on_its_number_alone(workers, generator):
     def loader():
         torch.manual_seed(torch.seed() % 2**31)
         return SourceTargetLoader(
-            DataLoader(
-                Random(), sampler=DomainBalancedSampler(["a"] * 6, 4), num_workers=workers, generator=torch.Generator()
-            ),
+            DataLoader(Random(), sampler=DomainBalancedSampler(["a"] * 6, 4), num_workers=workers, generator=generator),
             None,
             seed=3,
         )
@@ -229,6 +240,13 @@ def test_an_epoch_depends_on_its_number_alone(workers):
     resumed = loader()
     resumed.load_state_dict({"epoch": 1})
     assert [batch["source"].tolist() for batch in resumed] == epochs[1] != epochs[0]
+
+
+def test_workers_that_outlive_an_epoch_are_refused():
+    kept = DataLoader(list(range(4)), num_workers=1, persistent_workers=True)
+    for make in (EpochLoader, lambda loader: SourceTargetLoader(None, loader)):
+        with pytest.raises(ConfigError, match="persistent_workers is true"):
+            make(kept)
 
 
 def test_sides_are_named_and_one_may_be_absent():
