@@ -36,3 +36,9 @@ class NonFiniteError(MAPSegError, ArithmeticError):
     """A loss, score or network output became NaN or infinite."""
 
     exit_code = 5
+
+
+class ResourceError(MAPSegError, OSError):
+    """Memory or disk is exhausted, a folder cannot be written, or another run is using it."""
+
+    exit_code = 6

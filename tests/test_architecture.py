@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking"},
+    {"boxes", "masking", "files", "memory"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
     {"inferers", "engines", "handlers"},
 ]

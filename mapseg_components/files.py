@@ -1,0 +1,179 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Writing so that nothing is lost: whole files or none, verified, and one run per folder.
+
+A process that is killed at any moment, or a disk that fills up, leaves the old content of a file in place. What an
+interrupted write leaves beside it (``.<name>.<random>.tmp``) is swept by the next run in that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mapseg_components.errors import ResourceError
+
+__all__ = [
+    "free_space_error",
+    "lock_folder",
+    "replacing",
+    "require_writable",
+    "sweep_temporaries",
+    "unlock_folders",
+    "write_json",
+    "write_text",
+]
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".run.lock"
+TEMPORARY_SUFFIX = ".tmp"
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_locks: dict[Path, FileLock] = {}
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], keep_previous: str | os.PathLike[str] | None = None) -> Iterator[Path]:
+    """Context that yields a temporary path to write; at its end the file is flushed to disk and renamed over ``path``.
+
+    Verify the temporary file inside the context: whatever raises there leaves ``path`` as it was.
+
+    Args:
+        path: the file; missing folders are made. A symbolic link is replaced, never followed.
+        keep_previous: keep the file's old content under this name. Both names exist at every moment.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ending = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix  # writers choose by it
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX + ending)
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        flush(temporary)
+        temporary.chmod(0o644)
+        if keep_previous is not None and path.is_file():
+            link = temporary.with_name(temporary.name + ".previous")
+            with contextlib.suppress(OSError):  # a file system without links keeps no previous file
+                os.link(path, link)
+                os.replace(link, keep_previous)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except OSError as error:
+        if isinstance(error, ResourceError):
+            raise
+        raise free_space_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def free_space_error(path: Path, error: BaseException) -> ResourceError:
+    """What to say when a file cannot be written; the old one is untouched."""
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    space = ""
+    with contextlib.suppress(OSError):
+        status = os.statvfs(path.parent)
+        space = f", {status.f_bavail * status.f_frsize / 2**20:.0f} MiB free on its disk"
+    full = getattr(error, "errno", None) in NO_SPACE or not isinstance(error, OSError)
+    remedy = "free space, or choose another folder" if full else "choose a folder that you may write to"
+    return ResourceError(f"cannot write {path} ({reason}{space}); what was there before is untouched: {remedy}")
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or path.is_file():  # some file systems do not flush folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a text file, all of it or nothing. Raises as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content: Any, path: str | os.PathLike[str]) -> None:
+    """Write a JSON file, all of it or nothing. Raises as `replacing`."""
+    write_text(json.dumps(content, indent=4) + "\n", path)
+
+
+def sweep_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove what interrupted writes left in a folder; returns and logs the names. Call it under the folder's lock."""
+    found = [path for path in Path(folder).glob(f".*{TEMPORARY_SUFFIX}*") if path.is_file() and not path.is_symlink()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    if found:
+        logger.warning(f"Removed from {folder} what an interrupted write had left: {sorted(p.name for p in found)}.")
+    return found
+
+
+def require_writable(folder: str | os.PathLike[str]) -> None:
+    """Make a folder and try to write into it, before work that would be lost starts.
+
+    Raises:
+        ResourceError: it cannot be made or written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(b"\0")
+    except OSError as error:
+        raise free_space_error(Path(folder) / "", error) from error
+
+
+def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
+    """Claim a folder for this process until it ends or calls `unlock_folders`; claiming it twice is one claim.
+
+    The operating system releases the lock of a process that dies, whichever way it dies.
+
+    Raises:
+        ResourceError: another process has it; the message names host, process and start.
+    """
+    folder = Path(folder).resolve()
+    if folder in _locks:
+        return
+    lock, owner = FileLock(folder / LOCK_NAME), folder / f"{LOCK_NAME}.json"
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        with contextlib.suppress(OSError, ValueError):
+            holder = json.loads(owner.read_text())
+            holder = f"process {holder['process']} on {holder['host']}"
+            raise ResourceError(
+                f"{folder} is in use by {holder}: wait for that run or choose another folder "
+                f"(if that process is gone, and the folder is on a network disk, remove {folder / LOCK_NAME})"
+            ) from None
+        raise ResourceError(f"{folder} is in use by another run: wait for it, or choose another folder") from None
+    except OSError as error:
+        raise free_space_error(folder / LOCK_NAME, error) from error
+    _locks[folder] = lock
+    write_json({"process": os.getpid(), "host": socket.gethostname()}, owner)
+
+
+def unlock_folders(folders: Iterable[str | os.PathLike[str]] | None = None) -> None:
+    """Give up some of this process's folders, by default all."""
+    for folder in [Path(f).resolve() for f in folders] if folders is not None else list(_locks):
+        lock = _locks.pop(folder, None)
+        if lock is not None:
+            (folder / f"{LOCK_NAME}.json").unlink(missing_ok=True)
+            lock.release()
