@@ -13,9 +13,10 @@ import errno
 import json
 import logging
 import os
+import re
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".run.lock"
 TEMPORARY_SUFFIX = ".tmp"
+# what `replacing` names its files: a hidden name, eight random characters of tempfile, the suffix
+TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp(\.[\w.]+)?")
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _locks: dict[Path, FileLock] = {}
 
@@ -60,17 +63,19 @@ def replacing(path: str | os.PathLike[str], keep_previous: str | os.PathLike[str
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         ending = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix  # writers choose by it
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX + ending)
+        prefix = f".{path.name[:40]}."  # not longer than the name that the file system must take anyway
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=TEMPORARY_SUFFIX + ending)
         os.close(descriptor)
         temporary = Path(name)
         yield temporary
         flush(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~umask())
         if keep_previous is not None and path.is_file():
             link = temporary.with_name(temporary.name + ".previous")
             with contextlib.suppress(OSError):  # a file system without links keeps no previous file
                 os.link(path, link)
                 os.replace(link, keep_previous)
+            link.unlink(missing_ok=True)  # still there if both names were already one file
         os.replace(temporary, path)
         flush(path.parent)
     except OSError as error:
@@ -84,7 +89,7 @@ def replacing(path: str | os.PathLike[str], keep_previous: str | os.PathLike[str
 
 def free_space_error(path: Path, error: BaseException) -> ResourceError:
     """What to say when a file cannot be written; the old one is untouched."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
     space = ""
     with contextlib.suppress(OSError):
         status = os.statvfs(path.parent)
@@ -92,6 +97,13 @@ def free_space_error(path: Path, error: BaseException) -> ResourceError:
     full = getattr(error, "errno", None) in NO_SPACE or not isinstance(error, OSError)
     remedy = "free space, or choose another folder" if full else "choose a folder that you may write to"
     return ResourceError(f"cannot write {path} ({reason}{space}); what was there before is untouched: {remedy}")
+
+
+def umask() -> int:
+    """Permissions that this process withholds from new files; Python can only read it by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def flush(path: Path) -> None:
@@ -107,9 +119,9 @@ def flush(path: Path) -> None:
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a text file, all of it or nothing. Raises as `replacing`."""
+    """Write a text file, all of it or nothing, with the line ends that it has. Raises as `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -119,7 +131,8 @@ def write_json(content: Any, path: str | os.PathLike[str]) -> None:
 
 def sweep_temporaries(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove what interrupted writes left in a folder; returns and logs the names. Call it under the folder's lock."""
-    found = [path for path in Path(folder).glob(f".*{TEMPORARY_SUFFIX}*") if path.is_file() and not path.is_symlink()]
+    files = [path for path in Path(folder).glob(f".*{TEMPORARY_SUFFIX}*") if TEMPORARY.fullmatch(path.name)]
+    found = [path for path in files if path.is_file() and not path.is_symlink()]
     for path in found:
         path.unlink(missing_ok=True)
     if found:
@@ -147,7 +160,7 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
     The operating system releases the lock of a process that dies, whichever way it dies.
 
     Raises:
-        ResourceError: another process has it; the message names host, process and start.
+        ResourceError: another process has it; the message names host and process.
     """
     folder = Path(folder).resolve()
     if folder in _locks:
@@ -156,18 +169,23 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
-        with contextlib.suppress(OSError, ValueError):
-            holder = json.loads(owner.read_text())
-            holder = f"process {holder['process']} on {holder['host']}"
-            raise ResourceError(
-                f"{folder} is in use by {holder}: wait for that run or choose another folder "
-                f"(if that process is gone, and the folder is on a network disk, remove {folder / LOCK_NAME})"
-            ) from None
-        raise ResourceError(f"{folder} is in use by another run: wait for it, or choose another folder") from None
+        raise ResourceError(
+            f"{folder} is in use by {holder_of(owner)}: wait for that run or choose another folder "
+            f"(if that process is gone, and the folder is on a network disk, remove {folder / LOCK_NAME})"
+        ) from None
     except OSError as error:
         raise free_space_error(folder / LOCK_NAME, error) from error
     _locks[folder] = lock
     write_json({"process": os.getpid(), "host": socket.gethostname()}, owner)
+
+
+def holder_of(owner: Path) -> str:
+    """Who wrote the file beside a lock."""
+    try:
+        content = json.loads(owner.read_text())
+        return f"process {int(content['process'])} on {content['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"
 
 
 def unlock_folders(folders: Iterable[str | os.PathLike[str]] | None = None) -> None:

@@ -5,15 +5,53 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from mapseg_components.errors import ResourceError
 
-__all__ = ["naming_memory_errors"]
+__all__ = ["memory_of", "naming_memory_errors", "require_memory"]
 
 MESSAGES_OF_TORCH = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def memory_of(device: torch.device | str) -> int | None:
+    """Bytes that a device could give this process: what is free on a GPU, else all physical memory (of a container,
+    its limit); ``None`` where the system does not say."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    if device.type != "cpu":
+        return None
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        found = min(found, int(CGROUP_LIMIT.read_text()))
+    return found
+
+
+def require_memory(needed: int, device: torch.device | str, what: str, remedy: str) -> None:
+    """Refuse what cannot fit, before it is allocated.
+
+    Args:
+        needed: bytes. device: where. what: needs them, with its name and sizes. remedy: what the user can do.
+
+    Raises:
+        ResourceError: the device has less.
+    """
+    available = memory_of(device)
+    if available is not None and needed > available:
+        found = f"{needed / 2**30:.1f} GiB on {device}, which has {available / 2**30:.1f} GiB"
+        raise ResourceError(f"{what} needs {found}: {remedy}")
 
 
 @contextlib.contextmanager

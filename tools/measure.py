@@ -62,6 +62,7 @@ def main() -> None:
         folder = output / "evaluation" / name.replace(", ", "_")
         configs = ["inference.json", "evaluate.json", *overlays]
         extra = {"weights": weights, "datalist": where["datalist"], "labels": settings["labels"], "amp": "bf16"}
+        extra["overwrite"] = True  # run again, it goes on where it stopped
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
         metrics = json.loads((folder / "metrics.json").read_text())
         rows.append([name, metrics["mean"], *metrics["structures"].values()])

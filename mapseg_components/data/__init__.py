@@ -12,6 +12,7 @@ from mapseg_components.data.audit import (
 )
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SourceTargetLoader
+from mapseg_components.data.results import check_results, result_path
 from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "check_datalist",
     "check_labelled_scans",
     "check_pretraining_data",
+    "check_results",
     "check_scan",
     "check_scans",
     "check_training_data",
@@ -29,6 +31,7 @@ __all__ = [
     "load_datalist",
     "load_images",
     "load_scans",
+    "result_path",
     "structure_volumes",
     "write_volumes_csv",
 ]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
 
 __all__ = ["class_weights", "structure_volumes", "write_volumes_csv"]
@@ -68,10 +70,13 @@ def structure_volumes(label_map: np.ndarray, affine: np.ndarray, names: Sequence
 
 
 def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Write rows of `structure_volumes`, each with its ``case``, as CSV."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write rows of `structure_volumes`, each with its ``case``, as CSV; all of it or nothing.
+
+    Raises:
+        ResourceError: the disk is full, or the folder cannot be written.
+    """
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(table.getvalue(), path)

@@ -19,6 +19,7 @@ from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
 from mapseg_components.data import structure_volumes, write_volumes_csv
+from mapseg_components.files import write_json
 from mapseg_components.keys import CASE_ID, LABEL, PRED
 
 __all__ = ["DiceReport", "EpochHistory", "VolumesTable"]
@@ -71,7 +72,7 @@ class EpochHistory:
 
 
 class VolumesTable:
-    """Write ``volumes.csv`` for the label maps of an evaluator: voxels and mm3 per structure, edge flag.
+    """Write ``volumes.csv`` for the label maps of an evaluator: voxels and mm3 per structure, edge flag. Whole or not.
 
     Attach it to an evaluator whose output ``pred`` is the label map on the scan's own grid.
 
@@ -101,7 +102,7 @@ class VolumesTable:
 
 
 class DiceReport:
-    """Write ``metrics.json``: Dice per case and structure and their means, on the scans' own grids.
+    """Write ``metrics.json``: Dice per case and structure and their means, on the scans' own grids. Whole or not.
 
     Attach it to an evaluator whose output holds ``pred`` and ``label`` (1, X, Y, Z) of class indices. A structure that
     the truth does not hold in a case is ``null`` there and left out of the means.
@@ -146,8 +147,7 @@ class DiceReport:
             "structures": structures,
             "mean": mean(list(structures.values())),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=4) + "\n")
+        write_json(content, self.path)
 
 
 def case_name(batch: dict[str, Any], output: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from mapseg_components.boxes import box_of_mask, expand_box, resample_box
 from mapseg_components.errors import ConfigError, DataError, NonFiniteError
+from mapseg_components.memory import naming_memory_errors, require_memory
 
 __all__ = ["GlobalLocalSlidingWindowInferer"]
 
@@ -36,8 +37,8 @@ class GlobalLocalSlidingWindowInferer(Inferer):
             5/6 of the window.
         sw_batch_size: windows per batch.
         mode: ``"constant"`` for a plain mean (the paper), ``"gaussian"`` to weight a window's centre more.
-        stitching_device: where logits of the whole scan are kept, e.g. ``"cpu"`` for large scans; by default the
-            input's device.
+        stitching_device: where logits of the whole scan are kept, e.g. ``"cpu"`` for large scans (8 bytes per class
+            and voxel at the peak); by default the input's device.
         background_margin: logit that background has over every other class where no window looked.
 
     A network without ``encode``, ``context`` and ``decode`` is called on each window alone.
@@ -84,13 +85,20 @@ class GlobalLocalSlidingWindowInferer(Inferer):
         Raises:
             DataError: a scan has no foreground.
             NonFiniteError: the network's output holds NaN or infinite values.
+            ResourceError: the logits of a scan do not fit into memory, which is checked before they are allocated.
         """
-        logits = torch.stack([self._segment(image, network, *args, **kwargs) for image in inputs])
+        scans = []
+        for image in inputs:
+            windows = f"windows of {self.roi_size}, {self.sw_batch_size} at a time, on {image.device}"
+            remedy = "window_batch_size, or set stitching_device or device to cpu, or crop the scan"
+            with naming_memory_errors(f"{name_of(image)}, {windows}", remedy):
+                scans.append(self._segment(image, network, *args, **kwargs))
+        logits = scans[0][None] if len(scans) == 1 else torch.stack(scans)
         return MetaTensor(logits, meta=inputs.meta) if isinstance(inputs, MetaTensor) else logits
 
     def _segment(self, scan: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(C, X, Y, Z) to (classes, X, Y, Z)."""
-        name = scan.meta.get("filename_or_obj", "the scan") if isinstance(scan, MetaTensor) else "the scan"
+        name = name_of(scan)
         image = scan.as_subclass(torch.Tensor)
         foreground = (image != 0).any(dim=0)
         if not foreground.any():
@@ -106,6 +114,8 @@ class GlobalLocalSlidingWindowInferer(Inferer):
         for start in range(0, len(windows), self.sw_batch_size):
             batch = windows[start : start + self.sw_batch_size]
             logits = forward(batch).float()
+            if total is None:
+                self._require_memory(name, len(logits[0]), region, image, weight.device)
             if not torch.isfinite(logits).all():
                 raise NonFiniteError(f"{name}: the network's output is NaN or infinite: check the weights and amp")
             if total is None:
@@ -114,9 +124,25 @@ class GlobalLocalSlidingWindowInferer(Inferer):
                 total[(slice(None), *window)] += weight * one
                 count[(slice(None), *window)] += weight
         assert total is not None  # a foreground has at least one window
-        seen = count[0] > 0
-        total = torch.where(seen, total / count.clamp(min=1e-6), self._background(total[:, :1, :1, :1]))
-        return paste(total, box, self._background(total[:, :1, :1, :1]).expand(-1, *image.shape[1:]).clone())
+        background = self._background(total[:, :1, :1, :1])
+        unseen = count[0] == 0
+        total /= count.clamp_(min=1e-6)  # in place: for a large scan these are gigabytes
+        for one, value in zip(total, background.flatten().tolist()):
+            one[unseen] = value
+        return paste(total, box, background.expand(-1, *image.shape[1:]).clone())
+
+    def _require_memory(
+        self, name: str, classes: int, region: torch.Tensor, image: torch.Tensor, device: torch.device
+    ) -> None:
+        """Compare with the device's memory what stitching takes at its peak: the region's sum of logits and count, and
+        the whole scan's logits; and the scan itself where it lies on the same device but is not counted as used."""
+        voxels, whole = region[0].numel(), image[0].numel()
+        values = classes * voxels + voxels + classes * whole + (image.numel() if device.type == "cpu" else 0)
+        remedy = "crop the scan or resample it to larger voxels"
+        if device.type != "cpu":
+            remedy = f"set stitching_device to cpu, or {remedy}"
+        shape = tuple(image.shape[1:])
+        require_memory(4 * values, device, f"{name}: {classes} classes of shape {shape}", remedy)
 
     def _windows(self, foreground: torch.Tensor) -> list[tuple[slice, ...]]:
         """Unique windows over a region (X, Y, Z) that hold foreground."""
@@ -166,6 +192,11 @@ class GlobalLocalSlidingWindowInferer(Inferer):
         logits = torch.full_like(like, -self.background_margin)
         logits[0] = 0.0
         return logits
+
+
+def name_of(scan: torch.Tensor) -> str:
+    """File of a scan, for messages."""
+    return str(scan.meta.get("filename_or_obj", "the scan")) if isinstance(scan, MetaTensor) else "the scan"
 
 
 def crop_with_zeros(volume: torch.Tensor, box: np.ndarray) -> torch.Tensor:

@@ -15,6 +15,7 @@ from mapseg_components.transforms.intensity import (
 )
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
 from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
+from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 
 __all__ = [
     "AxisExtremesd",
@@ -30,6 +31,10 @@ __all__ = [
     "RandGlobalLocalCropd",
     "RandPercentileClip",
     "RandPercentileClipd",
+    "SaveLabelMap",
+    "SaveLabelMapd",
+    "SaveVolume",
+    "SaveVolumed",
     "SelectLabels",
     "SelectLabelsd",
 ]

@@ -166,7 +166,7 @@ def test_inference_and_evaluation_on_the_scans_own_grid(dataset, tmp_path):
     assert table[0].startswith("case,structure,voxels,volume_mm3") and len(table) == 1 + 2 * len(scans)
 
     files = [str(configs / "inference.json"), str(configs / "evaluate.json")]
-    run(run_id="run", config_file=files, dataset_dir=str(dataset), **settings)
+    run(run_id="run", config_file=files, dataset_dir=str(dataset), overwrite=True, **settings)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     case = json.loads((dataset / "datalist.json").read_text())["target_test"][0]
     truth = np.asarray(nib.load(dataset / case["label"]).dataobj)

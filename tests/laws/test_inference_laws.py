@@ -17,12 +17,11 @@ from monai.transforms import (
     Invertd,
     LoadImaged,
     Orientationd,
-    SaveImaged,
 )
 
 from mapseg_components.errors import ConfigError, DataError, NonFiniteError
 from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
-from mapseg_components.transforms import PercentileClipd
+from mapseg_components.transforms import PercentileClipd, SaveLabelMapd
 from tests.conftest import make_scan
 
 ROI = (16, 12, 20)
@@ -156,16 +155,7 @@ def round_trip(folder, voxels, affine):
         [
             AsDiscreted(keys="pred", argmax=True),
             Invertd(keys="pred", transform=before, orig_keys="image", nearest_interp=True),
-            SaveImaged(
-                keys="pred",
-                output_dir=folder,
-                output_postfix="seg",
-                output_dtype=np.uint8,
-                writer="NibabelWriter",
-                resample=False,
-                separate_folder=False,
-                print_log=False,
-            ),
+            SaveLabelMapd(keys="pred", output_dir=folder),
         ]
     )
     data = before({"image": str(path)})

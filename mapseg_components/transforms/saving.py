@@ -1,0 +1,228 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Saving volumes: a file that was read back and found equal, or no file at all.
+
+MONAI's ``SaveImage`` writes in place, accepts what a full disk left behind from some writers, and blames missing
+libraries for every failure of the others. These subclasses write with its ``NibabelWriter`` alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor, NibabelWriter
+from monai.transforms import SaveImage, SaveImaged
+from monai.utils import MetaKeys
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from mapseg_components.errors import ConfigError, NonFiniteError, ResourceError
+from mapseg_components.files import replacing
+
+__all__ = ["SaveLabelMap", "SaveLabelMapd", "SaveVolume", "SaveVolumed"]
+
+# the largest class that each type holds
+LABEL_TYPES = (np.uint8, np.int16)
+
+
+class SaveVolume(SaveImage):
+    """Save a volume of numbers as float32 NIfTI, whole and read back, or not at all.
+
+    The file is written beside its place, read to its end, compared (shape, type, affine and every voxel, all without
+    tolerance; NIfTI keeps the affine as float32) and then renamed. Whatever fails, what was there before stays.
+
+    Args:
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        output_ext: ``".nii.gz"`` or ``".nii"``.
+        separate_folder: put each file into a folder named as its scan.
+        overwrite: replace an existing file; otherwise it is an error. A symbolic link is replaced, never followed.
+        savepath_in_metadict: note the path in the metadata as ``saved_to``.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str] = "./",
+        output_postfix: str = "trans",
+        output_ext: str = ".nii.gz",
+        separate_folder: bool = False,
+        overwrite: bool = False,
+        savepath_in_metadict: bool = False,
+    ) -> None:
+        super().__init__(
+            output_dir=output_dir,
+            output_postfix=output_postfix,
+            output_ext=output_ext,
+            separate_folder=separate_folder,
+            print_log=False,
+            writer=NibabelWriter,
+            savepath_in_metadict=savepath_in_metadict,
+        )
+        if output_ext not in (".nii.gz", ".nii"):
+            raise ConfigError(f"output_ext is {output_ext!r}, expected '.nii.gz' or '.nii'")
+        self.folder_layout.makedirs = False  # `replacing` makes folders, with a plain error if it cannot
+        self.overwrite = overwrite
+
+    def __call__(
+        self,
+        img: torch.Tensor | np.ndarray,
+        meta_data: dict[str, Any] | None = None,
+        filename: str | os.PathLike[str] | None = None,
+    ) -> torch.Tensor | np.ndarray:
+        """Save and return the volume.
+
+        Args:
+            img: (1, X, Y, Z).
+            meta_data: its ``affine`` and ``filename_or_obj``, where ``img`` is no ``MetaTensor``.
+            filename: path without its ending, instead of what the settings above give.
+
+        Raises:
+            ConfigError: the volume has another shape, its values do not fit, or the file exists.
+            NonFiniteError: it holds NaN or infinite values.
+            ResourceError: the disk is full, cannot be written, or does not give back what was written.
+        """
+        meta_data = img.meta if isinstance(img, MetaTensor) else meta_data or {}
+        if filename is None:
+            path = Path(self.folder_layout.filename(**self.fname_formatter(meta_data, self)))
+        else:
+            path = Path(f"{filename}{self.output_ext}")
+        if img.ndim != 4 or img.shape[0] != 1:
+            raise ConfigError(f"{path}: shape {tuple(img.shape)}, expected (1, X, Y, Z): save one channel")
+        if not self.overwrite and os.path.lexists(path):
+            raise ConfigError(f"{path} exists: set overwrite to true, or choose another output_dir")
+        voxels = self.typed(np.asarray(img.detach().cpu() if isinstance(img, torch.Tensor) else img)[0], path)
+        writer = NibabelWriter(output_dtype=voxels.dtype)
+        # set here: `set_data_array` squeezes a single slice to two axes, `set_metadata` goes through float32
+        writer.data_obj = voxels
+        affine = writer.get_meta_info(meta_data)[1]
+        writer.affine = np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
+        with replacing(path) as temporary:
+            writer.write(temporary)
+            verify(temporary, voxels, writer.affine, path)
+        self._data_index += 1
+        if self.savepath_in_metadict:
+            meta_data[MetaKeys.SAVED_TO] = str(path)
+        return img
+
+    def typed(self, voxels: np.ndarray, path: Path) -> np.ndarray:
+        """Voxels (X, Y, Z) in the type of the file; ``path`` is for messages."""
+        bad = voxels.size - int(np.isfinite(voxels).sum())
+        if bad:
+            raise NonFiniteError(f"{path}: {bad} voxels are NaN or infinite, not written: check the weights and amp")
+        return voxels.astype(np.float32)
+
+
+class SaveLabelMap(SaveVolume):
+    """Save a label map as integers (uint8, or int16 for classes above 255), whole and read back, or not at all.
+
+    Args:
+        num_classes: with background; fixes the type of all files and refuses higher values. By default the
+            largest value of each map decides.
+
+    The other arguments are those of `SaveVolume`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str] = "./",
+        output_postfix: str = "seg",
+        output_ext: str = ".nii.gz",
+        separate_folder: bool = False,
+        overwrite: bool = False,
+        savepath_in_metadict: bool = False,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(output_dir, output_postfix, output_ext, separate_folder, overwrite, savepath_in_metadict)
+        self.num_classes = num_classes
+        if num_classes is not None and not 1 <= num_classes <= np.iinfo(LABEL_TYPES[-1]).max + 1:
+            raise ConfigError(f"num_classes is {num_classes}, expected 1 to {np.iinfo(LABEL_TYPES[-1]).max + 1}")
+
+    def typed(self, voxels: np.ndarray, path: Path) -> np.ndarray:
+        """Whole numbers from 0 in the smallest type that holds the largest class."""
+        largest = np.iinfo(LABEL_TYPES[-1]).max if self.num_classes is None else self.num_classes - 1
+        low, high = float(voxels.min()), float(voxels.max())  # NaN if there is one
+        if not (0 <= low and high <= largest) or bool((voxels != np.rint(voxels)).any()):
+            raise ConfigError(
+                f"{path}: values {low:g} to {high:g}, expected whole numbers from 0 to {largest}: take the argmax of "
+                "logits (AsDiscreted) and invert with nearest_interp before saving a label map"
+            )
+        decisive = high if self.num_classes is None else largest
+        return voxels.astype(next(kind for kind in LABEL_TYPES if decisive <= np.iinfo(kind).max))
+
+
+def verify(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Read a file to its end, checksum included, and compare it with what was to be written.
+
+    Raises:
+        ResourceError: it differs; the message has ``path``, the file's later name.
+    """
+    try:
+        content = temporary.read_bytes()
+        found = nib.Nifti1Image.from_bytes(gzip.decompress(content) if temporary.name.endswith(".gz") else content)
+        differing = [
+            name
+            for name, equal in (
+                ("shape", found.shape == voxels.shape),
+                ("type", found.get_data_dtype() == voxels.dtype),
+                ("affine", np.array_equal(found.affine, affine.astype(np.float32))),
+            )
+            if not equal
+        ] or ([] if np.array_equal(np.asanyarray(found.dataobj), voxels) else ["voxels"])
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise ResourceError(
+            f"{path}: cannot be read back ({error}), nothing was kept: free space, check the disk, or choose "
+            "another output_dir"
+        ) from error
+    if differing:
+        raise ResourceError(
+            f"{path}: {' and '.join(differing)} read back differ from what was written, nothing was kept: "
+            "check the disk, or choose another output_dir"
+        )
+
+
+class SaveVolumed(SaveImaged):
+    """Dictionary version of `SaveVolume`, with its arguments."""
+
+    saver_type: type[SaveVolume] = SaveVolume
+
+    def __init__(
+        self,
+        keys: Hashable | Iterable[Hashable],
+        output_dir: str | os.PathLike[str] = "./",
+        output_postfix: str = "trans",
+        allow_missing_keys: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(keys, output_dir=output_dir, allow_missing_keys=allow_missing_keys)
+        self.saver = self.saver_type(output_dir=output_dir, output_postfix=output_postfix, **settings)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Save the volumes under the keys; returns the dictionary."""
+        return super().__call__(data)
+
+
+class SaveLabelMapd(SaveVolumed):
+    """Dictionary version of `SaveLabelMap`, with its arguments.
+
+    A subclass of MONAI's ``SaveImaged``, which MONAI Label drops from a bundle's postprocessing by its type.
+    """
+
+    saver_type = SaveLabelMap
+
+    def __init__(
+        self,
+        keys: Hashable | Iterable[Hashable],
+        output_dir: str | os.PathLike[str] = "./",
+        output_postfix: str = "seg",
+        allow_missing_keys: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(keys, output_dir, output_postfix, allow_missing_keys, **settings)
