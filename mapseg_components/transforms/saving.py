@@ -23,6 +23,7 @@ from monai.transforms import SaveImage, SaveImaged
 from monai.utils import MetaKeys
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from mapseg_components.errors import ConfigError, NonFiniteError, ResourceError
 from mapseg_components.files import replacing
@@ -176,7 +177,7 @@ def verify(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) 
             )
             if not equal
         ] or ([] if np.array_equal(np.asanyarray(found.dataobj), voxels) else ["voxels"])
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError, EOFError, OSError, ValueError, zlib.error) as error:
         raise ResourceError(
             f"{path}: cannot be read back ({error}), nothing was kept: free space, check the disk, or choose "
             "another output_dir"
