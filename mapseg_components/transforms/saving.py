@@ -70,6 +70,7 @@ class SaveVolume(SaveImage):
         if output_ext not in (".nii.gz", ".nii"):
             raise ConfigError(f"output_ext is {output_ext!r}, expected '.nii.gz' or '.nii'")
         self.folder_layout.makedirs = False  # `replacing` makes folders, with a plain error if it cannot
+        self.output_dir = Path(output_dir)
         self.overwrite = overwrite
 
     def __call__(
@@ -93,6 +94,8 @@ class SaveVolume(SaveImage):
         meta_data = img.meta if isinstance(img, MetaTensor) else meta_data or {}
         if filename is None:
             path = Path(self.folder_layout.filename(**self.fname_formatter(meta_data, self)))
+            if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(self.output_dir)):
+                raise ConfigError(f"{path} would lie outside of {self.output_dir}: rename the scan")
         else:
             path = Path(f"{filename}{self.output_ext}")
         if img.ndim != 4 or img.shape[0] != 1:
