@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
-import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,32 +18,36 @@ import torch
 from torch import nn
 
 from mapseg_components.errors import CheckpointError
+from mapseg_components.files import free_space_error, replacing
 
-__all__ = ["load_weights", "read_checked", "restore_random_state", "random_state", "write_atomic"]
+__all__ = ["fingerprint", "load_weights", "random_state", "read_checked", "restore_random_state", "write_atomic"]
 
 
-def write_atomic(content: Any, path: str | os.PathLike[str]) -> None:
+def write_atomic(
+    content: Any, path: str | os.PathLike[str], keep_previous: str | os.PathLike[str] | None = None
+) -> None:
     """Save tensors and plain values so that ``path`` holds either its old content or all of the new one.
 
-    Written beside the target, flushed to disk, then renamed over it.
+    Written beside the target, flushed to disk, read back (every record's checksum), then renamed over it.
 
     Args:
         content: what ``torch.save`` can write and ``torch.load(weights_only=True)`` can read.
         path: the file; missing folders are made.
+        keep_previous: keep the file's old content under this name.
+
+    Raises:
+        ResourceError: the disk is full, or the file does not read back as written; the old file is untouched.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path, keep_previous) as temporary:
+        try:
+            with temporary.open("wb") as stream:
+                torch.save(content, stream)
+            with zipfile.ZipFile(temporary) as archive:
+                damaged = archive.testzip()
+        except (RuntimeError, zipfile.BadZipFile) as error:  # torch's words for a disk that is full
+            raise free_space_error(Path(path), error) from error
+        if damaged is not None:
+            raise free_space_error(Path(path), RuntimeError(f"its record {damaged} does not read back"))
 
 
 def read_checked(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> Any:
@@ -55,14 +60,26 @@ def read_checked(path: str | os.PathLike[str], map_location: torch.device | str 
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}: run the stage that writes this file, or correct the path")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the records with their checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged (checksum of its record {damaged}): copy it again")
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values and was not loaded: "
             "save a state_dict, and use only files from people you trust"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # what a damaged file makes of a parser is not foreseeable
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}): copy it again") from error
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Sixteen hexadecimal digits that two networks share if their weights have equal names, shapes and types."""
+    lines = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in network.state_dict().items()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str], prefix: str = "") -> int:

@@ -1,71 +1,183 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle run does first: refuse unknown settings, and make user errors end in one readable line."""
+"""What a bundle run does first: refuse unknown settings, claim its folders, end user errors in one readable line."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import json
+import os
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from pydoc import locate as locate_by_name
 from types import TracebackType
 from typing import Any
 
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
+from monai.bundle.config_item import ConfigComponent
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from mapseg_components.errors import ConfigError, MAPSegError
+from mapseg_components.files import lock_folder, require_writable, sweep_temporaries, unlock_folders
 
-__all__ = ["begin_run", "check_settings", "known_settings"]
+__all__ = ["begin_run", "check_settings", "end_run", "require_same_settings", "running_settings"]
 
 # what `monai.bundle run --tracking` adds by itself
 TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
 STANDALONE = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
+# parts of a config whose keys are fixed; below them, and elsewhere, only the arguments of components are
+SECTIONS = ("train", "validate")
+# settings that may differ when a run is resumed: where things are and how fast they go, not what is trained
+SAFE_TO_CHANGE = {
+    *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "datalist", "device", "imports", "initialize", "run"),
+    *("training", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate", "save_steps"),
+    *("encoder_weights", "initial_weights", "window_batch_size", "finalize", "audit", "audit_file"),
+    *TRACKING,
+}
 
 
-def begin_run() -> None:
-    """First step of every run of a bundle: plain error messages, and `check_settings`.
+def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
+    """First step of every run of a bundle: plain error messages, `check_settings`, and its folders claimed.
+
+    Each folder is made, written to for a test, locked against other runs until `end_run` or the end of the process, and
+    swept of what an interrupted run left. In a distributed run the first process does this.
+
+    Args:
+        folders: what the run writes to.
 
     Raises:
         ConfigError: a setting is unknown.
+        ResourceError: a folder cannot be written, or another run is using it.
     """
     if sys.excepthook is not plain_error_hook:
         sys.excepthook = plain_error_hook
     workflow = running_workflow()
     if workflow is not None:
         check_settings(workflow.parser.config, Path(str(workflow.config_root_path)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        for folder in folders:
+            require_writable(folder)
+            lock_folder(folder)
+            sweep_temporaries(folder)
 
 
-def check_settings(settings: dict[str, Any], config_folder: Path) -> None:
-    """Refuse top-level keys that none of the bundle's own configs has: they are typos that would be ignored.
+def end_run() -> None:
+    """Last step of a run: give its folders up, for a process that goes on to do other things."""
+    unlock_folders()
+
+
+def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
+    """Refuse keys that would be ignored: at the top level, in ``train`` and ``validate``, and arguments of components.
 
     Keys of your own, for use by your own expressions, begin with an underscore.
 
     Args:
         settings: the merged config, overlays and overrides included.
-        config_folder: the bundle's folder of configs.
+        config_folder: the bundle's folder of configs; its own configs say which keys there are.
 
     Raises:
         ConfigError: names each unknown key and the nearest known one.
     """
-    known = known_settings(config_folder)
-    unknown = sorted(key for key in settings if key not in known and not key.startswith("_"))
-    if known and unknown:
-        hints = []
-        for key in unknown:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    known = known_keys(config_folder)
+    if not known[""]:
+        return
+    found = [("", key) for key in settings] + [
+        (section, key) for section in SECTIONS if isinstance(settings.get(section), dict) for key in settings[section]
+    ]
+    problems = [
+        hint(f"{section}#{key}" if section else key, key, known[section])
+        for section, key in found
+        if key not in known[section] and not str(key).startswith("_")
+    ]
+    problems += unknown_arguments(dict(settings), ComponentLocator())
+    if problems:
         raise ConfigError(
-            f"unknown setting {', '.join(hints)}: correct it in the overlay or on the command line; "
+            f"unknown setting {', '.join(problems)}: correct it in the overlay or on the command line; "
             "keys of your own begin with '_'"
         )
 
 
-def known_settings(config_folder: Path) -> set[str]:
-    """Top-level keys of the stand-alone configs of a bundle, and those of MONAI's tracking; empty without configs."""
-    files = [config_folder / name for name in STANDALONE if (config_folder / name).is_file()]
-    keys = {key.lstrip("+") for file in files for key in ConfigParser.load_config_file(file)}
-    return keys | TRACKING if keys else keys
+def known_keys(config_folder: Path) -> dict[str, set[str]]:
+    """Keys of the stand-alone configs of a bundle by section, ``""`` for the top level; empty without configs."""
+    keys: dict[str, set[str]] = {section: set() for section in ("", *SECTIONS)}
+    for name in STANDALONE:
+        if not (config_folder / name).is_file():
+            continue
+        for path, value in ConfigParser.load_config_file(config_folder / name).items():
+            first, *rest = path.lstrip("+").replace("::", "#").split("#")
+            keys[""].add(first)
+            if first in SECTIONS:
+                keys[first].update(rest[:1] or value)
+    if keys[""]:
+        keys[""] |= TRACKING
+    return keys
+
+
+def unknown_arguments(settings: Any, locator: ComponentLocator, path: str = "") -> Iterator[str]:
+    """Arguments that a component (``_target_``) does not have, anywhere in a config."""
+    if isinstance(settings, list):
+        for number, value in enumerate(settings):
+            yield from unknown_arguments(value, locator, f"{path}#{number}")
+    if not isinstance(settings, dict):
+        return
+    for key, value in settings.items():
+        yield from unknown_arguments(value, locator, f"{path}#{key}" if path else str(key))
+    target = settings.get("_target_")
+    if not isinstance(target, str) or target.startswith(("$", "@")):
+        return
+    try:
+        component = ConfigComponent(config=settings, id=path, locator=locator)
+        parameters = inspect.signature(locate(component.resolve_module_name())).parameters
+    except (ImportError, ModuleNotFoundError, TypeError, ValueError):
+        return  # MONAI reports what it cannot make
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return  # the component itself refuses what it does not know
+    for key in settings:
+        if key not in parameters and not key.startswith("_"):
+            yield hint(f"{path}#{key}", key, set(parameters))
+
+
+def locate(name: Any) -> Any:
+    """The class or function of a dotted name, which may be one already."""
+    return locate_by_name(name) if isinstance(name, str) else name
+
+
+def hint(where: str, key: str, known: set[str]) -> str:
+    """An unknown key, and the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"{where!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def running_settings() -> dict[str, Any]:
+    """The merged config of the bundle run that calls this, as plain JSON values; empty outside of one."""
+    workflow = running_workflow()
+    return {} if workflow is None else json.loads(json.dumps(workflow.parser.config, default=repr))
+
+
+def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to resume with settings that make it another training.
+
+    Args:
+        saved: `running_settings` when the resume file was written. now: those of this run. path: the resume file.
+
+    Raises:
+        ConfigError: names each differing setting, its old and its new value.
+    """
+    if not saved or not now:
+        return
+    names = [name for name in sorted({*saved, *now}) if name not in SAFE_TO_CHANGE and not name.startswith("_")]
+    changed = [
+        f"{name} was {json.dumps(saved.get(name))[:80]}, now {json.dumps(now.get(name))[:80]}"
+        for name in names
+        if saved.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{path} was written with other settings ({'; '.join(changed)}): keep them, choose another ckpt_dir, "
+            "or set resume to false to start anew"
+        )
 
 
 def running_workflow() -> ConfigWorkflow | None:

@@ -11,7 +11,7 @@ from mapseg_components.data.audit import (
     check_training_data,
 )
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
-from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SourceTargetLoader
+from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.results import check_results, result_path
 from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
 
@@ -19,6 +19,7 @@ __all__ = [
     "SECTIONS",
     "DomainBalancedSampler",
     "EpochLoader",
+    "SeededDataset",
     "SourceTargetLoader",
     "check_datalist",
     "check_labelled_scans",

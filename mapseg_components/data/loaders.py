@@ -1,33 +1,37 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing from several domains, and pairing source with target batches, reproducibly by (seed, epoch)."""
+"""Drawing from several domains, and pairing source with target batches, reproducibly by (seed, epoch, sample)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.data.utils import set_rnd
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mapseg_components.errors import ConfigError
-from mapseg_components.keys import SOURCE, TARGET
+from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.keys import CASE_ID, SOURCE, TARGET
 
-__all__ = ["DomainBalancedSampler", "EpochLoader", "SourceTargetLoader"]
+__all__ = ["DomainBalancedSampler", "EpochLoader", "SeededDataset", "SourceTargetLoader"]
 
 
-class DomainBalancedSampler(Sampler[int]):
-    """Draw a domain, then one of its scans, both uniformly, with replacement.
+class DomainBalancedSampler(Sampler[tuple[int, int]]):
+    """Draw a domain, then one of its scans, both uniformly, with replacement; give every draw a seed of its own.
 
     In a distributed run each process draws its own sequence.
 
     Args:
         domains: domain of each case; all equal for a single domain.
         num_samples: draws per epoch.
-        seed: draws depend on the seed, the epoch and the process, on nothing else.
+        seed: draws depend on the seed, the epoch, the stream and the process, on nothing else.
+
+    Yields:
+        (index of the scan, seed of its random transforms), for `SeededDataset`.
     """
 
     def __init__(self, domains: Sequence[str], num_samples: int, seed: int = 0) -> None:
@@ -36,74 +40,130 @@ class DomainBalancedSampler(Sampler[int]):
         self.members = [np.flatnonzero(np.asarray(domains) == domain) for domain in sorted(set(domains))]
         self.num_samples = num_samples
         self.seed = seed
-        self.epoch = 0
+        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose draws come next."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, stream: int = 0, start: int = 0) -> None:
+        """Choose what comes next: the epoch, the stream (0 source, 1 target), and the first draw of it."""
+        self.epoch, self.stream, self.start = epoch, stream, start
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng([self.seed, self.epoch, process_rank()])
-        for _ in range(self.num_samples):
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        origin = np.random.SeedSequence([self.seed, self.epoch, process_rank(), self.stream])
+        of_draws, of_samples = origin.spawn(2)
+        generator, seeds = np.random.default_rng(of_draws), of_samples.generate_state(self.num_samples)
+        for number in range(self.num_samples):
             members = self.members[generator.integers(len(self.members))]
-            yield int(members[generator.integers(len(members))])
+            index = int(members[generator.integers(len(members))])
+            if number >= self.start:
+                yield index, int(seeds[number])
+
+
+class SeededDataset(Dataset):
+    """A MONAI dataset whose random transforms are seeded for each sample by itself.
+
+    So a sample depends neither on the samples before it nor on the worker that makes it: any number of workers yields
+    the same batches, and a run that was interrupted goes on with the sample that comes next.
+
+    Args:
+        dataset: its ``transform`` has ``set_random_state``, e.g. MONAI's ``Compose``; its ``data`` are cases.
+
+    Raises:
+        DataError: a transform failed; the message begins with the case.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: tuple[int, int]) -> Any:
+        index, seed = draw
+        self.dataset.transform.set_random_state(seed=seed)  # type: ignore[attr-defined]
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            case = self.dataset.data[index].get(CASE_ID, index)  # type: ignore[attr-defined]
+            cause: BaseException | None = error  # MONAI wraps what a transform raises
+            while cause is not None and not isinstance(cause, MAPSegError):
+                cause = cause.__cause__
+            reason = str(cause or error).strip().splitlines()[0]
+            raise DataError(f"case {case}: {reason}") from error
 
 
 class EpochLoader:
-    """A data loader whose draws and random transforms depend on (seed, epoch) alone.
-
-    MONAI seeds random transforms when a loader is made; here they are seeded again at the start of every epoch, so
-    that a resumed run sees what an uninterrupted one would have seen, with any number of workers.
+    """A data loader whose batches depend on (seed, epoch) alone, and that can go on in the middle of an epoch.
 
     Args:
-        loader: batches of one side.
-        seed: see above.
+        loader: batches of one side, from a `SeededDataset` drawn by a `DomainBalancedSampler`.
 
     Raises:
-        ConfigError: the loader keeps its workers from epoch to epoch, where no new seed reaches them.
+        ConfigError: the loader keeps its workers from epoch to epoch, or has another dataset or sampler.
+        DataError: while iterating: a sample could not be made; the message begins with its case.
+        ResourceError: while iterating: a worker was killed, mostly for memory.
     """
 
-    def __init__(self, loader: DataLoader, seed: int = 0) -> None:
-        self.loaders = {"": loader}
-        self._refuse_persistent_workers()
-        self.seed = seed
-        self.epoch = 0
+    def __init__(self, loader: DataLoader) -> None:
+        self._set_loaders({"": loader})
 
     def __len__(self) -> int:
         return min(len(loader) for loader in self.loaders.values())
 
     def __iter__(self) -> Iterator[Any]:
-        (loader,) = self._next_epoch()
-        yield from loader
+        for (batch,) in self._batches():
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epochs begun so far."""
-        return {"epoch": self.epoch}
+        """Epochs begun, and batches yielded of the last one."""
+        return {"epoch": self.epoch, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after that epoch."""
-        self.epoch = state["epoch"]
+        """Go on after that batch."""
+        self.epoch, self.batches = state["epoch"], state["batches"]
+        self._unfinished = 0 < self.batches < len(self)
 
-    def _refuse_persistent_workers(self) -> None:
-        if any(loader.persistent_workers for loader in self.loaders.values()):
-            raise ConfigError("persistent_workers is true, but an epoch's seed reaches new workers only: set it false")
-
-    def _next_epoch(self) -> list[DataLoader]:
-        for side, loader in enumerate(self.loaders.values()):
-            if hasattr(loader.sampler, "set_epoch"):
-                loader.sampler.set_epoch(self.epoch)
-            seed = int(np.random.SeedSequence([self.seed, self.epoch, process_rank(), side]).generate_state(1)[0])
-            set_rnd(loader.dataset, seed=seed)
-            if loader.generator is None and loader.num_workers > 0:
-                # workers are seeded from the loader's generator; without one, from torch's global state
+    def _set_loaders(self, loaders: dict[str, DataLoader]) -> None:
+        self.loaders, self.epoch, self.batches, self._unfinished = loaders, 0, 0, False
+        for loader in loaders.values():
+            if loader.persistent_workers:
+                raise ConfigError(
+                    "persistent_workers is true, but the next epoch's draws reach new workers only: set it false"
+                )
+            if not isinstance(loader.dataset, SeededDataset) or not isinstance(loader.sampler, DomainBalancedSampler):
+                raise ConfigError(
+                    f"a loader has dataset {type(loader.dataset).__name__}, sampler {type(loader.sampler).__name__}, "
+                    "expected SeededDataset and DomainBalancedSampler: wrap the dataset, or a resumed run would differ"
+                )
+            if loader.generator is None:  # the seed of workers comes from here and not from torch's global state
                 loader.generator = torch.Generator()
-            if loader.generator is not None:
-                loader.generator.manual_seed(seed)
-        self.epoch += 1
-        return list(self.loaders.values())
+            loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+
+    def _batches(self) -> Iterator[tuple[Any, ...]]:
+        if self._unfinished:
+            self._unfinished = False
+        else:
+            self.epoch, self.batches = self.epoch + 1, 0
+        for stream, loader in enumerate(self.loaders.values()):
+            loader.generator.manual_seed(self.epoch)
+            loader.sampler.set_epoch(self.epoch - 1, stream, self.batches * (loader.batch_size or 1))
+        iterator = zip(*self.loaders.values())
+        while True:
+            try:
+                batches = next(iterator)
+            except StopIteration:
+                return
+            except DataError as error:  # a worker's error arrives with its traceback as the message
+                raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from error
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise ResourceError(
+                    f"{str(error).splitlines()[0]}: mostly the memory is used up; lower num_workers or cache_rate"
+                ) from error
+            self.batches += 1
+            yield batches
 
 
 class SourceTargetLoader(EpochLoader):
@@ -111,26 +171,30 @@ class SourceTargetLoader(EpochLoader):
 
     Args:
         source_loader: labelled batches, or ``None``. target_loader: unlabelled batches, or ``None``. The entry of
-            one that is ``None`` is absent. An epoch is as long as the shorter of the two.
-        seed: see `EpochLoader`.
+            one that is ``None`` is absent. An epoch is as long as the shorter of the two. See `EpochLoader`.
 
     Raises:
         ConfigError: both are ``None``, or see `EpochLoader`.
     """
 
-    def __init__(self, source_loader: DataLoader | None, target_loader: DataLoader | None, seed: int = 0) -> None:
+    def __init__(self, source_loader: DataLoader | None, target_loader: DataLoader | None) -> None:
         sides = {SOURCE: source_loader, TARGET: target_loader}
-        self.loaders = {side: loader for side, loader in sides.items() if loader is not None}
-        if not self.loaders:
+        loaders = {side: loader for side, loader in sides.items() if loader is not None}
+        if not loaders:
             raise ConfigError("neither source nor target data: give at least one loader")
-        self._refuse_persistent_workers()
-        self.seed = seed
-        self.epoch = 0
+        self._set_loaders(loaders)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        loaders = self._next_epoch()
-        for batches in zip(*loaders):
+        for batches in self._batches():
             yield dict(zip(self.loaders, batches))
+
+
+def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Leave Ctrl-C and termination to the main process, which ends its iteration and saves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 def process_rank() -> int:

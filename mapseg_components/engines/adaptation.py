@@ -137,6 +137,12 @@ class UDATrainer(Trainer):
         )
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        cases = {side: list(batch.get(CASE_ID, [])) for side, batch in batchdata.items()}
+        sizes = next(iter(batchdata.values()))[LOCAL_IMAGE].shape
+        with self.optimization.naming_errors(engine.state.iteration, cases, sizes):
+            return self._step(engine, batchdata)
+
+    def _step(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         optimization, iteration = self.optimization, engine.state.iteration
         self.network.train()
         passes = self._plan(engine, batchdata)
@@ -149,7 +155,8 @@ class UDATrainer(Trainer):
                 try:
                     optimization.backward(self.loss_function(losses))
                 except NonFiniteError:
-                    raise self._named_error(losses, batchdata, iteration) from None
+                    bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
+                    raise NonFiniteError(f"loss terms {bad} are NaN or infinite") from None
             terms.update({name: loss.detach() for name, loss in losses.items()})
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if ends:
@@ -217,14 +224,3 @@ class UDATrainer(Trainer):
             for key, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-
-    @staticmethod
-    def _named_error(
-        losses: Mapping[str, torch.Tensor], batchdata: Mapping[str, Mapping[str, Any]], iteration: int
-    ) -> NonFiniteError:
-        bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
-        cases = {side: list(batch.get(CASE_ID, [])) for side, batch in batchdata.items()}
-        return NonFiniteError(
-            f"loss terms {bad} are NaN or infinite at iteration {iteration}, cases {cases}: "
-            "check these scans for extreme values, or lower the learning rate"
-        )

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from mapseg_components.errors import ConfigError, NonFiniteError
+from mapseg_components.memory import naming_memory_errors
 
 __all__ = ["OptimizationStep"]
 
@@ -53,6 +55,8 @@ class OptimizationStep:
         self.accumulate_steps = accumulate_steps
         self.amp_dtype = None if amp is None else AMP_TYPES[amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.pending = False
+        """Whether gradients wait for the rest of their step: no state to save or resume at."""
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes."""
@@ -70,7 +74,26 @@ class OptimizationStep:
         """
         if not torch.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss.item()}")
+        self.pending = True
         self.scaler.scale(loss / self.accumulate_steps).backward()
+
+    @contextlib.contextmanager
+    def naming_errors(self, iteration: int, cases: Any, sizes: Sequence[int]) -> Iterator[None]:
+        """Context of an iteration: errors of numbers and of memory name the iteration, the cases and what to do.
+
+        Args:
+            iteration: counted from 1. cases: of the batch. sizes: (B, C, X, Y, Z) of its local patches.
+        """
+        what = f"iteration {iteration} on {self.device}, batch of {sizes[0]} patches {tuple(sizes[2:])}"
+        remedy = "patch_size, batch_size or width, or set batched_passes to false or amp to bf16"
+        with naming_memory_errors(what, f"{remedy}; the last checkpoint is intact"):
+            try:
+                yield
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{error} at iteration {iteration}, cases {cases}: check these scans for extreme values, "
+                    "or lower the learning rate; checkpoints hold only what was before"
+                ) from None
 
     @contextlib.contextmanager
     def synchronisation(self, wanted: bool) -> Iterator[None]:
@@ -82,10 +105,21 @@ class OptimizationStep:
                 yield
 
     def step(self) -> None:
-        """Clip, step and clear the gradients."""
+        """Clip, step and clear the gradients.
+
+        Raises:
+            NonFiniteError: the gradient is NaN or infinite; no weight has been touched. (The loss
+                scaling of fp16 skips such a step and goes on, as it is meant to.)
+        """
         self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        else:
+            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        if not self.scaler.is_enabled() and not torch.isfinite(norm):
+            raise NonFiniteError(f"the gradient's norm is {norm.item()}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.pending = False

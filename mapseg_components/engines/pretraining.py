@@ -13,7 +13,6 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 from mapseg_components.engines.optimization import OptimizationStep
-from mapseg_components.errors import NonFiniteError
 from mapseg_components.keys import CASE_ID, GLOBAL_IMAGE, LOCAL_IMAGE, TOTAL_LOSS
 from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
 
@@ -84,6 +83,12 @@ class MAETrainer(Trainer):
         )
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        with self.optimization.naming_errors(
+            engine.state.iteration, batchdata.get(CASE_ID), batchdata[LOCAL_IMAGE].shape
+        ):
+            return self._step(engine, batchdata)
+
+    def _step(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         optimization, iteration = self.optimization, engine.state.iteration
         self.network.train()
         images = {key: batchdata[key].as_subclass(torch.Tensor).to(engine.state.device) for key in self.block_sizes}
@@ -101,13 +106,7 @@ class MAETrainer(Trainer):
                     key.replace("image", "reconstruction"): self.loss_function(output, images[key], masks[key])
                     for key, output in zip(group, outputs)
                 }
-                try:
-                    optimization.backward(torch.stack(list(losses.values())).sum())
-                except NonFiniteError as error:
-                    raise NonFiniteError(
-                        f"{error} at iteration {iteration}, cases {batchdata.get(CASE_ID)}: "
-                        "check these scans for extreme values, or lower the learning rate"
-                    ) from None
+                optimization.backward(torch.stack(list(losses.values())).sum())
             terms.update({name: loss.detach() for name, loss in losses.items()})
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if ends:

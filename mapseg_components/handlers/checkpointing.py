@@ -1,24 +1,43 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load weights at the start; save and resume the state of training at epoch boundaries."""
+"""Load weights at the start; save the state of training, resume it, and end in good order when asked to."""
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import ignite
 import ignite.distributed as idist
+import monai
+import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 
-from mapseg_components.checkpoints import load_weights, random_state, read_checked, restore_random_state, write_atomic
+from mapseg_components.checkpoints import (
+    fingerprint,
+    load_weights,
+    random_state,
+    read_checked,
+    restore_random_state,
+    write_atomic,
+)
+from mapseg_components.configs import require_same_settings, running_settings
 from mapseg_components.errors import CheckpointError
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 1
+START_ANEW = "choose another ckpt_dir, or set resume to false to start anew"
 
 
 class WeightsLoader:
@@ -55,21 +74,33 @@ class WeightsLoader:
 
 
 class TrainingCheckpoint:
-    """Save everything that training needs after each epoch, and continue from there.
+    """Save everything that training needs, go on from there, and end in good order on Ctrl-C and SIGTERM.
 
-    Attach it after the handlers that load initial weights and before those that act on epochs, so that a resumed
-    state wins. The file is replaced atomically; only the first process of a distributed run writes.
+    The state is written after each epoch, every ``save_steps`` optimizer steps, and when the process is asked to end:
+    then the iteration that runs is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143
+    (SIGTERM); while an epoch's validation runs, that is finished first. A second signal ends the process at once.
+
+    The file is replaced as a whole and read back; the one before it stays as ``previous.pt`` beside it. Only the first
+    process of a distributed run writes. Attach it after the handlers that load initial weights and before those that
+    act on epochs, so that a resumed state wins.
+
+    A resumed run equals an uninterrupted one bit for bit on a CPU, at the end of an epoch and in the middle of one, if
+    its data loader is in ``save_dict`` and can go on there (`mapseg_components.data.EpochLoader`).
 
     Args:
         path: the resume file.
         save_dict: named objects with ``state_dict`` and ``load_state_dict``: network, optimizer, scheduler, teacher,
-            score. Their states must hold tensors and plain values only.
+            score, history, loader. Their states must hold tensors and plain values only.
         resume: continue from ``path`` if it exists; otherwise training starts anew and the file is overwritten.
         weights_path: where to write the network's weights alone after each epoch; ``None`` for nowhere.
-        weights: the network for ``weights_path``.
+        weights: the network for ``weights_path`` and for the fingerprint.
+        save_steps: also save every so many optimizer steps; ``None`` for the ends of epochs only.
 
     Raises:
-        CheckpointError: on resume, if the file does not hold exactly the named objects or belongs to another network.
+        CheckpointError: on resume, if the file is damaged (the message names the previous one), belongs to another
+            network (both fingerprints and the first tensors), or does not hold exactly the named objects.
+        ConfigError: on resume, if settings have changed that make it another training.
+        ResourceError: the file cannot be written; the old one is untouched.
     """
 
     def __init__(
@@ -79,58 +110,179 @@ class TrainingCheckpoint:
         resume: bool = True,
         weights_path: str | None = None,
         weights: nn.Module | None = None,
+        save_steps: int | None = None,
     ) -> None:
         self.path = Path(path)
+        self.previous = self.path.with_name("previous.pt")
         self.save_dict = dict(save_dict)
         self.resume = resume
         self.weights_path = weights_path
         self.weights = weights
+        self.save_steps = save_steps
+        self.network = self.save_dict.get("network", weights)
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._steps = 0
 
     def attach(self, engine: Engine) -> None:
-        """Load at ``Events.STARTED``, save at ``Events.EPOCH_COMPLETED`` (after all other handlers of the epoch)."""
+        """Load when training starts, save from then on."""
         engine.add_event_handler(Events.STARTED, self._load)
-        engine.add_event_handler(Events.STARTED, self._attach_save)
+        engine.add_event_handler(Events.STARTED, self._start)
 
-    def _attach_save(self, engine: Engine) -> None:
-        # handlers run in the order of their attachment: attached when training starts, this one runs last
-        if not engine.has_event_handler(self._save, Events.EPOCH_COMPLETED):
-            engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+    def _start(self, engine: Engine) -> None:
+        # handlers run in the order of their attachment: attached when training starts, these run last
+        if not engine.has_event_handler(self._end_of_epoch, Events.EPOCH_COMPLETED):
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_of_epoch)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_of_iteration)
+            engine.add_event_handler(Events.COMPLETED, self._restore_signals)
+            engine.add_event_handler(Events.EXCEPTION_RAISED, self._restore_signals_and_raise)
+        self._signal = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            self._restore_signals()
+            signal.raise_signal(number)
+        self._signal = number
+
+    def _restore_signals(self, engine: Engine | None = None) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _restore_signals_and_raise(self, engine: Engine, error: BaseException) -> None:
+        self._restore_signals()
+        raise error
+
+    def _asked_to_end(self) -> int | None:
+        """The signal that some process of the run has received, if any; all processes agree on it."""
+        number = self._signal or 0
+        if idist.get_world_size() > 1:
+            number = int(idist.all_reduce(number, op="MAX"))
+        return number or None
+
+    def _end_of_iteration(self, engine: Engine) -> None:
+        optimization = getattr(engine, "optimization", None)
+        within_step = optimization is not None and optimization.pending
+        if within_step or engine.state.iteration % engine.state.epoch_length == 0:
+            return  # gradients that are not applied yet cannot be resumed; the end of an epoch saves anyway
+        self._steps += 1
+        number = self._asked_to_end()
+        if number is not None or (self.save_steps is not None and self._steps % self.save_steps == 0):
+            self._save(engine, epoch=engine.state.epoch - 1)
+        self._exit(number, engine)
+
+    def _end_of_epoch(self, engine: Engine) -> None:
+        self._save(engine, epoch=engine.state.epoch)
+        if self.weights_path is not None and self.weights is not None and idist.get_rank() == 0:
+            write_atomic(self.weights.state_dict(), self.weights_path)
+        self._exit(self._asked_to_end(), engine)
+
+    def _exit(self, number: int | None, engine: Engine) -> None:
+        if number is None:
+            return
+        logger.warning(
+            f"{signal.Signals(number).name}: saved {self.path} at iteration {engine.state.iteration}; "
+            "the same command goes on from there."
+        )
+        raise SystemExit(128 + number)
+
+    def _save(self, engine: Engine, epoch: int) -> None:
+        random_states = [random_state()]
+        if idist.get_world_size() > 1:
+            random_states = [{} for _ in range(idist.get_world_size())]
+            dist.all_gather_object(random_states, random_state())
+        if idist.get_rank() != 0:
+            return
+        state = {name: thing.state_dict() for name, thing in self.save_dict.items()}
+        if hasattr(engine, "optimization"):
+            state["scaler"] = engine.optimization.scaler.state_dict()
+        state["run"] = {
+            "format": FORMAT,
+            "fingerprint": fingerprint(self.network) if self.network is not None else "",
+            "settings": json.dumps(running_settings()),
+            "versions": {"torch": str(torch.__version__), "monai": monai.__version__, "ignite": ignite.__version__},
+            "epoch": epoch,
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
+            "random_states": random_states,
+        }
+        write_atomic(state, self.path, keep_previous=self.previous)
 
     def _load(self, engine: Engine) -> None:
-        if not self.resume or not self.path.is_file():
+        path = self._file_to_resume()
+        if path is None:
             return
-        state = read_checked(self.path)
-        expected = {*self.save_dict, "epoch", "epoch_length", "random_state"}
+        state = self._read(path)
+        expected = {*self.save_dict, "run", *(["scaler"] if hasattr(engine, "optimization") else [])}
         if not isinstance(state, Mapping) or set(state) != expected:
             found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
             raise CheckpointError(
-                f"{self.path} is no resume file of this run (found {found}, expected {sorted(expected)}): "
-                "move it away, or set resume to false to start anew"
+                f"{path} is no resume file of this run (found {found}, expected {sorted(expected)}): {START_ANEW}"
             )
-        if state["epoch_length"] != engine.state.epoch_length:
+        run = state["run"]
+        if run["format"] != FORMAT:
             raise CheckpointError(
-                f"{self.path} was written with {state['epoch_length']} iterations an epoch, this run has "
-                f"{engine.state.epoch_length}: keep epoch_length, or set resume to false to start anew"
+                f"{path} has format {run['format']}, this version reads {FORMAT}: "
+                f"finish the run with the version that started it, or {START_ANEW}"
             )
+        self._require_same_network(path, state)
+        require_same_settings(json.loads(run["settings"]), running_settings(), path)
+        if run["epoch_length"] != engine.state.epoch_length:
+            raise CheckpointError(
+                f"{path} was written with {run['epoch_length']} iterations an epoch, this run has "
+                f"{engine.state.epoch_length}: keep epoch_length, or {START_ANEW}"
+            )
+        if hasattr(engine, "optimization"):
+            engine.optimization.scaler.load_state_dict(state["scaler"])
         for name, thing in self.save_dict.items():
             try:
                 thing.load_state_dict(state[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise CheckpointError(
-                    f"{self.path}: its {name!r} does not fit this run ({reason}): "
-                    "keep the settings it was trained with, or set resume to false to start anew"
+                    f"{path}: its {name!r} does not fit this run ({reason}): "
+                    f"keep the settings it was trained with, or {START_ANEW}"
                 ) from error
-        engine.state.epoch = state["epoch"]
-        engine.state.iteration = state["epoch"] * state["epoch_length"]
-        restore_random_state(state["random_state"])
-        logger.info(f"Resumed from {self.path} after epoch {state['epoch']} of {engine.state.max_epochs}.")
+        engine.state.epoch, engine.state.iteration = run["epoch"], run["iteration"]
+        if idist.get_rank() < len(run["random_states"]):
+            restore_random_state(run["random_states"][idist.get_rank()])
+        if len(run["random_states"]) != idist.get_world_size():
+            logger.warning(
+                f"{path} was written by {len(run['random_states'])} processes, now there are "
+                f"{idist.get_world_size()}: training goes on, but with other draws."
+            )
+        logger.info(f"Resumed from {path} after iteration {run['iteration']} (epoch {run['epoch']} is complete).")
 
-    def _save(self, engine: Engine) -> None:
-        if idist.get_rank() != 0:
+    def _file_to_resume(self) -> Path | None:
+        if not self.resume:
+            return None
+        if not self.path.is_file() and self.previous.is_file():
+            logger.warning(f"There is no {self.path}: going on from {self.previous}, the save before it.")
+            return self.previous
+        return self.path if self.path.is_file() else None
+
+    def _read(self, path: Path) -> Any:
+        try:
+            return read_checked(path)
+        except CheckpointError as error:
+            if path == self.path and self.previous.is_file():
+                raise CheckpointError(
+                    f"{error}; the save before it is {self.previous}: move {path.name} away to go on from there"
+                ) from error
+            raise
+
+    def _require_same_network(self, path: Path, state: Mapping[str, Any]) -> None:
+        if self.network is None or state["run"]["fingerprint"] == fingerprint(self.network):
             return
-        state = {name: thing.state_dict() for name, thing in self.save_dict.items()}
-        state.update(epoch=engine.state.epoch, epoch_length=engine.state.epoch_length, random_state=random_state())
-        write_atomic(state, self.path)
-        if self.weights_path is not None and self.weights is not None:
-            write_atomic(self.weights.state_dict(), self.weights_path)
+        own, other = self.network.state_dict(), state.get("network", {})
+        names = [*own, *(name for name in other if name not in own)]
+        shapes = {n: [str(tuple(w[n].shape)) if n in w else "absent" for w in (other, own)] for n in names}
+        differing = [f"{n} {found}, expected {wanted}" for n, (found, wanted) in shapes.items() if found != wanted]
+        raise CheckpointError(
+            f"{path} is of another network: fingerprint {state['run']['fingerprint']}, expected "
+            f"{fingerprint(self.network)} ({'; '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}): "
+            f"use the network settings it was trained with, or {START_ANEW}"
+        )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
 from mapseg_components.data import structure_volumes, write_volumes_csv
-from mapseg_components.files import write_json
+from mapseg_components.files import free_space_error, replacing, write_json
 from mapseg_components.keys import CASE_ID, LABEL, PRED
 
 __all__ = ["DiceReport", "EpochHistory", "VolumesTable"]
@@ -29,7 +28,8 @@ class EpochHistory:
     """Append one JSON line per training epoch: the mean of every loss term, metrics, learning rate and seconds.
 
     Args:
-        output_dir: folder of ``history.jsonl``. A resumed run goes on in the same file.
+        output_dir: folder of ``history.jsonl``. A resumed run goes on in the same file; epochs that it repeats replace
+            their lines. A run that starts anew moves the old file to ``history.previous.jsonl``.
         optimizer: for the learning rate.
     """
 
@@ -37,23 +37,43 @@ class EpochHistory:
         self.path = Path(output_dir) / "history.jsonl"
         self.optimizer = optimizer
         self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, int] = {}
         self._started = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Sum over iterations, write at the end of an epoch."""
+        engine.add_event_handler(Events.STARTED, self._keep_lines_of_done_epochs)
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and seconds of the epoch that runs."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts), "seconds": time.monotonic() - self._started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._started = time.monotonic() - state["seconds"]
+
+    def _keep_lines_of_done_epochs(self, engine: Engine) -> None:
+        if idist.get_rank() != 0 or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if 0 < epoch_of_line(line) <= engine.state.epoch]
+        if kept != lines:
+            with replacing(self.path, keep_previous=self.path.with_name("history.previous.jsonl")) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
     def _reset(self, engine: Engine) -> None:
-        self._sums, self._counts, self._started = {}, defaultdict(int), time.monotonic()
         engine.state.metrics.clear()
+        if engine.state.iteration % engine.state.epoch_length == 0:  # else it was resumed within the epoch
+            self._sums, self._counts, self._started = {}, {}, time.monotonic()
 
     def _accumulate(self, engine: Engine) -> None:
         for name, value in engine.state.output.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-            self._counts[name] += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def _write(self, engine: Engine) -> None:
         if idist.get_rank() != 0:
@@ -66,9 +86,20 @@ class EpochHistory:
             **{name: float(total) / self._counts[name] for name, total in self._sums.items()},
             **{name: float(value) for name, value in engine.state.metrics.items() if np.isscalar(value)},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise free_space_error(self.path, error) from error
+
+
+def epoch_of_line(line: str) -> int:
+    """Epoch of a line of the history; 0 for a line that was cut off while it was written."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return 0
 
 
 class VolumesTable:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +19,14 @@ from monai.handlers import ValidationHandler
 from torch import nn
 
 from mapseg_components.checkpoints import write_atomic
+from mapseg_components.files import write_json
 from mapseg_components.keys import TARGET_SEGMENTATION
 
 __all__ = ["ScoreCheckpoint", "TeacherValidation"]
 
 logger = logging.getLogger(__name__)
+
+STATE = ("best_score", "best_source_dice", "best_name", "epochs_without_gain", "_loss_sum", "_loss_count")
 
 
 class Activity(Protocol):
@@ -89,6 +91,7 @@ class ScoreCheckpoint:
         self.patience = patience
         self.best_score = -math.inf
         self.best_source_dice = -math.inf
+        self.best_name = ""
         self.epochs_without_gain = 0
         self._loss_sum = 0.0
         self._loss_count = 0
@@ -101,18 +104,13 @@ class ScoreCheckpoint:
         engine.add_event_handler(Events.COMPLETED, self._warn_if_empty)
 
     def state_dict(self) -> dict[str, Any]:
-        """Best figures so far."""
-        return {
-            "best_score": self.best_score,
-            "best_source_dice": self.best_source_dice,
-            "epochs_without_gain": self.epochs_without_gain,
-        }
+        """Best figures and name so far, and the sum of this epoch."""
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.best_score = state["best_score"]
-        self.best_source_dice = state["best_source_dice"]
-        self.epochs_without_gain = state["epochs_without_gain"]
+        for name in STATE:
+            setattr(self, name, state[name])
 
     def _warn_if_empty(self, engine: Engine) -> None:
         if not math.isfinite(max(self.best_score, self.best_source_dice)):
@@ -122,7 +120,8 @@ class ScoreCheckpoint:
             )
 
     def _reset(self, engine: Engine) -> None:
-        self._loss_sum, self._loss_count = 0.0, 0
+        if engine.state.iteration % engine.state.epoch_length == 0:  # else it was resumed within the epoch
+            self._loss_sum, self._loss_count = 0.0, 0
 
     def _accumulate(self, engine: Engine) -> None:
         if TARGET_SEGMENTATION in engine.state.output:
@@ -162,7 +161,7 @@ class ScoreCheckpoint:
         if not math.isfinite(score):
             logger.warning(f"Epoch {engine.state.epoch}: the Score is {score}; it cannot become the best.")
         elif score > self.best_score:
-            self.best_score, self.epochs_without_gain = score, 0
+            self.best_score, self.best_name, self.epochs_without_gain = score, name, 0
             figures = {"epoch": engine.state.epoch, "score": score, "target_loss": target_loss}
             self._write("model", name, {**figures, **{f"source_dice_{key}": value for key, value in dice.items()}})
             logger.info(f"Epoch {engine.state.epoch}: best Score so far, {score:.4f}, by the {name}.")
@@ -187,6 +186,4 @@ class ScoreCheckpoint:
         record = self.save_dir / "model_selection.json"
         content = json.loads(record.read_text()) if record.is_file() else {}
         content[f"{stem}.pt"] = {"weights": name, **figures}
-        temporary = record.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(content, indent=4) + "\n")
-        os.replace(temporary, record)
+        write_json(content, record)

@@ -6,7 +6,13 @@ import json
 
 import pytest
 
-from mapseg_components.configs import check_settings, known_settings, plain_error_hook, running_workflow
+from mapseg_components.configs import (
+    check_settings,
+    known_keys,
+    plain_error_hook,
+    require_same_settings,
+    running_workflow,
+)
 from mapseg_components.errors import ConfigError, DataError
 
 
@@ -19,13 +25,40 @@ def folder(tmp_path):
 
 
 def test_settings_of_all_standalone_configs_are_known(folder):
-    assert {"patch_size", "learning_rate", "section"} <= known_settings(folder)
+    assert {"patch_size", "learning_rate", "section"} <= known_keys(folder)[""]
     check_settings({"patch_size": 1, "section": 2, "_mine": 3, "_meta_": {}}, folder)
 
 
 def test_an_overlay_does_not_make_its_own_typo_known(folder):
     with pytest.raises(ConfigError, match=r"'ptach_size' \(did you mean 'patch_size'\?\)"):
         check_settings({"ptach_size": 1}, folder)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"train": {"handlers": [], "handlres": []}}, r"'train#handlres' \(did you mean 'handlers'\?\)"),
+        (
+            {"train": {"handlers": [{"_target_": "StatsHandler", "nmae": "x"}]}},
+            r"'train#handlers#0#nmae' \(did you mean 'name'\?\)",
+        ),
+        ({"patch_size": {"_target_": "torch.nn.Linear", "in_feature": 3}}, r"'patch_size#in_feature' \(did you mean"),
+    ],
+)
+def test_nested_typos_are_named(folder, settings, message):
+    (folder / "train.json").write_text(json.dumps({"patch_size": 96, "train": {"handlers": []}}))
+    with pytest.raises(ConfigError, match=message):
+        check_settings(settings, folder)
+
+
+def test_resuming_with_other_settings_is_refused():
+    saved = {"learning_rate": 0.1, "max_epochs": 2, "train": {"a": 1}}
+    require_same_settings(saved, {**saved, "max_epochs": 5, "num_workers": 3, "_mine": 1}, "last.pt")
+    with pytest.raises(ConfigError, match=r"last\.pt .*learning_rate was 0\.1, now 0\.2\).*resume to false"):
+        require_same_settings(saved, {**saved, "learning_rate": 0.2}, "last.pt")
+    with pytest.raises(ConfigError, match=r"patch_size was null, now 3; train was .*now"):
+        require_same_settings(saved, {**saved, "patch_size": 3, "train": {"a": 2}}, "last.pt")
+    require_same_settings({}, saved, "last.pt")  # written outside of a bundle run
 
 
 def test_what_tracking_adds_is_known(folder):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader
+from monai.transforms import Compose, RandLambda
 
 from mapseg_components.data import (
     DomainBalancedSampler,
     EpochLoader,
+    SeededDataset,
     SourceTargetLoader,
     check_datalist,
     check_labelled_scans,
@@ -28,7 +32,7 @@ from mapseg_components.data import (
     structure_volumes,
     write_volumes_csv,
 )
-from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.errors import ConfigError, DataError, ResourceError
 from tests.conftest import make_scan, write_nifti
 
 LABELS = {"first": 1, "second": 2}
@@ -202,7 +206,7 @@ def test_scans_of_a_folder(tmp_path):
 
 def test_domains_are_drawn_evenly_whatever_their_size():
     sampler = DomainBalancedSampler(["a"] * 9 + ["b"], num_samples=2000, seed=1)
-    share = np.mean([index == 9 for index in sampler])
+    share = np.mean([index == 9 for index, _ in sampler])
     assert 0.45 < share < 0.55
     again = DomainBalancedSampler(["a"] * 9 + ["b"], 2000, 1)
     assert list(again) == list(sampler)
@@ -210,51 +214,103 @@ def test_domains_are_drawn_evenly_whatever_their_size():
     assert list(again) != list(sampler)
 
 
-class Random(torch.utils.data.Dataset):
-    """A dataset with a transform of its own random state, as MONAI's have."""
+class Cases:
+    """What a MONAI dataset has: data, and a transform with a random state of its own."""
 
-    def __init__(self):
-        from monai.transforms import RandLambda
-
-        self.transform = RandLambda(lambda x: x, prob=0.5)
+    def __init__(self, cases=6, broken=None):
+        self.data = [{"case_id": f"case {number}"} for number in range(cases)]
+        self.transform = Compose([RandLambda(lambda x: x, prob=0.5)])
+        self.broken = broken
 
     def __len__(self):
-        return 6
+        return len(self.data)
 
     def __getitem__(self, index):
-        return index + self.transform.R.uniform()
+        if index == self.broken:
+            raise self.error
+        return index + self.transform.transforms[0].R.uniform()
 
 
-@pytest.mark.parametrize("workers, generator", [(0, None), (2, None), (0, torch.Generator()), (2, torch.Generator())])
-def test_an_epoch_depends_on_its_number_alone(workers, generator):
-    def loader():
-        torch.manual_seed(torch.seed() % 2**31)
-        return SourceTargetLoader(
-            DataLoader(Random(), sampler=DomainBalancedSampler(["a"] * 6, 4), num_workers=workers, generator=generator),
-            None,
-            seed=3,
-        )
-
-    first = loader()
-    epochs = [[batch["source"].tolist() for batch in first] for _ in range(2)]
-    resumed = loader()
-    resumed.load_state_dict({"epoch": 1})
-    assert [batch["source"].tolist() for batch in resumed] == epochs[1] != epochs[0]
+def loader(workers=0, cases=6, batches=4, dataset=None, seed=3, **options):
+    dataset = dataset or Cases(cases)
+    sampler = DomainBalancedSampler(["a"] * len(dataset), batches * 2, seed)
+    options = {"batch_size": 2, "num_workers": workers, **options}
+    return DataLoader(SeededDataset(dataset), sampler=sampler, **options)
 
 
-def test_workers_that_outlive_an_epoch_are_refused():
-    kept = DataLoader(list(range(4)), num_workers=1, persistent_workers=True)
-    for make in (EpochLoader, lambda loader: SourceTargetLoader(None, loader)):
+def batches_of(pairs):
+    return [{side: batch.tolist() for side, batch in both.items()} for both in pairs]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_depend_on_the_epoch_alone_and_go_on_within_it(workers):
+    torch.manual_seed(torch.seed() % 2**31)
+    plain = SourceTargetLoader(loader(), loader())
+    epochs = [batches_of(plain) for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    assert all(len(epoch) == 4 and batch["source"] != batch["target"] for epoch in epochs for batch in epoch)
+    resumed = SourceTargetLoader(loader(workers), loader(workers))
+    resumed.load_state_dict({"epoch": 1, "batches": 4})
+    before = torch.get_rng_state()
+    assert batches_of(resumed) == epochs[1]
+    assert torch.equal(before, torch.get_rng_state())  # nothing is drawn from the state that training draws from
+
+    interrupted = SourceTargetLoader(loader(workers), loader(workers))
+    iterator = iter(interrupted)
+    first = batches_of([next(iterator)])
+    state = interrupted.state_dict()
+    del iterator
+    again = SourceTargetLoader(loader(workers), loader(workers))
+    again.load_state_dict(state)
+    assert first + batches_of(again) == epochs[0]
+    assert batches_of(again) == epochs[1]
+
+
+def test_loaders_that_could_not_resume_are_refused():
+    kept = loader(1, persistent_workers=True)
+    for make in (EpochLoader, lambda one: SourceTargetLoader(None, one)):
         with pytest.raises(ConfigError, match="persistent_workers is true"):
             make(kept)
+        with pytest.raises(ConfigError, match="expected SeededDataset and DomainBalancedSampler"):
+            make(DataLoader(list(range(4))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [ValueError("bad\nvoxels"), DataError("a.nii.gz: bad: repair it")])
+def test_a_broken_sample_is_named_in_the_first_line(workers, error):
+    dataset = Cases(broken=4)
+    dataset.error = error
+    with pytest.raises(DataError) as caught:
+        list(EpochLoader(loader(workers, dataset=dataset, batches=50)))
+    assert str(caught.value) == f"case case 4: {str(error).splitlines()[0]}"
+
+
+class Suicidal(Cases):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_points_to_memory():
+    with pytest.raises(ResourceError, match=r"DataLoader worker.*mostly the memory.*lower num_workers or cache_rate"):
+        list(EpochLoader(loader(1, dataset=Suicidal())))
+
+
+class PretendsToBeInterrupted(Cases):
+    def __getitem__(self, index):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        return super().__getitem__(index)
+
+
+def test_workers_leave_signals_to_the_main_process():
+    assert len(list(EpochLoader(loader(1, dataset=PretendsToBeInterrupted())))) == 4
 
 
 def test_sides_are_named_and_one_may_be_absent():
-    numbers = DataLoader(list(range(5)))
-    both = SourceTargetLoader(numbers, DataLoader(list(range(3))))
+    both = SourceTargetLoader(loader(batches=5), loader(batches=3))
     assert len(both) == 3 and [set(batch) for batch in both] == [{"source", "target"}] * 3
-    assert [set(batch) for batch in SourceTargetLoader(None, numbers)] == [{"target"}] * 5
-    assert len(list(EpochLoader(numbers))) == 5
+    assert [set(batch) for batch in SourceTargetLoader(None, loader(batches=5))] == [{"target"}] * 5
+    assert len(list(EpochLoader(loader(batches=5)))) == 5
     with pytest.raises(ConfigError, match="neither source nor target"):
         SourceTargetLoader(None, None)
 

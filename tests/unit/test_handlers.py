@@ -57,8 +57,10 @@ def test_resume_goes_on_after_the_last_whole_epoch(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda state: state.pop("random_state"), r"last\.pt is no resume file of this run"),
-        (lambda state: state.update(epoch_length=7), "7 iterations an epoch, this run has 3"),
+        (lambda state: state.pop("run"), r"last\.pt is no resume file of this run"),
+        (lambda state: state["run"].update(epoch_length=7), "7 iterations an epoch, this run has 3"),
+        (lambda state: state["run"].update(format=9), r"has format 9, this version reads 1: finish"),
+        (lambda state: state["run"].update(fingerprint="00"), r"of another network: fingerprint 00, expected \w{16}"),
         (lambda state: state["network"].update(weight=torch.zeros(5, 5)), "its 'network' does not fit this run"),
     ],
 )
