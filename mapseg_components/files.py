@@ -156,14 +156,14 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
-        with contextlib.suppress(OSError, ValueError):
-            holder = json.loads(owner.read_text())
-            holder = f"process {holder['process']} on {holder['host']}"
-            raise ResourceError(
-                f"{folder} is in use by {holder}: wait for that run or choose another folder "
-                f"(if that process is gone, and the folder is on a network disk, remove {folder / LOCK_NAME})"
-            ) from None
-        raise ResourceError(f"{folder} is in use by another run: wait for it, or choose another folder") from None
+        holder = "another run"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads(owner.read_text())
+            holder = f"process {record['process']} on {record['host']}"
+        raise ResourceError(
+            f"{folder} is in use by {holder}: wait for that run or choose another folder "
+            f"(if that process is gone, and the folder is on a network disk, remove {folder / LOCK_NAME})"
+        ) from None
     except OSError as error:
         raise free_space_error(folder / LOCK_NAME, error) from error
     _locks[folder] = lock
