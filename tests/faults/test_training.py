@@ -1,0 +1,337 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Training that is killed, interrupted, fed with bad numbers or started with other settings (rows T1 to T15).
+
+Every run here is a real process; ``make soak`` does the same for longer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mapseg_components.checkpoints import read_checked, write_atomic
+from mapseg_components.engines import UDATrainer
+from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, NonFiniteError, ResourceError
+from mapseg_components.losses import AdaptationLoss
+from tests.conftest import SAMPLE
+from tools.soak import BUNDLE, differences, interrupted, progress, start, train
+
+SHORT = {"epoch_length": 3, "max_epochs": 2, "source_masked": False}
+ERRORS = {error.exit_code: error for error in (ConfigError, CheckpointError, NonFiniteError, ResourceError)}
+
+
+def guarded(folder, log, settings):
+    """Train; a user error becomes its exit code, its message the log's last line."""
+    try:
+        train(folder, log, settings)
+    except Exception as error:
+        cause = error
+        while cause is not None and not isinstance(cause, MAPSegError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        print(f"\n{cause}", flush=True)
+        sys.exit(cause.exit_code)
+
+
+def finished(folder, settings, target=guarded):
+    """Exit code and last line of a run in a process of its own."""
+    folder.mkdir(exist_ok=True, parents=True)
+    process = start(target, folder, folder.with_suffix(".log"), settings)
+    process.join()
+    return process.exitcode, folder.with_suffix(".log").read_text().strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert finished(folder, SHORT)[0] == 0
+    return folder
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+# T1, T2
+
+
+def test_kills_at_random_moments_lose_nothing(tmp_path, whole):
+    """Twelve SIGKILLs, with a save at every iteration so that many hit a write; then bit for bit the same weights."""
+    done, number = 0, 0
+    while done < 12:
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        settings = {**SHORT, "save_steps": 1, "num_workers": number % 2}
+        kills, losses = interrupted(folder, settings, random.Random(number), 2.0, kills=12 - done)
+        assert losses == []
+        assert differences(whole, folder) == []
+        assert not list(folder.glob(".*.tmp*"))  # what kills left was swept by the next start
+        history = [json.loads(line)["epoch"] for line in (folder / "history.jsonl").read_text().splitlines()]
+        assert history == [1, 2]
+        done, number = done + kills, number + 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_iteration_saves_and_exits(tmp_path, whole, number, code):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    process = start(train, folder, tmp_path / "run.log", {**SHORT, "save_steps": 1, "num_workers": 2})
+    wait_for(lambda: (progress(folder) or 0) >= 1)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == code
+    state = read_checked(folder / "last.pt")["run"]
+    assert 1 <= state["iteration"] < 6 and state["epoch"] == state["iteration"] // 3
+    assert f"saved {folder / 'last.pt'} at iteration {state['iteration']}" in (tmp_path / "run.log").read_text()
+    assert finished(folder, {**SHORT, "save_steps": 1})[0] == 0
+    assert differences(whole, folder) == []
+
+
+def test_accumulated_gradients_are_not_cut_in_two(tmp_path):
+    """A save within a step would lose gradients: saves and exits wait for its end."""
+    settings = {**SHORT, "epoch_length": 5, "accumulate_steps": 2, "save_steps": 1}
+    assert finished(tmp_path / "whole", settings)[0] == 0
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    process = start(train, folder, tmp_path / "killed.log", settings)
+    wait_for(lambda: (progress(folder) or 0) >= 1)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143 and progress(folder) % 5 % 2 == 0
+    assert finished(folder, settings)[0] == 0
+    assert differences(tmp_path / "whole", folder) == []
+
+
+# determinism: the same seeds, the same weights
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_seeds_give_the_same_weights(tmp_path, whole, workers):
+    assert finished(tmp_path / "again", {**SHORT, "num_workers": workers})[0] == 0
+    assert differences(whole, tmp_path / "again") == []
+
+
+def test_another_seed_gives_other_weights(tmp_path, whole):
+    assert finished(tmp_path / "other", {**SHORT, "seed": 1})[0] == 0
+    assert differences(whole, tmp_path / "other")
+
+
+# T3, T5
+
+
+def test_bad_numbers_stop_training_and_do_not_reach_a_checkpoint(tmp_path):
+    code, line = finished(tmp_path / "run", {**SHORT, "learning_rate": 1e30, "save_steps": 1})
+    assert code == NonFiniteError.exit_code
+    assert "are NaN or infinite at iteration 2, cases {'source': ['GA" in line or "norm is" in line
+    assert line.endswith("or lower the learning rate; checkpoints hold only what was before")
+    state = read_checked(tmp_path / "run" / "last.pt")
+    assert state["run"]["iteration"] == 1
+    assert all(torch.isfinite(value).all() for value in state["network"].values())
+
+
+class Exploding(torch.nn.Linear):
+    """A finite loss whose gradient is infinite."""
+
+    def forward(self, local_image, *others):
+        logits = self.weight.sum().sqrt().expand(1, 2, 4, 4, 4)
+        return logits, logits, logits, logits
+
+
+class Greedy(torch.nn.Linear):
+    def forward(self, local_image, *others):
+        return torch.empty(2**60)
+
+
+def one_step(network, amp=None):
+    image = torch.rand(1, 1, 4, 4, 4)
+    batch = {"local_image": image, "global_image": image, "local_box": torch.zeros(1, 3, 2), "case_id": ["case 7"]}
+    batch |= {"local_label": torch.zeros(1, 1, 4, 4, 4), "global_label": torch.zeros(1, 1, 4, 4, 4)}
+    trainer = UDATrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=[{"source": batch}],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
+        loss_function=AdaptationLoss(source_masked=False),
+        teacher=None,
+        mask_ratio=0.5,
+        local_block_size=2,
+        global_block_size=2,
+        amp=amp,
+    )
+    trainer.logger.disabled = True
+    trainer.run()
+
+
+def test_an_infinite_gradient_changes_no_weight():
+    network = Exploding(1, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    with pytest.raises(NonFiniteError, match=r"the gradient's norm is (nan|inf) at iteration 1.*case 7.*learning rate"):
+        one_step(network)
+    assert network.weight.item() == 0
+
+
+def test_exhausted_memory_names_the_knobs():
+    with pytest.raises(ResourceError) as caught:
+        one_step(Greedy(1, 1))
+    message = str(caught.value)
+    assert "out of memory in iteration 1 on cpu, batch of 1 patches (4, 4, 4)" in message
+    assert "lower patch_size, batch_size or width, or set batched_passes to false or amp to bf16" in message
+    assert message.endswith("the last checkpoint is intact") and caught.value.exit_code == 6
+
+
+# T6, T8, T15: the resume file
+
+
+def copied(folder, place):
+    place.mkdir()
+    for file in folder.iterdir():
+        if not file.name.startswith("."):
+            (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+@pytest.mark.parametrize(
+    "change, code, message",
+    [
+        ({"width": 16}, 4, "last.pt is of another network: fingerprint"),
+        ({"learning_rate": 0.5}, 2, "last.pt was written with other settings (learning_rate was 0.0001, now 0.5)"),
+        ({"network_def#norm_groups": 4}, 2, "last.pt was written with other settings (network_def was"),
+        ({"epoch_length": 4}, 2, "(epoch_length was 3, now 4)"),
+        ({"max_epochs": 3, "num_workers": 1}, 0, ""),
+    ],
+)
+def test_resuming_something_else_is_refused(tmp_path, whole, change, code, message):
+    folder = copied(whole, tmp_path / "run")
+    before = (folder / "last.pt").read_bytes()
+    found, line = finished(folder, {**SHORT, **change})
+    assert found == code and message in line
+    if code:
+        assert "resume to false to start anew" in line
+        assert (folder / "last.pt").read_bytes() == before
+    else:
+        assert progress(folder) == 9
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "random"])
+def test_a_damaged_save_offers_the_one_before(tmp_path, whole, damage):
+    folder = copied(whole, tmp_path / "run")
+    content = bytearray((folder / "last.pt").read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 4
+    else:
+        content = random.Random(0).randbytes(1000)
+    (folder / "last.pt").write_bytes(content)
+    code, line = finished(folder, SHORT)
+    assert code == CheckpointError.exit_code
+    assert "last.pt is damaged" in line and "previous.pt: move last.pt away to go on from there" in line
+    assert (folder / "last.pt").read_bytes() == content
+    (folder / "last.pt").rename(tmp_path / "away.pt")
+    assert finished(folder, SHORT)[0] == 0
+    assert differences(whole, folder) == []
+
+
+# O1, O3, O4 as a run meets them
+
+
+def test_a_disk_that_fills_up_leaves_the_old_save(tmp_path, whole):
+    folder = copied(whole, tmp_path / "run")
+    before = (folder / "last.pt").read_bytes()
+
+    code, line = finished(folder, {**SHORT, "max_epochs": 3}, target=with_little_room)
+    assert code == ResourceError.exit_code
+    assert "cannot write" in line and ".pt" in line and "what was there before is untouched: free space" in line
+    assert (folder / "last.pt").read_bytes() == before
+    assert not list(folder.glob(".*.tmp*"))
+    assert finished(folder, {**SHORT, "max_epochs": 3})[0] == 0
+
+
+def with_little_room(folder, log, settings):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    room = (folder / "last.pt").stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    guarded(folder, log, settings)
+
+
+def test_a_full_disk_is_named_when_weights_are_written(tmp_path):
+    def write(path):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            write_atomic({"a": torch.ones(100_000)}, path)
+        except ResourceError as error:
+            path.with_suffix(".txt").write_text(str(error))
+
+    write_atomic({"a": torch.zeros(1)}, tmp_path / "w.pt")
+    process = start(write, tmp_path / "w.pt")
+    process.join()
+    message = (tmp_path / "w.txt").read_text()
+    assert f"cannot write {tmp_path / 'w.pt'}" in message and "free space" in message and "MiB free" in message
+    assert read_checked(tmp_path / "w.pt")["a"].tolist() == [0.0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.pt", "w.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = start(train, folder, tmp_path / "first.log", {**SHORT, "max_epochs": 1000})
+    wait_for(lambda: (folder / "last.pt").is_file())
+    code, line = finished(folder, SHORT)
+    assert first.exitcode is None
+    first.kill()
+    first.join()
+    assert code == ResourceError.exit_code
+    assert f"{folder} is in use by process {first.pid} on " in line and "choose another folder" in line
+    assert finished(folder, {**SHORT, "max_epochs": progress(folder) // 3 + 1})[0] == 0  # a killed run frees it
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_data(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, line = finished(
+        tmp_path / "x", {**SHORT, "ckpt_dir": str(tmp_path / "file" / "models"), "datalist": "absent"}
+    )
+    assert code == ResourceError.exit_code
+    assert f"cannot write {tmp_path / 'file' / 'models'}" in line and "choose a folder that you may write to" in line
+
+
+# T11
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_and_goes_on(tmp_path):
+    def command(out):
+        files = [f"configs/{n}" for n in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+        line += ["-m", "monai.bundle", "run", "training", "--config_file", str(files), "--dataset_dir", str(SAMPLE)]
+        line += ["--ckpt_dir", str(out), "--output_dir", str(out), "--max_epochs", "6", "--save_steps", "1"]
+        return line
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = {"cwd": BUNDLE, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command(tmp_path / "whole"), **options)
+    assert done.returncode == 0, done.stdout[-3000:]
+    running = subprocess.Popen(command(tmp_path / "killed"), **options)
+    wait_for(lambda: (progress(tmp_path / "killed") or 0) >= 3)
+    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    output = running.communicate()[0]
+    assert running.returncode == 0, output[-3000:]
+    assert f"Resumed from {tmp_path / 'killed' / 'last.pt'}" in output
+    assert differences(tmp_path / "whole", tmp_path / "killed") == []
