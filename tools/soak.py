@@ -6,9 +6,9 @@
     python tools/soak.py --kills 100            many short runs
     python tools/soak.py --minutes 60           one long run
 
-Every run is a real process that SIGKILL ends at a seeded random moment; the shipped scans, sizes of ``tiny.yaml``. A
-loss is: neither ``last.pt`` nor ``previous.pt`` can be read after one of them existed; a save older than one seen before;
-or, at the end, weights that are not bit for bit those of a run that nobody interrupted.
+Every run is a real process that SIGKILL ends at a seeded random moment, on the shipped scans with the sizes of
+``tiny.yaml``. A loss is: neither ``last.pt`` nor ``previous.pt`` can be read after one of them existed; a save older
+than one seen before; or, at the end, weights that are not bit for bit those of a run that nobody interrupted.
 """
 
 from __future__ import annotations
