@@ -317,6 +317,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_data(tmp_path):
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(tmp_path):
     """The restart is a new torchrun: within one, PyTorch's gloo meets addresses of the dead rank now and then."""
+
     def command(out):
         files = [f"configs/{n}" for n in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
