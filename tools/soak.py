@@ -14,6 +14,7 @@ than one seen before; or, at the end, weights that are not bit for bit those of 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
@@ -98,8 +99,13 @@ def interrupted(
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Tensors that two finished runs do not share bit for bit."""
-    found = []
+    """Tensors, numbers and lines of the history that two finished runs do not share bit for bit."""
+    histories = [
+        [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()] for folder in (first, second)
+    ]
+    for line in (line for lines in histories for line in lines):
+        line.pop("seconds")
+    found = [] if histories[0] == histories[1] else ["history.jsonl"]
     for name in NAMES:
         pairs = [flatten(read_checked(folder / name)) for folder in (first, second)]
         keys = sorted({*pairs[0], *pairs[1]})
@@ -110,9 +116,9 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def flatten(state: Any, path: str = "") -> dict[str, torch.Tensor]:
-    """Tensors of a nested state by their path; what a run remembers of itself and its clock is left out."""
-    if isinstance(state, torch.Tensor):
-        return {path: state}
+    """Tensors and numbers of a nested state by their path; what a run remembers of itself and its clock is left out."""
+    if isinstance(state, (torch.Tensor, int, float)):
+        return {path: torch.as_tensor(state)}
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
     return {
         key: tensor
