@@ -7,11 +7,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MAPSegError(Exception):
     """Base of all errors below."""
 
     exit_code = 1
+    # the same as records, where checks of the data made it: `mapseg_components.data.Finding`
+    findings: tuple[Any, ...] = ()
 
 
 class ConfigError(MAPSegError, ValueError):
@@ -36,3 +40,9 @@ class NonFiniteError(MAPSegError, ArithmeticError):
     """A loss, score or network output became NaN or infinite."""
 
     exit_code = 5
+
+
+class ResourceError(MAPSegError, OSError):
+    """Disk, memory or a permission is lacking for what was asked."""
+
+    exit_code = 6

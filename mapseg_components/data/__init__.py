@@ -3,6 +3,8 @@
 """Datalists, their checks, loaders for several domains, and what is measured on label maps."""
 
 from mapseg_components.data.audit import (
+    Audit,
+    ScanAudit,
     check_datalist,
     check_labelled_scans,
     check_pretraining_data,
@@ -11,24 +13,36 @@ from mapseg_components.data.audit import (
     check_training_data,
 )
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
+from mapseg_components.data.facts import AuditRecord, Facts
+from mapseg_components.data.findings import Finding
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SourceTargetLoader
+from mapseg_components.data.nifti import Scan, check_inference_memory, inference_bytes, read_nifti
 from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
 
 __all__ = [
     "SECTIONS",
+    "Audit",
+    "AuditRecord",
     "DomainBalancedSampler",
     "EpochLoader",
+    "Facts",
+    "Finding",
+    "Scan",
+    "ScanAudit",
     "SourceTargetLoader",
     "check_datalist",
+    "check_inference_memory",
     "check_labelled_scans",
     "check_pretraining_data",
     "check_scan",
     "check_scans",
     "check_training_data",
     "class_weights",
+    "inference_bytes",
     "load_datalist",
     "load_images",
     "load_scans",
+    "read_nifti",
     "structure_volumes",
     "write_volumes_csv",
 ]

@@ -14,9 +14,12 @@ from mapseg_components.transforms.intensity import (
     RandPercentileClipd,
 )
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
+from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
 from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
 
 __all__ = [
+    "AssumeOrientation",
+    "AssumeOrientationd",
     "AxisExtremesd",
     "ClassVoxelsd",
     "NegativeValues",
