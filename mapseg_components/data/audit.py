@@ -141,8 +141,6 @@ class Audit:
                 "its header names no orientation (sform and qform codes are 0)",
                 "repair the header, or set assume_orientation, such as 'RAS', if you know it",
             )
-        elif not facts.has_orientation and min(facts.spacing) <= 0:
-            self.add(path, f"its header gives a voxel spacing of {facts.spacing} mm", "repair the header")
         if facts.disagreement is not None:
             distance, angle = facts.disagreement
             text = f"sform and qform differ by {angle:.2f} degrees and {distance:.3f} mm at a corner"

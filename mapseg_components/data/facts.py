@@ -33,7 +33,7 @@ class Facts:
     """What was found in one scan or label map.
 
     Args:
-        shape: voxels per axis. affine: (4, 4). spacing: mm, of the header.
+        shape: voxels per axis. affine: (4, 4).
         has_orientation: the header names an sform or a qform; otherwise the affine is a guess.
         disagreement: mm between corners by sform and by qform, and degrees between their axes; ``None`` with one form.
         lowest, highest: of the voxels that are finite (0 without any).
@@ -47,7 +47,6 @@ class Facts:
 
     shape: tuple[int, ...]
     affine: list[list[float]]
-    spacing: tuple[float, ...]
     has_orientation: bool
     disagreement: tuple[float, float] | None
     lowest: float
@@ -81,7 +80,6 @@ def facts_of(path: str | Path, with_values: bool) -> Facts:
     return Facts(
         shape=scan.voxels.shape,
         affine=scan.affine.tolist(),
-        spacing=scan.spacing,
         has_orientation=scan.sform is not None or scan.qform is not None,
         disagreement=disagreement(scan),
         lowest=lowest,
@@ -213,10 +211,10 @@ def facts_from(content: Any) -> Facts | None:
         return None
     try:
         values, first, forms = content["values"], content["first_not_finite"], content["disagreement"]
+        x, y, z = (int(side) for side in content["shape"])
         return Facts(
-            shape=tuple(int(side) for side in content["shape"]),
+            shape=(x, y, z),
             affine=np.array(content["affine"], dtype=float).reshape(4, 4).tolist(),
-            spacing=tuple(float(side) for side in content["spacing"]),
             has_orientation=bool(content["has_orientation"]),
             disagreement=None if forms is None else (float(forms[0]), float(forms[1])),
             lowest=float(content["lowest"]),

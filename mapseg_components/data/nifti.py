@@ -30,6 +30,7 @@ PADDING = 4096  # bytes after the last voxel that some writers add
 HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0", 352), 540: (nib.Nifti2Header, 4, b"n+2\0", 544)}
 # columns of an affine may be this far from orthogonal (resampling by float32 headers leaves far less)
 SHEAR_TOLERANCE_DEG = 0.5
+FARTHEST_MM = 1e9  # finite in a header, but nothing in an affine is as large
 COPY_AGAIN = "copy it again from its origin"
 CONVERT = "convert it to .nii.gz (dcm2niix for DICOM)"
 
@@ -42,7 +43,6 @@ class Scan:
         voxels: (X, Y, Z), scaled as the header says.
         affine: (4, 4), voxel to mm, as nibabel and MONAI take it: sform, else qform, else a guess from the spacing.
         sform, qform: (4, 4), or ``None`` if the header says that there is none.
-        spacing: mm, the header's pixdim.
         digest: sha256 of shape, type, scaling and decoded voxels; names and headers do not enter.
     """
 
@@ -50,7 +50,6 @@ class Scan:
     affine: np.ndarray
     sform: np.ndarray | None
     qform: np.ndarray | None
-    spacing: tuple[float, float, float]
     digest: str
 
 
@@ -191,14 +190,17 @@ def parse_header(path: Path, start: bytes) -> tuple[nib.Nifti1Header, tuple[int,
                 raise fault(path, f"shape {shape}, expected 3D", "split a series into one file per volume")
             try:
                 dtype = raw.get_data_dtype()
-            except nib.spatialimages.HeaderDataError:
+            except (nib.spatialimages.HeaderDataError, KeyError):
                 dtype = None
             if dtype is None or dtype.fields is not None or dtype.kind not in "iuf":
                 name = f"code {int(raw['datatype'])}" if dtype is None else dtype
                 raise fault(path, f"voxels of type {name}, expected plain numbers", "convert to grey values")
+            sides = [float(side) for side in raw["pixdim"][1:4]]
+            if raw["sform_code"] <= 0 and not all(
+                0 < side < FARTHEST_MM for side in sides
+            ):  # nibabel would take 1 for 0
+                raise fault(path, f"its header gives voxel sides of {sides} mm", "repair the header")
             header = kind(raw.binaryblock, raw.endianness, check=True)
-            if not np.isfinite(header["pixdim"][1:4]).all():
-                raise fault(path, "its voxel spacing is not finite", "repair the header")
             header.get_slope_inter()
     except Exception as error:  # nibabel fails in many ways on a damaged header, and none may escape without a name
         if isinstance(error, DataError):
@@ -226,13 +228,12 @@ def build(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], content:
     for name, matrix in (("sform", sform), ("qform", qform), ("voxel spacing", affine)):
         if matrix is not None:
             check_affine(path, matrix, name)
-    spacing = tuple(float(side) for side in header["pixdim"][1:4])
-    return Scan(voxels, affine, sform, qform, spacing, digest.hexdigest())
+    return Scan(voxels, affine, sform, qform, digest.hexdigest())
 
 
 def check_affine(path: Path, affine: np.ndarray, name: str) -> None:
     """Refuse an affine (4, 4) that is not finite, not invertible, or sheared by more than `SHEAR_TOLERANCE_DEG`."""
-    if not np.isfinite(affine).all():
+    if not np.abs(affine).max() < FARTHEST_MM:  # true for NaN as well
         raise fault(path, f"its affine ({name}) is not finite", "repair the header")
     axes = affine[:3, :3]
     sides = np.linalg.norm(axes, axis=0)
