@@ -447,19 +447,20 @@ class ScanAudit:
             ConfigError: there is no scan. DataError: two would write the same file, or none is usable.
         """
         if self._usable is None:
-            self._usable = []
             raise_findings(names_of(self.cases))
+            usable = []
             for case in self.cases:
                 before = len(self.findings)
                 self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
                 errors = [f for f in self.findings[before:] if f.severity == "error"]
                 if not errors:
-                    self._usable.append(case)
+                    usable.append(case)
                 for finding in errors:
                     logger.error(f"left out: {finding}")
-            if not self._usable:
+            if not usable:
                 self.audit.close()
             self.audit.record.save()
+            self._usable = usable
         return self._usable
 
     def finish(self) -> None:

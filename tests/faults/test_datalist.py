@@ -283,8 +283,8 @@ def test_training_on_ct_needs_a_policy(dataset, tmp_path, setting, ends):
         write_nifti(dataset / f"{name}.nii.gz", scan.astype(np.int16))
     out = str(tmp_path / "out")
     more = {} if setting == "null" else {"source_negative_values": setting}
-    done = bundle_run(["train.json", "tiny.yaml"], dataset_dir=str(dataset), ckpt_dir=out, output_dir=out, labels=LABELS,
-                      **more)  # fmt: skip
+    arguments = {"dataset_dir": str(dataset), "ckpt_dir": out, "output_dir": out, "labels": LABELS, **more}
+    done = bundle_run(["train.json", "tiny.yaml"], **arguments)
     if ends:
         assert done.returncode == 0, done.stderr[-2000:]
         assert "model.pt" in tree(tmp_path / "out")
