@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feed damaged scans, datalists and audit records to the readers: python tools/fuzz.py --minutes 10 --seed 0.
 
-Only a `MAPSegError` with a one-line message, or success, is right. Counts inputs; every other exception is printed with
+Only a `MAPSegError` with one line a finding, or success, is right. Counts inputs; every other exception is printed with
 the file that caused it, which is kept; exit code 1 if there was one. Such a file becomes a test.
 """
 
@@ -41,8 +41,8 @@ def scan_target(content: bytes, path: Path) -> str:
 def datalist_target(content: bytes, path: Path) -> str:
     """Load and check bytes as a datalist."""
     path.write_bytes(content)
-    results = [outcome(lambda: check_datalist(path), lines=None)]
-    results += [outcome(lambda section=section: load_datalist(path, section), lines=None) for section in SECTIONS]
+    results = [outcome(lambda: check_datalist(path))]
+    results += [outcome(lambda section=section: load_datalist(path, section)) for section in SECTIONS]
     return "refused" if "refused" in results else "accepted"
 
 
@@ -57,13 +57,13 @@ def record_target(content: bytes, path: Path, scan: Path) -> str:
     return "accepted"
 
 
-def outcome(call: Callable[[], Any], lines: int | None = 1) -> str:
-    """Run a target; a user error must have a message, of one line if asked."""
+def outcome(call: Callable[[], Any]) -> str:
+    """Run a target; a user error must have a message, one line a finding."""
     try:
         call()
     except MAPSegError as error:
-        if not str(error) or (lines and len(str(error).splitlines()) != lines):
-            raise RuntimeError(f"message of {len(str(error).splitlines())} lines: {error!r}") from error
+        if not str(error) or len(str(error).split("\n")) != max(len(error.findings), 1):
+            raise RuntimeError(f"{len(error.findings)} findings, message {str(error)!r}") from error
         return "refused"
     return "accepted"
 

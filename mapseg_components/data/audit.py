@@ -439,15 +439,23 @@ class ScanAudit:
         """All findings so far."""
         return self.audit.findings
 
-    @property
-    def usable(self) -> list[Mapping[str, Any]]:
-        """Cases without an error; the scans are read at the first use.
+    def start(self) -> None:
+        """First step of a run: read the scans.
 
         Raises:
-            ConfigError: there is no scan. DataError: two would write the same file, or none is usable.
+            ConfigError: there is no scan. DataError: two would write the same file. Else as `usable`.
+        """
+        raise_findings(names_of(self.cases))
+        logger.info(f"{len(self.usable)} of {len(self.cases)} scans are usable.")
+
+    @property
+    def usable(self) -> list[Mapping[str, Any]]:
+        """Cases without an error, none without cases; the scans are read at the first use.
+
+        Raises:
+            ConfigError, DataError or ResourceError: there are scans and none is usable.
         """
         if self._usable is None:
-            raise_findings(names_of(self.cases))
             usable = []
             for case in self.cases:
                 before = len(self.findings)

@@ -388,6 +388,16 @@ def test_bad_scans_are_left_out_and_named_at_the_end(dataset, tmp_path, caplog):
     assert ScanAudit(cases, audit="skip").usable == cases
 
 
+def test_scans_that_cannot_be_told_apart_stop_before_any_is_read(tmp_path):
+    assert ScanAudit([]).usable == []  # a config may be looked at without data
+    with refused(tmp_path, "no NIfTI scan", "set dataset_dir", kind=ConfigError):
+        ScanAudit([]).start()
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).write_text("not read")
+    with refused(tmp_path, "['a'] stand twice"):
+        ScanAudit(load_scans(tmp_path)).start()
+
+
 def test_scans_of_one_name_are_refused(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write_nifti(tmp_path / name, make_scan()[0])
