@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from mapseg_components.data import (
     AuditRecord,
+    Finding,
     ScanAudit,
     check_inference_memory,
     check_scan,
@@ -28,6 +29,7 @@ from mapseg_components.data import (
     nifti,
     read_nifti,
 )
+from mapseg_components.data.findings import raise_findings
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage
@@ -176,6 +178,9 @@ def test_kinds_decide_the_error(dataset, tmp_path):
     damage.truncated(second)
     with refused(tmp_path, "0.nii.gz", "1.nii.gz", kind=DataError, lines=2):
         check_training_data(dataset / "datalist.json", LABELS)
+    mixed = [Finding("error", "a", "b", "c", kind) for kind in (ConfigError, ResourceError)]
+    with refused(tmp_path, "a: b: c", kind=DataError, lines=2):
+        raise_findings(mixed)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32, np.float64])
