@@ -7,11 +7,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MAPSegError(Exception):
     """Base of all errors below."""
 
     exit_code = 1
+    # the same as records, where checks of the data made it: `mapseg_components.data.Finding`
+    findings: tuple[Any, ...] = ()
 
 
 class ConfigError(MAPSegError, ValueError):

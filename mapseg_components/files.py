@@ -8,6 +8,7 @@ interrupted write leaves beside it (``.<name>.<random>.tmp``) is swept by the ne
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import json
@@ -42,7 +43,7 @@ TEMPORARY_SUFFIX = ".tmp"
 # what `replacing` names its files: a hidden name, eight random characters of tempfile, the suffix
 TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp(\.[\w.]+)?")
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_locks: dict[Path, FileLock] = {}
+_locks: dict[Path, tuple[FileLock, int]] = {}
 
 
 @contextlib.contextmanager
@@ -163,7 +164,7 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
         ResourceError: another process has it; the message names host and process.
     """
     folder = Path(folder).resolve()
-    if folder in _locks:
+    if _locks.get(folder, (None, 0))[1] == os.getpid():
         return
     lock, owner = FileLock(folder / LOCK_NAME), folder / f"{LOCK_NAME}.json"
     try:
@@ -175,7 +176,7 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
         ) from None
     except OSError as error:
         raise free_space_error(folder / LOCK_NAME, error) from error
-    _locks[folder] = lock
+    _locks[folder] = (lock, os.getpid())
     write_json({"process": os.getpid(), "host": socket.gethostname()}, owner)
 
 
@@ -189,9 +190,12 @@ def holder_of(owner: Path) -> str:
 
 
 def unlock_folders(folders: Iterable[str | os.PathLike[str]] | None = None) -> None:
-    """Give up some of this process's folders, by default all."""
+    """Give up some of this process's folders, by default all; done by itself when the process ends."""
     for folder in [Path(f).resolve() for f in folders] if folders is not None else list(_locks):
-        lock = _locks.pop(folder, None)
-        if lock is not None:
+        lock, process = _locks.pop(folder, (None, 0))
+        if lock is not None and process == os.getpid():  # a forked worker has no say in it
             (folder / f"{LOCK_NAME}.json").unlink(missing_ok=True)
             lock.release()
+
+
+atexit.register(unlock_folders)

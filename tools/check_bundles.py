@@ -24,7 +24,7 @@ EQUAL = [
         "mapseg_pretraining/configs/train.json",
         # one encoder, one reading of scans; the paper's sizes stand in both
         "in_channels patch_size width depth stride percentile percentile_range mask_ratio local_block_size "
-        "global_block_size datalist device".split(),
+        "global_block_size datalist device assume_orientation audit audit_file".split(),
     ),
 ]
 # settings of the encoder that a preset or experiment must give alike in both bundles, where both have it

@@ -3,6 +3,8 @@
 """Datalists, their checks, loaders for several domains, and what is measured on label maps."""
 
 from mapseg_components.data.audit import (
+    Audit,
+    ScanAudit,
     check_datalist,
     check_labelled_scans,
     check_pretraining_data,
@@ -11,14 +13,23 @@ from mapseg_components.data.audit import (
     check_training_data,
 )
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
+from mapseg_components.data.facts import AuditRecord, Facts
+from mapseg_components.data.findings import Finding
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
+from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.data.results import check_results, result_path
 from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
 
 __all__ = [
     "SECTIONS",
+    "Audit",
+    "AuditRecord",
     "DomainBalancedSampler",
     "EpochLoader",
+    "Facts",
+    "Finding",
+    "Scan",
+    "ScanAudit",
     "SeededDataset",
     "SourceTargetLoader",
     "check_datalist",
@@ -32,6 +43,7 @@ __all__ = [
     "load_datalist",
     "load_images",
     "load_scans",
+    "read_nifti",
     "result_path",
     "structure_volumes",
     "write_volumes_csv",

@@ -1,25 +1,28 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks before work starts: every finding is collected, then one error names them all."""
+"""Checks before work starts: every file is read once, every finding is collected, then one error names them all."""
 
 from __future__ import annotations
 
 import logging
-import zlib
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
-from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images
-from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.data.datalist import LONGEST_NAME_BYTES, SECTIONS, has_section, read_section, stem
+from mapseg_components.data.facts import AuditRecord, Facts
+from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.nifti import corner_distance
+from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
 
 __all__ = [
+    "Audit",
+    "ScanAudit",
     "check_datalist",
     "check_labelled_scans",
     "check_pretraining_data",
@@ -30,175 +33,448 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-GEOMETRY_TOLERANCE_MM = 1e-3
+GEOMETRY_TOLERANCE_MM = 1e-3  # between a scan and its label map
+FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
+LISTED_VALUES = 8  # unknown label values that a message names
+CT_SHIFT = 1024.0
+# a scan may be in both: evaluating on the scans that the adaptation saw, without their labels, is common
+SHARED = {"target_training", "target_test"}
+# sections whose scans must differ in content as well
+APART = ("source_training", "source_validation", "target_training")
 
 
-def read_scan(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels (X, Y, Z) and affine (4, 4) of a 3D NIfTI scan; a last axis of length 1 is squeezed.
+class Audit:
+    """Checks that collect their findings; nothing is raised before `close`, except for settings that make no sense.
+
+    Args:
+        record: file that keeps what was found, see `AuditRecord`; ``None`` for none.
+        mode: ``"full"`` reads every file; ``"skip"`` opens no scan and says so.
+        assume_orientation: three letters such as ``"RAS"`` for scans whose header names no orientation; ``None``
+            refuses them.
 
     Raises:
-        DataError: the file is missing, damaged, or no 3D scan.
+        ConfigError: the mode is unknown.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file: correct the datalist, or copy the scan there")
-    try:
-        scan = nib.load(path)
-        shape = scan.shape[:3] if scan.shape[3:] == (1,) else scan.shape
-        if len(shape) != 3:
-            raise DataError(f"{path}: shape {scan.shape}, expected 3D: split a series into one file per volume")
-        voxels = np.asanyarray(scan.dataobj).reshape(shape)
-    except DataError:
-        raise
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, MemoryError, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read as NIfTI ({reason}): copy it again") from error
-    if voxels.dtype.fields is not None or np.iscomplexobj(voxels):
-        raise DataError(f"{path}: voxels of type {voxels.dtype}, expected plain numbers: convert to grey values")
-    if not np.isfinite(scan.affine).all() or abs(np.linalg.det(scan.affine[:3, :3])) < 1e-9:
-        raise DataError(f"{path}: its affine is not finite or not invertible: repair the header")
-    return voxels, scan.affine
+
+    def __init__(
+        self, record: str | Path | None = None, mode: str = "full", assume_orientation: str | None = None
+    ) -> None:
+        if mode not in ("full", "skip"):
+            raise ConfigError(f"audit is {mode!r}, expected 'full' or 'skip'")
+        self.skip = mode == "skip"
+        self.record = AuditRecord(None if self.skip else record)
+        self.assume_orientation = assume_orientation
+        self.findings: list[Finding] = []
+        if self.skip:
+            logger.warning("audit is 'skip': no scan was checked; damaged or mismatched files go into the run.")
+
+    def add(self, file: Any, what: str, remedy: str, kind: type[MAPSegError] = DataError) -> None:
+        """Add an error."""
+        self.findings.append(Finding("error", str(file), what, remedy, kind))
+
+    def warn(self, file: Any, what: str, remedy: str) -> None:
+        """Add a warning."""
+        self.findings.append(Finding("warning", str(file), what, remedy))
+
+    def close(self) -> None:
+        """Write the record, then raise one error with all findings. Raises as `raise_findings`."""
+        self.record.save()
+        raise_findings(self.findings)
+
+    def datalist(self, datalist: str | Path, sections: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+        """Sound cases of the sections that a datalist has; no scan is opened."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for section in sections:
+            try:
+                if section == "source_training" or has_section(datalist, section):
+                    found[section], findings = read_section(datalist, section)
+                    self.findings += findings
+            except MAPSegError as error:
+                self.findings += findings_of(error)
+        self.duplicates(found)
+        return found
+
+    def duplicates(self, sections: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """No case id twice in a section or on both sides of a validation; no file in two places."""
+        files: dict[str, list[str]] = {}  # real path to the sections that have it
+        for section, cases in sections.items():
+            for name, count in Counter(case[CASE_ID] for case in cases).items():
+                if count > 1:
+                    self.add(section, f"case id {name!r} stands twice", "set case_id, or in a folder rename a file")
+            for case in cases:
+                before = files.setdefault(os.path.realpath(case[IMAGE]), [])
+                for other in before:
+                    if {other, section} != SHARED:
+                        self.add(case[IMAGE], f"stands in {other} and in {section}", "keep it in one of them")
+                before.append(section)
+        training = {case[CASE_ID] for case in sections.get("source_training", ())}
+        for name in sorted(training & {case[CASE_ID] for case in sections.get("source_validation", ())}):
+            self.add(
+                "source_validation",
+                f"case id {name!r} stands in source_training, too",
+                "keep a person's scans on one side, or set case_id if it is another person",
+            )
+
+    def facts(self, path: str, with_values: bool = False) -> Facts | None:
+        """Facts of a file; ``None`` after a finding, and if the audit is skipped."""
+        if self.skip:
+            return None
+        try:
+            facts = self.record.facts(path, with_values)
+        except MAPSegError as error:
+            self.findings += findings_of(error)
+            return None
+        self.geometry(path, facts)
+        if facts.not_finite:
+            self.add(
+                path,
+                f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}",
+                "repair it or leave the scan out",
+            )
+        return facts
+
+    def geometry(self, path: str, facts: Facts) -> None:
+        """An orientation must be known, and the header's two ways to say it must agree."""
+        if not facts.has_orientation and self.assume_orientation is None:
+            self.add(
+                path,
+                "its header names no orientation (sform and qform codes are 0)",
+                "repair the header, or set assume_orientation, such as 'RAS', if you know it",
+            )
+        if facts.disagreement is not None:
+            distance, angle = facts.disagreement
+            text = f"sform and qform differ by {angle:.2f} degrees and {distance:.3f} mm at a corner"
+            if distance > FORMS_TOLERANCE_MM:
+                remedy = "remove the wrong one (set its code to 0), or copy the right one over it"
+                self.add(path, f"{text} (tolerance {FORMS_TOLERANCE_MM:g} mm)", remedy)
+            elif distance > GEOMETRY_TOLERANCE_MM:
+                self.warn(path, text, "the sform is used")
+
+    def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
+        """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
+        facts = self.facts(path)
+        if facts is None or facts.not_finite:
+            return facts
+        span = f"values from {facts.lowest:g} to {facts.highest:g}"
+        if facts.lowest == facts.highest:
+            self.add(path, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
+        elif facts.negative and policy is None:
+            self.add(
+                path,
+                f"{facts.negative} voxels are negative ({span}), and {knob} is null: there must be none",
+                f"set {knob} to 'clip' (MR), 'shift' (CT: adds {CT_SHIFT:g} first) or 'keep'",
+                ConfigError,
+            )
+        elif facts.highest + (CT_SHIFT if policy == "shift" else 0) <= 0 and policy != "keep":
+            self.add(path, f"no voxel is above 0 under {knob} {policy!r} ({span})", "correct it, or leave the scan out")
+        return facts
+
+    def label(self, path: str, known: Iterable[int], image: Facts | None) -> Facts | None:
+        """Facts of a label map that lies on its scan's grid and has known values; ``None`` if it was not read."""
+        facts = self.facts(path, with_values=True)
+        if facts is None or facts.values is None:
+            return facts
+        if image is not None:
+            self.pair(path, facts, image)
+        allowed = {0, *known}
+        unknown = [(value, count) for value, count in facts.values if value not in allowed]
+        if unknown:
+            listed = ", ".join(f"{value:g} ({count} voxels)" for value, count in unknown[:LISTED_VALUES])
+            more = len(unknown) - LISTED_VALUES + facts.more_values
+            self.add(
+                path,
+                f"label map has unknown values {listed}{f' and {more} more' if more > 0 else ''}, "
+                f"known are {sorted(allowed)}",
+                "name them in labels or in dropped_labels",
+            )
+        elif all(value == 0 for value, _ in facts.values) and not facts.not_finite:
+            self.warn(path, "label map is blank", "leave the case out if that is not meant")
+        return facts
+
+    def pair(self, path: str, label: Facts, image: Facts) -> None:
+        """A label map must lie on its scan's grid."""
+        if label.shape != image.shape:
+            self.add(
+                path, f"label map of shape {label.shape}, its scan {image.shape}", "resample it to the scan's grid"
+            )
+            return
+        if label.has_orientation != image.has_orientation:
+            who = "label map, not its scan," if label.has_orientation else "scan, not its label map,"
+            self.add(path, f"only the {who} names an orientation", "copy the header of the one that is right")
+            return
+        distance = corner_distance(image.shape, np.array(label.affine), np.array(image.affine))
+        if distance > GEOMETRY_TOLERANCE_MM:
+            self.add(
+                path,
+                f"its affine puts a corner {distance:.3f} mm away from where its scan has it "
+                f"(tolerance {GEOMETRY_TOLERANCE_MM} mm)",
+                "resample it to the scan's grid, or repair the header",
+            )
+
+    def training(
+        self,
+        datalist: str | Path,
+        labels: Mapping[str, int] | Sequence[int],
+        dropped_labels: Sequence[int] = (),
+        source_negative_values: str | None = None,
+        target_negative_values: str | None = None,
+    ) -> Audit:
+        """All that a training run will read; see `check_training_data`."""
+        known = known_values(labels, dropped_labels)
+        sections = self.datalist(datalist, APART)
+        images: dict[str, list[tuple[str, Facts | None]]] = {}
+        seen: set[float] = set()
+        unread = self.skip
+        for section, cases in sections.items():
+            side = "target" if section == "target_training" else "source"
+            policy = target_negative_values if side == "target" else source_negative_values
+            for case in cases:
+                facts = self.scan(case[IMAGE], policy, f"{side}_negative_values")
+                images.setdefault(section, []).append((case[IMAGE], facts))
+                if LABEL not in case:
+                    continue
+                label = self.label(case[LABEL], known, facts)
+                if section == "source_training":
+                    unread |= label is None
+                    seen |= {value for value, _ in label.values or ()} if label is not None else set()
+        self.content(images)
+        names = labels if isinstance(labels, Mapping) else {str(value): value for value in labels}
+        absent = [f"{name} ({value})" for name, value in names.items() if value not in seen]
+        if absent and sections.get("source_training") and not unread:
+            self.warn(
+                "source_training",
+                f"no label map has {', '.join(absent)}",
+                "such a class cannot be learnt; take it out of labels, or add a scan that has it",
+            )
+        return self
+
+    def content(self, images: Mapping[str, Sequence[tuple[str, Facts | None]]]) -> None:
+        """The same voxels must not stand under two names in sections that must be apart."""
+        first: dict[str, tuple[str, str]] = {}
+        for section, files in images.items():
+            for path, facts in files:
+                if facts is None:
+                    continue
+                other, name = first.setdefault(facts.digest, (section, path))
+                if other != section and os.path.realpath(name) != os.path.realpath(path):
+                    self.add(path, f"{section} has the same voxels as {name} of {other}", "keep one of them")
+
+    def pretraining(self, datalist: str | Path, negative_values: str | None = None) -> Audit:
+        """The scans that pretraining will read; no label is read."""
+        for cases in self.datalist(datalist, ("source_training", "target_training")).values():
+            for case in cases:
+                self.scan(case[IMAGE], negative_values, "negative_values")
+        return self
+
+    def labelled(
+        self,
+        cases: Sequence[Mapping[str, Any]],
+        labels: Mapping[str, int] | Sequence[int],
+        dropped_labels: Sequence[int] = (),
+        negative_values: str | None = None,
+    ) -> Audit:
+        """Scans and label maps of an evaluation."""
+        known = known_values(labels, dropped_labels)
+        self.findings += names_of(cases)
+        for case in cases:
+            facts = self.scan(case[IMAGE], negative_values, "negative_values")
+            if LABEL in case:
+                self.label(case[LABEL], known, facts)
+        return self
+
+
+def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int]) -> list[int]:
+    """Label values that a task names."""
+    return [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels]
+
+
+def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """An empty list, and cases whose results would overwrite each other or could not be named."""
+    if not cases:
+        what = "no NIfTI scan (*.nii, *.nii.gz) found"
+        remedy = "set dataset_dir to the folder of your scans (convert DICOM with dcm2niix)"
+        return [Finding("error", "", what, remedy, ConfigError)]
+    found = []
+    for what, names in (
+        ("case ids", [case[CASE_ID] for case in cases]),
+        ("scans named", [stem(Path(case[IMAGE])) for case in cases]),
+    ):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        if twice:
+            remedy = "rename the files"
+            found.append(
+                Finding("error", "", f"{what} {twice} stand twice and would overwrite each other's results", remedy)
+            )
+            break
+    for case in cases:
+        length = len(os.fsencode(stem(Path(case[IMAGE]))))
+        if length > LONGEST_NAME_BYTES:
+            what = f"its name has {length} bytes, results can be named by {LONGEST_NAME_BYTES}"
+            found.append(Finding("error", case[IMAGE], what, "shorten it"))
+    return found
 
 
 def check_scan(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Read a scan to its end and refuse what cannot be segmented.
+    """Read a scan to its end and refuse what cannot be segmented; negative values are allowed.
 
     Returns:
         its shape and affine.
 
     Raises:
-        DataError: see `read_scan`; or NaN or infinite voxels; or no contrast.
+        DataError: see `read_nifti`; or NaN or infinite voxels, no contrast, or no orientation.
     """
-    voxels, affine = read_scan(path)
-    bad = voxels.size - int(np.isfinite(voxels).sum())
-    if bad:
-        first = tuple(int(i) for i in np.argwhere(~np.isfinite(voxels))[0])
-        raise DataError(f"{path}: {bad} voxels are NaN or infinite, the first at {first}: repair or leave the scan out")
-    if voxels.min() == voxels.max():
-        raise DataError(f"{path}: all voxels are {voxels.min():g}, no contrast to segment: leave the scan out")
-    return voxels.shape, affine
-
-
-def check_label_map(path: str | Path, known: Iterable[int], shape: tuple[int, ...], affine: np.ndarray) -> None:
-    """Refuse a label map of another grid than its scan, or with values that nobody named.
-
-    Raises:
-        DataError: see above; the message has both shapes, or the distance in mm, or the values.
-    """
-    voxels, own = read_scan(path)
-    if voxels.shape != shape:
-        raise DataError(f"{path}: label map of shape {voxels.shape}, its scan {shape}: resample it to the scan's grid")
-    corners = np.array(np.meshgrid(*[(0, side - 1) for side in shape], [1])).reshape(4, -1)
-    distance = float(np.abs((own - affine) @ corners)[:3].max())
-    if distance > GEOMETRY_TOLERANCE_MM:
-        raise DataError(
-            f"{path}: its affine puts a corner {distance:.3f} mm away from where its scan has it "
-            f"(tolerance {GEOMETRY_TOLERANCE_MM} mm): resample it to the scan's grid, or repair the header"
-        )
-    values, counts = np.unique(voxels, return_counts=True)
-    unknown = [(v, n) for v, n in zip(values.tolist(), counts.tolist()) if v not in {0, *known}]
-    if unknown:
-        listed = ", ".join(f"{value:g} ({count} voxels)" for value, count in unknown)
-        raise DataError(
-            f"{path}: label map has unknown values {listed}, known are {sorted({0, *known})}: "
-            "name them in labels or in dropped_labels"
-        )
+    audit = Audit()
+    facts = audit.scan(str(path), "keep", "negative_values")
+    audit.close()
+    assert facts is not None
+    return facts.shape, np.array(facts.affine)
 
 
 def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTIONS)) -> dict[str, list[dict[str, Any]]]:
     """Load the sections that a datalist has and refuse duplicates and leaks between them. No scan is opened.
 
-    Equal case ids in two sections are allowed: source and target are often numbered alike.
+    Equal case ids in source and target are allowed: they are often numbered alike. A scan may stand in
+    ``target_training`` and in ``target_test``.
 
     Returns:
         section to cases.
 
     Raises:
-        DataError: a case id stands twice in a section, or a file stands twice anywhere.
+        ConfigError: there is no datalist, it has no ``source_training``, or a section is empty.
+        DataError: a case id stands twice in a section, or in source training and validation; or a file stands twice.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for section in sections:
-        try:
-            found[section] = load_datalist(datalist, section)
-        except ConfigError:
-            if section == "source_training":
-                raise
-    seen: dict[str, str] = {}
-    for section, cases in found.items():
-        ids: set[str] = set()
-        for case in cases:
-            if case[CASE_ID] in ids:
-                raise DataError(
-                    f"{section}: case id {case[CASE_ID]!r} stands twice: set case_id, or in a folder rename a file"
-                )
-            ids.add(case[CASE_ID])
-            real = str(Path(case[IMAGE]).resolve())
-            if real in seen:
-                raise DataError(f"{case[IMAGE]} stands in {seen[real]} and in {section}: keep it in one of them")
-            seen[real] = section
-    return found
+    audit = Audit()
+    cases = audit.datalist(datalist, sections)
+    audit.close()
+    return cases
 
 
 def check_training_data(
-    datalist: str | Path, labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int] = ()
+    datalist: str | Path,
+    labels: Mapping[str, int] | Sequence[int],
+    dropped_labels: Sequence[int] = (),
+    source_negative_values: str | None = None,
+    target_negative_values: str | None = None,
+    assume_orientation: str | None = None,
+    record: str | Path | None = None,
+    audit: str = "full",
 ) -> None:
     """Check all that a training run will read, before it starts; target labels are not read.
 
     Args:
         datalist: see `load_datalist`.
         labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
+        source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        assume_orientation, record, audit: see `Audit`.
 
     Raises:
-        DataError: what is wrong, one finding a line, each with its file and remedy.
+        ConfigError, DataError or ResourceError: what is wrong, one finding a line, each with its file and remedy;
+            `DataError` if the findings are of several kinds.
     """
-    known = [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels]
-    cases = check_datalist(datalist, ("source_training", "source_validation", "target_training"))
-    report_findings([case for section in cases.values() for case in section], known)
+    run = Audit(record, audit, assume_orientation)
+    run.training(datalist, labels, dropped_labels, source_negative_values, target_negative_values).close()
 
 
-def check_pretraining_data(datalist: str | Path) -> None:
-    """Check the scans that pretraining will read; no label is read. Raises as `check_training_data`."""
-    check_datalist(datalist, ("source_training", "target_training"))
-    report_findings(load_images(datalist, ("source_training", "target_training")), [])
-
-
-def check_scans(cases: Sequence[dict[str, Any]]) -> None:
-    """Check scans before inference; labels are not read.
-
-    Raises:
-        DataError: there is none, two would write the same file, or what `check_scan` finds, one finding a line.
-    """
-    check_names(cases)
-    report_findings([{IMAGE: case[IMAGE]} for case in cases], [])
-
-
-def check_names(cases: Sequence[dict[str, Any]]) -> None:
-    """Refuse an empty list, and cases whose results would overwrite each other. Raises `DataError`."""
-    if not cases:
-        raise DataError("no NIfTI scan (*.nii, *.nii.gz) found: set dataset_dir to the folder of your scans")
-    names = [case[CASE_ID] for case in cases]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"case ids {twice} stand twice and would overwrite each other's results: rename the files")
+def check_pretraining_data(
+    datalist: str | Path,
+    negative_values: str | None = None,
+    assume_orientation: str | None = None,
+    record: str | Path | None = None,
+    audit: str = "full",
+) -> None:
+    """Check the scans that pretraining will read; no label is read. Arguments and errors as `check_training_data`."""
+    Audit(record, audit, assume_orientation).pretraining(datalist, negative_values).close()
 
 
 def check_labelled_scans(
-    cases: Sequence[dict[str, Any]], labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int] = ()
+    cases: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, int] | Sequence[int],
+    dropped_labels: Sequence[int] = (),
+    negative_values: str | None = None,
+    assume_orientation: str | None = None,
+    record: str | Path | None = None,
+    audit: str = "full",
 ) -> None:
-    """Check scans and label maps before an evaluation. Raises as `check_training_data`."""
-    check_names(cases)
-    report_findings(cases, [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels])
+    """Check scans and label maps before an evaluation. Arguments and errors as `check_training_data`."""
+    Audit(record, audit, assume_orientation).labelled(cases, labels, dropped_labels, negative_values).close()
 
 
-def report_findings(cases: Iterable[dict[str, Any]], known: Sequence[int]) -> None:
-    """Check each case, then raise one error with all findings."""
-    findings = []
+def check_scans(cases: Sequence[Mapping[str, Any]], negative_values: str | None = "keep") -> None:
+    """Check scans, all or none; labels are not read. To go on without the bad ones see `ScanAudit`.
+
+    Raises:
+        ConfigError: there is none. DataError: two would write the same file, or what `check_scan` finds.
+    """
+    raise_findings(names_of(cases))
+    audit = Audit()
     for case in cases:
-        try:
-            shape, affine = check_scan(case[IMAGE])
-            if LABEL in case:
-                check_label_map(case[LABEL], known, shape, affine)
-        except DataError as error:
-            findings.append(str(error))
-    if findings:
-        raise DataError("\n".join(findings))
+        audit.scan(case[IMAGE], negative_values, "negative_values")
+    audit.close()
+
+
+class ScanAudit:
+    """The usable ones of many scans, for batch inference: the bad ones are named at once, and again by `finish`.
+
+    Args:
+        cases: see `load_scans`.
+        negative_values: see `NegativeValues`; ``None`` refuses scans with negative voxels.
+        assume_orientation, record, audit: see `Audit`.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Mapping[str, Any]],
+        negative_values: str | None = None,
+        assume_orientation: str | None = None,
+        record: str | Path | None = None,
+        audit: str = "full",
+    ) -> None:
+        self.cases = list(cases)
+        self.negative_values = negative_values
+        self.audit = Audit(record, audit, assume_orientation)
+        self._usable: list[Mapping[str, Any]] | None = None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings so far."""
+        return self.audit.findings
+
+    def start(self) -> None:
+        """First step of a run: read the scans.
+
+        Raises:
+            ConfigError: there is no scan. DataError: two would write the same file. Else as `usable`.
+        """
+        raise_findings(names_of(self.cases))
+        logger.info(f"{len(self.usable)} of {len(self.cases)} scans are usable.")
+
+    @property
+    def usable(self) -> list[Mapping[str, Any]]:
+        """Cases without an error, none without cases; the scans are read at the first use.
+
+        Raises:
+            ConfigError, DataError or ResourceError: there are scans and none is usable.
+        """
+        if self._usable is None:
+            usable = []
+            for case in self.cases:
+                before = len(self.findings)
+                self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
+                errors = [f for f in self.findings[before:] if f.severity == "error"]
+                if not errors:
+                    usable.append(case)
+                for finding in errors:
+                    logger.error(f"left out: {finding}")
+            if not usable:
+                self.audit.close()
+            self.audit.record.save()
+            self._usable = usable
+        return self._usable
+
+    def finish(self) -> None:
+        """Last step of a run: nothing if all scans were usable.
+
+        Raises:
+            ConfigError, DataError or ResourceError: the scans that were left out, one finding a line.
+        """
+        self.audit.close()

@@ -19,18 +19,21 @@ Paths are relative to the file's folder. ``domain`` and ``case_id`` are optional
     target/images/...
     test/images/...             test/labels/...
 
-with one more level, ``source/<domain>/images``, for several domains.
+with one more level, ``source/<domain>/images``, for several domains; a case id is then ``<domain>_<name>``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.nifti import ENDINGS
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
 
@@ -46,7 +49,8 @@ SECTIONS = {
     "target_test": "test",
 }
 WITHOUT_LABELS = ("target_training",)
-ENDINGS = (".nii.gz", ".nii")
+# what is added to a case id when its results are written, and what a file system allows for a name
+LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
 
 
 def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
@@ -61,29 +65,61 @@ def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
         ``case_id``, and ``domain`` if there are several.
 
     Raises:
-        ConfigError: the section is unknown, or the file or folder does not have it.
-        DataError: the list is empty, an entry lacks its image or label, or a case id is no safe file name.
+        ConfigError: the section is unknown, empty, or the file or folder does not have it.
+        DataError: an entry lacks its image or label, or a case id is no safe file name; all of them, one a line.
     """
+    cases, findings = read_section(datalist, section)
+    raise_findings(findings)
+    return cases
+
+
+def read_section(datalist: str | Path, section: str) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Sound cases of one section, and what is wrong with the others. Raises `ConfigError` as `load_datalist`."""
     if section not in SECTIONS:
         raise ConfigError(f"section {section!r} is unknown, expected one of {sorted(SECTIONS)}")
+    content, path = open_datalist(datalist), Path(datalist)
+    findings: list[Finding] = []
+    if content is None:
+        origin = str(path / SECTIONS[section])
+        try:
+            entries = entries_of_folder(path / SECTIONS[section], section not in WITHOUT_LABELS, findings)
+        except OSError as error:
+            raise ConfigError(f"{origin} cannot be listed ({error}): allow reading it") from error
+    else:
+        origin = f"{path}, {section!r}"
+        if section not in content:
+            raise ConfigError(f"{path} has no {section!r}: add this list (it has {sorted(content)})")
+        entries = content[section]
+    if not isinstance(entries, list) or not (entries or findings):
+        raise ConfigError(f"{origin} is empty: list at least one scan")
+    cases = []
+    for number, entry in enumerate(entries):
+        try:
+            cases.append(case_of_entry(entry, path, section, f"{origin}, entry {number}"))
+        except DataError as error:
+            findings += findings_of(error)
+    return cases, findings
+
+
+def has_section(datalist: str | Path, section: str) -> bool:
+    """Whether a datalist names a section at all. Raises `ConfigError` if there is no datalist."""
+    content = open_datalist(datalist)
+    return (Path(datalist) / SECTIONS[section]).is_dir() if content is None else section in content
+
+
+def open_datalist(datalist: str | Path) -> dict[str, Any] | None:
+    """Content of a datalist file, or ``None`` for a folder. Raises `ConfigError`."""
     if not datalist:
         raise ConfigError("no datalist given: set datalist to a JSON file, or to a folder with source/ and target/")
     path = Path(datalist)
-    if path.is_dir():
-        entries = entries_of_folder(path / SECTIONS[section], with_labels=section not in WITHOUT_LABELS)
-        origin = str(path / SECTIONS[section])
-    elif path.is_file():
-        content = read_json(path)
-        if section not in content:
-            raise ConfigError(f"{path} has no {section!r}: add this list (it has {sorted(content)})")
-        entries, origin = content[section], f"{path}, {section!r}"
-    else:
-        raise ConfigError(
-            f"no datalist at {path}: set datalist to a JSON file, or to a folder with source/ and target/"
-        )
-    if not isinstance(entries, list) or not entries:
-        raise DataError(f"{origin} is empty: list at least one scan")
-    return [case_of_entry(entry, path, section, f"{origin}, entry {number}") for number, entry in enumerate(entries)]
+    try:
+        if path.is_dir():
+            return None
+        if path.is_file():
+            return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be opened ({error}): correct datalist, or allow reading it") from error
+    raise ConfigError(f"no datalist at {path}: set datalist to a JSON file, or to a folder with source/ and target/")
 
 
 def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str, Any]]:
@@ -99,7 +135,10 @@ def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str,
 def load_scans(folder: str | Path) -> list[dict[str, Any]]:
     """Every NIfTI scan of a folder (or one scan) as a case, for inference; empty if there is none."""
     path = Path(folder)
-    scans = [path] if path.is_file() else list_scans(path)
+    try:
+        scans = [path] if path.is_file() else list_scans(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be listed ({error}): correct dataset_dir, or allow reading it") from error
     return [{IMAGE: str(scan.absolute()), CASE_ID: stem(scan)} for scan in scans]
 
 
@@ -119,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid JSON ({error}): correct the datalist") from error
     if not isinstance(content, dict):
         raise ConfigError(
@@ -128,8 +167,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def entries_of_folder(folder: Path, with_labels: bool) -> list[dict[str, str]]:
-    """Entries of ``folder/images`` and ``folder/labels``, or of each ``folder/<domain>`` that has them."""
+def entries_of_folder(folder: Path, with_labels: bool, findings: list[Finding]) -> list[dict[str, str]]:
+    """Entries of ``folder/images`` and ``folder/labels``, or of each ``folder/<domain>`` that has them.
+
+    With several domains a case id is ``<domain>_<name>``, since sites number alike. A scan without a label map, or the
+    reverse, is added to ``findings``.
+    """
     if (folder / "images").is_dir():
         domains = {"": folder}
     elif folder.is_dir():
@@ -138,14 +181,34 @@ def entries_of_folder(folder: Path, with_labels: bool) -> list[dict[str, str]]:
         raise ConfigError(f"{folder} does not exist: put scans into {folder / 'images'}")
     entries = []
     for domain, place in domains.items():
-        for scan in list_scans(place / "images"):
+        scans = list_scans(place / "images")
+        if with_labels:
+            findings += unpaired(place, scans)
+        for scan in scans:
             entry = {IMAGE: str(scan)}
             if with_labels:
                 entry[LABEL] = str(place / "labels" / scan.name)
+                if not os.path.lexists(entry[LABEL]):
+                    continue
             if domain:
-                entry[DOMAIN] = domain
+                entry |= {DOMAIN: domain, CASE_ID: f"{domain}_{stem(scan)}"}
             entries.append(entry)
     return entries
+
+
+def unpaired(place: Path, scans: Sequence[Path]) -> list[Finding]:
+    """One finding for scans of ``place/images`` without a label map of the same name, one for the reverse."""
+    images = {scan.name for scan in scans}
+    labels = {label.name for label in list_scans(place / "labels")}
+    what = [
+        (place / "images", images - labels, f"scans without a label map of the same name in {place / 'labels'}"),
+        (place / "labels", labels - images, f"label maps without a scan of the same name in {place / 'images'}"),
+    ]
+    return [
+        Finding("error", str(folder), f"{text}: {', '.join(sorted(names))}", "add what is missing, or move them away")
+        for folder, names, text in what
+        if names
+    ]
 
 
 def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict[str, Any]:
@@ -171,6 +234,11 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
     case[CASE_ID] = stem(Path(entry[IMAGE])) if case_id in (None, "") else str(case_id)
     if not re.fullmatch(r"[\w][\w.\- ]*", case[CASE_ID]) or ".." in case[CASE_ID]:
         raise DataError(f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-'")
+    if len(os.fsencode(case[CASE_ID])) > LONGEST_NAME_BYTES:
+        raise DataError(
+            f"{origin}: case id {case[CASE_ID]!r} has {len(os.fsencode(case[CASE_ID]))} bytes, "
+            f"results can be named by {LONGEST_NAME_BYTES}: set a shorter case_id"
+        )
     if entry.get(DOMAIN):
         case[DOMAIN] = str(entry[DOMAIN])
     return case

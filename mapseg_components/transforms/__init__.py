@@ -14,10 +14,13 @@ from mapseg_components.transforms.intensity import (
     RandPercentileClipd,
 )
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
+from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
 from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 
 __all__ = [
+    "AssumeOrientation",
+    "AssumeOrientationd",
     "AxisExtremesd",
     "ClassVoxelsd",
     "NegativeValues",

@@ -81,17 +81,18 @@ class NegativeValues(Transform):
 
     Args:
         policy: ``"clip"`` sets them to 0 (MR); ``"shift"`` first adds ``shift`` (CT in Hounsfield units, where air is
-            -1024) and then clips at 0; ``"keep"`` leaves the scan as it is.
+            -1024) and then clips at 0; ``"keep"`` leaves the scan as it is; ``None`` says that there is none.
         shift: added under ``"shift"``, in the scan's units.
 
     Raises:
-        ConfigError: the policy is unknown.
+        ConfigError: the policy is unknown; or, in a call, it is ``None`` and the scan has negative values.
     """
 
-    def __init__(self, policy: str, shift: float = 1024.0) -> None:
-        if policy not in ("clip", "shift", "keep"):
+    def __init__(self, policy: str | None = None, shift: float = 1024.0) -> None:
+        if policy not in (None, "clip", "shift", "keep"):
             raise ConfigError(
-                f"negative_values is {policy!r}, expected 'clip' (MR), 'shift' (CT: adds {shift:g} first) or 'keep'"
+                f"negative_values is {policy!r}, expected 'clip' (MR), 'shift' (CT: adds {shift:g} first), 'keep', or "
+                "null if there is none"
             )
         self.policy = policy
         self.shift = shift
@@ -100,15 +101,27 @@ class NegativeValues(Transform):
         """Image of the same shape, any number of dimensions."""
         if self.policy == "keep":
             return img
+        if self.policy is None:
+            negative = (img < 0) & ~torch.isneginf(img)  # -inf is damage, left to be named
+            if negative.any():
+                raise ConfigError(
+                    f"{scan_name(img)}: {int(negative.sum())} voxels are negative, and negative_values is null: set it "
+                    f"to 'clip' (MR), 'shift' (CT: adds {self.shift:g} first) or 'keep'"
+                )
+            return img
         shifted = img + self.shift if self.policy == "shift" else img
-        return torch.where(torch.isneginf(shifted), shifted, shifted.clamp(min=0))  # -inf is damage, left to be named
+        return torch.where(torch.isneginf(shifted), shifted, shifted.clamp(min=0))
 
 
 class NegativeValuesd(MapTransform):
     """Dictionary version of `NegativeValues`."""
 
     def __init__(
-        self, keys: KeysCollection, policy: str, shift: float = 1024.0, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        policy: str | None = None,
+        shift: float = 1024.0,
+        allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.transform = NegativeValues(policy, shift)

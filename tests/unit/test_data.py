@@ -66,21 +66,23 @@ def test_domains_of_a_folder(tmp_path):
                 write_nifti(tmp_path / "source" / domain / kind / f"{domain[-1]}{number}.nii.gz", make_scan()[0])
     cases = load_datalist(tmp_path, "source_training")
     assert [(case["domain"], case["case_id"]) for case in cases] == [
-        ("site a", "a0"),
-        ("site a", "a1"),
-        ("site b", "b0"),
+        ("site a", "site a_a0"),
+        ("site a", "site a_a1"),
+        ("site b", "site b_b0"),
     ]
-    assert all(case["label"].endswith(f"labels/{case['case_id']}.nii.gz") for case in cases)
+    assert all(case["label"].endswith(f"labels/{case['case_id'][-2:]}.nii.gz") for case in cases)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c: c.update(source_training=[]), "'source_training' is empty: list at least one scan"),
         (lambda c: c["source_training"][0].pop("label"), "entry 0: 'label' is missing for .*: name it"),
         (lambda c: c["source_training"].append(dict(c["source_training"][0])), "'source_training-0' stands twice"),
         (lambda c: c["source_validation"].append({**c["source_training"][0]}), "stands in source_training and in"),
-        (lambda c: c["target_test"].append({**c["target_training"][0], "label": "x"}), "stands in target_training and"),
+        (
+            lambda c: c["target_test"].append({**c["source_training"][0]}),
+            "stands in source_training and in target_test",
+        ),
         (lambda c: c["source_training"][0].update(case_id="../x"), "case id '../x' cannot name a file"),
         (lambda c: c["source_training"][0].update(label="source_training/0.nii.gz"), "named as image and as label"),
         (lambda c: c["source_training"].append("scan.nii.gz"), "entry 2: expected an object with 'image'"),
@@ -95,6 +97,11 @@ def test_number_as_case_id_and_byte_order_mark_are_read(dataset):
     path = edit(dataset, lambda c: c["source_training"][0].update(case_id=0))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load_datalist(path, "source_training")[0]["case_id"] == "0"
+
+
+def test_scan_of_the_adaptation_may_be_tested_on(dataset):
+    case = lambda c: {**c["target_training"][0], "label": c["target_test"][0]["label"]}  # noqa: E731
+    assert len(check_datalist(edit(dataset, lambda c: c["target_test"].append(case(c))))["target_test"]) == 2
 
 
 def test_missing_datalist_and_section(dataset, tmp_path):
@@ -197,7 +204,7 @@ def test_scans_of_a_folder(tmp_path):
     assert [case["case_id"] for case in load_scans(tmp_path)] == ["a.x", "b"]
     assert load_scans(tmp_path / "b.nii")[0]["case_id"] == "b"
     check_scans(load_scans(tmp_path))
-    with pytest.raises(DataError, match="no NIfTI scan"):
+    with pytest.raises(ConfigError, match="no NIfTI scan"):
         check_scans(load_scans(tmp_path / "empty"))
     write_nifti(tmp_path / "b.nii.gz", make_scan()[0])
     with pytest.raises(DataError, match=r"\['b'\] stand twice"):

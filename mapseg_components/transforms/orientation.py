@@ -1,0 +1,83 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Orientation of scans whose header names none: said explicitly, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms.intensity import scan_name
+
+__all__ = ["AssumeOrientation", "AssumeOrientationd"]
+
+
+class AssumeOrientation(Transform):
+    """Give a scan whose NIfTI header names no orientation (sform and qform codes 0) the affine of a known one.
+
+    Its voxel sides are the header's pixdim, its centre is at 0 mm. Scans that name an orientation are left alone, and
+    so is a tensor without a NIfTI header.
+
+    Args:
+        axcodes: where the three axes point to, e.g. ``"RAS"``; ``None`` refuses such scans.
+
+    Raises:
+        ConfigError: the letters are no orientation.
+    """
+
+    def __init__(self, axcodes: str | None = None) -> None:
+        pairs = [next((n for n, pair in enumerate(("LR", "PA", "IS")) if code in pair), -1) for code in axcodes or ""]
+        if axcodes is not None and sorted(pairs) != [0, 1, 2]:
+            raise ConfigError(
+                f"assume_orientation is {axcodes!r}, expected one letter each of L or R, P or A, I or S, or null"
+            )
+        self.axcodes = axcodes
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Image (C, X, Y, Z), the same voxels.
+
+        Raises:
+            DataError: the header names no orientation and none is assumed.
+        """
+        if not isinstance(img, MetaTensor) or not {"sform_code", "qform_code"} <= set(img.meta):
+            return img
+        if int(img.meta["sform_code"]) > 0 or int(img.meta["qform_code"]) > 0:
+            return img
+        if self.axcodes is None:
+            raise DataError(
+                f"{scan_name(img)}: its header names no orientation (sform and qform codes are 0): "
+                "repair the header, or set assume_orientation, such as 'RAS', if you know it"
+            )
+        spacing = np.asarray(img.meta["pixdim"], dtype=float)[1:4]
+        orientation = nib.orientations.axcodes2ornt(tuple(self.axcodes))
+        affine = np.eye(4)
+        affine[:3, :3] = 0
+        for axis, (world, sign) in enumerate(orientation):
+            affine[int(world), axis] = sign * spacing[axis]
+        affine[:3, 3] = -affine[:3, :3] @ ((np.array(img.shape[1:4]) - 1) / 2)
+        result = img.clone()
+        result.affine = torch.from_numpy(affine)
+        result.meta["original_affine"] = affine
+        return result
+
+
+class AssumeOrientationd(MapTransform):
+    """Dictionary version of `AssumeOrientation`."""
+
+    def __init__(self, keys: KeysCollection, axcodes: str | None = None, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = AssumeOrientation(axcodes)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key])
+        return result
