@@ -48,20 +48,26 @@ class Audit:
 
     Args:
         record: file that keeps what was found, see `AuditRecord`; ``None`` for none.
-        mode: ``"full"`` reads every file; ``"skip"`` opens no scan and says so.
+        audit: ``"full"`` reads every file; ``"skip"`` opens no scan and says so.
         assume_orientation: three letters such as ``"RAS"`` for scans whose header names no orientation; ``None``
             refuses them.
+        non_finite: ``"background"`` allows NaN and infinite voxels in images (`FillNonFinite`); ``None`` refuses them.
 
     Raises:
-        ConfigError: the mode is unknown.
+        ConfigError: ``audit`` is unknown.
     """
 
     def __init__(
-        self, record: str | Path | None = None, mode: str = "full", assume_orientation: str | None = None
+        self,
+        record: str | Path | None = None,
+        audit: str = "full",
+        assume_orientation: str | None = None,
+        non_finite: str | None = None,
     ) -> None:
-        if mode not in ("full", "skip"):
-            raise ConfigError(f"audit is {mode!r}, expected 'full' or 'skip'")
-        self.skip = mode == "skip"
+        if audit not in ("full", "skip"):
+            raise ConfigError(f"audit is {audit!r}, expected 'full' or 'skip'")
+        self.skip = audit == "skip"
+        self.non_finite = non_finite
         self.record = AuditRecord(None if self.skip else record)
         self.assume_orientation = assume_orientation
         self.findings: list[Finding] = []
@@ -125,11 +131,12 @@ class Audit:
             self.findings += findings_of(error)
             return None
         self.geometry(path, facts)
-        if facts.not_finite:
+        if facts.not_finite and (with_values or self.non_finite is None):
+            remedy = "repair it or leave the scan out"
             self.add(
                 path,
                 f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}",
-                "repair it or leave the scan out",
+                remedy if with_values else f"{remedy}, or set non_finite to 'background'",
             )
         return facts
 
@@ -153,7 +160,7 @@ class Audit:
     def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
         """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
         facts = self.facts(path)
-        if facts is None or facts.not_finite:
+        if facts is None or (facts.not_finite and self.non_finite is None):
             return facts
         span = f"values from {facts.lowest:g} to {facts.highest:g}"
         if facts.lowest == facts.highest:
@@ -355,9 +362,7 @@ def check_training_data(
     dropped_labels: Sequence[int] = (),
     source_negative_values: str | None = None,
     target_negative_values: str | None = None,
-    assume_orientation: str | None = None,
-    record: str | Path | None = None,
-    audit: str = "full",
+    **options: Any,
 ) -> None:
     """Check all that a training run will read, before it starts; target labels are not read.
 
@@ -365,25 +370,23 @@ def check_training_data(
         datalist: see `load_datalist`.
         labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
         source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
-        assume_orientation, record, audit: see `Audit`.
+        options: see `Audit`.
 
     Raises:
         ConfigError, DataError or ResourceError: what is wrong, one finding a line, each with its file and remedy;
             `DataError` if the findings are of several kinds.
     """
-    run = Audit(record, audit, assume_orientation)
+    run = Audit(**options)
     run.training(datalist, labels, dropped_labels, source_negative_values, target_negative_values).close()
 
 
 def check_pretraining_data(
     datalist: str | Path,
     negative_values: str | None = None,
-    assume_orientation: str | None = None,
-    record: str | Path | None = None,
-    audit: str = "full",
+    **options: Any,
 ) -> None:
     """Check the scans that pretraining will read; no label is read. Arguments and errors as `check_training_data`."""
-    Audit(record, audit, assume_orientation).pretraining(datalist, negative_values).close()
+    Audit(**options).pretraining(datalist, negative_values).close()
 
 
 def check_labelled_scans(
@@ -391,12 +394,10 @@ def check_labelled_scans(
     labels: Mapping[str, int] | Sequence[int],
     dropped_labels: Sequence[int] = (),
     negative_values: str | None = None,
-    assume_orientation: str | None = None,
-    record: str | Path | None = None,
-    audit: str = "full",
+    **options: Any,
 ) -> None:
     """Check scans and label maps before an evaluation. Arguments and errors as `check_training_data`."""
-    Audit(record, audit, assume_orientation).labelled(cases, labels, dropped_labels, negative_values).close()
+    Audit(**options).labelled(cases, labels, dropped_labels, negative_values).close()
 
 
 def check_scans(cases: Sequence[Mapping[str, Any]], negative_values: str | None = "keep") -> None:
@@ -418,7 +419,7 @@ class ScanAudit:
     Args:
         cases: see `load_scans`.
         negative_values: see `NegativeValues`; ``None`` refuses scans with negative voxels.
-        assume_orientation, record, audit: see `Audit`.
+        assume_orientation, record, audit, non_finite: see `Audit`.
     """
 
     def __init__(
@@ -428,10 +429,11 @@ class ScanAudit:
         assume_orientation: str | None = None,
         record: str | Path | None = None,
         audit: str = "full",
+        non_finite: str | None = None,
     ) -> None:
         self.cases = list(cases)
         self.negative_values = negative_values
-        self.audit = Audit(record, audit, assume_orientation)
+        self.audit = Audit(record, audit, assume_orientation, non_finite)
         self._usable: list[Mapping[str, Any]] | None = None
 
     @property

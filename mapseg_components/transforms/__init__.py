@@ -5,6 +5,8 @@
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.intensity import (
+    FillNonFinite,
+    FillNonFinited,
     NegativeValues,
     NegativeValuesd,
     PercentileClip,
@@ -19,6 +21,8 @@ from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobal
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 
 __all__ = [
+    "FillNonFinite",
+    "FillNonFinited",
     "AssumeOrientation",
     "AssumeOrientationd",
     "AxisExtremesd",

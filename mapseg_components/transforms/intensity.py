@@ -16,6 +16,8 @@ from monai.transforms import MapTransform, Randomizable, RandomizableTransform, 
 from mapseg_components.errors import ConfigError, DataError
 
 __all__ = [
+    "FillNonFinite",
+    "FillNonFinited",
     "NegativeValues",
     "NegativeValuesd",
     "PercentileClip",
@@ -74,6 +76,43 @@ def clip_and_scale(image: torch.Tensor, table: torch.Tensor, percentile: float) 
             "are background: crop the scan, or take the percentiles over the foreground"
         )
     return ((image - lowest) / (top - lowest)).clamp(0.0, 1.0)
+
+
+class FillNonFinite(Transform):
+    """What to do with NaN and infinite voxels: nothing, so that they are refused, or make them background.
+
+    Args:
+        policy: ``"background"`` gives them the lowest finite value of the scan; ``None`` leaves them.
+
+    Raises:
+        ConfigError: the policy is unknown.
+    """
+
+    def __init__(self, policy: str | None = None) -> None:
+        if policy not in (None, "background"):
+            raise ConfigError(f"non_finite is {policy!r}, expected 'background', or null to refuse such scans")
+        self.policy = policy
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Image of the same shape, any number of dimensions."""
+        finite = torch.isfinite(img)
+        if self.policy is None or finite.all() or not finite.any():
+            return img
+        return torch.where(finite, img, img[finite].min())
+
+
+class FillNonFinited(MapTransform):
+    """Dictionary version of `FillNonFinite`."""
+
+    def __init__(self, keys: KeysCollection, policy: str | None = None, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = FillNonFinite(policy)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key])
+        return result
 
 
 class NegativeValues(Transform):

@@ -13,8 +13,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from monai.transforms import Compose, LoadImaged
 
 from mapseg_components import memory
 from mapseg_components.data import (
@@ -30,6 +32,7 @@ from mapseg_components.data import (
 )
 from mapseg_components.data.findings import raise_findings
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.transforms import FillNonFinited
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage
 from tests.faults.common import LABELS, SMALL, bundle_run, refused, save_small_weights, tree
@@ -351,6 +354,26 @@ def test_record_that_cannot_be_written(dataset, tmp_path):
     with refused(tmp_path, "out/audit.json (File exists", "choose a folder",
                  kind=ResourceError):  # fmt: skip
         check_training_data(dataset / "datalist.json", LABELS, record=tmp_path / "out" / "audit.json")
+
+
+def test_bad_voxels_become_background_only_by_choice(dataset, tmp_path):
+    path = dataset / "source_training" / "0.nii.gz"
+    damage.nan_voxel(path)
+    raw = np.asarray(nib.load(path).dataobj, dtype=np.float32)
+    finite = np.isfinite(raw)
+    load = Compose([LoadImaged("image"), FillNonFinited("image", "background")])
+    filled = load({"image": path})["image"]
+    np.testing.assert_array_equal(filled.numpy()[finite], raw[finite])
+    assert (~finite).sum() == 2 and (filled.numpy()[~finite] == raw[finite].min()).all()
+    assert FillNonFinited("image")({"image": filled})["image"] is filled
+    check_training_data(dataset / "datalist.json", LABELS, non_finite="background")
+    with refused(tmp_path, "source_training/0.nii.gz: 2 voxels are NaN", "or set non_finite to 'background'"):
+        check_training_data(dataset / "datalist.json", LABELS)
+    with pytest.raises(ConfigError, match="non_finite is 'zero', expected 'background', or null"):
+        FillNonFinited("image", "zero")
+    damage.nan_label(dataset / "source_training" / "0_label.nii.gz")
+    with refused(tmp_path, "0_label.nii.gz: 1 voxels are NaN", "repair it or leave the scan out"):
+        check_training_data(dataset / "datalist.json", LABELS, non_finite="background")
 
 
 def test_audit_can_be_skipped_but_says_so(dataset, tmp_path, caplog, monkeypatch):
