@@ -89,8 +89,9 @@ class UDATrainer(Trainer):
         train_handlers: handlers with ``attach``.
 
     Output:
-        ``engine.state.output`` holds ``loss``, every unweighted term by name (see ``AdaptationLoss``) and, when
-        there is a target, ``target_segmentation``: the mean of its local segmentation terms.
+        ``engine.state.output[0]`` (a list, as MONAI's handlers expect it) holds ``loss``, every unweighted term by
+        name (see ``AdaptationLoss``) and, when there is a target, ``target_segmentation``: the mean of its local
+        segmentation terms.
 
     Raises:
         ConfigError: the batch has neither side that can be trained on.
@@ -136,11 +137,11 @@ class UDATrainer(Trainer):
             network, optimizer, self.state.device, amp, max_grad_norm, accumulate_steps
         )
 
-    def _iteration(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def _iteration(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
         cases = {side: list(batch.get(CASE_ID, [])) for side, batch in batchdata.items()}
         sizes = next(iter(batchdata.values()))[LOCAL_IMAGE].shape
         with self.optimization.naming_errors(engine.state.iteration, cases, sizes):
-            return self._step(engine, batchdata)
+            return [self._step(engine, batchdata)]
 
     def _step(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         optimization, iteration = self.optimization, engine.state.iteration

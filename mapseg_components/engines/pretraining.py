@@ -40,7 +40,7 @@ class MAETrainer(Trainer):
         train_handlers: handlers with ``attach``.
 
     Output:
-        ``engine.state.output`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.
+        ``engine.state.output[0]`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.
 
     Raises:
         NonFiniteError: while running, if the loss is NaN or infinite; the message names the cases.
@@ -82,11 +82,11 @@ class MAETrainer(Trainer):
             network, optimizer, self.state.device, amp, max_grad_norm, accumulate_steps
         )
 
-    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:  # type: ignore[override]
         with self.optimization.naming_errors(
             engine.state.iteration, batchdata.get(CASE_ID), batchdata[LOCAL_IMAGE].shape
         ):
-            return self._step(engine, batchdata)
+            return [self._step(engine, batchdata)]
 
     def _step(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         optimization, iteration = self.optimization, engine.state.iteration

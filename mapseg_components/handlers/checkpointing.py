@@ -190,10 +190,12 @@ class TrainingCheckpoint:
         raise SystemExit(128 + number)
 
     def _save(self, engine: Engine, epoch: int) -> None:
-        random_states = [random_state()]
+        own: dict[str, Any] = {"random": random_state()}
+        own |= {name: thing.state_dict() for name, thing in self.save_dict.items() if differs_by_process(thing)}
+        processes = [own]
         if idist.get_world_size() > 1:
-            random_states = [{} for _ in range(idist.get_world_size())]
-            dist.all_gather_object(random_states, random_state())
+            processes = [{} for _ in range(idist.get_world_size())]
+            dist.all_gather_object(processes, own)
         if idist.get_rank() != 0:
             return
         state = {name: thing.state_dict() for name, thing in self.save_dict.items()}
@@ -207,7 +209,7 @@ class TrainingCheckpoint:
             "epoch": epoch,
             "iteration": engine.state.iteration,
             "epoch_length": engine.state.epoch_length,
-            "random_states": random_states,
+            "processes": processes,
         }
         write_atomic(state, self.path, keep_previous=self.previous)
 
@@ -237,9 +239,11 @@ class TrainingCheckpoint:
             )
         if hasattr(engine, "optimization"):
             engine.optimization.scaler.load_state_dict(state["scaler"])
+        rank, count = idist.get_rank(), len(run["processes"])
+        own = run["processes"][rank] if rank < count else {}
         for name, thing in self.save_dict.items():
             try:
-                thing.load_state_dict(state[name])
+                thing.load_state_dict(own[name] if name in own else state[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
                 raise CheckpointError(
@@ -247,12 +251,12 @@ class TrainingCheckpoint:
                     f"keep the settings it was trained with, or {START_ANEW}"
                 ) from error
         engine.state.epoch, engine.state.iteration = run["epoch"], run["iteration"]
-        if idist.get_rank() < len(run["random_states"]):
-            restore_random_state(run["random_states"][idist.get_rank()])
-        if len(run["random_states"]) != idist.get_world_size():
+        if own:
+            restore_random_state(own["random"])
+        if count != idist.get_world_size():
             logger.warning(
-                f"{path} was written by {len(run['random_states'])} processes, now there are "
-                f"{idist.get_world_size()}: training goes on, but with other draws."
+                f"{path} was written by {count} processes, now there are {idist.get_world_size()}: "
+                "training goes on, but with other draws."
             )
         logger.info(f"Resumed from {path} after iteration {run['iteration']} (epoch {run['epoch']} is complete).")
 
@@ -286,3 +290,8 @@ class TrainingCheckpoint:
             f"{fingerprint(self.network)} ({'; '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}): "
             f"use the network settings it was trained with, or {START_ANEW}"
         )
+
+
+def differs_by_process(thing: Any) -> bool:
+    """Whether each process of a distributed run has a state of its own."""
+    return getattr(thing, "differs_by_process", False)

@@ -71,7 +71,7 @@ class EpochHistory:
             self._sums, self._counts, self._started = {}, {}, time.monotonic()
 
     def _accumulate(self, engine: Engine) -> None:
-        for name, value in engine.state.output.items():
+        for name, value in engine.state.output[0].items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 

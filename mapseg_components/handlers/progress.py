@@ -26,4 +26,4 @@ class LossProgressBar(ProgressBar):
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Show the loss of a trainer's output."""
-        super().attach(engine, output_transform=lambda output: {TOTAL_LOSS: float(output[TOTAL_LOSS])})
+        super().attach(engine, output_transform=lambda output: {TOTAL_LOSS: float(output[0][TOTAL_LOSS])})

@@ -76,6 +76,8 @@ class ScoreCheckpoint:
         ``metrics["source_dice_<name>"]``, ``metrics["target_loss"]`` and ``metrics["score"]``.
     """
 
+    differs_by_process = True  # each process sums the losses that it sees
+
     def __init__(
         self,
         save_dir: str,
@@ -124,8 +126,9 @@ class ScoreCheckpoint:
             self._loss_sum, self._loss_count = 0.0, 0
 
     def _accumulate(self, engine: Engine) -> None:
-        if TARGET_SEGMENTATION in engine.state.output:
-            self._loss_sum += float(engine.state.output[TARGET_SEGMENTATION])
+        losses = engine.state.output[0]
+        if TARGET_SEGMENTATION in losses:
+            self._loss_sum += float(losses[TARGET_SEGMENTATION])
             self._loss_count += 1
 
     def _score(self, engine: Engine) -> None:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from monai.handlers import from_engine
 from monai.utils import set_determinism
 
 from mapseg_components.engines import MAETrainer, UDATrainer
@@ -68,14 +69,14 @@ def test_separate_passes_give_the_gradients_of_batched_ones(tiny_network, clean)
         "optimizer": torch.optim.SGD,
     }  # SGD: the step is the gradient
     runs = [adaptation(tiny_network, data, batched_passes=batched, **options) for batched in (True, False)]
-    for name, value in runs[0].state.output.items():
-        torch.testing.assert_close(runs[1].state.output[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in runs[0].state.output[0].items():
+        torch.testing.assert_close(runs[1].state.output[0][name], value, rtol=1e-4, atol=1e-5)
     same_weights(*runs, rtol=1e-4, atol=1e-6)
 
 
 def test_output_names_every_term(tiny_network):
     loss = AdaptationLoss(target_clean=True)
-    output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output
+    output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output[0]
     assert set(output) == {*loss.weights, "loss", "target_segmentation"}
     assert output["loss"].item() == pytest.approx(sum(w * output[n].item() for n, w in loss.weights.items()), rel=1e-5)
     both = (output["target_local"] + output["target_local_masked"]) / 2
@@ -88,11 +89,11 @@ def test_target_is_not_touched_in_warmup(tiny_network):
             raise AssertionError("the target was read in warm-up")
 
     run = adaptation(tiny_network, [{"source": pair(), "target": Untouchable()}], warmup=1)
-    assert not any(name.startswith("target") for name in run.state.output)
+    assert not any(name.startswith("target") for name in run.state.output[0])
 
 
 def test_target_alone_trains_when_the_teacher_exists(tiny_network):
-    output = adaptation(tiny_network, [{"target": pair(False)}]).state.output
+    output = adaptation(tiny_network, [{"target": pair(False)}]).state.output[0]
     assert all(name.startswith("target") or name == "loss" for name in output)
 
 
@@ -133,8 +134,8 @@ def test_sixty_steps_fit_one_pair(tiny_network):
     """Overfit: the loss above its floor of -1 falls to a quarter at most."""
     loss = AdaptationLoss(source_masked=False)
     data = [{"source": pair()}] * 60
-    start = adaptation(tiny_network, data[:1], teacher=False, loss=loss).state.output["source_local"].item()
-    end = adaptation(tiny_network, data, teacher=False, loss=loss, lr=0.02).state.output["source_local"].item()
+    start = adaptation(tiny_network, data[:1], teacher=False, loss=loss).state.output[0]["source_local"].item()
+    end = adaptation(tiny_network, data, teacher=False, loss=loss, lr=0.02).state.output[0]["source_local"].item()
     assert (end + 1) <= 0.25 * (start + 1)
 
 
@@ -159,16 +160,23 @@ def autoencoding(steps, seed=0, **options):
 
 
 def test_autoencoder_fits_one_pair():
-    first, last = (autoencoding(steps).state.output["loss"].item() for steps in (1, 60))
+    first, last = (autoencoding(steps).state.output[0]["loss"].item() for steps in (1, 60))
     assert last <= 0.25 * first
 
 
 def test_autoencoder_passes_agree():
     runs = [autoencoding(1, batched_passes=batched) for batched in (True, False)]
-    for name, value in runs[0].state.output.items():
-        torch.testing.assert_close(runs[1].state.output[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in runs[0].state.output[0].items():
+        torch.testing.assert_close(runs[1].state.output[0][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_same_seed_gives_the_same_weights(tiny_network):
     data = [{"source": pair(), "target": pair(False)}] * 3
     same_weights(adaptation(tiny_network, data), adaptation(tiny_network, data), rtol=0, atol=0)
+
+
+def test_output_is_what_monai_handlers_take(tiny_network):
+    """MLflow, TensorBoard and StatsHandler are given ``from_engine(['loss'], first=True)`` by MONAI's own settings."""
+    loss = from_engine(["loss"], first=True)
+    for trainer in (adaptation(tiny_network, [{"source": pair()}], teacher=False), autoencoding(1)):
+        assert float(loss(trainer.state.output)) == trainer.state.output[0]["loss"].item()

@@ -21,7 +21,7 @@ def counting_engine(network, epochs=1):
     def iteration(engine, batch):
         with torch.no_grad():
             network.weight += 1
-        return {"loss": network.weight.detach().sum()}
+        return [{"loss": network.weight.detach().sum()}]
 
     return Engine(iteration), {"data": range(3), "max_epochs": epochs}
 

@@ -36,7 +36,7 @@ def run(tmp_path, epochs, active_from=1, **options):
         **options,
     )
     losses = iter([loss for _, _, values in epochs for loss in values])
-    trainer = Engine(lambda engine, batch: {TARGET_SEGMENTATION: next(losses)} if activity.active else {})
+    trainer = Engine(lambda engine, batch: [{TARGET_SEGMENTATION: next(losses)} if activity.active else {}])
     seen = []
 
     from ignite.engine import Events
