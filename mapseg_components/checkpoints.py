@@ -138,7 +138,8 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        for device, of_device in zip(range(torch.cuda.device_count()), state["cuda"]):
+            torch.cuda.set_rng_state(of_device, device)
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     version, words, gauss = state["python"]

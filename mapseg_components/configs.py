@@ -29,13 +29,20 @@ TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if 
 STANDALONE = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
 # parts of a config whose keys are fixed; below them, and elsewhere, only the arguments of components are
 SECTIONS = ("train", "validate")
-# settings that may differ when a run is resumed: where things are and how fast they go, not what is trained
+MONAI_KEYS = {"finalize", "displayable_configs"}  # known to MONAI and MONAI Label, in none of our configs
+# easily mistaken for a setting of the other stage, where they would do nothing
+TRAINING_ONLY = {"initial_weights", "encoder_weights", "resume", "save_steps"}
+INFERENCE_ONLY = {"weights", "cases", "section", "results", "overwrite", "output_postfix", "scans"}
+# what may differ when a run is resumed, by the last part of its name: where things are, how fast they go, not
+# what is trained (`network` and `backend` wrap `network_def` for several processes)
 SAFE_TO_CHANGE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "datalist", "device", "imports", "initialize", "run"),
-    *("training", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate", "save_steps"),
-    *("encoder_weights", "initial_weights", "window_batch_size", "finalize", "audit", "audit_file"),
+    *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
+    *("save_steps", "window_batch_size", "batched_passes", "audit", "audit_file", "network", "backend", "_disabled_"),
     *TRACKING,
 }
+# lists of what is reported and when
+SAFE_LISTS = ("train#handlers", "validate#handlers")
 
 
 def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
@@ -63,9 +70,9 @@ def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
             sweep_temporaries(folder)
 
 
-def end_run() -> None:
-    """Last step of a run: give its folders up, for a process that goes on to do other things."""
-    unlock_folders()
+def end_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
+    """Last step of a run: give up what `begin_run` claimed, for a process that goes on to do other things."""
+    unlock_folders(folders)
 
 
 def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
@@ -86,10 +93,11 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
     found = [("", key) for key in settings] + [
         (section, key) for section in SECTIONS if isinstance(settings.get(section), dict) for key in settings[section]
     ]
+    other_stage = INFERENCE_ONLY if "train" in settings else TRAINING_ONLY
     problems = [
-        hint(f"{section}#{key}" if section else key, key, known[section])
+        hint(f"{section}#{key}" if section else key, key, known[section] - other_stage)
         for section, key in found
-        if key not in known[section] and not str(key).startswith("_")
+        if (key not in known[section] or (not section and key in other_stage)) and not str(key).startswith("_")
     ]
     problems += unknown_arguments(dict(settings), ComponentLocator())
     if problems:
@@ -111,7 +119,7 @@ def known_keys(config_folder: Path) -> dict[str, set[str]]:
             if first in SECTIONS:
                 keys[first].update(rest[:1] or value)
     if keys[""]:
-        keys[""] |= TRACKING
+        keys[""] |= TRACKING | MONAI_KEYS
     return keys
 
 
@@ -167,17 +175,30 @@ def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path
     """
     if not saved or not now:
         return
-    names = [name for name in sorted({*saved, *now}) if name not in SAFE_TO_CHANGE and not name.startswith("_")]
+    before, after = dict(leaves(saved)), dict(leaves(now))
     changed = [
-        f"{name} was {json.dumps(saved.get(name))[:80]}, now {json.dumps(now.get(name))[:80]}"
-        for name in names
-        if saved.get(name) != now.get(name)
+        f"{name} was {json.dumps(before.get(name))[:80]}, now {json.dumps(after.get(name))[:80]}"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
     ]
     if changed:
+        listed = "; ".join(changed[:5]) + (" ..." if len(changed) > 5 else "")
         raise ConfigError(
-            f"{path} was written with other settings ({'; '.join(changed)}): keep them, choose another ckpt_dir, "
+            f"{path} was written with other settings ({listed}): keep them, choose another ckpt_dir, "
             "or set resume to false to start anew"
         )
+
+
+def leaves(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Names (``a#b#c``) and values of all settings that must not change; an empty container is a value."""
+    if path in SAFE_LISTS or path.rpartition("#")[2] in SAFE_TO_CHANGE or path.startswith("_"):
+        return
+    if isinstance(settings, (dict, list)) and settings:
+        items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for name, value in items:
+            yield from leaves(value, f"{path}#{name}" if path else str(name))
+    else:
+        yield path, settings
 
 
 def running_workflow() -> ConfigWorkflow | None:

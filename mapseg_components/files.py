@@ -43,7 +43,7 @@ TEMPORARY_SUFFIX = ".tmp"
 # what `replacing` names its files: a hidden name, eight random characters of tempfile, the suffix
 TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp(\.[\w.]+)?")
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_locks: dict[Path, tuple[FileLock, int]] = {}
+_locks: dict[Path, list[Any]] = {}  # lock, process, claims
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
-    """Claim a folder for this process until it ends or calls `unlock_folders`; claiming it twice is one claim.
+    """Claim a folder for this process until it ends or gives up each of its claims (`unlock_folders`).
 
     The operating system releases the lock of a process that dies, whichever way it dies.
 
@@ -164,7 +164,8 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
         ResourceError: another process has it; the message names host and process.
     """
     folder = Path(folder).resolve()
-    if _locks.get(folder, (None, 0))[1] == os.getpid():
+    if folder in _locks and _locks[folder][1] == os.getpid():
+        _locks[folder][2] += 1
         return
     lock, owner = FileLock(folder / LOCK_NAME), folder / f"{LOCK_NAME}.json"
     try:
@@ -176,7 +177,7 @@ def lock_folder(folder: str | os.PathLike[str], timeout: float = 10.0) -> None:
         ) from None
     except OSError as error:
         raise free_space_error(folder / LOCK_NAME, error) from error
-    _locks[folder] = (lock, os.getpid())
+    _locks[folder] = [lock, os.getpid(), 1]
     write_json({"process": os.getpid(), "host": socket.gethostname()}, owner)
 
 
@@ -190,12 +191,17 @@ def holder_of(owner: Path) -> str:
 
 
 def unlock_folders(folders: Iterable[str | os.PathLike[str]] | None = None) -> None:
-    """Give up some of this process's folders, by default all; done by itself when the process ends."""
-    for folder in [Path(f).resolve() for f in folders] if folders is not None else list(_locks):
-        lock, process = _locks.pop(folder, (None, 0))
-        if lock is not None and process == os.getpid():  # a forked worker has no say in it
-            (folder / f"{LOCK_NAME}.json").unlink(missing_ok=True)
-            lock.release()
+    """Give up a claim of each folder, by default all claims of all; done by itself when the process ends."""
+    for folder in list(_locks) if folders is None else [Path(f).resolve() for f in folders]:
+        lock, process, claims = _locks.get(folder, (None, 0, 0))
+        if lock is None or process != os.getpid():  # a forked worker has no say in it
+            continue
+        _locks[folder][2] = claims - 1
+        if folders is None or claims == 1:
+            del _locks[folder]
+            with contextlib.suppress(OSError):
+                (folder / f"{LOCK_NAME}.json").unlink(missing_ok=True)
+                lock.release()
 
 
 atexit.register(unlock_folders)

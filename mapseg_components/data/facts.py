@@ -154,8 +154,8 @@ class AuditRecord:
         Raises:
             ResourceError: it cannot be written.
         """
-        if self.path is None or not self._changed:
-            return
+        if self.path is None or not self._changed or int(os.environ.get("RANK", 0)) != 0:
+            return  # of a distributed run, the first process writes
         write_json({"format": FORMAT, "files": self.entries}, self.path)
         self._changed = False
 

@@ -20,6 +20,9 @@ from mapseg_components.keys import CASE_ID, SOURCE, TARGET
 __all__ = ["DomainBalancedSampler", "EpochLoader", "SeededDataset", "SourceTargetLoader"]
 
 
+GRACE_S = 20  # seconds that a worker may take to end
+
+
 class DomainBalancedSampler(Sampler[tuple[int, int]]):
     """Draw a domain, then one of its scans, both uniformly, with replacement; give every draw a seed of its own.
 
@@ -85,12 +88,14 @@ class SeededDataset(Dataset):
         try:
             return self.dataset[index]
         except Exception as error:
-            case = self.dataset.data[index].get(CASE_ID, index)  # type: ignore[attr-defined]
-            cause: BaseException | None = error  # MONAI wraps what a transform raises
-            while cause is not None and not isinstance(cause, MAPSegError):
+            cause: BaseException = error  # MONAI wraps what a transform raises
+            while cause.__cause__ is not None and not isinstance(cause, MAPSegError):
                 cause = cause.__cause__
-            reason = str(cause or error).strip().splitlines()[0]
-            raise DataError(f"case {case}: {reason}") from error
+            reason = next(iter(str(cause).strip().splitlines()), "")
+            if not isinstance(cause, MAPSegError):
+                reason = f"{type(cause).__name__}: {reason}"
+            kind = ResourceError if isinstance(cause, (MemoryError, ResourceError)) else DataError
+            raise kind(f"case {case_ids(self.dataset)[index]}: {reason}") from error
 
 
 class EpochLoader:
@@ -115,12 +120,21 @@ class EpochLoader:
         for (batch,) in self._batches():
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Epochs begun, and batches yielded of the last one."""
-        return {"epoch": self.epoch, "batches": self.batches}
+    def state_dict(self) -> dict[str, Any]:
+        """Epochs begun, batches yielded of the last one, and the cases that are drawn from."""
+        cases = {side: case_ids(loader.dataset.dataset) for side, loader in self.loaders.items()}
+        return {"epoch": self.epoch, "batches": self.batches, "cases": cases}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after that batch."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after that batch.
+
+        Raises:
+            ValueError: the cases are others than those of the state.
+        """
+        for side, now in self.state_dict()["cases"].items():
+            before = state["cases"].get(side)
+            if before != now:
+                raise ValueError(f"{side} scans were {before}, now {now}"[:400])
         self.epoch, self.batches = state["epoch"], state["batches"]
         self._unfinished = 0 < self.batches < len(self)
 
@@ -154,8 +168,9 @@ class EpochLoader:
                 batches = next(iterator)
             except StopIteration:
                 return
-            except DataError as error:  # a worker's error arrives with its traceback as the message
-                raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from error
+            except (DataError, ResourceError) as error:  # a worker's error arrives with its traceback as the message
+                last = str(error).strip().splitlines()[-1]
+                raise type(error)(last.partition("Error: ")[2] if str(error).startswith("Caught ") else last) from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
@@ -190,11 +205,16 @@ class SourceTargetLoader(EpochLoader):
 
 
 def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Leave Ctrl-C and termination to the main process, which ends its iteration and saves."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave Ctrl-C and termination to the main process, which ends its iteration and saves; outlive it by no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))  # the alarm ends the worker
     if then is not None:
         then(worker)
+
+
+def case_ids(dataset: Any) -> list[str]:
+    """Case ids of a MONAI dataset, or numbers."""
+    return [str(case.get(CASE_ID, number)) for number, case in enumerate(dataset.data)]
 
 
 def process_rank() -> int:

@@ -16,6 +16,7 @@ from mapseg_components.memory import naming_memory_errors
 
 __all__ = ["OptimizationStep"]
 
+SMALLEST_SCALE = 2.0**-10
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -85,8 +86,8 @@ class OptimizationStep:
             iteration: counted from 1. cases: of the batch. sizes: (B, C, X, Y, Z) of its local patches.
         """
         what = f"iteration {iteration} on {self.device}, batch of {sizes[0]} patches {tuple(sizes[2:])}"
-        remedy = "patch_size, batch_size or width, or set batched_passes to false or amp to bf16"
-        with naming_memory_errors(what, f"{remedy}; the last checkpoint is intact"):
+        remedy = "patch_size, batch_size or width for a new run, or set batched_passes to false and go on with this one"
+        with naming_memory_errors(what, f"{remedy}: the last checkpoint is intact"):
             try:
                 yield
             except NonFiniteError as error:
@@ -108,8 +109,8 @@ class OptimizationStep:
         """Clip, step and clear the gradients.
 
         Raises:
-            NonFiniteError: the gradient is NaN or infinite; no weight has been touched. (The loss
-                scaling of fp16 skips such a step and goes on, as it is meant to.)
+            NonFiniteError: the gradient is NaN or infinite; no weight has been touched. The loss scaling of fp16 skips
+                such a step, as it is meant to, until the scale has become too small to be the reason.
         """
         self.scaler.unscale_(self.optimizer)
         if self.max_grad_norm is not None:
@@ -121,5 +122,9 @@ class OptimizationStep:
             raise NonFiniteError(f"the gradient's norm is {norm.item()}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise NonFiniteError(
+                f"the gradient is NaN or infinite whatever the loss is scaled by, {SMALLEST_SCALE:g} at last"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = False

@@ -8,7 +8,8 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,34 +38,43 @@ __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+FILES_OF_A_RUN = ("last.pt", "previous.pt", "model.pt", "source_only.pt", "model_selection.json")
+REPEATED_S = 2.0  # schedulers and torchrun send a signal several times; a person who insists waits
 START_ANEW = "choose another ckpt_dir, or set resume to false to start anew"
 
 
 class WeightsLoader:
     """Load weights into a network when the engine starts, and say how many of its tensors were covered.
 
-    Unlike a loader that skips what does not match, it covers everything below the prefix or raises.
+    Unlike a loader that skips what does not match, it covers everything below the prefix or raises. When training
+    resumes, its state replaces all weights: then nothing is loaded, and the file need not exist any more.
 
     Args:
         load_path: a state_dict file; ``None`` loads nothing and says so.
         network: receives the weights.
         prefix: load only names that begin with it, e.g. ``"encoder."`` to take the encoder of a pretrained
             ``MultiScaleMAE``; empty loads the whole network.
+        resume_path: the file that training resumes from, if it exists; ``None`` if it does not resume.
 
     Raises:
         CheckpointError: when the engine starts, if the file is missing, damaged or of another network.
     """
 
-    def __init__(self, load_path: str | None, network: nn.Module, prefix: str = "") -> None:
+    def __init__(
+        self, load_path: str | None, network: nn.Module, prefix: str = "", resume_path: str | None = None
+    ) -> None:
         self.load_path = load_path
         self.network = network
         self.prefix = prefix
+        self.resume_path = resume_path
 
     def attach(self, engine: Engine) -> None:
         """Load at ``Events.STARTED``."""
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
+        if self.resume_path is not None and Path(self.resume_path).is_file():
+            return
         what = f"{self.prefix.rstrip('.') or 'network'}"
         if self.load_path is None:
             logger.info(f"No weights file is configured: the {what} starts from random weights.")
@@ -78,7 +88,8 @@ class TrainingCheckpoint:
 
     The state is written after each epoch, every ``save_steps`` optimizer steps, and when the process is asked to end:
     then the iteration that runs is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143
-    (SIGTERM); while an epoch's validation runs, that is finished first. A second signal ends the process at once.
+    (SIGTERM); while an epoch's validation runs, that is finished first. Another signal, two seconds later or more and
+    not while the state is being written, ends the process at once.
 
     The file is replaced as a whole and read back; the one before it stays as ``previous.pt`` beside it. Only the first
     process of a distributed run writes. Attach it after the handlers that load initial weights and before those that
@@ -91,7 +102,8 @@ class TrainingCheckpoint:
         path: the resume file.
         save_dict: named objects with ``state_dict`` and ``load_state_dict``: network, optimizer, scheduler, teacher,
             score, history, loader. Their states must hold tensors and plain values only.
-        resume: continue from ``path`` if it exists; otherwise training starts anew and the file is overwritten.
+        resume: continue from ``path`` if it exists; otherwise training starts anew, and what an earlier run left in the
+            folder is renamed to ``<name>.earlier``.
         weights_path: where to write the network's weights alone after each epoch; ``None`` for nowhere.
         weights: the network for ``weights_path`` and for the fingerprint.
         save_steps: also save every so many optimizer steps; ``None`` for the ends of epochs only.
@@ -120,7 +132,10 @@ class TrainingCheckpoint:
         self.weights = weights
         self.save_steps = save_steps
         self.network = self.save_dict.get("network", weights)
+        self._engine: Engine | None = None
         self._signal: int | None = None
+        self._signalled_at = 0.0
+        self._saving = False
         self._handlers: dict[int, Any] = {}
         self._steps = 0
 
@@ -136,16 +151,20 @@ class TrainingCheckpoint:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_of_iteration)
             engine.add_event_handler(Events.COMPLETED, self._restore_signals)
             engine.add_event_handler(Events.EXCEPTION_RAISED, self._restore_signals_and_raise)
-        self._signal = None
+        self._engine, self._signal = engine, None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        # an error may have ended the run in another handler, before this one could restore what was there
+        running = any(each is self._engine for each in selves(frame))
+        repeated = self._signal is not None and time.monotonic() - self._signalled_at > REPEATED_S and not self._saving
+        if repeated or not running:
             self._restore_signals()
             signal.raise_signal(number)
-        self._signal = number
+        elif self._signal is None:
+            self._signal, self._signalled_at = number, time.monotonic()
 
     def _restore_signals(self, engine: Engine | None = None) -> None:
         for number, handler in self._handlers.items():
@@ -175,18 +194,21 @@ class TrainingCheckpoint:
         self._exit(number, engine)
 
     def _end_of_epoch(self, engine: Engine) -> None:
-        self._save(engine, epoch=engine.state.epoch)
         if self.weights_path is not None and self.weights is not None and idist.get_rank() == 0:
+            # before the state: a run that was stopped in between writes them again
             write_atomic(self.weights.state_dict(), self.weights_path)
+        self._save(engine, epoch=engine.state.epoch)
         self._exit(self._asked_to_end(), engine)
 
     def _exit(self, number: int | None, engine: Engine) -> None:
         if number is None:
             return
-        logger.warning(
-            f"{signal.Signals(number).name}: saved {self.path} at iteration {engine.state.iteration}; "
-            "the same command goes on from there."
-        )
+        idist.barrier()  # the end of one process makes torchrun end the others: not before the state is written
+        if idist.get_rank() == 0:
+            logger.warning(
+                f"{signal.Signals(number).name}: saved {self.path} at iteration {engine.state.iteration}; "
+                "the same command goes on from there."
+            )
         raise SystemExit(128 + number)
 
     def _save(self, engine: Engine, epoch: int) -> None:
@@ -211,7 +233,11 @@ class TrainingCheckpoint:
             "epoch_length": engine.state.epoch_length,
             "processes": processes,
         }
-        write_atomic(state, self.path, keep_previous=self.previous)
+        self._saving = True
+        try:
+            write_atomic(state, self.path, keep_previous=self.previous)
+        finally:
+            self._saving = False
 
     def _load(self, engine: Engine) -> None:
         path = self._file_to_resume()
@@ -262,11 +288,24 @@ class TrainingCheckpoint:
 
     def _file_to_resume(self) -> Path | None:
         if not self.resume:
+            self._set_aside()
             return None
         if not self.path.is_file() and self.previous.is_file():
             logger.warning(f"There is no {self.path}: going on from {self.previous}, the save before it.")
             return self.previous
         return self.path if self.path.is_file() else None
+
+    def _set_aside(self) -> None:
+        """Rename what an earlier run left, so that none of it is taken for this run's."""
+        if idist.get_rank() != 0:
+            return
+        found = [path for name in FILES_OF_A_RUN if (path := self.path.with_name(name)).is_file()]
+        for path in found:
+            path.replace(path.with_name(f"{path.name}.earlier"))
+        if found:
+            logger.warning(
+                f"resume is false: renamed {[path.name for path in found]} of {self.path.parent} to *.earlier."
+            )
 
     def _read(self, path: Path) -> Any:
         try:
@@ -295,3 +334,10 @@ class TrainingCheckpoint:
 def differs_by_process(thing: Any) -> bool:
     """Whether each process of a distributed run has a state of its own."""
     return getattr(thing, "differs_by_process", False)
+
+
+def selves(frame: FrameType | None) -> Iterator[Any]:
+    """The objects whose methods are on the stack of a frame."""
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back

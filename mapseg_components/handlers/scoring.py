@@ -99,7 +99,8 @@ class ScoreCheckpoint:
         self._loss_count = 0
 
     def attach(self, engine: Engine) -> None:
-        """Average the target loss over an epoch, score at its end."""
+        """Average the target loss over an epoch, score at its end; a resumed run may have no patience left."""
+        engine.add_event_handler(Events.STARTED, self._end_without_patience)
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._score)
@@ -170,6 +171,9 @@ class ScoreCheckpoint:
             logger.info(f"Epoch {engine.state.epoch}: best Score so far, {score:.4f}, by the {name}.")
             return
         self.epochs_without_gain += 1
+        self._end_without_patience(engine)
+
+    def _end_without_patience(self, engine: Engine) -> None:
         if self.patience is not None and self.epochs_without_gain >= self.patience:
             logger.info(f"No better Score in {self.epochs_without_gain} validations: training ends.")
             engine.terminate()

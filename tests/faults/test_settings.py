@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import assume, given, settings
@@ -79,4 +80,4 @@ def test_every_knob_reaches_something(folder, name):
     wiring = json.dumps(config)
     for key in set(config) - STRUCTURE:
         if not isinstance(config[key], dict) or "_target_" in config[key]:
-            assert f"@{key}" in wiring or f"%{key}" in wiring, f"{name}: {key} has no effect"
+            assert re.search(rf"[@%]{key}\b", wiring), f"{name}: {key} has no effect"

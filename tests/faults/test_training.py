@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from mapseg_components.checkpoints import read_checked, write_atomic
+from mapseg_components.data import SECTIONS, load_datalist
 from mapseg_components.engines import UDATrainer
 from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, NonFiniteError, ResourceError
+from mapseg_components.files import lock_folder, unlock_folders
 from mapseg_components.losses import AdaptationLoss
 from tests.conftest import SAMPLE
 from tools.soak import BUNDLE, differences, interrupted, progress, start, train
@@ -93,6 +95,7 @@ def signalled(folder, log, settings, iteration, number):
     def and_signal(self, engine, batch):
         if engine.state.iteration == iteration:
             signal.raise_signal(number)
+            signal.raise_signal(number)  # schedulers repeat themselves
         return step(self, engine, batch)
 
     UDATrainer._step = and_signal
@@ -176,19 +179,28 @@ class Exploding(torch.nn.Linear):
         return logits, logits, logits, logits
 
 
+def test_fp16_does_not_skip_steps_for_ever():
+    """Loss scaling skips a step whose gradient is infinite; if that never ends, the scale is not the reason."""
+    network = Exploding(1, 1, bias=False)
+    torch.nn.init.zeros_(network.weight)
+    with pytest.raises(NonFiniteError, match=r"infinite whatever the loss is scaled by.*case 7"):
+        one_step(network, amp="fp16", steps=60)
+    assert network.weight.item() == 0
+
+
 class Greedy(torch.nn.Linear):
     def forward(self, local_image, *others):
         return torch.empty(2**60)
 
 
-def one_step(network, amp=None):
+def one_step(network, amp=None, steps=1):
     image = torch.rand(1, 1, 4, 4, 4)
     batch = {"local_image": image, "global_image": image, "local_box": torch.zeros(1, 3, 2), "case_id": ["case 7"]}
     batch |= {"local_label": torch.zeros(1, 1, 4, 4, 4), "global_label": torch.zeros(1, 1, 4, 4, 4)}
     trainer = UDATrainer(
         device="cpu",
         max_epochs=1,
-        train_data_loader=[{"source": batch}],
+        train_data_loader=[{"source": batch}] * steps,
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
         loss_function=AdaptationLoss(source_masked=False),
@@ -215,8 +227,8 @@ def test_exhausted_memory_names_the_knobs():
         one_step(Greedy(1, 1))
     message = str(caught.value)
     assert "out of memory in iteration 1 on cpu, batch of 1 patches (4, 4, 4)" in message
-    assert "lower patch_size, batch_size or width, or set batched_passes to false or amp to bf16" in message
-    assert message.endswith("the last checkpoint is intact") and caught.value.exit_code == 6
+    assert "lower patch_size, batch_size or width for a new run, or set batched_passes to false" in message
+    assert message.endswith("go on with this one: the last checkpoint is intact") and caught.value.exit_code == 6
 
 
 # T6, T8, T15: the resume file
@@ -230,6 +242,13 @@ def copied(folder, place):
     return place
 
 
+def fewer_scans(folder):
+    content = {section: load_datalist(SAMPLE, section) for section in SECTIONS}
+    content["source_training"] = content["source_training"][:2]
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder / "datalist.json"
+
+
 @pytest.mark.parametrize(
     "change, code, message",
     [
@@ -237,12 +256,16 @@ def copied(folder, place):
         ({"learning_rate": 0.5}, 2, "last.pt was written with other settings (learning_rate was 0.0001, now 0.5)"),
         ({"network_def#norm_groups": 4}, 2, "last.pt was written with other settings (network_def was"),
         ({"epoch_length": 4}, 2, "(epoch_length was 3, now 4)"),
+        ({"initial_weights": "other.pt"}, 2, '(initial_weights was null, now "other.pt")'),
+        ({"datalist": "fewer"}, 4, "its 'loader' does not fit this run (source scans were ['GA30_operated', "),
         ({"max_epochs": 3, "num_workers": 1}, 0, ""),
     ],
 )
 def test_resuming_something_else_is_refused(tmp_path, whole, change, code, message):
     folder = copied(whole, tmp_path / "run")
     before = (folder / "last.pt").read_bytes()
+    if "datalist" in change:
+        change = {"datalist": str(fewer_scans(tmp_path))}
     found, line = finished(folder, {**SHORT, **change})
     assert found == code and message in line
     if code:
@@ -339,6 +362,23 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert finished(folder, {**SHORT, "max_epochs": progress(folder) // 3 + 1})[0] == 0  # a killed run frees it
 
 
+def test_the_end_of_one_run_does_not_free_the_folder_of_another(tmp_path):
+    """A server may train and segment in one process."""
+
+    claim = "import sys; from mapseg_components.files import lock_folder; lock_folder(sys.argv[1], timeout=0)"
+
+    def refused():
+        return subprocess.run([sys.executable, "-c", claim, str(tmp_path)], capture_output=True).returncode != 0
+
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)
+    assert refused()
+    unlock_folders([tmp_path])
+    assert refused()
+    unlock_folders([tmp_path])
+    assert not refused()
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_the_data(tmp_path):
     (tmp_path / "file").write_text("")
     code, line = finished(
@@ -351,28 +391,69 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_data(tmp_path):
 # T11
 
 
+OPTIONS = {
+    "cwd": BUNDLE,
+    "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.STDOUT,
+    "text": True,
+}
+
+
+def distributed(program, out):
+    """Command of two processes that train twelve iterations."""
+    files = [f"configs/{name}" for name in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
+    line += ["training", "--config_file", str(files), "--dataset_dir", str(SAMPLE), "--max_epochs", "6"]
+    return [*line, "--ckpt_dir", str(out), "--output_dir", str(out), "--save_steps", "1"]
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from mapseg_components.engines import UDATrainer
+from mapseg_components.handlers import checkpointing
+import fire, monai.bundle
+
+step, write = UDATrainer._step, checkpointing.write_atomic
+
+def and_signal(self, engine, batch):
+    if engine.state.iteration == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, engine, batch)
+
+def slow(*arguments, **options):
+    time.sleep(3)
+    write(*arguments, **options)
+
+UDATrainer._step, checkpointing.write_atomic = and_signal, slow
+fire.Fire(monai.bundle.run)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_waits_for_the_one_that_writes(tmp_path):
+    """As a scheduler sends it: the others must not end first, or torchrun would end the writer."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    done = subprocess.run(distributed([str(tmp_path / "signalled.py")], tmp_path / "run"), **OPTIONS)
+    assert done.returncode != 0
+    assert progress(tmp_path / "run") == 3 and done.stdout.count("SIGTERM: saved") == 1
+    again = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "run"), **OPTIONS)
+    assert again.returncode == 0 and "after iteration 3 (epoch 1 is complete)" in again.stdout
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(tmp_path):
     """The restart is a new torchrun: within one, PyTorch's gloo meets addresses of the dead rank now and then."""
 
-    def command(out):
-        files = [f"configs/{n}" for n in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
-        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        line += ["-m", "monai.bundle", "run", "training", "--config_file", str(files), "--dataset_dir", str(SAMPLE)]
-        line += ["--ckpt_dir", str(out), "--output_dir", str(out), "--max_epochs", "6", "--save_steps", "1"]
-        return line
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = {"cwd": BUNDLE, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(command(tmp_path / "whole"), **options)
+    done = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "whole"), **OPTIONS)
     assert done.returncode == 0, done.stdout[-3000:]
-    running = subprocess.Popen(command(tmp_path / "killed"), **options)
+    running = subprocess.Popen(distributed(["-m", "monai.bundle", "run"], tmp_path / "killed"), **OPTIONS)
     wait_for(lambda: (progress(tmp_path / "killed") or 0) >= 3)
     children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     running.communicate()
     assert running.returncode == 1 and progress(tmp_path / "killed") < 12
-    again = subprocess.run(command(tmp_path / "killed"), **options)
+    again = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "killed"), **OPTIONS)
     assert again.returncode == 0, again.stdout[-3000:]
     assert f"Resumed from {tmp_path / 'killed' / 'last.pt'}" in again.stdout
     assert differences(tmp_path / "whole", tmp_path / "killed") == []

@@ -93,6 +93,21 @@ def test_disjoint_weights_load_nothing(tmp_path, tiny_network):
         load_weights(tiny_network, tmp_path / "w.pt")
 
 
+def test_random_state_of_two_gpus_fits_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: seen.append((state, device)))
+    restore_random_state({**random_state_of_cpu(), "cuda": ["first", "second"]})
+    assert seen == [("first", 0)]
+
+
+def random_state_of_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return random_state()
+
+
 def test_random_state_comes_back_from_a_file(tmp_path):
     write_atomic(random_state(), tmp_path / "r.pt")
     expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from monai.bundle import ConfigParser
 
 from mapseg_components.configs import (
     check_settings,
@@ -14,6 +15,7 @@ from mapseg_components.configs import (
     running_workflow,
 )
 from mapseg_components.errors import ConfigError, DataError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -56,9 +58,32 @@ def test_resuming_with_other_settings_is_refused():
     require_same_settings(saved, {**saved, "max_epochs": 5, "num_workers": 3, "_mine": 1}, "last.pt")
     with pytest.raises(ConfigError, match=r"last\.pt .*learning_rate was 0\.1, now 0\.2\).*resume to false"):
         require_same_settings(saved, {**saved, "learning_rate": 0.2}, "last.pt")
-    with pytest.raises(ConfigError, match=r"patch_size was null, now 3; train was .*now"):
+    with pytest.raises(ConfigError, match=r"patch_size was null, now 3; train#a was 1, now 2"):
         require_same_settings(saved, {**saved, "patch_size": 3, "train": {"a": 2}}, "last.pt")
     require_same_settings({}, saved, "last.pt")  # written outside of a bundle run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"a": 1, "trainer": {"max_epochs": 3}, "handlers": [{"_target_": "StatsHandler"}]}},
+        {"train": {"a": 1}, "network": {"_target_": "torch.nn.parallel.DistributedDataParallel"}},
+        {"train": {"a": 1}, "validate": {"dataloader": {"num_workers": 2}}, "batched_passes": False},
+    ],
+)
+def test_what_does_not_change_training_may_change(change):
+    require_same_settings({"train": {"a": 1}}, change, "last.pt")
+
+
+def test_a_setting_of_the_other_stage_is_refused():
+    configs = ROOT / "bundles" / "mapseg_adaptation" / "configs"
+    training, inference = (ConfigParser.load_config_file(configs / f"{n}.json") for n in ("train", "inference"))
+    check_settings({**training, "finalize": [], "negative_values": "clip"}, configs)  # overlays serve both stages
+    check_settings({**inference, "learning_rate": 1}, configs)
+    with pytest.raises(ConfigError, match=r"'weights' \(did you mean 'initial_weights'\?\)"):
+        check_settings({**training, "weights": "a.pt"}, configs)
+    with pytest.raises(ConfigError, match="unknown setting 'initial_weights'"):
+        check_settings({**inference, "initial_weights": "a.pt"}, configs)
 
 
 def test_what_tracking_adds_is_known(folder):

@@ -257,7 +257,7 @@ def test_batches_depend_on_the_epoch_alone_and_go_on_within_it(workers):
     assert epochs[0] != epochs[1]
     assert all(len(epoch) == 4 and batch["source"] != batch["target"] for epoch in epochs for batch in epoch)
     resumed = SourceTargetLoader(loader(workers), loader(workers))
-    resumed.load_state_dict({"epoch": 1, "batches": 4})
+    resumed.load_state_dict({**plain.state_dict(), "epoch": 1})
     before = torch.get_rng_state()
     assert batches_of(resumed) == epochs[1]
     assert torch.equal(before, torch.get_rng_state())  # nothing is drawn from the state that training draws from
@@ -289,7 +289,21 @@ def test_a_broken_sample_is_named_in_the_first_line(workers, error):
     dataset.error = error
     with pytest.raises(DataError) as caught:
         list(EpochLoader(loader(workers, dataset=dataset, batches=50)))
-    assert str(caught.value) == f"case case 4: {str(error).splitlines()[0]}"
+    name = "ValueError: " if isinstance(error, ValueError) and not isinstance(error, DataError) else ""
+    assert str(caught.value) == f"case case 4: {name}{str(error).splitlines()[0]}"
+
+
+def test_exhausted_memory_in_a_sample_is_no_fault_of_the_data():
+    dataset = Cases(broken=4)
+    dataset.error = MemoryError()
+    with pytest.raises(ResourceError, match="case case 4: MemoryError"):
+        list(EpochLoader(loader(1, dataset=dataset, batches=50)))
+
+
+def test_other_cases_are_not_resumed_with():
+    state = EpochLoader(loader()).state_dict()
+    with pytest.raises(ValueError, match=r" scans were \['case 0', .*now \['case 0', 'case 1'\]"):
+        EpochLoader(loader(cases=2)).load_state_dict(state)
 
 
 class Suicidal(Cases):

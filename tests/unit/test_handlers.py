@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from torch import nn
 
-from mapseg_components.checkpoints import write_atomic
+from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.errors import CheckpointError
 from mapseg_components.handlers import DiceReport, EpochHistory, TrainingCheckpoint, WeightsLoader
 
@@ -77,6 +78,47 @@ def test_resume_file_of_another_run_is_refused(tmp_path, change, message):
     engine.logger.disabled = True
     with pytest.raises(CheckpointError, match=message):
         engine.run(**run)
+
+
+def test_weights_are_written_before_the_state_that_says_so(tmp_path, monkeypatch):
+    """Stopped in between, the run repeats the epoch and writes both."""
+    network = nn.Linear(1, 1)
+    engine, run = counting_engine(network)
+    saved = {"weights_path": str(tmp_path / "model.pt"), "weights": network}
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {"network": network}, **saved).attach(engine)
+    monkeypatch.setattr(TrainingCheckpoint, "_save", lambda self, engine, epoch: 1 / 0)
+    engine.logger.disabled = True
+    with pytest.raises(ZeroDivisionError):
+        engine.run(**run)
+    assert read_checked(tmp_path / "model.pt")["weight"].item() == network.weight.item()
+
+
+def test_starting_anew_sets_aside_what_an_earlier_run_left(tmp_path, caplog):
+    for name in ("last.pt", "model.pt", "model_selection.json", "mine.pt"):
+        (tmp_path / name).write_text("old")
+    engine, run = counting_engine(nn.Linear(1, 1))
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {}, resume=False).attach(engine)
+    engine.run(**run)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"last.pt", "mine.pt", "last.pt.earlier", "model.pt.earlier", "model_selection.json.earlier"}
+    assert "renamed ['last.pt', 'model.pt', 'model_selection.json']" in caplog.text
+
+
+def test_a_signal_after_the_run_has_its_usual_effect(tmp_path):
+    """An error may end a run in a handler that comes before the one that restores signals."""
+    handler = TrainingCheckpoint(str(tmp_path / "last.pt"), {})
+    engine, _ = counting_engine(nn.Linear(1, 1))
+    handler._start(engine)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_weights_are_not_loaded_for_a_run_that_resumes(tmp_path):
+    engine, run = counting_engine(nn.Linear(1, 1))
+    (tmp_path / "last.pt").write_text("")
+    WeightsLoader("moved away.pt", nn.Linear(1, 1), resume_path=str(tmp_path / "last.pt")).attach(engine)
+    engine.run(**run)
 
 
 def test_history_has_a_line_per_epoch(tmp_path):

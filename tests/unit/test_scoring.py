@@ -105,6 +105,15 @@ def test_patience_counts_scores_only(tmp_path):
     assert len(seen) == 6 and score.epochs_without_gain == 2
 
 
+def test_a_resumed_run_without_patience_left_ends_at_once(tmp_path):
+    score, _, _ = run(tmp_path, [(0.5, 0.5, [0.0])] * 5, patience=2)
+    again = ScoreCheckpoint(str(tmp_path), {}, patience=2)
+    again.load_state_dict(score.state_dict())
+    trainer = Engine(lambda engine, batch: [{}])
+    again.attach(trainer)
+    assert trainer.run(range(2), max_epochs=9).epoch == 0
+
+
 def test_state_survives_a_round_trip(tmp_path):
     score, _, _ = run(tmp_path, [(0.5, 0.6, [0.0])])
     other = ScoreCheckpoint(str(tmp_path), {})
