@@ -254,7 +254,11 @@ def fewer_scans(folder):
     [
         ({"width": 16}, 4, "last.pt is of another network: fingerprint"),
         ({"learning_rate": 0.5}, 2, "last.pt was written with other settings (learning_rate was 0.0001, now 0.5)"),
-        ({"network_def#norm_groups": 4}, 2, "last.pt was written with other settings (network_def was"),
+        (
+            {"network_def#norm_groups": 4},
+            2,
+            "last.pt was written with other settings (network_def#norm_groups was null, now 4)",
+        ),
         ({"epoch_length": 4}, 2, "(epoch_length was 3, now 4)"),
         ({"initial_weights": "other.pt"}, 2, '(initial_weights was null, now "other.pt")'),
         ({"datalist": "fewer"}, 4, "its 'loader' does not fit this run (source scans were ['GA30_operated', "),
