@@ -42,7 +42,7 @@ def findings() -> list[str]:
     for path, config in configs.items():
         if path.name in (*STANDALONE, "metadata.json"):
             continue
-        known = {key.split("#")[0] for key in config}
+        known = {key.lstrip("+").split("#")[0] for key in config}
         try:
             check_settings(dict.fromkeys(known), path.parent)
         except ConfigError as error:

@@ -345,7 +345,9 @@ def test_one_run_a_folder(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     files.lock_folder(tmp_path, timeout=0.2)
-    files.lock_folder(tmp_path, timeout=0.2)  # twice is one claim
+    files.lock_folder(tmp_path, timeout=0.2)  # two runs in one process: both give it up
+    assert in_child(lambda: other_claim(tmp_path))[0] == "ResourceError"
+    files.unlock_folders([tmp_path])
     assert in_child(lambda: other_claim(tmp_path))[0] == "ResourceError"
     files.unlock_folders([tmp_path])
     assert in_child(lambda: other_claim(tmp_path))[0] is None
