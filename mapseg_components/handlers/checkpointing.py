@@ -133,6 +133,7 @@ class TrainingCheckpoint:
         self.save_steps = save_steps
         self.network = self.save_dict.get("network", weights)
         self._engine: Engine | None = None
+        self._settings: dict[str, Any] = {}
         self._signal: int | None = None
         self._signalled_at = 0.0
         self._saving = False
@@ -226,7 +227,7 @@ class TrainingCheckpoint:
         state["run"] = {
             "format": FORMAT,
             "fingerprint": fingerprint(self.network) if self.network is not None else "",
-            "settings": json.dumps(running_settings()),
+            "settings": json.dumps(self._settings),
             "versions": {"torch": str(torch.__version__), "monai": monai.__version__, "ignite": ignite.__version__},
             "epoch": epoch,
             "iteration": engine.state.iteration,
@@ -240,6 +241,7 @@ class TrainingCheckpoint:
             self._saving = False
 
     def _load(self, engine: Engine) -> None:
+        self._settings = running_settings()  # they stay the same from here on
         path = self._file_to_resume()
         if path is None:
             return
@@ -257,7 +259,7 @@ class TrainingCheckpoint:
                 f"finish the run with the version that started it, or {START_ANEW}"
             )
         self._require_same_network(path, state)
-        require_same_settings(json.loads(run["settings"]), running_settings(), path)
+        require_same_settings(json.loads(run["settings"]), self._settings, path)
         if run["epoch_length"] != engine.state.epoch_length:
             raise CheckpointError(
                 f"{path} was written with {run['epoch_length']} iterations an epoch, this run has "

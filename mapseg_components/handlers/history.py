@@ -18,6 +18,7 @@ from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
 from mapseg_components.data import structure_volumes, write_volumes_csv
+from mapseg_components.data.datalist import stem
 from mapseg_components.files import free_space_error, replacing, write_json
 from mapseg_components.keys import CASE_ID, LABEL, PRED
 
@@ -185,4 +186,4 @@ def case_name(batch: dict[str, Any], output: dict[str, Any]) -> str:
     """Case id of a decollated batch, or the file name of its label map's scan."""
     pred = output[PRED]
     name = pred.meta.get("filename_or_obj", "case") if isinstance(pred, MetaTensor) else "case"
-    return str(batch.get(CASE_ID) or Path(str(name)).name.removesuffix(".gz").removesuffix(".nii"))
+    return str(batch.get(CASE_ID) or stem(Path(str(name))))

@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
 
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms.dictionary import EachKey
 
 __all__ = [
     "FillNonFinite",
@@ -101,18 +102,12 @@ class FillNonFinite(Transform):
         return torch.where(finite, img, img[finite].min())
 
 
-class FillNonFinited(MapTransform):
+class FillNonFinited(EachKey):
     """Dictionary version of `FillNonFinite`."""
 
     def __init__(self, keys: KeysCollection, policy: str | None = None, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.transform = FillNonFinite(policy)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            result[key] = self.transform(result[key])
-        return result
 
 
 class NegativeValues(Transform):
@@ -152,7 +147,7 @@ class NegativeValues(Transform):
         return torch.where(torch.isneginf(shifted), shifted, shifted.clamp(min=0))
 
 
-class NegativeValuesd(MapTransform):
+class NegativeValuesd(EachKey):
     """Dictionary version of `NegativeValues`."""
 
     def __init__(
@@ -164,12 +159,6 @@ class NegativeValuesd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.transform = NegativeValues(policy, shift)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            result[key] = self.transform(result[key])
-        return result
 
 
 class PercentileTabled(MapTransform):

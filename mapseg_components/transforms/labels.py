@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapLabelValue, MapTransform, Transform
+from monai.transforms import MapLabelValue, Transform
 
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.intensity import scan_name
 
 __all__ = ["SelectLabels", "SelectLabelsd"]
@@ -56,7 +56,7 @@ class SelectLabels(Transform):
         return self.mapping(img)
 
 
-class SelectLabelsd(MapTransform):
+class SelectLabelsd(EachKey):
     """Dictionary version of `SelectLabels`."""
 
     def __init__(
@@ -68,9 +68,3 @@ class SelectLabelsd(MapTransform):
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.transform = SelectLabels(kept, dropped)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            result[key] = self.transform(result[key])
-        return result

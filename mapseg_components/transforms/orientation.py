@@ -4,17 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import Any
-
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Transform
+from monai.transforms import Transform
 
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.intensity import scan_name
 
 __all__ = ["AssumeOrientation", "AssumeOrientationd"]
@@ -69,15 +67,9 @@ class AssumeOrientation(Transform):
         return result
 
 
-class AssumeOrientationd(MapTransform):
+class AssumeOrientationd(EachKey):
     """Dictionary version of `AssumeOrientation`."""
 
     def __init__(self, keys: KeysCollection, axcodes: str | None = None, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.transform = AssumeOrientation(axcodes)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        result = dict(data)
-        for key in self.key_iterator(result):
-            result[key] = self.transform(result[key])
-        return result

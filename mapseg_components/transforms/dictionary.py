@@ -1,0 +1,24 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What dictionary versions of transforms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+from monai.transforms import MapTransform
+
+__all__ = ["EachKey"]
+
+
+class EachKey(MapTransform):
+    """Apply ``self.transform``, which a subclass makes, to each of the keys."""
+
+    transform: Callable[[Any], Any]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            result[key] = self.transform(result[key])
+        return result
