@@ -41,11 +41,11 @@ def legendre_field(coefficients: np.ndarray, box: np.ndarray, size: Sequence[int
 
 
 class RandGlobalLocalBiasFieldd(RandBiasFieldd):
-    """MONAI's ``RandBiasFieldd`` with one field per scan: the local patch has the part of the global view's that it covers.
+    """MONAI's ``RandBiasFieldd`` with one field per scan: the patch has the part of the global view's that it covers.
 
     Draws and their meaning are MONAI's: the image times the exponential of a sum of Legendre polynomials with random
-    coefficients, from -1 to 1 over the image. Here that image is the global view, from edge to edge. MONAI evaluates the
-    polynomials over each image for itself, so that the same anatomy is bright in the patch and dark in the view.
+    coefficients, from -1 to 1 over the image. Here that image is the global view, from edge to edge. MONAI evaluates
+    the polynomials over each image for itself, so that the same anatomy is bright in the patch and dark in the view.
 
     Args:
         keys: images of `RandGlobalLocalCropd`.

@@ -32,8 +32,8 @@ def sample(
         modes: of each volume, "bilinear" (trilinear in 3D) or "nearest". Outside the volume the value is 0.
 
     Returns:
-        (C, *size) each, on the volume's device; of its type with "nearest", of a floating one with "bilinear" (float32 for
-        a volume of integers). A shift by whole voxels, with or without flips, copies values exactly.
+        (C, *size) each, on the volume's device; float32 with "bilinear", the volume's type with "nearest". A shift by
+        whole voxels, with or without flips, copies values exactly.
     """
     found = aligned_box(affine, size)
     if found is not None:
@@ -56,7 +56,7 @@ def sample(
 
 def kept_type(volume: torch.Tensor, mode: str) -> torch.dtype:
     """Type of the samples of a volume."""
-    return volume.dtype if mode == "nearest" or volume.is_floating_point() else torch.float32
+    return volume.dtype if mode == "nearest" else torch.float32
 
 
 def aligned_box(affine: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, list[int]] | None:
@@ -123,7 +123,7 @@ def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], d
     strides = [shape[1] * shape[2], shape[2], 1]
     index_type = torch.int32 if shape[0] * strides[0] <= torch.iinfo(torch.int32).max else torch.int64
     below, fractions, shares = [], [], []
-    for row, side, stride in zip(affine, shape, strides):
+    for row, side in zip(affine, shape):
         position = torch.full((1, 1, 1), row[3], dtype=torch.float32, device=device)
         for axis in np.flatnonzero(row[:3]):  # float32 is off by 1e-4 voxels at most
             along = torch.from_numpy(np.arange(size[axis]) * row[axis]).float().to(device)
@@ -142,11 +142,10 @@ def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], d
 
 
 def interpolate(values: torch.Tensor, places: Places) -> torch.Tensor:
-    """Linear interpolation of a flattened volume, (*size); the volume's type, float32 for integers."""
+    """Linear interpolation of a flattened volume, float32 (*size)."""
 
     def corner(offset: int) -> torch.Tensor:
-        found = values[offset:].index_select(0, places.index).view(tuple(places.size))
-        return found if found.is_floating_point() else found.float()
+        return values[offset:].index_select(0, places.index).view(tuple(places.size)).float()
 
     (x, y, z), (dx, dy, dz) = places.fractions, places.steps
     lines = [torch.lerp(corner(of), corner(of + dz), z) for of in (0, dy, dx, dx + dy)]
