@@ -12,6 +12,7 @@ from mapseg_components.data.audit import (
     check_scans,
     check_training_data,
 )
+from mapseg_components.data.cache import MappedCacheDataset
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding
@@ -28,6 +29,7 @@ __all__ = [
     "EpochLoader",
     "Facts",
     "Finding",
+    "MappedCacheDataset",
     "Scan",
     "ScanAudit",
     "SeededDataset",

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms of MAPSeg in MONAI's conventions, for any MONAI ``Compose``."""
 
+from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.intensity import (
@@ -34,6 +35,7 @@ __all__ = [
     "PercentileTabled",
     "RandBlockMask",
     "RandBlockMaskd",
+    "RandGlobalLocalBiasFieldd",
     "RandGlobalLocalCrop",
     "RandGlobalLocalCropd",
     "RandPercentileClip",

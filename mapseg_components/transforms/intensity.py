@@ -76,7 +76,9 @@ def clip_and_scale(image: torch.Tensor, table: torch.Tensor, percentile: float) 
             f"{scan_name(image)}: its percentile {percentile:g} equals its minimum ({lowest:g}), nearly all voxels "
             "are background: crop the scan, or take the percentiles over the foreground"
         )
-    return ((image - lowest) / (top - lowest)).clamp(0.0, 1.0)
+    scaled = image - lowest  # keeps what a MetaTensor knows of its scan
+    scaled.as_subclass(torch.Tensor).div_(top - lowest).clamp_(0.0, 1.0)
+    return scaled
 
 
 class FillNonFinite(Transform):

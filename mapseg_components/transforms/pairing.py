@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.networks.layers import AffineTransform
 from monai.transforms import MapTransform, Randomizable
 from monai.transforms.utils import create_rotate
 from monai.utils import ensure_tuple_rep
@@ -28,46 +27,11 @@ from mapseg_components.keys import (
     VALID_BOX,
 )
 from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.sampling import sample
 
 __all__ = ["RandGlobalLocalCrop", "RandGlobalLocalCropd"]
 
-
-def sample(volume: torch.Tensor, affine: np.ndarray, size: Sequence[int], mode: str) -> torch.Tensor:
-    """Sample a volume once, where the output's voxels are.
-
-    Args:
-        volume: (C, X, Y, Z).
-        affine: (4, 4), voxel index of the output to voxel index of the volume.
-        size: output grid.
-        mode: "bilinear" (trilinear in 3D) or "nearest". Outside the volume the value is 0.
-
-    Returns:
-        (C, *size) of the volume's dtype. A shift by whole voxels, with or without flips, copies values exactly.
-    """
-    data = volume.as_subclass(torch.Tensor)
-    shift, signs = affine[:3, 3], np.diag(affine)[:3]
-    if np.array_equal(affine[:3, :3], np.diag(np.sign(signs))) and np.array_equal(affine[:3], np.round(affine[:3])):
-        start = np.where(signs < 0, shift - (np.asarray(size) - 1), shift).astype(int)
-        return copy_box(data, start, size).flip([1 + axis for axis in range(3) if signs[axis] < 0])
-    resampler = AffineTransform(
-        spatial_size=tuple(size), normalized=False, mode=mode, padding_mode="zeros", align_corners=False
-    )
-    theta = torch.as_tensor(affine, dtype=torch.float32)
-    return resampler(data.float()[None], theta[None])[0].to(data.dtype)
-
-
-def copy_box(volume: torch.Tensor, start: np.ndarray, size: Sequence[int]) -> torch.Tensor:
-    """Copy the box that begins at voxel ``start`` (which may lie outside) with 0 outside the volume."""
-    result = volume.new_zeros((volume.shape[0], *size))
-    source, target = [], []
-    for begin, length, limit in zip(start.tolist(), size, volume.shape[1:]):
-        low, high = max(begin, 0), min(begin + length, limit)
-        if low >= high:
-            return result
-        source.append(slice(low, high))
-        target.append(slice(low - begin, high - begin))
-    result[(slice(None), *target)] = volume[(slice(None), *source)]
-    return result
+MODES = ("bilinear", "nearest")  # of an image, of its label
 
 
 class RandGlobalLocalCrop(Randomizable):
@@ -138,7 +102,7 @@ class RandGlobalLocalCrop(Randomizable):
         room = self.box[:, 1] - self.box[:, 0] - np.asarray(self.patch_size)
         start = self.box[:, 0] + (self.R.randint(0, room + 1) if whole else self.R.uniform(0, 1, 3) * room)
         if self.R.uniform() < self.foreground_fraction and class_voxels is not None and len(class_voxels):
-            classes = np.unique(class_voxels[:, 0])
+            classes = np.flatnonzero(np.bincount(class_voxels[:, 0]))
             rows = class_voxels[class_voxels[:, 0] == classes[self.R.randint(len(classes))], 1:]
             voxel = self.warp[:3, :3] @ rows[self.R.randint(len(rows))] + self.warp[:3, 3]
             start = np.clip(voxel + 0.5 - np.asarray(self.patch_size) / 2, self.box[:, 0], self.box[:, 0] + room)
@@ -181,19 +145,19 @@ class RandGlobalLocalCrop(Randomizable):
             if len(points) == 0:
                 raise DataError(f"{scan_name(img)}: no voxel above 0, no foreground: leave the scan out")
             voxels = None if class_voxels is None else np.asarray(class_voxels)
-            self.randomize(points.astype(np.float64), voxels)
+            self.randomize(np.asfortranarray(points, dtype=np.float64), voxels)
         unwarp = np.linalg.inv(self.warp)
         unwarp = np.round(unwarp) if not np.any(self.warp % 1) else unwarp
         grids = {
             (LOCAL_IMAGE, LOCAL_LABEL): (self.window, self.patch_size),
             (GLOBAL_IMAGE, GLOBAL_LABEL): (self.box, self.global_size),
         }
-        result = {}
-        for (image_key, label_key), (box, size) in grids.items():
+        volumes = [volume for volume in (img, label) if volume is not None]
+        result: dict[str, torch.Tensor] = {}
+        for keys, (box, size) in grids.items():
             affine = unwarp @ index_affine(box, size)
-            result[image_key] = self._sample(img, affine, size, "bilinear")
-            if label is not None:
-                result[label_key] = self._sample(label, affine, size, "nearest")
+            samples = sample([volume.as_subclass(torch.Tensor) for volume in volumes], affine, size, MODES)
+            result.update({key: placed(*pair, affine) for key, *pair in zip(keys, samples, volumes)})
         valid = np.clip(self.foreground - self.window[:, :1], 0, np.asarray(self.patch_size)[:, None])
         result[LOCAL_BOX] = torch.from_numpy(relative_box(self.window, self.box, self.global_size)).float()
         result[VALID_BOX] = torch.from_numpy(valid).float()
@@ -211,13 +175,13 @@ class RandGlobalLocalCrop(Randomizable):
         linear[:3, 3] = centre - linear[:3, :3] @ centre
         return linear
 
-    @staticmethod
-    def _sample(volume: torch.Tensor, affine: np.ndarray, size: Sequence[int], mode: str) -> torch.Tensor:
-        data = sample(volume, affine, size, mode)
-        if not isinstance(volume, MetaTensor):
-            return data
-        meta = {key: volume.meta[key] for key in ("filename_or_obj",) if key in volume.meta}
-        return MetaTensor(data, affine=volume.affine @ torch.from_numpy(affine).to(volume.affine), meta=meta)
+
+def placed(data: torch.Tensor, volume: torch.Tensor, affine: np.ndarray) -> torch.Tensor:
+    """Samples of a volume with their own affine and the name of its file, if the volume has them."""
+    if not isinstance(volume, MetaTensor):
+        return data
+    meta = {key: volume.meta[key] for key in ("filename_or_obj",) if key in volume.meta}
+    return MetaTensor(data, affine=volume.affine @ torch.from_numpy(affine).to(volume.affine), meta=meta)
 
 
 class RandGlobalLocalCropd(Randomizable, MapTransform):

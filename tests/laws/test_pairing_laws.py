@@ -10,8 +10,9 @@ import torch
 from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.networks.layers import AffineTransform
 from monai.transforms import Compose
+from monai.transforms.utils import create_rotate
 
-from mapseg_components.boxes import resample_box, transformed_box
+from mapseg_components.boxes import index_affine, resample_box, transformed_box
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms import (
     AxisExtremesd,
@@ -21,6 +22,7 @@ from mapseg_components.transforms import (
     RandGlobalLocalCropd,
     RandPercentileClipd,
 )
+from mapseg_components.transforms.sampling import sample
 from tests.conftest import make_scan
 
 AFFINE = torch.tensor([[0.0, 1.1, 0.0, -7.0], [-0.9, 0.0, 0.0, 4.0], [0.0, 0.0, 1.3, 2.0], [0.0, 0.0, 0.0, 1.0]])
@@ -226,6 +228,57 @@ def test_every_voxel_shows_its_place_in_the_world(options, seed):
         np.testing.assert_allclose(
             out[key].numpy()[0][inside], (places(affine, size) @ weights + 500)[inside], atol=2e-2
         )
+
+
+def by_grid_sample(volume, affine, size, mode):
+    """MONAI's resampling of the whole volume."""
+    resampler = AffineTransform(
+        spatial_size=size, normalized=False, mode=mode, padding_mode="zeros", align_corners=False
+    )
+    return resampler(volume.float()[None], torch.from_numpy(affine).float()[None])[0]
+
+
+def turned(angles, scale, centre, size):
+    """Voxel index of a grid of this size to voxel index of a volume: turned, scaled, centred on a place in it."""
+    affine = np.asarray(create_rotate(3, angles)) @ np.diag([scale, scale, scale, 1.0])
+    affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(size) - 1) / 2)
+    return affine
+
+
+SIZE = (21, 10, 17)
+GRIDS = {
+    "turned, inside": turned((0.2, -0.3, 0.4), 0.8, (17, 21, 19), SIZE),
+    "turned, partly outside": turned((0.2, -0.3, 0.4), 1.7, (10, 35, 19), SIZE),
+    "turned, all outside": turned((0.2, -0.3, 0.4), 0.5, (90, 21, 19), SIZE),
+    "a quarter turn": turned((0, 0, np.pi / 2), 1.31, (17, 21, 19), SIZE),
+    "finer than the voxels": turned((0, 0, 0), 0.61, (17, 21, 19), SIZE),
+    "whole box, coarser": index_affine(np.array([[3, 32], [4, 41], [2, 37]]), SIZE),
+    "backwards": index_affine(np.array([[3, 32], [41, 4], [37, 2]]), SIZE),
+    "half outside": index_affine(np.array([[-12, 17], [20, 51], [-3, 40]]), SIZE),
+    "shifted by parts of a voxel": index_affine(np.array([[3.4, 24.4], [4.7, 14.7], [2.1, 19.1]]), SIZE),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("shape", [(34, 42, 38), (34, 42, 1)])
+def test_samples_are_those_of_grid_sample(name, shape):
+    volume = torch.from_numpy(np.random.default_rng(0).random((2, *shape)).astype(np.float32))
+    label = (volume[:1] * 5).to(torch.uint8)
+    affine = GRIDS[name].copy()
+    affine[2, 3] -= 19 if shape[2] == 1 else 0  # so that the grid meets a single slice
+    image, found = sample([volume, label], affine, SIZE, ["bilinear", "nearest"])
+    torch.testing.assert_close(image, by_grid_sample(volume, affine, SIZE, "bilinear"), atol=1e-4, rtol=0)
+    # halfway between two voxels, the one that rounding prefers is taken
+    assert (found != by_grid_sample(label, affine, SIZE, "nearest")).float().mean() < 0.02
+    assert found.dtype == torch.uint8 and (image.any() or "outside" in name)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.float16, torch.float64])
+def test_samples_do_not_depend_on_the_type_of_the_volume(name, dtype):
+    volume = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (1, 34, 42, 38)))
+    found, expected = (sample([volume.to(t)], GRIDS[name], SIZE, ["bilinear"])[0] for t in (dtype, torch.float32))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_bad_input_is_named():
