@@ -205,7 +205,12 @@ class Coordinator:
         path = self.ckpt_dir / STATE
         if not path.is_file():
             return
-        state = read_checked(path)
+        try:
+            state = read_checked(path)
+        except CheckpointError as error:
+            before = path.with_name(PREVIOUS)
+            hint = f"; the round before it is {before}: move {path.name} away and rename that one" if before.is_file() else ""
+            raise CheckpointError(f"{error}{hint}") from error
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no state of a federation: choose another ckpt_dir, or set resume to false")
         if state["fingerprint"] != shapes_of(self.weights):

@@ -67,6 +67,7 @@ class Site:
         self.datalist, self.folder = str(datalist), Path(folder)
         self.settings = dict(settings)
         self.labels = class_names(settings)
+        self.seed = site_seed(plan.seed, SOURCE if side == SOURCE else name)  # whoever has the source draws alike
         self._local = LocalWeights(self.folder / "local.pt")
         self._parser: ConfigParser | None = None
 
@@ -132,7 +133,7 @@ class Site:
         batch_size = parser_of(settings).get_parsed_content("batch_size")
         self.steps = -(-self.scans // batch_size) if steps is None else steps
         settings |= {
-            "seed": site_seed(self.plan.seed, self.name),
+            "seed": self.seed,
             "datalist": self.datalist,
             "epoch_length": self.steps,
             "max_epochs": self.plan.rounds,
@@ -171,7 +172,7 @@ class Site:
         self.loader.epoch, self.loader.batches = number, 0
         state = self.trainer.state  # a round is an epoch of the trainer
         state.epoch, state.iteration, state.max_epochs = number, number * self.steps, number + 1
-        with drawing_from(np.random.SeedSequence([site_seed(self.plan.seed, self.name), number])):
+        with drawing_from(np.random.SeedSequence([self.seed, number])):
             self.trainer.run()
         if state.iteration != (number + 1) * self.steps:
             raise FederationError(
