@@ -15,6 +15,14 @@ from tests.conftest import ROOT, make_dataset, make_scan, write_nifti
 
 CONFIGS = ROOT / "bundles" / "mapseg_adaptation" / "configs"
 LABELS = {"first": 1, "second": 2}
+SMALL = {
+    "labels": LABELS,
+    "device": "$torch.device('cpu')",
+    "rounds": 2,
+    "learning_rate": 0.01,
+    "last_learning_rate": 0.001,
+    "ema_schedule": [[None, 0.5]],
+}
 FILES = ("train.json", "tiny.yaml", "federated.json")
 
 
@@ -38,9 +46,7 @@ def make_federation(folder: Path, sites: int = 3) -> tuple[str, dict[str, str]]:
 def small_settings(**changes: Any) -> dict[str, Any]:
     """Merged config of the bundle at test size, with changes on top."""
     config = ConfigParser.load_config_files([CONFIGS / name for name in FILES])
-    config |= {"labels": LABELS, "device": "$torch.device('cpu')", "bundle_root": str(CONFIGS.parent)}
-    config |= {"rounds": 2, "learning_rate": 0.01, "last_learning_rate": 0.001, "ema_schedule": [[None, 0.5]]}
-    return config | changes
+    return config | SMALL | {"bundle_root": str(CONFIGS.parent)} | changes
 
 
 def small_plan(**changes: Any) -> Plan:
@@ -54,3 +60,16 @@ def small_plan(**changes: Any) -> Plan:
         "min_sites": 2,
     }
     return Plan(**(values | changes))
+
+
+def write_parties(folder: Path, own: Path, datalist: str, sites: dict[str, str], **changes: Any) -> None:
+    """``<name>.json`` of the server and of each site, see `mapseg_components.federated.flare.party`."""
+    folder.mkdir(parents=True)
+    for name, path in {"server": datalist, **sites}.items():
+        places = {"datalist": path, "ckpt_dir": str(own / name / "models"), "output_dir": str(own / name / "eval")}
+        content = {
+            "bundle_root": str(CONFIGS.parent),
+            "config_files": list(FILES),
+            "settings": {**SMALL, **places, **changes},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(content))

@@ -3,7 +3,7 @@
 """Make the NVFlare job: ``python -m mapseg_components.federated.flare.job --help``. It carries no code and no setting.
 
 ``--export FOLDER`` writes it for POC and provisioned deployments; ``--simulate FOLDER`` runs it in NVFlare's simulator,
-every site in a process of its own on this machine.
+every site in a process of its own on this machine; ``--allow FILE`` lets a party run it.
 """
 
 from __future__ import annotations
@@ -11,52 +11,50 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
-from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor
 from nvflare.job_config.api import FedJob
 from nvflare.recipe.sim_env import SimEnv
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated.flare.controller import MAPSegController
+from mapseg_components.federated.flare.executor import SiteExecutor
 from mapseg_components.federated.flare.party import PARTY_DIR
 from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["allow_components", "make_job", "simulate"]
 
 NAME = "mapseg_federated"
-CONTROLLER = "mapseg_components.federated.flare.controller.MAPSegController"
+# what a job names of ours, and all that it names
+COMPONENTS = [
+    "mapseg_components.federated.flare.controller.MAPSegController",
+    "mapseg_components.federated.flare.executor.SiteExecutor",
+]
 
 
-def make_job(
-    sites: Sequence[str], min_sites: int, source_site: str | None = None, python: str = "python3"
-) -> FedJob:
+def make_job(sites: Sequence[str], min_sites: int, source_site: str | None = None) -> FedJob:
     """A job for these sites.
 
     Args:
         sites: names of the clients with target scans.
         min_sites: the job starts with so many of them.
         source_site: client with the labelled source; ``None``: the server trains on it.
-        python: the interpreter that has ``mapseg_components``, as the sites call it.
     """
     job = FedJob(name=NAME, min_clients=min_sites + (source_site is not None))
     job.to_server(MAPSegController(source_site=source_site))
     for site in [*sites, *([source_site] if source_site else [])]:
-        side = SOURCE if site == source_site else TARGET
-        command = [python, "-u", "-m", "mapseg_components.federated.flare.client", "--side", side]
-        job.to(ClientAPIExecutor(execution_mode="external_process", command=command, launch_timeout=300.0), site)
+        job.to(SiteExecutor(SOURCE if site == source_site else TARGET), site)
     return job
 
 
 def allow_components(resources: str | Path) -> None:
-    """Add our controller to the classes that a party's ``local/resources.json`` lets jobs name; see docs/federated.md."""
+    """Add our two components to the classes that a party's ``local/resources.json`` lets jobs name; see docs/federated.md."""
     path = Path(resources)
     content = json.loads(path.read_text()) if path.is_file() else {"format_version": 2}
     allowed = content.get("class_allow_list", list(DEFAULT_CLASS_ALLOW_LIST))
-    content["class_allow_list"] = [*allowed, *(name for name in [CONTROLLER] if name not in allowed)]
+    content["class_allow_list"] = [*allowed, *(name for name in COMPONENTS if name not in allowed)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=4) + "\n")
 
@@ -75,15 +73,20 @@ def simulate(job: FedJob, sites: Sequence[str], workspace: str | Path) -> None:
 def main() -> None:
     """Command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--sites", nargs="+", required=True, help="names of the clients with target scans")
+    arguments.add_argument("--sites", nargs="*", default=[], help="names of the clients with target scans")
     arguments.add_argument("--source-site", help="client with the labelled source (default: the server itself)")
     arguments.add_argument("--min-sites", type=int, help="the job starts with so many (default: all)")
-    arguments.add_argument("--python", default="python3", help="interpreter at the sites")
     arguments.add_argument("--export", metavar="FOLDER", help="write the job here")
     arguments.add_argument("--simulate", metavar="FOLDER", help="run it here, in NVFlare's simulator")
+    arguments.add_argument("--allow", metavar="FILE", help="add our components to a local/resources.json")
     given = arguments.parse_args()
-    python = sys.executable if given.simulate else given.python
-    job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site, python)
+    if given.allow:
+        allow_components(given.allow)
+    if not (given.export or given.simulate):
+        return
+    if not given.sites:
+        raise ConfigError("--sites names no site: name the clients with target scans")
+    job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site)
     if given.export:
         job.export_job(given.export)
     if given.simulate:
