@@ -44,8 +44,8 @@ class Coordinator:
     """Global model, open round and log. A round is: `start`, `accept_source`, `accept` or `exclude` per site, `close`.
 
     Files: ``federation.pt`` in ``ckpt_dir``, the state after the last closed round (the one before it beside it as
-    ``federation.previous.pt``); ``model.pt``, the global weights of the round with the best Score (minus the mean target
-    loss of the sites, weighted by their scans), with ``model_selection.json``; in ``output_dir``, ``rounds.jsonl``, a
+    ``federation.previous.pt``); ``model.pt``, global weights of the round with the best Score (minus the sites' mean
+    target loss, weighted by their scans), with ``model_selection.json``; in ``output_dir``, ``rounds.jsonl``, a
     line per round. Each is written whole or not at all; nothing changes on disk before a round is closed.
 
     Args:
@@ -111,7 +111,7 @@ class Coordinator:
         """
         if update.site in self._accepted:
             raise FederationError(
-                f"{update.site}: a second update for round {self.round}, the first one counts: give each site its own name"
+                f"{update.site}: a second update for round {self.round}, the first one counts: give each site its name"
             )
         moved = validate_update(update, self._shared, self.round, self.labels, self.plan.max_movement)
         self._mean.add(update.weights, update.scans)
@@ -143,8 +143,8 @@ class Coordinator:
             reasons = "; ".join(f"{site}: {reason}" for site, reason in self._excluded.items()) or "no site answered"
             raise FederationError(
                 f"round {self.round} has {len(self._accepted)} of min_sites {self.plan.min_sites} sites ({reasons}): "
-                f"{self.ckpt_dir / STATE} still holds the last closed round; the same command goes on from there when the "
-                "sites are back"
+                f"{self.ckpt_dir / STATE} still holds the last closed round; the same command goes on from there "
+                "when the sites are back"
             )
         weights = {**self._source.weights, **self._mean.result()}
         line = self._line(weights)
@@ -180,7 +180,10 @@ class Coordinator:
 
     def _line(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         total = self._mean.total
-        sites = {name: {**self._accepted[name], "weight": self._accepted[name]["scans"] / total} for name in sorted(self._accepted)}
+        sites = {
+            name: {**self._accepted[name], "weight": self._accepted[name]["scans"] / total}
+            for name in sorted(self._accepted)
+        }
         scored = [(line["weight"], line["losses"].get(TARGET_SEGMENTATION, math.nan)) for line in sites.values()]
         score = -sum(weight * loss for weight, loss in scored)
         asked = len({*sites, *self._excluded})
@@ -209,14 +212,20 @@ class Coordinator:
             state = read_checked(path)
         except CheckpointError as error:
             before = path.with_name(PREVIOUS)
-            hint = f"; the round before it is {before}: move {path.name} away and rename that one" if before.is_file() else ""
+            hint = (
+                f"; the round before it is {before}: move {path.name} away and rename that one"
+                if before.is_file()
+                else ""
+            )
             raise CheckpointError(f"{error}{hint}") from error
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is no state of a federation: choose another ckpt_dir, or set resume to false")
+            raise CheckpointError(
+                f"{path} is no state of a federation: choose another ckpt_dir, or set resume to false"
+            )
         if state["fingerprint"] != shapes_of(self.weights):
             raise CheckpointError(
-                f"{path} is of another network (fingerprint {state['fingerprint']}, expected {shapes_of(self.weights)}): "
-                "use the network settings it was trained with, or choose another ckpt_dir"
+                f"{path} is of another network (fingerprint {state['fingerprint']}, expected "
+                f"{shapes_of(self.weights)}): use the network settings it was trained with, or choose another ckpt_dir"
             )
         require_same_settings(json.loads(state["settings"]), self.settings, path)
         self.weights, self.round, self.ema_steps = state["weights"], state["round"], state["ema_steps"]

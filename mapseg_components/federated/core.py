@@ -87,7 +87,11 @@ def validate_weights(weights: Weights, reference: Weights, who: str) -> None:
     """
     missing, extra = [n for n in reference if n not in weights], [n for n in weights if n not in reference]
     if missing or extra:
-        parts = [f"{len(names)} {what} ({listed(names)})" for what, names in (("missing", missing), ("extra", extra)) if names]
+        parts = [
+            f"{len(names)} {what} ({listed(names)})"
+            for what, names in (("missing", missing), ("extra", extra))
+            if names
+        ]
         raise FederationError(
             f"{who}: keys differ from this network's {len(reference)}, {' and '.join(parts)}: "
             "use the same network settings and local_weights everywhere"
@@ -100,8 +104,8 @@ def validate_weights(weights: Weights, reference: Weights, who: str) -> None:
             )
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise FederationError(
-                f"{who}: {name!r} is {tuple(found.shape)} {found.dtype}, expected {tuple(wanted.shape)} {wanted.dtype}: "
-                "use the same network settings everywhere"
+                f"{who}: {name!r} is {tuple(found.shape)} {found.dtype}, expected {tuple(wanted.shape)} "
+                f"{wanted.dtype}: use the same network settings everywhere"
             )
         if not bool(torch.isfinite(found).all()):
             count = int((~torch.isfinite(found)).sum())
@@ -213,7 +217,9 @@ def local_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         fitting = fnmatch.filter(names, pattern)
         if not fitting:
-            raise ConfigError(f"local_weights: {pattern!r} fits no tensor of the network, e.g. {listed(names)}: correct it")
+            raise ConfigError(
+                f"local_weights: {pattern!r} fits no tensor of the network, e.g. {listed(names)}: correct it"
+            )
         found.update(fitting)
     if names and len(found) == len(names):
         raise ConfigError(f"local_weights {list(patterns)} keeps every tensor at the sites: nothing would be shared")

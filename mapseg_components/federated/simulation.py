@@ -48,8 +48,8 @@ def simulate(
         global weights after the last round.
 
     Raises:
-        ConfigError, DataError, FederationError, CheckpointError or ResourceError: see `Site`, `Coordinator`. A site that
-            fails in a round is left out of that round; too few end the run, with the last closed round on disk.
+        ConfigError, DataError, FederationError, CheckpointError or ResourceError: see `Site`, `Coordinator`. A site
+            that fails in a round is left out of that round; too few end the run, with the last closed round on disk.
     """
     settings = running_settings() if settings is None else settings
     if len(sites) < plan.min_sites or SERVER in sites:

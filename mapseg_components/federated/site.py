@@ -225,7 +225,7 @@ class Site:
 
 
 class LocalWeights:
-    """Tensors that never leave a site: as they were before and after its last round, so that a round can be repeated."""
+    """Tensors that never leave a site, before and after its last round, so that a round can be repeated."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

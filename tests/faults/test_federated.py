@@ -70,7 +70,9 @@ def failing(monkeypatch, name, error, rounds=(0, 1)):
 
 
 def run(folder, datalist, sites, plan=None, **changes):
-    return simulate(plan or small_plan(), datalist, sites, folder / "m", folder / "o", settings=small_settings(**changes))
+    return simulate(
+        plan or small_plan(), datalist, sites, folder / "m", folder / "o", settings=small_settings(**changes)
+    )
 
 
 def lines(folder):
@@ -180,7 +182,11 @@ def closed_without(coordinator):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from(["a.weight", "a.bias"]), st.sampled_from(["drop", "rename", "reshape", "retype", "spoil"]), st.integers(0, 2))
+@given(
+    st.sampled_from(["a.weight", "a.bias"]),
+    st.sampled_from(["drop", "rename", "reshape", "retype", "spoil"]),
+    st.integers(0, 2),
+)
 def test_no_edit_of_an_update_passes(name, edit, index):
     content = weights()
     tensor = content.pop(name)
@@ -235,7 +241,9 @@ def test_a_server_that_is_killed_in_a_round_goes_on_from_the_last_closed_one(tmp
     whole = run(tmp_path / "whole", datalist, sites, small_plan(rounds=3, local_weights=["*norm*"]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), datalist, *sites.values()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as child:
         assert child.stdout is not None
         for line in child.stdout:
             if line.split() == ["site-2", "1"]:  # site-1 has trained in round 1, and kept its layers
@@ -245,7 +253,9 @@ def test_a_server_that_is_killed_in_a_round_goes_on_from_the_last_closed_one(tmp
     resumed = run(tmp_path, datalist, sites, small_plan(rounds=3, local_weights=["*norm*"]))
     assert same(resumed, whole)
     for name in sites:
-        states = [torch.load(f / "o" / "sites" / name / "local.pt", weights_only=True) for f in (tmp_path, tmp_path / "whole")]
+        states = [
+            torch.load(f / "o" / "sites" / name / "local.pt", weights_only=True) for f in (tmp_path, tmp_path / "whole")
+        ]
         assert same(states[0]["after"], states[1]["after"])
     assert [line["round"] for line in lines(tmp_path)] == [0, 1, 2]
 
@@ -342,7 +352,9 @@ def test_labels_at_a_site_are_never_read(tmp_path, caplog):
 
 def test_another_label_table_is_named(tmp_path):
     datalist, sites = make_federation(tmp_path, 2)
-    content = json.loads(Path(sites["site-2"]).read_text()) | {"labels": {"0": "background", "1": "second", "2": "first"}}
+    content = json.loads(Path(sites["site-2"]).read_text()) | {
+        "labels": {"0": "background", "1": "second", "2": "first"}
+    }
     Path(sites["site-2"]).write_text(json.dumps(content))
     with pytest.raises(FederationError, match=r"site-2: the label table .*'1': 'second'.*expected .*'1': 'first'"):
         run(tmp_path, datalist, sites)
@@ -364,7 +376,9 @@ def test_another_spacing_is_named(tmp_path):
     run(tmp_path, datalist, sites, plan)
     scan = Path(sites["site-2"]).parent / "1.nii.gz"
     write_nifti(scan, make_scan()[0], np.diag([3.0, 1.0, 1.0, 1.0]))
-    with pytest.raises(DataError, match=r"site-2: .*1.nii.gz: voxels of 3 x 1 x 1 mm, spacing_range_mm is \[0.9, 1.3\]"):
+    with pytest.raises(
+        DataError, match=r"site-2: .*1.nii.gz: voxels of 3 x 1 x 1 mm, spacing_range_mm is \[0.9, 1.3\]"
+    ):
         run(tmp_path / "again", datalist, sites, plan)
 
 

@@ -32,7 +32,10 @@ from tests.federation import FILES, LABELS, make_federation, small_plan, small_s
 
 def model(seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return {"a": torch.randn(2, 3, 5, generator=generator).to(dtype), "b": torch.randn(4, generator=generator).to(dtype)}
+    return {
+        "a": torch.randn(2, 3, 5, generator=generator).to(dtype),
+        "b": torch.randn(4, generator=generator).to(dtype),
+    }
 
 
 def mean(models, counts):

@@ -88,7 +88,9 @@ class MAPSegController(ModelController):
         self._send(task, asked, TARGET, take)
         with self._lock:
             for site in sorted(waiting):
-                coordinator.exclude(site, f"no answer within round_timeout_s {coordinator.plan.round_timeout_s:g}, or gone")
+                coordinator.exclude(
+                    site, f"no answer within round_timeout_s {coordinator.plan.round_timeout_s:g}, or gone"
+                )
             coordinator.close()
 
     def _source_update(self, source: Site | None, task: Broadcast) -> Update:

@@ -50,9 +50,13 @@ def make_job(sites: Sequence[str], min_sites: int, source_site: str | None = Non
 
 
 def allow_components(resources: str | Path) -> None:
-    """Add our two components to the classes that a party's ``local/resources.json`` lets jobs name; see docs/federated.md."""
+    """Add our two components to the classes that a party's ``local/resources.json`` lets jobs name.
+
+    A start-up kit comes with ``resources.json.default``, which such a file replaces as a whole: it is copied first.
+    """
     path = Path(resources)
-    content = json.loads(path.read_text()) if path.is_file() else {"format_version": 2}
+    origin = next((file for file in (path, path.with_name(f"{path.name}.default")) if file.is_file()), None)
+    content = {"format_version": 2} if origin is None else json.loads(origin.read_text())
     allowed = content.get("class_allow_list", list(DEFAULT_CLASS_ALLOW_LIST))
     content["class_allow_list"] = [*allowed, *(name for name in COMPONENTS if name not in allowed)]
     path.parent.mkdir(parents=True, exist_ok=True)

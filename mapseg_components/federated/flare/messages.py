@@ -74,7 +74,9 @@ def from_update(update: Update) -> FLModel:
 
 def refusal(error: Exception) -> FLModel:
     """The answer of a site that failed: the kind of error alone. Its text names files and stays in the site's log."""
-    return FLModel(params_type=ParamsType.FULL, params={"none": np.zeros(1, np.float32)}, meta={FAILED: type(error).__name__})
+    return FLModel(
+        params_type=ParamsType.FULL, params={"none": np.zeros(1, np.float32)}, meta={FAILED: type(error).__name__}
+    )
 
 
 def to_update(model: FLModel) -> Update:
@@ -114,6 +116,8 @@ def tensors(params: Any) -> dict[str, Any]:
     if not isinstance(params, Mapping):
         raise FederationError(f"a message holds {type(params).__name__} where weights belong: it is not used")
     return {
-        str(name): torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) and value.dtype != object else value
+        str(name): torch.from_numpy(np.array(value))
+        if isinstance(value, np.ndarray) and value.dtype != object
+        else value
         for name, value in params.items()
     }

@@ -69,8 +69,8 @@ class Party:
             changes = dict(content["settings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{path} cannot be used ({type(error).__name__}: {error}): write bundle_root, config_files and settings "
-                f"of {name} into it, or set {PARTY_DIR} to its folder"
+                f"{path} cannot be used ({type(error).__name__}: {error}): write bundle_root, config_files and "
+                f"settings of {name} into it, or set {PARTY_DIR} to its folder"
             ) from error
         parser = ConfigParser()
         parser.read_config(files)
@@ -88,4 +88,6 @@ class Party:
 
     def site(self, side: str) -> Site:
         """This party's side of the training."""
-        return Site(self.name, side, self.plan, self.settings, self.datalist, Path(self.output_dir) / "sites" / self.name)
+        return Site(
+            self.name, side, self.plan, self.settings, self.datalist, Path(self.output_dir) / "sites" / self.name
+        )
