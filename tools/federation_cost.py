@@ -48,7 +48,7 @@ def bytes_table() -> list[str]:
         full, half = (payload_bytes(weights, dtype) / 1e6 for dtype in (torch.float32, torch.bfloat16))
         count = sum(value.numel() for value in weights.values())
         local = sum(weights[each].numel() for each in local_names(weights, ["*norm*"]))
-        rows.append(f"| `{name}` | {count:,} | {full:,.1f} MB | {half:,.1f} MB | {local / count:.2%} |")
+        rows.append(f"| `{name}` | {count:,} | {full:,.2f} MB | {half:,.2f} MB | {local / count:.2%} |")
     return rows
 
 

@@ -4,9 +4,9 @@
 """A federation of real processes on this machine: python tools/poc.py FOLDER. Needs the extra ``fl``.
 
 NVFlare's POC mode: a server and three clients on localhost, each a process with its own start-up kit, talking by mutual
-TLS. After the first round a client is killed (SIGKILL) and the rounds must go on; then the server is killed in a round, and
-started again with that client, the same job submitted again, and the rounds must go on from the last closed one. Exit
-code 0 if all of that was seen.
+TLS. After the first round a client is killed (SIGKILL) and the rounds must go on; then the server is killed in a round
+and started again with that client, the same job is submitted again, and the rounds must go on from the last closed one.
+Exit code 0 if all of that was seen.
 """
 
 from __future__ import annotations

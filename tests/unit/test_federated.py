@@ -155,6 +155,14 @@ def test_local_weights_stay_at_their_site(tmp_path):
     assert not any(torch.equal(a, b) for number, a in enumerate(values) for b in values[:number])
 
 
+def test_the_patterns_of_the_docs_are_all_normalisation_layers(tiny_network):
+    text = (ROOT / "docs" / "federated.md").read_text()
+    patterns = json.loads(next(line for line in text.splitlines() if line.startswith('    ["*norm*"')))
+    layers = [name for name, module in tiny_network.named_modules() if isinstance(module, torch.nn.GroupNorm)]
+    expected = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+    assert local_names(tiny_network.state_dict(), patterns) == expected
+
+
 def test_the_bundle_runs_a_federation_and_refuses_a_typo(tmp_path):
     datalist, sites = make_federation(tmp_path, 2)
     places = {"datalist": datalist, "sites": sites, "ckpt_dir": str(tmp_path / "m"), "output_dir": str(tmp_path / "o")}
@@ -180,7 +188,7 @@ def test_nvflare_gives_the_weights_of_the_simulation(tmp_path):
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, "-m", "mapseg_components.federated.flare.job", "--sites", *sites]
-    command += ["--export", str(tmp_path / "job"), "--simulate", str(tmp_path / "work")]
+    command += ["--write", str(tmp_path / "job"), "--simulate", str(tmp_path / "work")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = torch.load(tmp_path / "own" / "server" / "models" / "federation.pt", weights_only=True)

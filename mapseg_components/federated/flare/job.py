@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the NVFlare job: ``python -m mapseg_components.federated.flare.job --help``. It carries no code and no setting.
 
-``--export FOLDER`` writes it for POC and provisioned deployments; ``--simulate FOLDER`` runs it in NVFlare's simulator,
+``--write FOLDER`` writes it for POC and provisioned deployments; ``--simulate FOLDER`` runs it in NVFlare's simulator,
 every site in a process of its own on this machine; ``--allow FILE`` lets a party run it.
 """
 
@@ -80,19 +80,20 @@ def main() -> None:
     arguments.add_argument("--sites", nargs="*", default=[], help="names of the clients with target scans")
     arguments.add_argument("--source-site", help="client with the labelled source (default: the server itself)")
     arguments.add_argument("--min-sites", type=int, help="the job starts with so many (default: all)")
-    arguments.add_argument("--export", metavar="FOLDER", help="write the job here")
+    # not --export: importing NVFlare takes that one out of the command line
+    arguments.add_argument("--write", metavar="FOLDER", help="write the job here")
     arguments.add_argument("--simulate", metavar="FOLDER", help="run it here, in NVFlare's simulator")
     arguments.add_argument("--allow", metavar="FILE", help="add our components to a local/resources.json")
     given = arguments.parse_args()
     if given.allow:
         allow_components(given.allow)
-    if not (given.export or given.simulate):
+    if not (given.write or given.simulate):
         return
     if not given.sites:
         raise ConfigError("--sites names no site: name the clients with target scans")
     job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site)
-    if given.export:
-        job.export_job(given.export)
+    if given.write:
+        job.export_job(given.write)
     if given.simulate:
         if PARTY_DIR not in os.environ:
             raise ConfigError(f"{PARTY_DIR} is not set: set it to the folder with server.json and a file for each site")
