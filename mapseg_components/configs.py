@@ -26,7 +26,7 @@ __all__ = ["begin_run", "check_settings", "end_run", "require_same_settings", "r
 
 # what `monai.bundle run --tracking` adds by itself
 TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
-STANDALONE = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json")
+STANDALONE = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.json", "federated.json")
 # parts of a config whose keys are fixed; below them, and elsewhere, only the arguments of components are
 SECTIONS = ("train", "validate")
 MONAI_KEYS = {"finalize", "displayable_configs"}  # known to MONAI and MONAI Label, in none of our configs

@@ -46,3 +46,9 @@ class ResourceError(MAPSegError, OSError):
     """Memory or disk is exhausted, a folder cannot be written, or another run is using it."""
 
     exit_code = 6
+
+
+class FederationError(MAPSegError, RuntimeError):
+    """A site's update, or what a server sent, was refused; or a round had too few sites. The message names the site."""
+
+    exit_code = 7

@@ -225,14 +225,15 @@ class Audit:
         dropped_labels: Sequence[int] = (),
         source_negative_values: str | None = None,
         target_negative_values: str | None = None,
+        sections: Sequence[str] = APART,
     ) -> Audit:
         """All that a training run will read; see `check_training_data`."""
         known = known_values(labels, dropped_labels)
-        sections = self.datalist(datalist, APART)
+        found = self.datalist(datalist, sections)
         images: dict[str, list[tuple[str, Facts | None]]] = {}
         seen: set[float] = set()
         unread = self.skip
-        for section, cases in sections.items():
+        for section, cases in found.items():
             side = "target" if section == "target_training" else "source"
             policy = target_negative_values if side == "target" else source_negative_values
             for case in cases:
@@ -247,7 +248,7 @@ class Audit:
         self.content(images)
         names = labels if isinstance(labels, Mapping) else {str(value): value for value in labels}
         absent = [f"{name} ({value})" for name, value in names.items() if value not in seen]
-        if absent and sections.get("source_training") and not unread:
+        if absent and found.get("source_training") and not unread:
             self.warn(
                 "source_training",
                 f"no label map has {', '.join(absent)}",
@@ -362,6 +363,7 @@ def check_training_data(
     dropped_labels: Sequence[int] = (),
     source_negative_values: str | None = None,
     target_negative_values: str | None = None,
+    sections: Sequence[str] = APART,
     **options: Any,
 ) -> None:
     """Check all that a training run will read, before it starts; target labels are not read.
@@ -370,6 +372,7 @@ def check_training_data(
         datalist: see `load_datalist`.
         labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
         source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        sections: what is looked at, by default both sides; a stage that reads one side names its sections.
         options: see `Audit`.
 
     Raises:
@@ -377,7 +380,7 @@ def check_training_data(
             `DataError` if the findings are of several kinds.
     """
     run = Audit(**options)
-    run.training(datalist, labels, dropped_labels, source_negative_values, target_negative_values).close()
+    run.training(datalist, labels, dropped_labels, source_negative_values, target_negative_values, sections).close()
 
 
 def check_pretraining_data(

@@ -76,6 +76,10 @@ class EpochHistory:
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def means(self) -> dict[str, float]:
+        """Mean of every loss term over the iterations of the epoch so far."""
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
     def _write(self, engine: Engine) -> None:
         if idist.get_rank() != 0:
             return
@@ -84,7 +88,7 @@ class EpochHistory:
             "iteration": engine.state.iteration,
             "seconds": round(time.monotonic() - self._started, 2),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            **{name: float(total) / self._counts[name] for name, total in self._sums.items()},
+            **self.means(),
             **{name: float(value) for name, value in engine.state.metrics.items() if np.isscalar(value)},
         }
         try:

@@ -19,7 +19,14 @@ from tests.conftest import ROOT, SAMPLE, make_scan, write_nifti
 from tools.check_bundles import findings
 
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
-STANDALONE = {"metadata.json", "train.json", "inference.json", "evaluate.json", "multi_gpu_train.json"}
+STANDALONE = {
+    "metadata.json",
+    "train.json",
+    "inference.json",
+    "evaluate.json",
+    "multi_gpu_train.json",
+    "federated.json",
+}
 LABELS = {"first": 1, "second": 2}
 
 

@@ -1,0 +1,50 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A site's process in an NVFlare federation: ``python -m mapseg_components.federated.flare.client --side target``.
+
+NVFlare starts it, by the job's command, in the site's own environment. It reads the site's own settings (`Party`), and
+takes weights and two counts from each task; a config, code or a path that a server might send is not looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+import nvflare.client as flare
+import torch
+
+from mapseg_components.errors import MAPSegError
+from mapseg_components.federated.flare.messages import from_update, refusal, to_broadcast
+from mapseg_components.federated.flare.party import Party
+from mapseg_components.keys import SOURCE, TARGET
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Answer tasks until the job ends. A round that fails is answered by the kind of error, and the site stays."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--side", choices=(SOURCE, TARGET), default=TARGET)
+    side = arguments.parse_args().side
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    flare.init()
+    site = None
+    while flare.is_running():
+        model = flare.receive()
+        if model is None:
+            break
+        try:
+            if site is None:
+                site = Party.read(flare.get_site_name()).site(side)
+                site.check()
+            answer = from_update(site.train(to_broadcast(model, side)))
+        except MAPSegError as error:
+            logger.error(f"{type(error).__name__}: {error}")
+            answer = refusal(error)
+        flare.send(answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Make the NVFlare job: ``python -m mapseg_components.federated.flare.job --help``. It carries no code and no setting.
+
+``--write FOLDER`` writes it for POC and provisioned deployments; ``--simulate FOLDER`` runs it in NVFlare's simulator,
+every site in a process of its own on this machine; ``--allow FILE`` lets a party run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from nvflare.job_config.api import FedJob
+from nvflare.recipe.sim_env import SimEnv
+
+from mapseg_components.errors import ConfigError
+from mapseg_components.federated.flare.controller import MAPSegController
+from mapseg_components.federated.flare.executor import SiteExecutor
+from mapseg_components.federated.flare.party import PARTY_DIR
+from mapseg_components.keys import SOURCE, TARGET
+
+__all__ = ["allow_components", "make_job", "simulate"]
+
+NAME = "mapseg_federated"
+# what a job names of ours, and all that it names
+COMPONENTS = [
+    "mapseg_components.federated.flare.controller.MAPSegController",
+    "mapseg_components.federated.flare.executor.SiteExecutor",
+]
+
+
+def make_job(sites: Sequence[str], min_sites: int, source_site: str | None = None) -> FedJob:
+    """A job for these sites.
+
+    Args:
+        sites: names of the clients with target scans.
+        min_sites: the job starts with so many of them.
+        source_site: client with the labelled source; ``None``: the server trains on it.
+    """
+    job = FedJob(name=NAME, min_clients=min_sites + (source_site is not None))
+    job.to_server(MAPSegController(source_site=source_site))
+    for site in [*sites, *([source_site] if source_site else [])]:
+        job.to(SiteExecutor(SOURCE if site == source_site else TARGET), site)
+    return job
+
+
+def allow_components(resources: str | Path) -> None:
+    """Add our two components to the classes that a party's ``local/resources.json`` lets jobs name.
+
+    A start-up kit comes with ``resources.json.default``, which such a file replaces as a whole: it is copied first.
+    """
+    path = Path(resources)
+    origin = next((file for file in (path, path.with_name(f"{path.name}.default")) if file.is_file()), None)
+    content = {"format_version": 2} if origin is None else json.loads(origin.read_text())
+    allowed = content.get("class_allow_list", list(DEFAULT_CLASS_ALLOW_LIST))
+    content["class_allow_list"] = [*allowed, *(name for name in COMPONENTS if name not in allowed)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=4) + "\n")
+
+
+def simulate(job: FedJob, sites: Sequence[str], workspace: str | Path) -> None:
+    """Run a job in NVFlare's simulator, as many threads as sites (fewer would start sites anew between tasks).
+
+    Raises:
+        RuntimeError: the simulator failed; its logs are in the workspace.
+    """
+    allow_components(Path(workspace) / job.name / "local" / "resources.json")
+    # the sites are part of the job already; their number is for the threads
+    SimEnv(clients=list(sites), num_threads=len(sites), workspace_root=str(workspace)).deploy(job)
+
+
+def main() -> None:
+    """Command line."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--sites", nargs="*", default=[], help="names of the clients with target scans")
+    arguments.add_argument("--source-site", help="client with the labelled source (default: the server itself)")
+    arguments.add_argument("--min-sites", type=int, help="the job starts with so many (default: all)")
+    # not --export: importing NVFlare takes that one out of the command line
+    arguments.add_argument("--write", metavar="FOLDER", help="write the job here")
+    arguments.add_argument("--simulate", metavar="FOLDER", help="run it here, in NVFlare's simulator")
+    arguments.add_argument("--allow", metavar="FILE", help="add our components to a local/resources.json")
+    given = arguments.parse_args()
+    if given.allow:
+        allow_components(given.allow)
+    if not (given.write or given.simulate):
+        return
+    if not given.sites:
+        raise ConfigError("--sites names no site: name the clients with target scans")
+    job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site)
+    if given.write:
+        job.export_job(given.write)
+    if given.simulate:
+        if PARTY_DIR not in os.environ:
+            raise ConfigError(f"{PARTY_DIR} is not set: set it to the folder with server.json and a file for each site")
+        simulate(job, [*given.sites, *([given.source_site] if given.source_site else [])], given.simulate)
+
+
+if __name__ == "__main__":
+    main()

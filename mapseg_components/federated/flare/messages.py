@@ -1,0 +1,123 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Between our messages and NVFlare's: arrays and plain numbers in both directions, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+
+from mapseg_components.errors import FederationError
+from mapseg_components.federated.core import Broadcast, Update
+
+__all__ = ["from_broadcast", "from_update", "refusal", "to_broadcast", "to_update"]
+
+STEPS, SCANS, LABELS, LOSSES, SECONDS, ROUND, SIDE, FAILED = (
+    "mapseg_ema_steps",
+    "mapseg_scans",
+    "mapseg_labels",
+    "mapseg_losses",
+    "mapseg_seconds",
+    "mapseg_round",
+    "mapseg_side",
+    "mapseg_failed",
+)
+
+
+def from_broadcast(broadcast: Broadcast, rounds: int, side: str) -> FLModel:
+    """A task for a side."""
+    return FLModel(
+        params_type=ParamsType.FULL,
+        params=arrays(broadcast.weights),
+        current_round=broadcast.round,
+        total_rounds=rounds,
+        meta={STEPS: broadcast.ema_steps, ROUND: broadcast.round, SIDE: side},
+    )
+
+
+def to_broadcast(model: FLModel, side: str) -> Broadcast:
+    """What a site takes from a task: tensors and two counts; whatever else came along is not looked at.
+
+    Raises:
+        FederationError: the task is for the other side, or its counts are no counts.
+    """
+    meta = model.meta or {}
+    if meta.get(SIDE) != side:
+        raise FederationError(
+            f"the server sent a task for the {meta.get(SIDE)!r} side, expected {side!r}: correct source_site of the job"
+        )
+    counts = {key: meta.get(key) for key in (ROUND, STEPS)}
+    if not all(type(value) is int and value >= 0 for value in counts.values()):
+        raise FederationError(f"the server sent {counts}, expected whole numbers: use the same version everywhere")
+    return Broadcast(counts[ROUND], counts[STEPS], tensors(model.params))  # type: ignore[arg-type]
+
+
+def from_update(update: Update) -> FLModel:
+    """A site's answer; its name is added by the server, who knows it from the connection."""
+    return FLModel(
+        params_type=ParamsType.FULL,
+        params=arrays(update.weights),
+        meta={
+            ROUND: update.round,
+            SCANS: update.scans,
+            STEPS: update.ema_steps,
+            LABELS: list(update.labels),
+            LOSSES: dict(update.losses),
+            SECONDS: update.seconds,
+        },
+    )
+
+
+def refusal(error: Exception) -> FLModel:
+    """The answer of a site that failed: the kind of error alone. Its text names files and stays in the site's log."""
+    return FLModel(
+        params_type=ParamsType.FULL, params={"none": np.zeros(1, np.float32)}, meta={FAILED: type(error).__name__}
+    )
+
+
+def to_update(model: FLModel) -> Update:
+    """A site's answer as it came; `validate_update` says what of it is accepted.
+
+    Raises:
+        FederationError: the site says that it failed, or an entry is missing.
+    """
+    meta = model.meta or {}
+    site = str(meta.get("client_name"))
+    if FAILED in meta:
+        raise FederationError(f"{site}: {meta[FAILED]} there: its own log says more")
+    try:
+        return Update(
+            site=site,
+            round=meta[ROUND],
+            weights=tensors(model.params),
+            scans=meta[SCANS],
+            ema_steps=meta[STEPS],
+            labels=[str(name) for name in meta[LABELS]],
+            losses={str(name): float(value) for name, value in meta[LOSSES].items()},
+            seconds=float(meta[SECONDS]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FederationError(
+            f"{site}: its answer has no usable {error}: use the same version of mapseg_components everywhere"
+        ) from error
+
+
+def arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Numpy arrays, as NVFlare sends them by default."""
+    return {name: value.numpy() for name, value in weights.items()}
+
+
+def tensors(params: Any) -> dict[str, Any]:
+    """Tensors of arrays; anything else stays as it is, to be refused by name."""
+    if not isinstance(params, Mapping):
+        raise FederationError(f"a message holds {type(params).__name__} where weights belong: it is not used")
+    return {
+        str(name): torch.from_numpy(np.array(value))
+        if isinstance(value, np.ndarray) and value.dtype != object
+        else value
+        for name, value in params.items()
+    }

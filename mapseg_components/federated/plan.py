@@ -1,0 +1,74 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What server and sites of a federation agree on before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mapseg_components.errors import ConfigError
+from mapseg_components.federated.core import cosine_rate
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of a federation (MAPSeg, Algorithm 1).
+
+    Args:
+        rounds: R (100 in the paper).
+        server_steps: T_s, optimizer iterations on the labelled source in a round; ``None`` for as many as it has scans
+            (over the batch size). client_steps: T_t, likewise at each site.
+        first_learning_rate, last_learning_rate: of the cosine over the rounds (1e-4 and 1e-6 in the paper).
+        min_sites: sites whose update a round needs to be closed.
+        participation: share of the sites asked in a round, in (0, 1].
+        round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).
+        max_movement: updates that moved further, as a share of the weights' norm, are refused; ``None`` for none.
+        spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
+        local_weights: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``; each site keeps its own.
+        seed: of draws of participants, and of every site's own draws together with its name.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    rounds: int
+    server_steps: int | None
+    client_steps: int | None
+    first_learning_rate: float
+    last_learning_rate: float
+    min_sites: int
+    participation: float = 1.0
+    round_timeout_s: float | None = None
+    max_movement: float | None = None
+    spacing_range_mm: Sequence[float] | None = None
+    local_weights: Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("rounds", self.rounds >= 1, "1 or more"),
+            ("server_steps", self.server_steps is None or self.server_steps >= 1, "1 or more, or null"),
+            ("client_steps", self.client_steps is None or self.client_steps >= 1, "1 or more, or null"),
+            ("first_learning_rate", self.first_learning_rate > 0, "more than 0"),
+            ("last_learning_rate", 0 < self.last_learning_rate, "more than 0"),
+            ("min_sites", self.min_sites >= 1, "1 or more"),
+            ("participation", 0 < self.participation <= 1, "a share above 0, at most 1"),
+            ("round_timeout_s", self.round_timeout_s is None or self.round_timeout_s > 0, "seconds, or null"),
+            ("max_movement", self.max_movement is None or self.max_movement > 0, "more than 0, or null"),
+            (
+                "spacing_range_mm",
+                self.spacing_range_mm is None
+                or (len(self.spacing_range_mm) == 2 and 0 < self.spacing_range_mm[0] <= self.spacing_range_mm[1]),
+                "two lengths such as [0.5, 1.5], or null",
+            ),
+        ]
+        wrong = [f"{name} is {getattr(self, name)!r}, expected {what}" for name, good, what in rules if not good]
+        if wrong:
+            raise ConfigError(f"{'; '.join(wrong)}: correct it in federated.json or on the command line")
+
+    def learning_rate(self, number: int) -> float:
+        """Learning rate of a round, counted from 0."""
+        return cosine_rate(number, self.rounds, self.first_learning_rate, self.last_learning_rate)

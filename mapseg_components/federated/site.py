@@ -1,0 +1,299 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""One party of a federation at work: the bundle's own trainer on one side's data, a round at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+
+from mapseg_components.checkpoints import (
+    load_weights,
+    random_state,
+    read_checked,
+    restore_random_state,
+    write_atomic,
+)
+from mapseg_components.data import check_training_data, load_datalist
+from mapseg_components.data.audit import Audit
+from mapseg_components.data.datalist import open_datalist
+from mapseg_components.errors import FederationError, MAPSegError
+from mapseg_components.federated.core import Broadcast, Update, local_names, site_seed, validate_weights
+from mapseg_components.federated.plan import Plan
+from mapseg_components.keys import IMAGE, SOURCE, TARGET
+
+__all__ = ["Site", "class_names", "initial_weights"]
+
+logger = logging.getLogger(__name__)
+
+SECTION = {SOURCE: "source_training", TARGET: "target_training"}
+
+
+class Site:
+    """The server with its labelled source, or a client with its unlabelled target scans.
+
+    A round depends on the broadcast, the round's number, the plan and the site's own scans, name and settings, and on
+    nothing that happened before (but for `Plan.local_weights`): optimizer moments start from zero, student and teacher
+    from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
+
+    The source side trains with Eq. 9, the target side with Eq. 10 (``target_clean`` true, ``beta`` 0.5); both are
+    settings of the bundle's ``AdaptationLoss``. The teacher follows from the first step.
+
+    Args:
+        name: of the site; names its seed and appears in messages.
+        side: ``"source"`` or ``"target"``.
+        plan: what all parties agreed on.
+        settings: merged config of the bundle, as plain values: ``train.json``, overlays, ``federated.json``.
+        datalist: file or folder; only ``source_training`` (source) or ``target_training`` (target) is looked at.
+        folder: where the site's own history, audit and local weights are kept; nothing of it is sent.
+
+    Raises:
+        ConfigError: see `Plan` and the bundle's components.
+    """
+
+    def __init__(
+        self, name: str, side: str, plan: Plan, settings: Mapping[str, Any], datalist: str | Path, folder: str | Path
+    ) -> None:
+        self.name, self.side, self.plan = name, side, plan
+        self.datalist, self.folder = str(datalist), Path(folder)
+        self.settings = dict(settings)
+        self.labels = class_names(settings)
+        self.seed = site_seed(plan.seed, SOURCE if side == SOURCE else name)  # whoever has the source draws alike
+        self._local = LocalWeights(self.folder / "local.pt")
+        self._parser: ConfigParser | None = None
+
+    def check(self) -> None:
+        """Read every scan of this side once, before any round.
+
+        Raises:
+            FederationError: a site has no scans, another label table, or scans of another spacing.
+            ConfigError, DataError or ResourceError: as `check_training_data`. Every message names the site.
+        """
+        with self._named():
+            parser = parser_of(self.settings)
+            get = parser.get_parsed_content
+            cases = load_datalist(self.datalist, SECTION[self.side])
+            self._check_label_table(get("labels"), get("dropped_labels"))
+            options = {key: get(key) for key in ("audit", "assume_orientation", "non_finite")}
+            audit_file = self.folder / "audit.json"
+            check_training_data(
+                self.datalist,
+                get("labels"),
+                get("dropped_labels"),
+                get("source_negative_values"),
+                get("target_negative_values"),
+                sections=[SECTION[self.side]],
+                record=audit_file,
+                **options,
+            )
+            if self.plan.spacing_range_mm is not None:
+                self._check_spacing(cases, audit_file)
+
+    def train(self, broadcast: Broadcast) -> Update:
+        """One round: student and teacher start as the broadcast, train, and the teacher is what is sent back.
+
+        Raises:
+            FederationError: the broadcast does not fit this network, or is not finite.
+            DataError, NonFiniteError, ResourceError: while training; the message names the site.
+        """
+        started = time.monotonic()
+        with self._named():
+            if self._parser is None:
+                self._build()
+            try:
+                weights = self._train(broadcast)
+            except Exception:
+                self._parser = None  # an interrupted engine is not run again
+                raise
+        return Update(
+            site=self.name,
+            round=broadcast.round,
+            weights=weights,
+            scans=self.scans,
+            ema_steps=self.teacher.steps,
+            labels=self.labels,
+            losses=self.history.means(),
+            seconds=time.monotonic() - started,
+        )
+
+    def _build(self) -> None:
+        settings = dict(self.settings)
+        other = {SOURCE: TARGET, TARGET: SOURCE}[self.side]
+        self.scans = len(load_datalist(self.datalist, SECTION[self.side]))
+        steps = self.plan.server_steps if self.side == SOURCE else self.plan.client_steps
+        batch_size = parser_of(settings).get_parsed_content("batch_size")
+        self.steps = -(-self.scans // batch_size) if steps is None else steps
+        settings |= {
+            "seed": self.seed,
+            "datalist": self.datalist,
+            "epoch_length": self.steps,
+            "max_epochs": self.plan.rounds,
+            "warmup_epochs": 0,
+            "_folder": str(self.folder),
+        }
+        parser = parser_of(settings)
+        parser[f"train#dataloader#{other}_loader"] = None
+        if self.side == TARGET:
+            parser["loss#segmentation#class_weights"] = None  # would be counted in source labels
+        parser["train#handlers"] = [
+            {"_target_": "mapseg_components.handlers.EpochHistory", "output_dir": "@_folder", "optimizer": "@optimizer"}
+        ]
+        self.trainer = parser.get_parsed_content("train#trainer")
+        self.network = parser.get_parsed_content("network_def")
+        self.teacher = parser.get_parsed_content("teacher")
+        self.teacher_network = parser.get_parsed_content("teacher_network")
+        self.optimizer = parser.get_parsed_content("optimizer")
+        self.loader = parser.get_parsed_content("train#dataloader")
+        self.history = parser.get_parsed_content("train#handlers")[0]
+        self.local = local_names(self.network.state_dict(), self.plan.local_weights) if self.side == TARGET else set()
+        self._scaler = copy.deepcopy(self.trainer.optimization.scaler.state_dict())
+        self._parser = parser
+
+    def _train(self, broadcast: Broadcast) -> dict[str, torch.Tensor]:
+        number = broadcast.round
+        validate_weights(broadcast.weights, self.network.state_dict(), f"{self.name}: what the server sent")
+        self.network.load_state_dict({**broadcast.weights, **self._local.before(number, self.local)})
+        student = self.teacher.student.state_dict()
+        self.teacher.load_state_dict({"network": student, "steps": broadcast.ema_steps, "active": True})
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate(number)
+        self.trainer.optimization.scaler.load_state_dict(self._scaler)
+        self.loader.epoch, self.loader.batches = number, 0
+        state = self.trainer.state  # a round is an epoch of the trainer
+        state.epoch, state.iteration, state.max_epochs = number, number * self.steps, number + 1
+        with drawing_from(np.random.SeedSequence([self.seed, number])):
+            self.trainer.run()
+        if state.iteration != (number + 1) * self.steps:
+            raise FederationError(
+                f"round {number} made {state.iteration - number * self.steps} of {self.steps} steps: "
+                "the loader ended early; lower server_steps or client_steps"
+            )
+        weights = {name: value.detach().cpu().clone() for name, value in self.teacher_network.state_dict().items()}
+        if self.local:
+            self._local.keep(number, {name: weights.pop(name) for name in sorted(self.local)})
+        return weights
+
+    def _check_label_table(self, labels: Mapping[str, int], dropped: list[int]) -> None:
+        table = (open_datalist(self.datalist) or {}).get("labels")
+        if not isinstance(table, Mapping):
+            return
+        found = {str(value): name for value, name in table.items() if str(value) != "0" and int(value) not in dropped}
+        expected = {str(value): name for name, value in labels.items()}
+        if found != expected:
+            raise FederationError(
+                f"the label table of {self.datalist} is {found}, expected {expected}: "
+                "rename its labels, or agree on labels and dropped_labels with the federation"
+            )
+
+    def _check_spacing(self, cases: list[dict[str, Any]], audit_file: Path) -> None:
+        least, greatest = self.plan.spacing_range_mm or (0.0, np.inf)
+        audit = Audit(record=audit_file)
+        for case in cases:
+            facts = audit.record.facts(case[IMAGE], False)
+            sides = np.linalg.norm(np.array(facts.affine)[:3, :3], axis=0)
+            if sides.min() < least or sides.max() > greatest:
+                spacing = " x ".join(f"{side:.3g}" for side in sides)
+                audit.add(
+                    case[IMAGE],
+                    f"voxels of {spacing} mm, spacing_range_mm is [{least:g}, {greatest:g}]",
+                    "resample it, or agree on another range",
+                )
+        audit.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of this block begin with the site's name."""
+        try:
+            yield
+        except MAPSegError as error:
+            if str(error).startswith(self.name):
+                raise
+            named = type(error)(f"{self.name}: {error}")
+            named.findings = error.findings
+            raise named from error
+
+
+class LocalWeights:
+    """Tensors that never leave a site, before and after its last round, so that a round can be repeated."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before: dict[str, torch.Tensor] = {}
+
+    def before(self, number: int, names: set[str]) -> dict[str, torch.Tensor]:
+        """The site's own values to start a round with; empty in its first round, which starts from the broadcast.
+
+        Raises:
+            FederationError: the file holds other tensors.
+        """
+        if not names or not self.path.is_file():
+            self._before = {}
+            return self._before
+        state = read_checked(self.path)
+        if number < state["round"]:
+            self._before = {}
+            return self._before
+        self._before = state["before"] if number == state["round"] else state["after"]
+        if self._before and set(self._before) != names:
+            raise FederationError(
+                f"{self.path} keeps {len(self._before)} tensors, local_weights names {len(names)}: "
+                "keep local_weights as it was, or move the file away to start from the server's values"
+            )
+        return self._before
+
+    def keep(self, number: int, after: dict[str, torch.Tensor]) -> None:
+        """Write them down."""
+        write_atomic({"round": number, "before": self._before, "after": after}, self.path)
+
+
+def class_names(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the classes in the order of their index, background left out."""
+    return list(parser_of(settings).get_parsed_content("labels"))
+
+
+def initial_weights(settings: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Weights before the first round: random by the seed, then ``encoder_weights`` and ``initial_weights`` if given.
+
+    Raises:
+        CheckpointError: a weights file is missing, damaged or of another network.
+    """
+    parser = parser_of(settings)
+    with drawing_from(np.random.SeedSequence(seed)):
+        network = parser.get_parsed_content("network_def")
+    for key, prefix in (("encoder_weights", "encoder."), ("initial_weights", "")):
+        path = parser.get_parsed_content(key)
+        if path is not None:
+            count = load_weights(network, path, prefix)
+            logger.info(f"Loaded {count} of {count} tensors of {path} ({key}).")
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+
+
+def parser_of(settings: Mapping[str, Any]) -> ConfigParser:
+    """A parser of its own: components made from it are shared with nobody."""
+    parser = ConfigParser(copy.deepcopy(dict(settings)))
+    parser.get_parsed_content("imports")
+    return parser
+
+
+@contextlib.contextmanager
+def drawing_from(origin: np.random.SeedSequence) -> Iterator[None]:
+    """Every generator is seeded from here inside the block, and as it was before afterwards."""
+    before = random_state()
+    word = int(origin.generate_state(1)[0])
+    torch.manual_seed(word)
+    np.random.seed(word)
+    try:
+        yield
+    finally:
+        restore_random_state(before)
