@@ -5,7 +5,7 @@
 A package is a folder of two files::
 
     weights.pt      the segmenter's weights, tensors only
-    handover.json   network settings, label table, checksum of the weights, source validation Dice,
+    handover.json   network settings, label table, voxel size, checksum of the weights, source validation Dice,
                     volumes of the structures (rounded, over several scans), versions
 
 A folder and not an archive: a person can read ``handover.json`` before it is sent, and every tool that takes weights
@@ -35,15 +35,17 @@ from torch import nn
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import fingerprint, load_weights, read_checked, write_atomic
-from mapseg_components.data import structure_sizes
+from mapseg_components.data import median_spacing, structure_sizes
 from mapseg_components.errors import CheckpointError, ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.keys import IMAGE, LABEL
 
 __all__ = ["HandoverPackage", "SourceOnlyWeights", "volume_priors", "write_handover"]
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+FAR = 1.3  # ratio of voxel sizes; training scales the target by as much
 MANIFEST, WEIGHTS = "handover.json", "weights.pt"
 LARGEST_MANIFEST = 2**20  # bytes; a real one has a few thousand
 COPY_AGAIN = "copy the whole package again"
@@ -71,7 +73,12 @@ def is_dilations(value: Any) -> bool:
     return isinstance(value, list) and 0 < len(value) <= 8 and all(map(is_sized(1, 1024), value))
 
 
-# what a package says about network and preprocessing, and which values are possible
+def is_range(value: Any) -> bool:
+    """Predicate: two factors."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number(0.01, 100), value))
+
+
+# what a package says about network, preprocessing and the target side of training, and which values are possible
 SETTINGS: dict[str, Callable[[Any], bool]] = {
     "in_channels": is_whole(1, 64),
     "patch_size": is_sized(1, 1024),
@@ -87,9 +94,17 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     "window_weighting": lambda value: value in ("constant", "gaussian"),
     "source_negative_values": lambda value: value in NEGATIVE_VALUES,
     "target_negative_values": lambda value: value in NEGATIVE_VALUES,
+    "target_scale_range": is_range,
+    "target_rotation_deg": is_number(0, 180),
+    "mask_ratio": is_number(0, 1),
+    "local_block_size": is_sized(1, 1024),
+    "global_block_size": is_sized(1, 1024),
 }
-# settings that a target site may set otherwise: they change neither the network nor what its input means
-SITE_SETTINGS = ("dropout", "window_stride", "window_weighting", "source_negative_values", "target_negative_values")
+# settings that decide what the weights mean; a target site may set the others otherwise
+BINDING = (
+    *("in_channels", "patch_size", "width", "depth", "stride", "dilations", "head_channels"),
+    *("percentile", "percentile_foreground"),
+)
 
 
 def write_handover(
@@ -130,6 +145,7 @@ def write_handover(
         "weights": {"fingerprint": fingerprint(network)},
         "settings": {name: plain(settings.get(name)) for name in SETTINGS},
         "labels": dict(labels),
+        "spacing_mm": median_spacing([case[LABEL] for case in cases]),
         "source_validation": validation_dice(evaluator, list(labels)),
         "volumes": volume_priors(cases, labels, min_scans),
         "versions": {
@@ -263,7 +279,7 @@ class HandoverPackage:
         """Refuse a run that is not the package's: its label table, settings and network must be equal.
 
         Args:
-            labels: of the run, in order. settings: of the run; those of `SITE_SETTINGS` may differ.
+            labels: of the run, in order. settings: of the run; those of `BINDING` must be the package's.
             network: the run's segmenter.
 
         Raises:
@@ -272,11 +288,11 @@ class HandoverPackage:
         """
         path = self.folder / MANIFEST
         pairs = [("labels", list(labels.items()), list(self.labels.items()))]
-        pairs += [(name, plain(settings.get(name)), self.settings[name]) for name in SETTINGS]
+        pairs += [(name, plain(settings.get(name)), self.settings[name]) for name in BINDING]
         differing = [
             f"{name} is {found}, the package has {expected}"
             for name, found, expected in pairs
-            if found != expected and name not in SITE_SETTINGS
+            if found != expected
         ]
         if differing:
             raise ConfigError(
@@ -289,6 +305,15 @@ class HandoverPackage:
                 f"{path} is of a network with fingerprint {expected}, its settings make {found}: "
                 f"{COPY_AGAIN}, or use the mapseg_components {self.content['versions'].get('mapseg_components')} "
                 "that wrote it"
+            )
+
+    def compare_spacing(self, cases: Sequence[Mapping[str, Any]]) -> None:
+        """Warn if the target's median voxel size is far from the source's: scans are not resampled."""
+        found, expected = median_spacing([case[IMAGE] for case in cases]), self.content["spacing_mm"]
+        if any(max(own, other) > FAR * min(own, other) for own, other in zip(found, expected)):
+            logger.warning(
+                f"{cases[0][IMAGE]} and the other target scans have a median spacing of {found} mm, the source had "
+                f"{expected} mm: structures look larger or smaller than the weights know them; resample the scans."
             )
 
     def state_dict(self) -> dict[str, str]:
@@ -342,8 +367,13 @@ def check_content(content: Any, path: Path) -> None:
     parts = ("weights", "settings", "labels", "source_validation", "volumes", "versions")
     wrong = [name for name in parts if not isinstance(content.get(name), dict)]
     if not wrong:
-        wrong += [f"settings#{name}" for name, is_right in SETTINGS.items() if not is_right(content["settings"].get(name))]
+        wrong += [
+            f"settings#{name}" for name, is_right in SETTINGS.items() if not is_right(content["settings"].get(name))
+        ]
         wrong += [f"weights#{name}" for name in ("sha256", "fingerprint") if not is_hex(content["weights"].get(name))]
+        spacing = content.get("spacing_mm")
+        is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(map(is_number(0.001, 1000), spacing))
+        wrong += [] if is_spacing else ["spacing_mm"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
         dice = content["source_validation"]
         wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]

@@ -139,7 +139,9 @@ class WeightAnchor:
         if strength == 0:
             return
         if weights is None:
-            raise ConfigError(f"anchor_weight is {strength}, but there are no weights to stay near: set initial_weights")
+            raise ConfigError(
+                f"anchor_weight is {strength}, but there are no weights to stay near: set initial_weights"
+            )
         for name, parameter in network.named_parameters():
             if name not in weights or weights[name].shape != parameter.shape:
                 found = tuple(weights[name].shape) if name in weights else "absent"

@@ -17,7 +17,7 @@ from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
-from mapseg_components.data.nifti import Scan, read_nifti
+from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
 from mapseg_components.data.results import check_results, result_path
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
 
@@ -45,6 +45,7 @@ __all__ = [
     "load_datalist",
     "load_images",
     "load_scans",
+    "median_spacing",
     "read_nifti",
     "result_path",
     "structure_sizes",

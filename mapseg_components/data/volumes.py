@@ -43,7 +43,9 @@ def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int],
     return [float(weight) for weight in weights]
 
 
-def structure_sizes(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> list[dict[str, tuple[int, float]]]:
+def structure_sizes(
+    cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int]
+) -> list[dict[str, tuple[int, float]]]:
     """Voxels and mm3 of each structure in each labelled case; every label map is read once.
 
     Args:
