@@ -242,7 +242,7 @@ class HandoverPackage:
         if path.stat().st_size > LARGEST_MANIFEST:
             raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, expected a few thousand: {COPY_AGAIN}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             reason = next(iter(str(error).splitlines()), "")
             raise ConfigError(f"{path} is no valid JSON ({reason}): {COPY_AGAIN}") from error
@@ -410,11 +410,6 @@ def shown(content: Mapping[str, Any], name: str) -> str:
 def plain(value: Any) -> Any:
     """A setting as JSON has it: sequences as lists."""
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def refuse_constant(name: str) -> None:
-    """NaN and Infinity are no JSON."""
-    raise ValueError(f"it holds {name}")
 
 
 def sha256(path: Path) -> str:

@@ -182,6 +182,8 @@ def test_a_missing_file_is_named(package, name):
         ({"settings__width": 10**9}, "settings#width is 1000000000"),
         ({"settings__width": True}, "settings#width is True"),
         ({"settings__mask_ratio": float("inf")}, "settings#mask_ratio is inf"),
+        ({"settings__dropout": float("nan")}, "settings#dropout is nan"),
+        ({"versions__torch": "9" * 2**20}, "bytes, expected a few thousand"),
         ({"settings__target_scale_range": [0, 1]}, "settings#target_scale_range is [0, 1]"),
         ({"settings__patch_size": [16, 16]}, "settings#patch_size is [16, 16]"),
         ({"settings__depth": "$__import__('pathlib').Path('SENTINEL').touch()"}, "settings#depth is"),
@@ -205,7 +207,7 @@ def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", '"' + "a" * 2**21 + '"', "9" * 5000], ids=lambda t: t[:9]
+    "text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", "9" * 5000], ids=lambda t: t[:9]
 )
 def test_what_is_no_json_is_refused(package, text):
     (package / "handover.json").write_text(text, encoding="latin-1")
