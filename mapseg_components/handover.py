@@ -290,9 +290,7 @@ class HandoverPackage:
         pairs = [("labels", list(labels.items()), list(self.labels.items()))]
         pairs += [(name, plain(settings.get(name)), self.settings[name]) for name in BINDING]
         differing = [
-            f"{name} is {found}, the package has {expected}"
-            for name, found, expected in pairs
-            if found != expected
+            f"{name} is {found}, the package has {expected}" for name, found, expected in pairs if found != expected
         ]
         if differing:
             raise ConfigError(

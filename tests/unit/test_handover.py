@@ -206,9 +206,7 @@ def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, c
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "SENTINEL").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", "9" * 5000], ids=lambda t: t[:9]
-)
+@pytest.mark.parametrize("text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", "9" * 5000], ids=lambda t: t[:9])
 def test_what_is_no_json_is_refused(package, text):
     (package / "handover.json").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"handover\.json.*copy the whole package again"):
