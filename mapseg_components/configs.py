@@ -37,18 +37,9 @@ INFERENCE_ONLY = {"weights", "cases", "section", "results", "overwrite", "output
 # what is trained (`network` and `backend` wrap `network_def` for several processes)
 SAFE_TO_CHANGE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "datalist", "device", "imports", "initialize", "run"),
-    *(
-        "training",
-        "finalize",
-        "resume",
-        "max_epochs",
-        "patience",
-        "val_interval",
-        "num_workers",
-        "cache_rate",
-        "cache_dir",
-    ),
-    *("save_steps", "window_batch_size", "batched_passes", "audit", "audit_file", "network", "backend", "_disabled_"),
+    *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
+    *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
+    *("audit", "audit_file", "network", "backend", "_disabled_"),
     *TRACKING,
 }
 # lists of what is reported and when

@@ -19,6 +19,7 @@ __all__ = [
     "LocalGlobalCosineLoss",
     "MaskedReconstructionLoss",
     "SegmentationLoss",
+    "WeightAnchor",
 ]
 
 
@@ -116,6 +117,46 @@ class LocalGlobalCosineLoss(nn.Module):
         return (1.0 - F.cosine_similarity(local, context, dim=2)).mean()
 
 
+class WeightAnchor:
+    """Half the squared distance of a network's parameters to given weights, against forgetting them.
+
+    Its gradient is ``phi - phi_0``: weight decay towards ``phi_0`` (L2-SP, Li et al., ICML 2018). Not in the paper.
+
+    Args:
+        network: whose parameters are held; named as in ``weights``.
+        weights: a state_dict, or ``None`` if ``strength`` is 0.
+        strength: weight of the term in the loss; 0 for none, then ``weights`` is not looked at.
+
+    Raises:
+        ConfigError: the strength is negative, or there are no weights, or not those of this network.
+    """
+
+    def __init__(self, network: nn.Module, weights: Mapping[str, torch.Tensor] | None, strength: float) -> None:
+        if not 0.0 <= strength < float("inf"):
+            raise ConfigError(f"anchor_weight is {strength}, expected 0 (off) or a positive number")
+        self.strength = strength
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if strength == 0:
+            return
+        if weights is None:
+            raise ConfigError(
+                f"anchor_weight is {strength}, but there are no weights to stay near: set initial_weights"
+            )
+        for name, parameter in network.named_parameters():
+            if name not in weights or weights[name].shape != parameter.shape:
+                found = tuple(weights[name].shape) if name in weights else "absent"
+                raise ConfigError(
+                    f"anchor_weight is {strength}, but {name} is {found} in initial_weights, "
+                    f"expected {tuple(parameter.shape)}: use the network settings that these weights were trained with"
+                )
+            self._pairs.append((parameter, weights[name].detach().clone()))
+
+    def __call__(self) -> torch.Tensor:
+        """Scalar term, not multiplied by its strength."""
+        self._pairs = [(parameter, weight.to(parameter.device)) for parameter, weight in self._pairs]
+        return torch.stack([(parameter - weight).square().sum() for parameter, weight in self._pairs]).sum() / 2
+
+
 class AdaptationLoss(nn.Module):
     """The terms of one side of adaptation, and the weights that Eqs. 8, 9 and 10 give them.
 
@@ -141,6 +182,7 @@ class AdaptationLoss(nn.Module):
             maximum probability exceeds it. Off (``None``) by default.
         ignore_unsure: leave voxels whose maximum probability does not exceed this threshold out of the pseudo-label
             terms (they count nowhere, and never as background). Off (``None``) by default.
+        anchor: adds the term ``anchor``, see `WeightAnchor`. Off (``None``, or strength 0) by default.
     """
 
     def __init__(
@@ -154,6 +196,7 @@ class AdaptationLoss(nn.Module):
         pseudo_segmentation: nn.Module | None = None,
         confidence_threshold: float | None = None,
         ignore_unsure: float | None = None,
+        anchor: WeightAnchor | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"confidence_threshold": confidence_threshold, "ignore_unsure": ignore_unsure}.items():
@@ -165,6 +208,7 @@ class AdaptationLoss(nn.Module):
         self.cosine = LocalGlobalCosineLoss()
         self.confidence_threshold = confidence_threshold
         self.ignore_unsure = ignore_unsure
+        self.anchor = anchor if anchor is not None and anchor.strength > 0 else None
         kinds = {"local": (beta, 1.0), "global": (gamma, 2 * gamma), "cosine": (delta, 2 * delta)}
         self.weights: dict[str, float] = {}
         for kind, (source, target) in kinds.items():
@@ -174,6 +218,8 @@ class AdaptationLoss(nn.Module):
             self.weights[f"target_{kind}_masked"] = target / 2 if target_clean else target
             if target_clean:
                 self.weights[f"target_{kind}"] = target / 2
+        if self.anchor is not None:
+            self.weights["anchor"] = self.anchor.strength
 
     def passes(self, side: str) -> tuple[str, ...]:
         """Name endings of the passes that a side needs, e.g. ``("", "_masked")``; "" is the clean pass."""
@@ -204,6 +250,10 @@ class AdaptationLoss(nn.Module):
             f"{side}_global{end}": self._segmentation(global_logits, global_label, global_confidence),
             f"{side}_cosine{end}": self.cosine(local_features, context_features),
         }
+
+    def penalties(self) -> dict[str, torch.Tensor]:
+        """The unweighted terms of an iteration that belong to no pass."""
+        return {} if self.anchor is None else {"anchor": self.anchor()}
 
     def forward(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weighted sum of named terms.

@@ -14,7 +14,7 @@ ROWS = [
     {"keys", "errors"},
     {"boxes", "masking", "files", "memory"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
-    {"inferers", "engines", "handlers"},
+    {"inferers", "engines", "handlers", "handover"},
     {"federated"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}

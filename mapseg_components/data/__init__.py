@@ -10,6 +10,7 @@ from mapseg_components.data.audit import (
     check_pretraining_data,
     check_scan,
     check_scans,
+    check_target_data,
     check_training_data,
 )
 from mapseg_components.data.cache import MappedCacheDataset
@@ -17,9 +18,9 @@ from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
-from mapseg_components.data.nifti import Scan, read_nifti
+from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
 from mapseg_components.data.results import check_results, result_path
-from mapseg_components.data.volumes import class_weights, structure_volumes, write_volumes_csv
+from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
 
 __all__ = [
     "SECTIONS",
@@ -40,13 +41,16 @@ __all__ = [
     "check_results",
     "check_scan",
     "check_scans",
+    "check_target_data",
     "check_training_data",
     "class_weights",
     "load_datalist",
     "load_images",
     "load_scans",
+    "median_spacing",
     "read_nifti",
     "result_path",
+    "structure_sizes",
     "structure_volumes",
     "write_volumes_csv",
 ]

@@ -28,6 +28,7 @@ __all__ = [
     "check_pretraining_data",
     "check_scan",
     "check_scans",
+    "check_target_data",
     "check_training_data",
 ]
 
@@ -274,6 +275,15 @@ class Audit:
                 self.scan(case[IMAGE], negative_values, "negative_values")
         return self
 
+    def target(self, datalist: str | Path, negative_values: str | None = None) -> Audit:
+        """The scans of ``target_training`` alone, which the datalist must have; no other section is looked at."""
+        cases, findings = read_section(datalist, "target_training")
+        self.findings += findings
+        self.duplicates({"target_training": cases})
+        for case in cases:
+            self.scan(case[IMAGE], negative_values, "target_negative_values")
+        return self
+
     def labelled(
         self,
         cases: Sequence[Mapping[str, Any]],
@@ -390,6 +400,11 @@ def check_pretraining_data(
 ) -> None:
     """Check the scans that pretraining will read; no label is read. Arguments and errors as `check_training_data`."""
     Audit(**options).pretraining(datalist, negative_values).close()
+
+
+def check_target_data(datalist: str | Path, negative_values: str | None = None, **options: Any) -> None:
+    """Check what a site without source data will read. Arguments and errors as `check_training_data`."""
+    Audit(**options).target(datalist, negative_values).close()
 
 
 def check_labelled_scans(

@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +22,7 @@ from mapseg_components.data.findings import fault
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.memory import require_memory
 
-__all__ = ["ENDINGS", "Scan", "corner_distance", "read_nifti"]
+__all__ = ["ENDINGS", "Scan", "corner_distance", "median_spacing", "read_nifti"]
 
 ENDINGS = (".nii.gz", ".nii")
 PIECE = 1 << 20  # bytes read or decompressed at a time
@@ -244,6 +244,16 @@ def check_affine(path: Path, affine: np.ndarray, name: str) -> None:
             f"its affine ({name}) is sheared by {angle:.2f} degrees (tolerance {SHEAR_TOLERANCE_DEG})",
             "resample it to an orthogonal grid",
         )
+
+
+def median_spacing(paths: Sequence[str | Path]) -> list[float]:
+    """Median voxel size in mm along the RAS axes over several scans, two decimals; only headers are read."""
+    spacings = []
+    for path in paths:
+        affine = nib.load(path).affine
+        axes = nib.orientations.io_orientation(affine)[:, 0].astype(int)  # RAS axis of each voxel axis
+        spacings.append(nib.affines.voxel_sizes(affine)[np.argsort(axes)])
+    return [round(float(value), 2) for value in np.median(spacings, axis=0)]
 
 
 def corner_distance(shape: tuple[int, ...], one: np.ndarray, two: np.ndarray) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
 
-__all__ = ["class_weights", "structure_volumes", "write_volumes_csv"]
+__all__ = ["class_weights", "structure_sizes", "structure_volumes", "write_volumes_csv"]
 
 COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
 
@@ -41,6 +41,24 @@ def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int],
         counts += [voxels.size - sum(found), *found]
     weights = np.where(counts > 0, (counts[0] / np.maximum(counts, 1)) ** power, 1.0)
     return [float(weight) for weight in weights]
+
+
+def structure_sizes(
+    cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int]
+) -> list[dict[str, tuple[int, float]]]:
+    """Voxels and mm3 of each structure in each labelled case; every label map is read once.
+
+    Args:
+        cases: with ``label``, a file.
+        labels: structure name to value.
+    """
+    sizes = []
+    for case in cases:
+        scan = nib.load(case[LABEL])
+        voxels, voxel_mm3 = np.asarray(scan.dataobj), abs(float(np.linalg.det(scan.affine[:3, :3])))
+        counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
+        sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
+    return sizes
 
 
 def structure_volumes(label_map: np.ndarray, affine: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:

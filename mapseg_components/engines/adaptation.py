@@ -153,6 +153,8 @@ class UDATrainer(Trainer):
         for number, group in enumerate(groups):
             with optimization.synchronisation(ends and number == len(groups) - 1):
                 losses = self._losses(group)
+                if number == 0:
+                    losses.update(self.loss_function.penalties())
                 try:
                     optimization.backward(self.loss_function(losses))
                 except NonFiniteError:

@@ -66,8 +66,9 @@ class ScoreCheckpoint:
 
     Args:
         save_dir: folder of the files.
-        candidates: name to ``(network, evaluator)``. Without validation data the evaluator's metric is absent
-            and counts as 0 (test-time and federated Score). The first one is the student.
+        candidates: name to ``(network, evaluator)``. The first one is the student. The evaluator is ``None`` where
+            there is no validation data (test-time and federated): the Dice counts as 0, every candidate has the same
+            Score, and the last one, the teacher, is written.
         teacher: see `EMATeacher`; ``None`` for training on the source alone.
         loss_weight: weight of the target loss (0.5 in the paper).
         patience: stop after so many epochs with a Score but no better one; ``None`` for never.
@@ -154,6 +155,7 @@ class ScoreCheckpoint:
         )
         target_loss = loss_sum / loss_count if loss_count else math.nan
         engine.state.metrics["target_loss"] = target_loss
+        measured = {f"source_dice_{name}": value for name, value in dice.items()}
         if not dice:
             if any(evaluator is not None for _, evaluator in self.candidates.values()):
                 return  # not an epoch of validation
@@ -167,7 +169,7 @@ class ScoreCheckpoint:
         elif score > self.best_score:
             self.best_score, self.best_name, self.epochs_without_gain = score, name, 0
             figures = {"epoch": engine.state.epoch, "score": score, "target_loss": target_loss}
-            self._write("model", name, {**figures, **{f"source_dice_{key}": value for key, value in dice.items()}})
+            self._write("model", name, {**figures, **measured})
             logger.info(f"Epoch {engine.state.epoch}: best Score so far, {score:.4f}, by the {name}.")
             return
         self.epochs_without_gain += 1

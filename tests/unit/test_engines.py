@@ -12,7 +12,7 @@ from monai.utils import set_determinism
 from mapseg_components.engines import MAETrainer, UDATrainer
 from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.handlers import EMATeacher
-from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
+from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss, WeightAnchor
 from mapseg_components.networks import GlobalLocalPass, MultiScaleMAE
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
@@ -35,7 +35,7 @@ def pair(labels=True, batch=1, value=None):
 
 def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimizer=torch.optim.AdamW, **options):
     set_determinism(0)
-    network = GlobalLocalPass(copy.deepcopy(network))
+    network = GlobalLocalPass(copy.deepcopy(network) if options.pop("copied", True) else network)
     for module in network.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -95,6 +95,28 @@ def test_target_is_not_touched_in_warmup(tiny_network):
 def test_target_alone_trains_when_the_teacher_exists(tiny_network):
     output = adaptation(tiny_network, [{"target": pair(False)}]).state.output[0]
     assert all(name.startswith("target") or name == "loss" for name in output)
+
+
+def test_an_anchor_is_a_named_term_and_keeps_the_weights_near(tiny_network):
+    data = [{"target": pair(labels=False)}] * 3
+
+    def distance(strength, **options):
+        set_determinism(0)
+        network = copy.deepcopy(tiny_network)
+        anchor = WeightAnchor(network, tiny_network.state_dict(), strength)
+        trainer = adaptation(network, data, epochs=2, loss=AdaptationLoss(anchor=anchor), copied=False, **options)
+        pairs = zip(network.parameters(), tiny_network.parameters())
+        return trainer.state.output[0], sum(float((a - b).detach().square().sum()) for a, b in pairs)
+
+    free, far = distance(0.0, optimizer=torch.optim.SGD)
+    held, near = distance(10.0, optimizer=torch.optim.SGD)
+    assert "anchor" not in free and 0 < float(held["anchor"]) and near < 0.9 * far
+    weights = {"anchor": 10.0, **AdaptationLoss().weights}
+    expected = sum(weight * float(held[name]) for name, weight in weights.items() if name in held)
+    assert float(held["loss"]) == pytest.approx(expected, rel=1e-5)
+    for batched in (True, False):  # once an iteration, not once a pass
+        _, distance_again = distance(10.0, optimizer=torch.optim.SGD, batched_passes=batched)
+        assert distance_again == pytest.approx(near, rel=1e-4)
 
 
 def test_nothing_to_train_on_is_an_error(tiny_network):

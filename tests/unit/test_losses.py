@@ -14,6 +14,7 @@ from mapseg_components.losses import (
     LocalGlobalCosineLoss,
     MaskedReconstructionLoss,
     SegmentationLoss,
+    WeightAnchor,
 )
 
 BETA, GAMMA, DELTA = 0.5, 0.05, 0.025
@@ -120,6 +121,55 @@ def test_target_clean_with_half_beta_is_equation_10():
     target = {name: weight for name, weight in loss.weights.items() if name.startswith("target")}
     expected = {"local": BETA, "global": GAMMA, "cosine": DELTA}
     assert target == pytest.approx({f"target_{k}{end}": w for k, w in expected.items() for end in ("", "_masked")})
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_one_side_equals_equation_9_or_10_written_out(side):
+    """Numbers from logits and features to the weighted sum, computed a second time in numpy."""
+    generator = torch.Generator().manual_seed(3)
+    loss, sizes = AdaptationLoss(BETA, GAMMA, DELTA, target_clean=True), (2, 3, 4, 5, 6)
+    labels = [torch.randint(0, 3, (2, 1, 4, 5, 6), generator=generator) for _ in range(2)]
+    confidences = [torch.rand(2, 1, 4, 5, 6, generator=generator) for _ in range(2 if side == "target" else 0)]
+    terms, expected = {}, 0.0
+    for ending in ("", "_masked"):
+        logits = [torch.randn(sizes, generator=generator) for _ in range(2)]
+        features = [torch.randn(2, 4, 2, 3, 3, generator=generator) for _ in range(2)]
+        terms.update(loss.terms((side, ending), (*logits, *features), *labels, *confidences))
+        expected += BETA * numpy_segmentation_loss(logits[0], labels[0])
+        expected += GAMMA * numpy_segmentation_loss(logits[1], labels[1])
+        local, context = (feature.double().flatten(2).numpy() for feature in features)
+        norms = np.linalg.norm(local, axis=2) * np.linalg.norm(context, axis=2)
+        expected += DELTA * np.mean(1 - (local * context).sum(2) / norms)
+    assert len(terms) == 6 and loss(terms).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_anchor_is_half_the_squared_distance_and_pulls_back():
+    network = torch.nn.Linear(3, 2)
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    loss = AdaptationLoss(anchor=WeightAnchor(network, start, 0.25))
+    assert loss.penalties()["anchor"].item() == 0.0
+    with torch.no_grad():
+        network.weight += 2.0
+    terms = loss.penalties()
+    assert terms["anchor"].item() == pytest.approx(6 * 4 / 2)
+    loss(terms).backward()
+    torch.testing.assert_close(network.weight.grad, torch.full((2, 3), 0.25 * 2.0))
+    assert AdaptationLoss(anchor=WeightAnchor(network, None, 0.0)).penalties() == {}
+
+
+@pytest.mark.parametrize(
+    "weights, strength, words",
+    [
+        (None, 0.1, "set initial_weights"),
+        ({}, 0.1, "weight is absent in initial_weights, expected \\(2, 3\\)"),
+        ({"weight": torch.zeros(2, 4)}, 0.1, "weight is \\(2, 4\\) in initial_weights"),
+        (None, -1.0, "anchor_weight is -1.0, expected 0"),
+        (None, float("nan"), "anchor_weight is nan"),
+    ],
+)
+def test_an_anchor_needs_the_networks_weights(weights, strength, words):
+    with pytest.raises(ConfigError, match=words):
+        WeightAnchor(torch.nn.Linear(3, 2), weights, strength)
 
 
 def test_source_without_masked_terms_keeps_its_total_weight():

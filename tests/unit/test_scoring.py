@@ -78,6 +78,20 @@ def test_no_score_before_the_teacher_exists(tmp_path):
     assert record["model.pt"]["epoch"] == 3  # though its Dice is far below the warm-up's
 
 
+def test_without_validation_the_score_is_minus_the_target_loss_and_the_teacher_is_written(tmp_path):
+    """Test-time and federated: no evaluator, so student and teacher tie; no unmeasured Dice is recorded."""
+    candidates = {"student": (nn.Linear(1, 1), None), "teacher": (nn.Linear(1, 1), None)}
+    score = ScoreCheckpoint(str(tmp_path), candidates, SimpleNamespace(active=True), loss_weight=1.0, patience=2)
+    losses = iter([0.5, -0.5, -0.25, 0.0, 9.0])
+    trainer = Engine(lambda engine, batch: [{TARGET_SEGMENTATION: next(losses)}])
+    score.attach(trainer)
+    assert trainer.run(range(1), max_epochs=5).epoch == 4  # two epochs without a better Score
+    record = json.loads((tmp_path / "model_selection.json").read_text())
+    assert record == {"model.pt": {"weights": "teacher", "epoch": 2, "score": 0.5, "target_loss": -0.5}}
+    found = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert torch.equal(found["weight"], candidates["teacher"][0].weight)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_non_finite_score_is_never_best(tmp_path, bad):
     score, _, record = run(tmp_path, [(0.5, 0.5, [bad]), (0.3, 0.3, [0.0]), (0.9, 0.9, [bad])])

@@ -1,0 +1,257 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The hand-over package: what is in it, and what of a stranger's package is refused before it is used."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from mapseg_components.checkpoints import write_atomic
+from mapseg_components.data import median_spacing
+from mapseg_components.errors import CheckpointError, ConfigError
+from mapseg_components.handover import SETTINGS, HandoverPackage, SourceOnlyWeights, volume_priors, write_handover
+from mapseg_components.networks import GlobalLocalDeepLabV3
+from tests.conftest import write_nifti
+
+LABELS = {"first": 1, "second": 2}
+SETTING = {
+    "in_channels": 1,
+    "patch_size": [16, 16, 16],
+    "width": 8,
+    "depth": 1,
+    "stride": 4,
+    "dilations": [1, 2],
+    "head_channels": 8,
+    "dropout": 0.1,
+    "percentile": 99.5,
+    "percentile_foreground": False,
+    "window_stride": [12, 12, 12],
+    "window_weighting": "constant",
+    "source_negative_values": "clip",
+    "target_negative_values": None,
+    "target_scale_range": [0.7, 1.3],
+    "target_rotation_deg": 30,
+    "mask_ratio": 0.7,
+    "local_block_size": [4, 4, 8],
+    "global_block_size": 4,
+}
+
+
+class Validation:
+    """An evaluator that found these Dice; the second structure is absent from the second scan."""
+
+    def __init__(self):
+        details = {"dice": torch.tensor([[0.5, 0.6], [0.7, float("nan")]])}
+        self.state = SimpleNamespace(key_metric_name="dice", metric_details=details)
+
+    def run(self):
+        pass
+
+
+def label_maps(folder, sizes):
+    """One label map per row of voxel counts (first, second), voxels of 0.5 x 1 x 2 mm."""
+    cases = []
+    for number, counts in enumerate(sizes):
+        voxels = np.zeros(4 * 5 * 6, np.uint8)
+        voxels[: counts[0]], voxels[counts[0] : sum(counts)] = 1, 2
+        path = write_nifti(folder / f"{number}.nii.gz", voxels.reshape(4, 5, 6), np.diag([0.5, 1.0, 2.0, 1.0]))
+        cases.append({"image": path, "label": path})
+    return cases
+
+
+@pytest.fixture
+def package(tmp_path, tiny_network):
+    """A sound package; the network with its weights."""
+    write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
+    cases = label_maps(tmp_path / "labels", [(10, 4), (20, 0)])
+    arguments = (tmp_path / "package", tmp_path / "weights.pt", tiny_network, SETTING, LABELS, Validation(), cases, 2)
+    write_handover(*arguments)
+    return tmp_path / "package"
+
+
+def change(package, **changes):
+    """Edit handover.json as text in the place of a value (``a__b``)."""
+    path = package / "handover.json"
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path.write_text(json.dumps(content).replace("Infinity", "1e999"))
+
+
+def test_a_package_reads_as_it_was_written(package, tiny_network):
+    read = HandoverPackage(package)
+    assert read.labels == LABELS and read.settings == SETTING and set(SETTING) == set(SETTINGS)
+    assert read.content["source_validation"] == {
+        "metric": "Dice",
+        "scans": 2,
+        "mean": 0.6,
+        "structures": {"first": 0.6, "second": 0.6},
+    }
+    assert read.content["spacing_mm"] == [0.5, 1.0, 2.0]
+    found = torch.load(read.weights, weights_only=True)
+    assert all(torch.equal(found[name], value) for name, value in tiny_network.state_dict().items())
+    read.require(LABELS, {**SETTING, "patch_size": (16, 16, 16), "dropout": 0.5}, tiny_network)
+    assert {path.name for path in package.iterdir()} == {"weights.pt", "handover.json"}
+
+
+def test_volumes_are_figures_over_scans_and_never_of_one(tmp_path):
+    cases = label_maps(tmp_path, [(31, 4), (47, 8), (59, 0)])
+    found = volume_priors(cases, LABELS, 3)
+    assert found["structures"]["second"] is None  # only two scans have it
+    first = found["structures"]["first"]
+    volumes = [31.0, 47.0, 59.0]  # mm3: a voxel has 1
+    assert first["volume_mm3"] == {"mean": 46.0, "sd": 14.0, "range": [31.0, 59.0]}
+    assert first["share"] == {"mean": 0.91, "sd": 0.077, "range": [0.85, 1.0]}
+    shares = [31 / 35, 47 / 55, 1.0]
+    assert np.mean(volumes) == pytest.approx(46, abs=0.5) and np.std(shares, ddof=1) == pytest.approx(0.077, abs=5e-4)
+    assert first["scans"] == 3 and volume_priors(cases, LABELS, 4)["structures"] == {"first": None, "second": None}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.7, 1.0, 13.0, 4567.0])
+def test_a_rounded_range_holds_every_scan_and_names_none(scale):
+    from mapseg_components.handover import rounded
+
+    values = scale * np.random.default_rng(0).uniform(1, 3, 50)
+    low, high = rounded(values)["range"]
+    assert low <= values.min() and values.max() <= high
+    assert high < 1.2 * values.max() and low > 0.85 * values.min()
+    for figure in (low, high):
+        assert float(f"{figure:.2g}") == figure
+
+
+def test_figures_of_one_scan_must_not_leave(tmp_path, tiny_network):
+    with pytest.raises(ConfigError, match="handover_min_scans is 1"):
+        write_handover(tmp_path, tmp_path / "w.pt", tiny_network, SETTING, LABELS, Validation(), [], 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_spacing_is_along_ras_axes(tmp_path):
+    turned = np.array([[0, 0, -2.0, 9], [0.5, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])
+    straight = np.diag([2.0, 0.5, 1.0, 1.0])
+    scans = [
+        write_nifti(tmp_path / f"{n}.nii.gz", np.zeros((4, 5, 6), np.uint8), a)
+        for n, a in enumerate([turned, straight])
+    ]
+    assert nib.aff2axcodes(turned) == ("A", "S", "L")
+    assert median_spacing(scans[:1]) == median_spacing(scans[1:]) == [2.0, 0.5, 1.0]
+
+
+def test_another_spacing_is_said(package, tmp_path, caplog):
+    near, far = np.diag([0.6, 1.0, 2.0, 1.0]), np.diag([0.7, 1.0, 2.0, 1.0])
+    for affine, said in ((near, False), (far, True)):
+        scan = write_nifti(tmp_path / f"scan{said}.nii.gz", np.zeros((4, 5, 6), np.uint8), affine)
+        HandoverPackage(package).compare_spacing([{"image": scan}])
+        assert ("resample the scans" in caplog.text) is said
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_one_changed_byte_of_the_weights_is_found(package, place):
+    content = bytearray((package / "weights.pt").read_bytes())
+    content[int(place * len(content))] ^= 1
+    (package / "weights.pt").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"weights.pt has sha256 \w{64}, handover.json says \w{64}: copy the whole"
+    ):
+        HandoverPackage(package).weights  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "handover.json"])
+def test_a_missing_file_is_named(package, name):
+    (package / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}.* missing.*copy the whole package again"):
+        HandoverPackage(package).weights  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"schema": 2}, "has schema 2, this version reads 1: update mapseg_components"),
+        ({"schema": 0}, "has schema 0, this version reads 1: ask the source site"),
+        ({"schema": "1"}, "is no hand-over package"),
+        ({"settings": []}, "settings is []"),
+        ({"settings__width": 10**9}, "settings#width is 1000000000"),
+        ({"settings__width": True}, "settings#width is True"),
+        ({"settings__mask_ratio": float("inf")}, "settings#mask_ratio is inf"),
+        ({"settings__dropout": float("nan")}, "settings#dropout is nan"),
+        ({"versions__torch": "9" * 2**20}, "bytes, expected a few thousand"),
+        ({"settings__target_scale_range": [0, 1]}, "settings#target_scale_range is [0, 1]"),
+        ({"settings__patch_size": [16, 16]}, "settings#patch_size is [16, 16]"),
+        ({"settings__depth": "$__import__('pathlib').Path('SENTINEL').touch()"}, "settings#depth is"),
+        ({"settings__window_weighting": "@ckpt_dir"}, "settings#window_weighting is '@ckpt_dir'"),
+        ({"labels": {}}, "labels is {}"),
+        ({"labels": {"a\nb": 1}}, "labels is"),
+        ({"labels": {"a": 1, "b": 1}}, "labels is"),
+        ({"labels": {"a": 0}}, "labels is"),
+        ({"weights__sha256": "../../etc"}, "weights#sha256 is '../../etc'"),
+        ({"spacing_mm": [1.0, 1.0]}, "spacing_mm is [1.0, 1.0]"),
+        ({"source_validation__mean": 7}, "source_validation#mean is 7"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    change(package, **changes)
+    with pytest.raises(ConfigError) as caught:
+        HandoverPackage(package).settings  # noqa: B018
+    assert words in str(caught.value) and str(package / "handover.json") in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "SENTINEL").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", "9" * 5000], ids=lambda t: t[:9])
+def test_what_is_no_json_is_refused(package, text):
+    (package / "handover.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"handover\.json.*copy the whole package again"):
+        HandoverPackage(package).labels  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "labels, settings, words",
+    [
+        ({"second": 2, "first": 1}, {}, "labels is [('second', 2), ('first', 1)], the package has [('first', 1)"),
+        ({"first": 1}, {}, "labels is [('first', 1)]"),
+        (LABELS, {"in_channels": 2}, "in_channels is 2, the package has 1"),
+        (LABELS, {"dilations": [1, 3]}, "dilations is [1, 3], the package has [1, 2]"),  # no weight's shape changes
+        (LABELS, {"percentile": 95}, "percentile is 95, the package has 99.5"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(package, tiny_network, labels, settings, words):
+    with pytest.raises(ConfigError) as caught:
+        HandoverPackage(package).require(labels, {**SETTING, **settings}, tiny_network)
+    assert words in str(caught.value) and "handover.json" in str(caught.value) and "handover.yaml" in str(caught.value)
+
+
+def test_another_architecture_is_refused_by_its_fingerprint(package, tiny_network):
+    wide = GlobalLocalDeepLabV3(
+        in_channels=1, num_classes=3, width=16, depth=1, stride=4, dilations=(1, 2), head_channels=8
+    )
+    with pytest.raises(CheckpointError, match=r"handover.json is of a network with fingerprint \w+, its settings make"):
+        HandoverPackage(package).require(LABELS, SETTING, wide)
+
+
+def test_a_run_does_not_resume_from_another_package(package):
+    state = HandoverPackage(package).state_dict()
+    HandoverPackage(package).load_state_dict(state)
+    change(package, weights__sha256="0" * 64)
+    with pytest.raises(ValueError, match="the run began with weights"):
+        HandoverPackage(package).load_state_dict(state)
+
+
+def test_source_only_weights_stay_beside_and_are_not_replaced(package, tmp_path, tiny_network):
+    keep = SourceOnlyWeights(HandoverPackage(package), str(tmp_path / "out"))
+    keep(None)
+    path, record = tmp_path / "out" / "source_only.pt", tmp_path / "out" / "model_selection.json"
+    found = torch.load(path, weights_only=True)
+    assert all(torch.equal(found[name], value) for name, value in tiny_network.state_dict().items())
+    assert json.loads(record.read_text())["source_only.pt"]["source_dice"] == 0.6
+    before = path.stat().st_mtime_ns
+    keep(None)
+    assert path.stat().st_mtime_ns == before
