@@ -84,8 +84,9 @@ class SegmentationLoss(nn.Module):
         if self.include_absent:
             return cross_entropy - dice.mean()
         counted = label if valid is None else label.masked_fill(~valid, 0)
-        present = torch.bincount(counted.flatten(), minlength=logits.shape[1])[1 : logits.shape[1]] > 0
-        # where, not indexing: no wait for the device, and a batch without foreground gives 0
+        present = torch.zeros(logits.shape[1], dtype=torch.bool, device=label.device)
+        present = present.index_fill_(0, counted.flatten(), True)[1:]
+        # neither bincount nor indexing: no wait for the device, and a batch without foreground gives 0
         return cross_entropy - torch.where(present, dice, 0.0).sum() / present.sum().clamp(min=1)
 
 

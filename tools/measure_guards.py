@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,7 @@ BUNDLE, SAMPLE = ROOT / "bundles" / "mapseg_adaptation", ROOT / "sample" / "feta
 class WithoutGuards(OptimizationStep):
     """The same step, trusting every number."""
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self.pending = True
-        self.scaler.scale(loss / self.accumulate_steps).backward()
-
-    def step(self) -> None:
+    def finish(self, terms: Mapping[str, torch.Tensor], ends: bool) -> None:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm or 0.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -14,7 +14,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 from mapseg_components.engines.optimization import OptimizationStep
-from mapseg_components.errors import ConfigError, NonFiniteError
+from mapseg_components.errors import ConfigError
 from mapseg_components.keys import (
     CASE_ID,
     GLOBAL_IMAGE,
@@ -86,6 +86,7 @@ class UDATrainer(Trainer):
             own backward pass: the same gradients in a fraction of the memory.
         amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
             iterations per optimizer step. See `OptimizationStep`.
+        compile: run the network through ``torch.compile``: a slow first iteration, faster ones after it.
         train_handlers: handlers with ``attach``.
 
     Output:
@@ -115,6 +116,7 @@ class UDATrainer(Trainer):
         amp: str | None = None,
         max_grad_norm: float | None = None,
         accumulate_steps: int = 1,
+        compile: bool = False,
         train_handlers: Sequence | None = None,
     ) -> None:
         super().__init__(
@@ -125,6 +127,8 @@ class UDATrainer(Trainer):
             handlers=[*(train_handlers or ()), *([] if teacher is None else [teacher])],
             decollate=False,
         )
+        if compile:
+            network.compile()
         self.network = network
         self.optimizer = optimizer
         self.loss_function = loss_function
@@ -155,15 +159,11 @@ class UDATrainer(Trainer):
                 losses = self._losses(group)
                 if number == 0:
                     losses.update(self.loss_function.penalties())
-                try:
-                    optimization.backward(self.loss_function(losses))
-                except NonFiniteError:
-                    bad = [name for name, loss in losses.items() if not torch.isfinite(loss)]
-                    raise NonFiniteError(f"loss terms {bad} are NaN or infinite") from None
+                optimization.backward(self.loss_function(losses))
             terms.update({name: loss.detach() for name, loss in losses.items()})
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        optimization.finish(terms, ends)
         if ends:
-            optimization.step()
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
 
         output = {TOTAL_LOSS: self.loss_function(terms), **terms}
@@ -218,7 +218,7 @@ class UDATrainer(Trainer):
 
     def _hide(self, image: torch.Tensor, block_size: Sequence[int] | int) -> torch.Tensor:
         mask = draw_block_mask(len(image), block_grid(image.shape[2:], block_size), self.mask_ratio)
-        return hide(image, expand_block_mask(mask.to(image.device), image.shape[2:]))
+        return hide(image, expand_block_mask(mask.to(image.device, non_blocking=True), image.shape[2:]))
 
     @staticmethod
     def _on_device(engine: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

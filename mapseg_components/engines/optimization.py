@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,13 +68,7 @@ class OptimizationStep:
         return iteration % self.accumulate_steps == 0 or last_of_epoch
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of a scalar loss, scaled for the average over ``accumulate_steps`` iterations.
-
-        Raises:
-            NonFiniteError: the loss is NaN or infinite; no gradient has been touched.
-        """
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss.item()}")
+        """Accumulate the gradients of a scalar loss, scaled for the average over ``accumulate_steps`` iterations."""
         self.pending = True
         self.scaler.scale(loss / self.accumulate_steps).backward()
 
@@ -105,21 +99,38 @@ class OptimizationStep:
             with self.network.no_sync():
                 yield
 
-    def step(self) -> None:
-        """Clip, step and clear the gradients.
+    def finish(self, terms: Mapping[str, torch.Tensor], ends: bool) -> None:
+        """End an iteration after its backward passes: check its numbers; where it ends a step, clip, step and clear.
+
+        All numbers are checked at once, so that a GPU is waited for once per iteration (fp16 waits for its scale too).
+
+        Args:
+            terms: scalar loss terms of the iteration, by name.
+            ends: whether the iteration completes a step, see `ends`.
 
         Raises:
-            NonFiniteError: the gradient is NaN or infinite; no weight has been touched. The loss scaling of fp16 skips
-                such a step, as it is meant to, until the scale has become too small to be the reason.
+            NonFiniteError: a loss term, or the gradient of a step, is NaN or infinite; no weight has been touched. The
+                loss scaling of fp16 skips a step with such a gradient, as it is meant to, until the scale has become
+                too small to be the reason.
         """
-        self.scaler.unscale_(self.optimizer)
-        if self.max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
-        else:
-            gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-        if not self.scaler.is_enabled() and not torch.isfinite(norm):
-            raise NonFiniteError(f"the gradient's norm is {norm.item()}")
+        checked = dict(terms)
+        if ends:
+            self.scaler.unscale_(self.optimizer)
+            if self.max_grad_norm is not None:
+                norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+            else:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+            if not self.scaler.is_enabled():
+                checked["gradient"] = norm
+        if not torch.isfinite(torch.stack(list(checked.values()))).all():
+            bad = [name for name, term in terms.items() if not torch.isfinite(term)]
+            raise NonFiniteError(
+                f"loss terms {bad} are NaN or infinite" if bad else f"the gradient's norm is {norm.item()}"
+            )
+        if ends:
+            self._step()
+
+    def _step(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:

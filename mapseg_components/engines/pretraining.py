@@ -37,6 +37,7 @@ class MAETrainer(Trainer):
             about half the memory.
         amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
             iterations per optimizer step. See `OptimizationStep`.
+        compile: run the network through ``torch.compile``: a slow first iteration, faster ones after it.
         train_handlers: handlers with ``attach``.
 
     Output:
@@ -62,6 +63,7 @@ class MAETrainer(Trainer):
         amp: str | None = None,
         max_grad_norm: float | None = None,
         accumulate_steps: int = 1,
+        compile: bool = False,
         train_handlers: Sequence | None = None,
     ) -> None:
         super().__init__(
@@ -72,6 +74,8 @@ class MAETrainer(Trainer):
             handlers=train_handlers,
             decollate=False,
         )
+        if compile:
+            network.compile()
         self.network = network
         self.optimizer = optimizer
         self.loss_function = loss_function
@@ -91,7 +95,10 @@ class MAETrainer(Trainer):
     def _step(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         optimization, iteration = self.optimization, engine.state.iteration
         self.network.train()
-        images = {key: batchdata[key].as_subclass(torch.Tensor).to(engine.state.device) for key in self.block_sizes}
+        images = {
+            key: batchdata[key].as_subclass(torch.Tensor).to(engine.state.device, non_blocking=True)
+            for key in self.block_sizes
+        }
         masks = {key: self._draw_mask(key, image) for key, image in images.items()}
 
         ends = optimization.ends(iteration, iteration % engine.state.epoch_length == 0)
@@ -109,12 +116,12 @@ class MAETrainer(Trainer):
                 optimization.backward(torch.stack(list(losses.values())).sum())
             terms.update({name: loss.detach() for name, loss in losses.items()})
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        optimization.finish(terms, ends)
         if ends:
-            optimization.step()
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return {TOTAL_LOSS: torch.stack(list(terms.values())).sum(), **terms}
 
     def _draw_mask(self, key: str, image: torch.Tensor) -> torch.Tensor:
         grid = block_grid(image.shape[2:], self.block_sizes[key])
-        mask = draw_block_mask(len(image), grid, self.mask_ratio).to(image.device)
+        mask = draw_block_mask(len(image), grid, self.mask_ratio).to(image.device, non_blocking=True)
         return expand_block_mask(mask, image.shape[2:])

@@ -37,8 +37,8 @@ class GlobalLocalSlidingWindowInferer(Inferer):
             5/6 of the window.
         sw_batch_size: windows per batch.
         mode: ``"constant"`` for a plain mean (the paper), ``"gaussian"`` to weight a window's centre more.
-        stitching_device: where logits of the whole scan are kept, e.g. ``"cpu"`` for large scans (8 bytes per class
-            and voxel at the peak); by default the input's device.
+        stitching_device: where logits of the whole scan are kept, e.g. ``"cpu"`` for large scans (4 bytes per class
+            and voxel); by default the input's device.
         background_margin: logit that background has over every other class where no window looked.
 
     A network without ``encode``, ``context`` and ``decode`` is called on each window alone.
@@ -110,39 +110,37 @@ class GlobalLocalSlidingWindowInferer(Inferer):
 
         weight = compute_importance_map(self.roi_size, mode=self.mode, sigma_scale=0.125, device=self._stitcher(image))
         total: torch.Tensor | None = None
-        count = torch.zeros((1, *region.shape[1:]), device=weight.device)
+        count = torch.zeros(image.shape[1:], device=weight.device)
         for start in range(0, len(windows), self.sw_batch_size):
             batch = windows[start : start + self.sw_batch_size]
             logits = forward(batch).float()
             if total is None:
-                self._require_memory(name, len(logits[0]), region, image, weight.device)
+                self._require_memory(name, len(logits[0]), image, weight.device)
             if not torch.isfinite(logits).all():
                 raise NonFiniteError(f"{name}: the network's output is NaN or infinite: check the weights and amp")
             if total is None:
-                total = torch.zeros((logits.shape[1], *region.shape[1:]), device=weight.device)
+                total = torch.zeros((logits.shape[1], *image.shape[1:]), device=weight.device)
             for window, one in zip(batch, logits.to(weight.device)):
-                total[(slice(None), *window)] += weight * one
-                count[(slice(None), *window)] += weight
+                target, source = overlap(window, box, image.shape[1:])
+                total[(slice(None), *target)].addcmul_(weight[source], one[(slice(None), *source)])
+                count[target] += weight[source]
         assert total is not None  # a foreground has at least one window
-        background = self._background(total[:, :1, :1, :1])
-        unseen = count[0] == 0
+        unseen = count == 0
         total /= count.clamp_(min=1e-6)  # in place: for a large scan these are gigabytes
-        for one, value in zip(total, background.flatten().tolist()):
-            one[unseen] = value
-        return paste(total, box, background.expand(-1, *image.shape[1:]).clone())
+        for number, one in enumerate(total):
+            one.masked_fill_(unseen, -self.background_margin if number else 0.0)
+        return total
 
-    def _require_memory(
-        self, name: str, classes: int, region: torch.Tensor, image: torch.Tensor, device: torch.device
-    ) -> None:
-        """Compare with the device's memory what stitching takes at its peak: the region's sum of logits and count, and
-        the whole scan's logits; and the scan itself where it lies on the same device but is not counted as used."""
-        voxels, whole = region[0].numel(), image[0].numel()
-        values = classes * voxels + voxels + classes * whole + (image.numel() if device.type == "cpu" else 0)
+    def _require_memory(self, name: str, classes: int, image: torch.Tensor, device: torch.device) -> None:
+        """Compare with the device's memory what stitching takes: sum of logits, count and a mask, all of the whole scan;
+        and the scan itself where it lies on the same device but is not counted as used."""
+        voxels = image[0].numel()
+        values = (classes + 1) * voxels + (image.numel() if device.type == "cpu" else 0)
         remedy = "crop the scan or resample it to larger voxels"
         if device.type != "cpu":
             remedy = f"set stitching_device to cpu, or {remedy}"
         shape = tuple(image.shape[1:])
-        require_memory(4 * values, device, f"{name}: {classes} classes of shape {shape}", remedy)
+        require_memory(4 * values + voxels, device, f"{name}: {classes} classes of shape {shape}", remedy)
 
     def _windows(self, foreground: torch.Tensor) -> list[tuple[slice, ...]]:
         """Unique windows over a region (X, Y, Z) that hold foreground."""
@@ -187,12 +185,6 @@ class GlobalLocalSlidingWindowInferer(Inferer):
     def _stitcher(self, image: torch.Tensor) -> torch.device:
         return image.device if self.stitching_device is None else torch.device(self.stitching_device)
 
-    def _background(self, like: torch.Tensor) -> torch.Tensor:
-        """Logits (classes, 1, 1, 1) of certain background."""
-        logits = torch.full_like(like, -self.background_margin)
-        logits[0] = 0.0
-        return logits
-
 
 def name_of(scan: torch.Tensor) -> str:
     """File of a scan, for messages."""
@@ -207,12 +199,14 @@ def crop_with_zeros(volume: torch.Tensor, box: np.ndarray) -> torch.Tensor:
     return F.pad(volume[(slice(None), *inner)], [size for pair in reversed(padding) for size in pair])
 
 
-def paste(region: torch.Tensor, box: np.ndarray, canvas: torch.Tensor) -> torch.Tensor:
-    """Write a region (C, ...) into a canvas (C, X, Y, Z) at its box; what leaves the canvas is dropped."""
+def overlap(
+    window: Sequence[slice], box: np.ndarray, shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Where a window of a box lies in a volume (X, Y, Z), and which part of the window that is."""
     target, source = [], []
-    for (start, stop), side in zip(box.astype(int).tolist(), canvas.shape[1:]):
-        low, high = max(start, 0), min(stop, side)
+    for part, start, side in zip(window, box[:, 0].astype(int).tolist(), shape):
+        first = start + part.start
+        low, high = max(first, 0), min(start + part.stop, side)
         target.append(slice(low, high))
-        source.append(slice(low - start, high - start))
-    canvas[(slice(None), *target)] = region[(slice(None), *source)]
-    return canvas
+        source.append(slice(low - first, high - first))
+    return tuple(target), tuple(source)

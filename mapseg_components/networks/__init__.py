@@ -5,6 +5,7 @@
 from mapseg_components.networks.decoders import ASPP, ReconstructionDecoder, SegmentationHead
 from mapseg_components.networks.encoder import ResidualBlock, ResidualEncoder
 from mapseg_components.networks.mae import MultiScaleMAE
+from mapseg_components.networks.recomputation import Recomputable, prepare_network
 from mapseg_components.networks.segmenter import GlobalLocalDeepLabV3, GlobalLocalOutput, GlobalLocalPass
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "GlobalLocalOutput",
     "GlobalLocalPass",
     "MultiScaleMAE",
+    "Recomputable",
     "ReconstructionDecoder",
     "ResidualBlock",
     "ResidualEncoder",
     "SegmentationHead",
+    "prepare_network",
 ]

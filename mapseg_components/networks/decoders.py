@@ -11,11 +11,12 @@ from monai.utils import ensure_tuple_rep
 from torch import nn
 
 from mapseg_components.networks.encoder import ResidualBlock, group_norm
+from mapseg_components.networks.recomputation import Recomputable
 
 __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
 
 
-class ReconstructionDecoder(nn.Module):
+class ReconstructionDecoder(Recomputable):
     """Features back to an image in [0, 1]: transposed conv, one residual block, GroupNorm, 3x3x3 conv, sigmoid.
 
     Args:
@@ -48,19 +49,32 @@ class ReconstructionDecoder(nn.Module):
         return torch.sigmoid(self.conv(self.norm(self.block(self.upsample(features)))))
 
 
+class FoldingConv3d(nn.Conv3d):
+    """Conv3d that takes half its input channels as both halves of them.
+
+    ``W [x, x] = (W1 + W2) x``: the same up to rounding for half the arithmetic, and both halves get its gradient.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if 2 * input.shape[1] != self.in_channels:
+            return self._conv_forward(input, self.weight, self.bias)
+        first, second = self.weight.chunk(2, dim=1)
+        return self._conv_forward(input, first + second, self.bias)
+
+
 def conv_norm_relu(
     in_channels: int, out_channels: int, kernel_size: int, norm_groups: int, dilation: tuple[int, ...] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Conv3d without bias that keeps the grid, GroupNorm, ReLU."""
+    """Conv3d without bias that keeps the grid, GroupNorm, ReLU. Half the input channels stand for both halves."""
     padding = tuple(d * (kernel_size // 2) for d in dilation)
     return nn.Sequential(
-        nn.Conv3d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        FoldingConv3d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
         group_norm(out_channels, norm_groups),
         nn.ReLU(inplace=True),
     )
 
 
-class ASPP(nn.Module):
+class ASPP(Recomputable):
     """Atrous spatial pyramid pooling in 3D (DeepLabV3, arXiv 1706.05587) with GroupNorm.
 
     Parallel branches: 1x1x1; one 3x3x3 per dilation; global average pool, 1x1x1, upsampled. They are concatenated
@@ -74,7 +88,7 @@ class ASPP(nn.Module):
         norm_groups: groups of each GroupNorm.
 
     Shape:
-        (B, in_channels, x, y, z) to (B, out_channels, x, y, z).
+        (B, in_channels, x, y, z) to (B, out_channels, x, y, z). An input of half the channels stands for itself twice.
     """
 
     def __init__(
@@ -105,7 +119,7 @@ class ASPP(nn.Module):
         return self.project(torch.cat(outputs, dim=1))
 
 
-class SegmentationHead(nn.Module):
+class SegmentationHead(Recomputable):
     """Features to class logits at full resolution.
 
     Transposed conv, GroupNorm, ReLU, 3x3x3 conv, GroupNorm, ReLU, 1x1x1 conv.

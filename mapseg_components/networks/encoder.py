@@ -11,6 +11,8 @@ import torch
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
+from mapseg_components.networks.recomputation import Recomputable
+
 __all__ = ["ResidualBlock", "ResidualEncoder"]
 
 
@@ -19,7 +21,7 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, groups), channels)
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputable):
     """conv1, then (conv2, conv3) plus skip, then ReLU; a conv is GroupNorm, Conv3d without bias, ReLU.
 
     The third conv has no ReLU before the sum. With ``stride > 1`` the first conv is a patch embedding: its kernel

@@ -91,9 +91,12 @@ class GlobalLocalDeepLabV3(nn.Module):
         scale = torch.tensor(per_voxel, device=box.device, dtype=torch.float32)
         return resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
 
-    def decode(self, features: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Logits (B, num_classes, X, Y, Z) from local features and context, both (B, width, X/s, Y/s, Z/s)."""
-        return self.head(self.aspp(torch.cat([features, context], dim=1)))
+    def decode(self, features: torch.Tensor, context: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Logits (B, num_classes, X, Y, Z) from local features and context, both (B, width, X/s, Y/s, Z/s).
+
+        Without context the features are their own; ASPP then folds its weights instead of reading them twice.
+        """
+        return self.head(self.aspp(features if context is None else torch.cat([features, context], dim=1)))
 
     def forward(
         self, image: torch.Tensor, global_image: Optional[torch.Tensor] = None, box: Optional[torch.Tensor] = None
@@ -113,7 +116,7 @@ class GlobalLocalDeepLabV3(nn.Module):
         """
         features = self.encode(image)
         if global_image is None and box is None:
-            return self.decode(features, features)
+            return self.decode(features)
         if global_image is None or box is None:
             raise ValueError("global_image and box belong together: give both for collaboration, none for one image")
         context = self.context(self.encode(global_image), box, list(global_image.shape[2:]), list(features.shape[2:]))
@@ -141,7 +144,7 @@ class GlobalLocalPass(nn.Module):
 
         Args:
             local_image: (B, C, X, Y, Z). global_image: (B, C, X', Y', Z'). local_box: (B, 3, 2), see
-                `GlobalLocalDeepLabV3.forward`. Patches and views of equal size share one batch.
+                `GlobalLocalDeepLabV3.forward`. Patches and views of equal size are encoded as one batch.
         """
         if local_image.shape == global_image.shape:
             local_features, global_features = self.network.encode(torch.cat([local_image, global_image])).chunk(2)
@@ -150,11 +153,5 @@ class GlobalLocalPass(nn.Module):
         context = self.network.context(
             global_features, local_box, list(global_image.shape[2:]), list(local_features.shape[2:])
         )
-        if local_features.shape == global_features.shape:
-            local_logits, global_logits = self.network.decode(
-                torch.cat([local_features, global_features]), torch.cat([context, global_features])
-            ).chunk(2)
-        else:
-            local_logits = self.network.decode(local_features, context)
-            global_logits = self.network.decode(global_features, global_features)
+        local_logits, global_logits = self.network.decode(local_features, context), self.network.decode(global_features)
         return GlobalLocalOutput(local_logits, global_logits, local_features, context)

@@ -1,0 +1,200 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What makes a run cheaper changes neither results nor gradients."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mapseg_components.engines import MAETrainer, UDATrainer
+from mapseg_components.errors import ConfigError, NonFiniteError
+from mapseg_components.handlers import EMATeacher
+from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
+from mapseg_components.networks import ASPP, GlobalLocalPass, MultiScaleMAE, prepare_network
+
+BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
+
+
+def pair(labels=True):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(1, 1, 8, 12, 16, generator=generator)
+    box = torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 12.0]]])
+    result = {"local_image": image, "global_image": image.flip(2), "local_box": box}
+    if labels:
+        result["local_label"] = (image > 0.5).long() + (image > 0.8)
+        result["global_label"] = result["local_label"].flip(2)
+    return result
+
+
+def adaptation(network, steps=1, **options):
+    torch.manual_seed(0)
+    network = GlobalLocalPass(network)
+    trainer = UDATrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=[{"source": pair(), "target": pair(labels=False)}] * steps,
+        network=network,
+        optimizer=torch.optim.AdamW(network.parameters(), lr=0.01),
+        loss_function=AdaptationLoss(target_clean=True),
+        teacher=EMATeacher(network, 0, [[None, 0.9]]),
+        **BLOCKS,
+        **options,
+    )
+    trainer.run()
+    return trainer
+
+
+def autoencoding(network, **options):
+    torch.manual_seed(0)
+    trainer = MAETrainer(
+        device="cpu",
+        max_epochs=1,
+        train_data_loader=[pair(labels=False)],
+        network=network,
+        optimizer=torch.optim.AdamW(network.parameters(), lr=0.01),
+        loss_function=MaskedReconstructionLoss(),
+        **BLOCKS,
+        **options,
+    )
+    trainer.run()
+    return trainer
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    return MultiScaleMAE(1, 8, 2, 4, (8, 4))
+
+
+def assert_same_weights(first, second, **tolerance):
+    weights = second.network.state_dict()
+    for name, value in first.network.state_dict().items():
+        torch.testing.assert_close(weights[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_folded_weights_give_output_and_gradients_of_duplicated_features():
+    torch.manual_seed(0)
+    aspp = ASPP(12, 8, dilations=(1, (2, 1, 3)), dropout=0.0).double()
+    results = []
+    for duplicate in (False, True):
+        features = torch.rand(2, 6, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        features.requires_grad_()
+        output = aspp(torch.cat([features, features], dim=1) if duplicate else features)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [features, *aspp.parameters()])])
+    for folded, duplicated in zip(*results):
+        torch.testing.assert_close(folded, duplicated, rtol=1e-9, atol=1e-9)
+
+
+def test_torchscript_folds_too(tiny_network):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(tiny_network), file)
+    file.seek(0)
+    image = torch.rand(1, 1, 8, 12, 16)
+    torch.testing.assert_close(torch.jit.load(file)(image), tiny_network(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_checkpointed_activations_leave_weights_and_random_state_as_they_are(tiny_network, batched):
+    runs, states = [], []
+    for recompute in (False, True):
+        network = prepare_network(copy.deepcopy(tiny_network), "cpu", activation_checkpointing=recompute)
+        runs.append(adaptation(network, steps=2, batched_passes=batched))  # with dropout
+        states.append(torch.get_rng_state())
+    assert_same_weights(*runs, rtol=0, atol=0)
+    assert torch.equal(*states)
+
+
+def test_checkpointing_forgets_activations():
+    kept = []
+    for recompute in (False, True):
+        network = prepare_network(autoencoder(), "cpu", activation_checkpointing=recompute).train()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            network(torch.rand(1, 1, 16, 16, 16))
+        kept.append(sum(saved))
+    assert kept[1] < 0.2 * kept[0]
+
+
+def test_memory_format_changes_neither_result_nor_keys(tiny_network):
+    plain, last = (
+        adaptation(prepare_network(copy.deepcopy(tiny_network), "cpu", memory_format))
+        for memory_format in ("contiguous", "channels_last_3d")
+    )
+    assert list(last.network.state_dict()) == list(plain.network.state_dict())
+    weight = last.network.network.encoder.blocks[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    for name, term in plain.state.output[0].items():
+        torch.testing.assert_close(last.state.output[0][name], term, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_memory_format_is_refused(tiny_network):
+    with pytest.raises(ConfigError, match="memory_format is 'channels_last', expected one of"):
+        prepare_network(tiny_network, "cpu", "channels_last")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_passes_compile_without_a_graph_break(tiny_network, recompute):
+    torch._dynamo.reset()
+    network = GlobalLocalPass(prepare_network(tiny_network.train(), "cpu", activation_checkpointing=recompute))
+    batch = [pair()[key] for key in ("local_image", "global_image", "local_box")]
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.manual_seed(0)
+    expected = network(*batch)
+    torch.manual_seed(0)
+    for ours, theirs in zip(compiled(*batch), expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    encoder = prepare_network(autoencoder().train(), "cpu", activation_checkpointing=recompute)
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch[0]), encoder(batch[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_compile_setting_compiles_the_network_in_place(tiny_network, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    adaptation(tiny_network, compile=True)
+    autoencoding(autoencoder(), compile=True)
+    autoencoding(autoencoder())
+    assert compiled == ["GlobalLocalPass", "MultiScaleMAE"]
+
+
+class Waits(TorchDispatchMode):
+    """Count the operations for whose result a GPU would be waited for."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "bincount", "is_nonzero", "_unique2", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.NAMES:
+            self.found.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_an_iteration_waits_for_the_device_once(tiny_network, batched):
+    trainers = [
+        (adaptation(tiny_network, batched_passes=batched), {"source": pair(), "target": pair(labels=False)}),
+        (autoencoding(autoencoder(), batched_passes=batched), pair(labels=False)),
+    ]
+    for trainer, batch in trainers:
+        # the step counts of AdamW lie on the CPU: reading them waits for nothing
+        trainer.optimization.optimizer = torch.optim.SGD(trainer.network.parameters(), lr=0.0)
+        with Waits() as waits:
+            trainer._step(trainer, batch)
+        assert waits.found == ["_local_scalar_dense"]
+
+
+def test_a_bad_term_is_named_and_reaches_no_weight(tiny_network):
+    trainer = adaptation(tiny_network)
+    before = copy.deepcopy(trainer.network.state_dict())
+    batch = pair()
+    batch["local_image"][0, 0, 0, 0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"loss terms \['source_local', .*are NaN or infinite"):
+        trainer._step(trainer, {"source": batch})
+    torch.testing.assert_close(trainer.network.state_dict(), before, rtol=0, atol=0)
