@@ -12,9 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory"},
+    {"boxes", "masking", "files", "memory", "quality"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
     {"inferers", "engines", "handlers"},
+    {"commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
