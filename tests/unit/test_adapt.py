@@ -222,7 +222,7 @@ def test_a_stage_that_fails_says_why(tmp_path):
 def test_the_report_in_a_browser(finished, tmp_path):
     """The page's own script sorts, chooses scans and moves slices, with its content policy in force."""
     output, _ = finished
-    probe = """<script>
+    probe = """<script>{
     const first = () => document.querySelector("table.sortable tbody tr").cells[0].textContent;
     const head = document.querySelector("table.sortable th button"), seen = [];
     head.click(); seen.push(first()); head.click(); seen.push(first());
@@ -237,7 +237,7 @@ def test_the_report_in_a_browser(finished, tmp_path):
     seen.push(slider.parentElement.innerText.trim());
     seen.push(document.documentElement.scrollWidth <= window.innerWidth);
     document.title = JSON.stringify(seen);
-    </script></body>"""
+    }</script></body>"""
     page = tmp_path / "page.html"
     page.write_text((output / "report.html").read_text().replace("</body>", probe))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom"]
