@@ -1,0 +1,9 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a person looks at: tables of text, pages of HTML, pictures."""
+
+from mapseg_components.reports.page import page, sortable_table
+from mapseg_components.reports.preview import can_draw, draw_preview
+from mapseg_components.reports.tables import text_table
+
+__all__ = ["can_draw", "draw_preview", "page", "sortable_table", "text_table"]
