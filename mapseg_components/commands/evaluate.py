@@ -25,7 +25,7 @@ from mapseg_components.data.findings import Finding, raise_findings
 from mapseg_components.data.nifti import corner_distance
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
-from mapseg_components.metrics import METRICS, agreement, paired_comparison, require_scipy, summary_of
+from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
 from mapseg_components.reports import text_table
 from mapseg_components.reports.tables import cell
 
@@ -66,15 +66,17 @@ class Evaluation:
             f"surface Dice at {self.tolerance_mm:g} mm. A structure absent from the truth is left out; one that the "
             "prediction lacks is missed: Dice 0, no distance."
         )
+        if self.cases < FEWEST_CASES:
+            text += f" {self.cases} cases are too few for the intervals to mean much."
         if not self.versus:
             return text
         rows = []
-        for name, by_metric in self.versus.items():
-            for metric, one in by_metric.items():
+        for name, by_metric in self.versus.items():  # of single structures Dice alone; the rest is in the JSON file
+            for metric in METRICS if name == MEAN else ["dice"]:
+                one = by_metric[metric]
                 p = one["note"] if one["p"] is None else f"{one['p']:.4f}"
-                rows.append(
-                    [name, METRICS[metric][0], one["n"], interval(one["mean_difference"], one["ci95"], "+.3f"), p]
-                )
+                difference = interval(one["mean_difference"], one["ci95"], "+.3f")
+                rows.append([name, METRICS[metric][0], one["n"], difference, p])
         head = ["structure", "metric", "n", "difference (first minus other)", "p (Wilcoxon)"]
         return f"{text}\n\n{text_table(head, rows)}\n\np is two-sided and not corrected for the number of tests."
 
@@ -179,14 +181,18 @@ def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], c
     """
     single = {"" in found for found in sets.values()}
     if len(single) > 1:
-        raise ConfigError(f"compare a file with a file, or a folder with a folder: {', '.join(map(str, places.values()))}")
+        raise ConfigError(
+            f"compare a file with a file, or a folder with a folder: {', '.join(map(str, places.values()))}"
+        )
     every = set().union(*sets.values())
     shared = sorted(set.intersection(*map(set, sets.values())))
     if not shared:
         examples = "; ".join(f"{places[key]} has {', '.join(sorted(found)[:3])}" for key, found in sets.items())
         raise ConfigError(f"no name is common: {examples}")
     findings = [
-        Finding("error", places[key], f"no label map for {', '.join(sorted(every - set(found)))}", "add it, or set common")
+        Finding(
+            "error", places[key], f"no label map for {', '.join(sorted(every - set(found)))}", "add it, or set common"
+        )
         for key, found in sets.items()
         if every - set(found)
     ]
@@ -283,9 +289,7 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def compared_sets(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def compared_sets(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Structure to metric to the paired comparison."""
     result: dict[str, dict[str, Any]] = {}
     for metric in METRICS:

@@ -266,7 +266,9 @@ def folder_scans(source: Path, modality: str | None) -> list[dict[str, Any]]:
         raise ConfigError(f"{source} does not exist: correct the path of the scans")
     cases = load_scans(source)
     if not cases:
-        raise ConfigError(f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (convert DICOM with dcm2niix)")
+        raise ConfigError(
+            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (convert DICOM with dcm2niix)"
+        )
     return cases
 
 
@@ -281,7 +283,9 @@ def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, An
     files += [Path(name) if Path(name).parent != Path(".") else configs / name for name in overlays]
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"no config at {file}: set bundle to the folder of a bundle, overlays to its config files")
+            raise ConfigError(
+                f"no config at {file}: set bundle to the folder of a bundle, overlays to its config files"
+            )
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])
     if (configs / "metadata.json").is_file():
@@ -352,9 +356,7 @@ def kept_structures(keep_largest: str | None, names: Sequence[str]) -> list[int]
     return [list(names).index(name) + 1 for name in wanted]
 
 
-def places_of(
-    cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | None, postfix: str
-) -> dict[str, Place]:
+def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | None, postfix: str) -> dict[str, Place]:
     """Case id to the places of its files. Raises `DataError` if two scans would write one file."""
     places: dict[str, Place] = {}
     for case in cases:
@@ -385,7 +387,13 @@ class Run:
     """
 
     def __init__(
-        self, parser: ConfigParser, names: Sequence[str], places: Mapping[str, Place], staging: Path, drawn: bool, quiet: bool
+        self,
+        parser: ConfigParser,
+        names: Sequence[str],
+        places: Mapping[str, Place],
+        staging: Path,
+        drawn: bool,
+        quiet: bool,
     ) -> None:
         self.parser, self.names, self.places = parser, list(names), places
         self.staging, self.drawn, self.quiet = staging, drawn, quiet

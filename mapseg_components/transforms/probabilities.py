@@ -34,9 +34,7 @@ def largest_probability(logits: torch.Tensor) -> torch.Tensor:
         (1, X, Y, Z), float32.
     """
     flat = logits.flatten(1)
-    pieces = [
-        (piece.amax(dim=0) - torch.logsumexp(piece.float(), dim=0)).exp() for piece in flat.split(PIECE, dim=1)
-    ]
+    pieces = [(piece.amax(dim=0) - torch.logsumexp(piece.float(), dim=0)).exp() for piece in flat.split(PIECE, dim=1)]
     return torch.cat(pieces).float().reshape(1, *logits.shape[1:])
 
 
@@ -96,4 +94,6 @@ def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) 
         nib.save(volume, temporary)
         found = nib.load(temporary)
         if not np.array_equal(found.dataobj.get_unscaled(), volume.dataobj):
-            raise ResourceError(f"{path}: voxels read back differ from what was written, nothing was kept: check the disk")
+            raise ResourceError(
+                f"{path}: voxels read back differ from what was written, nothing was kept: check the disk"
+            )
