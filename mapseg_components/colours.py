@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One colour per structure, the same in figures, label lookup files and reports.
 
-The first seven are those of Okabe and Ito (2008), told apart with any colour vision; an eighth is added for black, which
-does not show on a scan. Beyond eight structures lighter and darker tones follow, and from 24 on they repeat.
+The first seven are those of Okabe and Ito (2008), told apart with any colour vision; the eighth stands for their black,
+which does not show on a scan. Beyond eight structures lighter and darker tones follow, and from 24 on they repeat.
 """
 
 from __future__ import annotations

@@ -461,6 +461,10 @@ class Run:
         """Give the files of a scan their names, and add its volumes."""
         label_map, affine = np.asarray(self._output[PRED][0].cpu()), np.asarray(self._output[PRED].affine)
         confidence = np.asarray(self._output[CONFIDENCE][0].cpu())
+        if confidence.shape != label_map.shape:
+            raise ConfigError(
+                f"confidence of shape {confidence.shape}, label map {label_map.shape}: preprocessing is not inverted"
+            )
         rows = structure_volumes(label_map, affine, self.names, confidence)
         if PROBABILITIES in self._output:
             save_probabilities(np.asarray(self._output[PROBABILITIES].cpu()), affine, place.probabilities)

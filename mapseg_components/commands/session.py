@@ -26,7 +26,7 @@ def working(num_threads: int | None = None, quiet: bool = False, verbose: bool =
     """Context of a command: number of threads and level of logging, put back at its end.
 
     Args:
-        num_threads: of PyTorch on the CPU; ``None`` leaves it as it is. quiet: errors only. verbose: all that is logged.
+        num_threads: of PyTorch on the CPU; ``None`` leaves it as it is. quiet: errors only. verbose: everything.
 
     Raises:
         ConfigError: ``num_threads`` is no number from 1.

@@ -54,7 +54,10 @@ def bids_scans(folder: str | Path, modality: str | None = None) -> list[dict[str
 
 
 def result_stem(scan: str | os.PathLike[str], dataset: str | os.PathLike[str]) -> Path:
-    """Path of a scan below its dataset without modality and ending: ``sub-1/anat/sub-1_T2w.nii`` to ``sub-1/anat/sub-1``."""
+    """Path of a scan below its dataset, without modality and ending.
+
+    ``sub-1/anat/sub-1_T2w.nii`` becomes ``sub-1/anat/sub-1``.
+    """
     path = Path(scan).relative_to(Path(dataset).absolute())
     return path.with_name(stem(path).rpartition("_")[0])
 

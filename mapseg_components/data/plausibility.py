@@ -242,7 +242,7 @@ def said(order: tuple[int, ...], flips: tuple[bool, ...]) -> str:
 
 def edges_of(view: np.ndarray) -> np.ndarray:
     """Size of the coarse view's intensity gradient, standardised; the same for bright and for dark structures."""
-    size: Any = np.sqrt(sum(np.square(part) for part in np.gradient(view[1])))
+    size: Any = np.sqrt(sum(np.square(part) for part in np.gradient(view)))
     return (size - size.mean()) / max(float(size.std()), 1e-9)
 
 

@@ -36,8 +36,8 @@ class Portrait:
             874 to 1274.
         quantiles: (101,) of the voxels above the lowest value, scaled so that 0 is the lowest value and 1 the 99.5th
             percentile.
-        view: (2, 16, 16, 16), the box of what is above the lowest value, in RAS by the header, on a coarse grid: share of
-            voxels above the lowest value in each cell, and their mean intensity, scaled as the quantiles.
+        view: (16, 16, 16), the box of what is above the lowest value, in RAS by the header, on a coarse grid: mean
+            intensity of each cell, scaled as the quantiles.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -69,9 +69,6 @@ def portrait_of(scan: Scan) -> Portrait | None:
     faces = np.concatenate([np.take(above, end, axis).ravel() for axis in range(3) for end in (0, -1)])
     scaled = np.clip((drawn - lowest) / (top - lowest), 0, 1)
     box = tuple(slice(*limits) for limits in box_of(above))
-    cells = [
-        coarse(part) for part in (above[box].astype(np.float32), np.clip((voxels[box] - lowest) / (top - lowest), 0, 1))
-    ]
     return Portrait(
         spacing_mm=tuple(float(s) for s in sides),
         extent_mm=tuple(float(s * n) for s, n in zip(sides, voxels.shape)),
@@ -82,7 +79,7 @@ def portrait_of(scan: Scan) -> Portrait | None:
         soft_tissue_hu=float(((drawn > -150) & (drawn < 250)).mean()),
         soft_tissue_shifted=float(((drawn > 874) & (drawn < 1274)).mean()),
         quantiles=np.quantile(scaled, np.linspace(0, 1, QUANTILES)),
-        view=np.stack(cells),
+        view=coarse(np.clip((voxels[box] - lowest) / (top - lowest), 0, 1)),
     )
 
 

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from mapseg_components.errors import ResourceError
@@ -48,7 +49,7 @@ class Confidenced(MapTransform):
         """Case with ``confidence``."""
         case = dict(data)
         for key in self.key_iterator(case):
-            case[CONFIDENCE] = largest_probability(plain(case[key]))
+            case[CONFIDENCE] = MetaTensor(largest_probability(plain(case[key])))  # MONAI inverts no plain tensor
         return case
 
 
@@ -67,13 +68,13 @@ class Probabilitiesd(MapTransform):
                 (torch.softmax(piece.float(), dim=0) * STEPS).round().to(torch.uint8)
                 for piece in logits.flatten(1).split(PIECE, dim=1)
             ]
-            case[PROBABILITIES] = torch.cat(pieces, dim=1).reshape(logits.shape)
+            case[PROBABILITIES] = MetaTensor(torch.cat(pieces, dim=1).reshape(logits.shape))
         return case
 
 
 def plain(logits: Any) -> torch.Tensor:
     """Tensor without metadata."""
-    return logits.as_tensor() if hasattr(logits, "as_tensor") else logits
+    return logits.as_tensor() if isinstance(logits, MetaTensor) else logits
 
 
 def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
