@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory", "quality"},
-    {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
+    {"boxes", "masking", "files", "memory", "colours", "quality"},
+    {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"inferers", "engines", "handlers"},
     {"commands"},
 ]

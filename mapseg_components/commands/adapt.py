@@ -12,6 +12,7 @@ import random
 import shutil
 import sysconfig
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
-from mapseg_components.commands.report import report
+from mapseg_components.commands.report import VERDICTS, report
+from mapseg_components.commands.session import choose_device, working
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
 from mapseg_components.data.datalist import has_section, open_datalist
@@ -39,21 +41,43 @@ MOST_LABELS = 255
 PACKAGES = ("mapseg-monai", "monai", "torch", "nibabel", "pytorch-ignite", "numpy")
 
 
+@dataclass
+class AdaptReport:
+    """Result of `adapt`.
+
+    Args:
+        folder: the new bundle. record: content of its ``run.json``: arguments, plan, seconds of each stage, the
+            assessment with its verdict, the report's path.
+    """
+
+    folder: str
+    record: dict[str, Any]
+    exit_code = 0
+
+    def __str__(self) -> str:
+        verdict = self.record["assessment"]["verdict"]
+        lines = [VERDICTS[verdict["verdict"]], *verdict["why"], "", f"Report  {self.record['report']}"]
+        return "\n".join([*lines, f"Bundle  {self.folder}", f"Label maps  {self.folder}/predictions/{verdict['ship']}"])
+
+
 def adapt(
+    *,
     source: str,
     target: str,
     output: str,
     labels: str | Mapping[str, int] | None = None,
     preset: str = "auto",
-    device: str = "auto",
-    num_threads: int | None = None,
     pretraining: bool = True,
     random_contrasts: bool = True,
     validation_share: float = 0.2,
     symmetric: bool = False,
-    settings: Mapping[str, Any] | None = None,
+    settings: str | Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+    device: str = "auto",
+    num_threads: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> AdaptReport:
     """Adapt a model to unlabelled scans: pretraining, source-only, adaptation, a choice, label maps and a report.
 
     The output folder becomes a bundle of its own: ``python -m monai.bundle run --config_file configs/inference.json``
@@ -66,31 +90,55 @@ def adapt(
         output: folder to write, new or of an earlier call with the same arguments.
         labels: structures and their values, as a mapping, JSON text or a JSON file. By default the datalist's; without,
             the values found in the source's label maps.
-        preset: "small-data-cpu", "single-gpu", "paper", or "auto" by GPU and number of scans.
-        device: "auto", "cpu", "cuda" or "cuda:1".
-        num_threads: CPU threads; ``None`` leaves it to PyTorch.
+        preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
         pretraining: masked autoencoding on all images first.
         random_contrasts: show the source in random contrasts (``any_contrast.yaml``); turn it off if source and target
             have the same contrast.
         validation_share: of the source's cases, one at least, where it names none.
         symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
             sure a model is.
-        settings: settings of the bundles to replace, by name; each bundle takes those it has.
+        settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
+            those it has.
         seed: of everything random.
+        device: auto, cpu, cuda or cuda:1.
+        num_threads: of PyTorch on the CPU.
+        quiet: say errors only. verbose: say everything.
 
     Returns:
-        the content of ``run.json``: arguments, plan, seconds of each stage, the assessment and the verdict.
+        an `AdaptReport`.
 
     Raises:
         ConfigError: an argument is wrong, or the folder holds another run.
         DataError: scans or labels cannot be used.
         ResourceError: memory, disk or permissions.
     """
+    for name, path in (("source", source), ("target", target)):
+        if not Path(path).exists():
+            raise ConfigError(f"{name} {Path(path).absolute()} does not exist: correct the path")
+    if not 0 < validation_share < 1:
+        raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
+    choose_device(device)
+    request = {
+        "source": str(Path(source).absolute()),
+        "target": str(Path(target).absolute()),
+        "labels": read_mapping("labels", labels),
+        "preset": preset,
+        "pretraining": pretraining,
+        "random_contrasts": random_contrasts,
+        "validation_share": validation_share,
+        "symmetric": symmetric,
+        "settings": read_mapping("settings", settings),
+        "seed": seed,
+        "device": device,
+        "num_threads": num_threads,
+    }
     folder = Path(output).absolute()
     require_writable(folder)
     lock_folder(folder)
     try:
-        return Adaptation(folder, locals_of(locals())).run()
+        with working(num_threads, quiet, verbose):
+            logger.setLevel(logging.ERROR if quiet else logging.INFO)
+            return AdaptReport(str(folder), Adaptation(folder, request, quiet).run())
     finally:
         unlock_folders([folder])
 
@@ -99,12 +147,13 @@ class Adaptation:
     """The stages of one call of `adapt`.
 
     Args:
-        folder: absolute, locked by this process. request: the arguments.
+        folder: absolute, locked by this process. request: the arguments. quiet: no progress bars.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:
         self.folder = folder
         self.request = request
+        self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
         self.bundles = bundles_folder()
 
@@ -139,7 +188,10 @@ class Adaptation:
         if "assessment" not in self.record:
             logger.info("Comparing both models on the target, without labels ...")
             self.record["assessment"] = assess(
-                str(self.folder), {name: str(path) for name, path in weights.items()}, self.request["symmetric"]
+                str(self.folder),
+                {name: str(path) for name, path in weights.items()},
+                self.request["symmetric"],
+                self.quiet,
             )
             self._save()
         chosen = self.record["assessment"]["verdict"]["ship"]
@@ -266,7 +318,7 @@ class Adaptation:
             return
         output = self.folder / "stages" / name
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        with tqdm(total=merged["max_epochs"], desc=name, unit="epoch", disable=None) as bar:
+        with tqdm(total=merged["max_epochs"], desc=name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
 
             def on_epoch(done: int) -> None:
@@ -294,30 +346,21 @@ class Adaptation:
         self._save()
 
 
-def locals_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `adapt` as plain values with absolute paths."""
-    request = {name: value for name, value in arguments.items() if name not in ("folder", "output")}
-    for name in ("source", "target"):
-        path = Path(request[name]).absolute()
-        if not path.exists():
-            raise ConfigError(f"{name} {path} does not exist: correct the path")
-        request[name] = str(path)
-    if isinstance(request["labels"], str):
-        request["labels"] = read_labels(request["labels"])
-    if not 0 < request["validation_share"] < 1:
-        raise ConfigError(f"validation_share is {request['validation_share']}, expected a share between 0 and 1")
-    return json.loads(json.dumps(request))
-
-
-def read_labels(text: str) -> dict[str, int]:
-    """Structures and values from JSON text or a JSON file."""
+def read_mapping(name: str, given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A mapping, or one from JSON text or a JSON file. Raises `ConfigError`."""
+    if not isinstance(given, str):
+        return None if given is None else json.loads(json.dumps(dict(given)))
     try:
-        content = json.loads(Path(text).read_text(encoding="utf-8") if Path(text).is_file() else text)
-        return {str(name): int(value) for name, value in content.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(
-            f'labels {text!r} are no names and values ({error}): give a JSON such as {{"liver": 1}}'
-        ) from None
+        is_file = Path(given).is_file()
+        content = json.loads(Path(given).read_text(encoding="utf-8") if is_file else given)
+        if isinstance(content, dict):
+            return content
+        reason = f"it is a {type(content).__name__}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f'{name} {given!r} is no JSON object or file of one ({reason}): give a JSON such as {{"liver": 1}}'
+    )
 
 
 def bundles_folder() -> Path:
@@ -386,7 +429,9 @@ def structure_names(
 ) -> dict[str, int]:
     """Structures to train for: as asked, as the datalist says, or as found in the label maps."""
     if labels:
-        return {str(name): int(value) for name, value in labels.items()}
+        if not all(isinstance(value, int) and value > 0 for value in labels.values()):
+            raise ConfigError(f"labels {dict(labels)} must map names to whole numbers above 0")
+        return dict(labels)
     content = open_datalist(source) if Path(source).is_file() else None
     if content and isinstance(content.get("labels"), dict):
         try:

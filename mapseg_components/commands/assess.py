@@ -37,7 +37,7 @@ DEGRADATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False) -> dict[str, Any]:
+def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
     For each model a calibration from consistency to Dice is fitted to the labelled validation scans, as they are and in
@@ -47,7 +47,7 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False) -> 
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
         weights: model name to file; "source_only" and "adapted" for a verdict.
-        symmetric: see `mapseg_components.commands.adapt.adapt`.
+        symmetric: see `mapseg_components.commands.adapt.adapt`. quiet: no progress bar.
 
     Returns:
         ``models`` (per model: ``validation_dice``, ``calibration``, ``prior``, ``cases``), ``between`` (Dice between
@@ -79,7 +79,7 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False) -> 
     models: dict[str, Any] = {}
     label_maps: dict[str, list[torch.Tensor]] = {}
     steps = len(weights) * (len(validation) * len(DEGRADATIONS) + len(target))
-    with tqdm(total=steps, desc="assessment", unit="scan", disable=None) as bar:
+    with tqdm(total=steps, desc="assessment", unit="scan", disable=True if quiet else None) as bar:
         for model, file in weights.items():
             load_weights(network, file)
             network.eval()

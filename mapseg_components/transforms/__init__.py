@@ -18,6 +18,7 @@ from mapseg_components.transforms.intensity import (
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
 from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
 from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
+from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 
 __all__ = [
@@ -27,11 +28,13 @@ __all__ = [
     "AssumeOrientationd",
     "AxisExtremesd",
     "ClassVoxelsd",
+    "Confidenced",
     "NegativeValues",
     "NegativeValuesd",
     "PercentileClip",
     "PercentileClipd",
     "PercentileTabled",
+    "Probabilitiesd",
     "RandBlockMask",
     "RandBlockMaskd",
     "RandGlobalLocalCrop",
@@ -44,4 +47,5 @@ __all__ = [
     "SaveVolumed",
     "SelectLabels",
     "SelectLabelsd",
+    "save_probabilities",
 ]

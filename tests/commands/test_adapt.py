@@ -15,11 +15,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mapseg_components.commands.adapt import adapt, read_labels, source_cases, structure_names, target_cases
+from mapseg_components.commands.adapt import adapt, read_mapping, source_cases, structure_names, target_cases
 from mapseg_components.commands.assess import verdict_of
-from mapseg_components.commands.report import overlay, report, stack
+from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
 
 TINY = {
@@ -51,12 +52,15 @@ def folders(tmp_path_factory):
     return root
 
 
+def call(folders):
+    return {"source": str(folders / "t1"), "target": str(folders / "t2"), "num_threads": 1, "settings": TINY}
+
+
 @pytest.fixture(scope="module")
 def finished(folders):
     """A whole run at tiny size."""
     output = folders / "out"
-    record = adapt(str(folders / "t1"), str(folders / "t2"), str(output), num_threads=1, settings=TINY)
-    return output, record
+    return output, adapt(**call(folders), output=str(output)).record
 
 
 @pytest.mark.slow
@@ -80,11 +84,11 @@ def test_the_output_is_a_bundle_that_runs(finished, tmp_path):
 def test_the_same_command_again_changes_nothing(finished, folders):
     output, record = finished
     before = {p: p.stat().st_mtime_ns for p in (output / "stages").rglob("*.pt")}
-    again = adapt(str(folders / "t1"), str(folders / "t2"), str(output), num_threads=1, settings=TINY)
+    again = adapt(**call(folders), output=str(output)).record
     assert again["assessment"] == record["assessment"] and again["seconds"] == record["seconds"]
     assert before == {p: p.stat().st_mtime_ns for p in (output / "stages").rglob("*.pt")}
     with pytest.raises(ConfigError, match=r"holds a run with other arguments \(seed was 0, now 1\)"):
-        adapt(str(folders / "t1"), str(folders / "t2"), str(output), num_threads=1, settings=TINY, seed=1)
+        adapt(**call(folders), output=str(output), seed=1)
 
 
 @pytest.mark.slow
@@ -111,7 +115,7 @@ def test_the_history_has_what_the_report_shows(finished):
 def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds \['thesis.txt'\] and no run of this command"):
-        adapt(str(folders / "t1"), str(folders / "t2"), str(tmp_path))
+        adapt(**call(folders), output=str(tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -121,7 +125,7 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"source": "nowhere"}, "source .*nowhere does not exist"),
         ({"target": "t1/labels/none"}, "target .* does not exist"),
         ({"validation_share": 2}, "validation_share is 2, expected"),
-        ({"labels": "liver"}, "labels 'liver' are no names and values"),
+        ({"labels": "liver"}, "labels 'liver' is no JSON object"),
         ({"preset": "huge"}, "preset 'huge' is unknown"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
     ],
@@ -155,7 +159,7 @@ def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
     assert structure_names(None, str(folders / "t1"), cases) == {"structure 1": 1, "structure 2": 2}
     assert structure_names({"liver": 5}, str(folders / "t1"), cases) == {"liver": 5}
     assert structure_names(None, str(dataset / "datalist.json"), []) == {"first": 1, "second": 2}
-    assert read_labels('{"liver": 1}') == {"liver": 1}
+    assert read_mapping("labels", '{"liver": 1}') == {"liver": 1}
 
 
 def figures(estimates, dice=0.8, within=True):
@@ -185,7 +189,7 @@ def test_slices_stand_upright_with_the_right_side_on_the_left():
 
 
 def test_overlays_are_clear_where_nothing_is():
-    image = overlay(np.array([[0, 1, 9]]))
+    image = overlay(np.array([[0, 1, 25]]), 30)
     assert image.convert("RGBA").getpixel((0, 0))[3] == 0
     assert image.convert("RGBA").getpixel((1, 0)) == image.convert("RGBA").getpixel((2, 0))
 
@@ -223,8 +227,8 @@ def test_the_report_in_a_browser(finished, tmp_path):
     """The page's own script sorts, chooses scans and moves slices, with its content policy in force."""
     output, _ = finished
     probe = """<script>{
-    const first = () => document.querySelector("table.sortable tbody tr").cells[0].textContent;
-    const head = document.querySelector("table.sortable th button"), seen = [];
+    const first = () => document.querySelector("tbody tr").cells[0].textContent;
+    const head = document.querySelector("th button"), seen = [];
     head.click(); seen.push(first()); head.click(); seen.push(first());
     const chooser = document.getElementById("scan");
     chooser.value = chooser.options[1].value; chooser.dispatchEvent(new Event("change"));
