@@ -143,7 +143,7 @@ def test_spacing_masking_contrast_and_copies(scans):
         ("GA30_operated.nii.gz", "voxels of 3.2 x 1.6 x 1.6 mm"),
         ("GA31_operated.nii.gz", "is not skull-stripped"),
         ("GA32_operated.nii.gz", "intensities are"),
-        ("GA34_operated.nii.gz", "same voxels"),
+        ("copy.nii.gz", "same voxels"),
     ):
         assert any(name == file and part in what for name, what in found), (file, part, found)
     assert report.exit_code == 0

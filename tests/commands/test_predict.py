@@ -275,15 +275,19 @@ def test_a_bids_dataset_becomes_a_bids_derivative(bids, tmp_path):
     assert labels == {int(row[0]) for row in rows[1:]}
 
 
-def test_the_largest_component_of_one_structure(folder, results, tmp_path):
+def test_the_largest_component_of_one_structure(folder, tmp_path):
     measure = pytest.importorskip("skimage.measure")
-    plain = label_map(results[1] / "turned_seg.nii.gz")
+    scan, one = tmp_path / "two heads.nii.gz", nib.load(folder / "a straight ü.nii.gz")
+    voxels = np.asarray(one.dataobj)
+    both = np.concatenate([voxels, np.zeros_like(voxels[:20]), voxels[:, :, ::-1]])
+    nib.save(nib.Nifti1Image(both, one.affine), scan)
+    predict(scan, tmp_path / "plain", bundle=BUNDLE, no_preview=True, quiet=True)
+    plain = label_map(tmp_path / "plain" / "two heads_seg.nii.gz")
     value = max(range(1, 9), key=lambda one: measure.label(plain == one).max())
     parts = measure.label(plain == value)
     assert parts.max() > 1  # else the test shows nothing
-    scan, name = folder / "turned.nii.gz", NAMES[value - 1]
-    predict(scan, tmp_path, bundle=BUNDLE, keep_largest=name, no_preview=True, quiet=True)
-    kept = label_map(tmp_path / "turned_seg.nii.gz")
+    predict(scan, tmp_path / "kept", bundle=BUNDLE, keep_largest=NAMES[value - 1], no_preview=True, quiet=True)
+    kept = label_map(tmp_path / "kept" / "two heads_seg.nii.gz")
     largest = parts == np.argmax(np.bincount(parts.ravel())[1:]) + 1
     np.testing.assert_array_equal(kept == value, largest)
     np.testing.assert_array_equal(kept[plain != value], plain[plain != value])
