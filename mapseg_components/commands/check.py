@@ -71,7 +71,7 @@ class CheckReport:
         """One sentence."""
         counts = self.counts
         numbers = ", ".join(f"{counts[one]} {one}{'s' * (counts[one] != 1)}" for one in SEVERITIES)
-        end = "A run would refuse these data." if counts["error"] else "A run would accept these data."
+        end = "A run would refuse these data." if counts["error"] else "No blocking finding."
         return f"{len(self.files)} files read; {numbers}. {end}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
