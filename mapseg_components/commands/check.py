@@ -71,7 +71,7 @@ class CheckReport:
         """One sentence."""
         counts = self.counts
         numbers = ", ".join(f"{counts[one]} {one}{'s' * (counts[one] != 1)}" for one in SEVERITIES)
-        end = "A run would refuse these data." if counts["error"] else "A run would accept these data."
+        end = "A run would refuse these data." if counts["error"] else "No blocking finding."
         return f"{len(self.files)} files read; {numbers}. {end}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -94,8 +94,8 @@ class CheckReport:
             f"Check of {Path(self.input).name}",
             f"<p>{self.verdict()}</p>\n<h2>Findings</h2>\n{sortable_table(head, self.rows(), SEVERITIES)}\n"
             f"<h2>Files</h2>\n{sortable_table([n.replace('_mm', ' (mm)') for n in names], files, SEVERITIES)}\n"
-            "<p>Errors stop a run. Warnings and notes are guesses from the set as a whole: an unusual scan may be right, "
-            "and a usual one wrong.</p>",
+            "<p>Errors stop a run. Warnings and notes are guesses from the set as a whole: an unusual scan may be "
+            "right, and a usual one wrong.</p>",
         )
 
 
@@ -125,8 +125,8 @@ def check(
     Args:
         input: a scan, a folder of scans, a BIDS dataset, a datalist (JSON), or a folder with source/ and target/.
         datalist: take a folder as one with source/ and target/, even if source/ is missing.
-        labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default what the
-            datalist says.
+        labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default
+            what the datalist says.
         dropped_labels: values of label maps that are known and not used, with commas between them.
         modality: of a BIDS dataset with several, e.g. T2w.
         negative_values: clip, shift or keep, as the run will have it; by default negative values are a warning.
@@ -215,7 +215,8 @@ def of_datalist(
             except MAPSegError:  # found above
                 pass
     if not named and maps:
-        text = f"no structures are named: all values of the label maps are taken as known ({', '.join(sorted(known)) or 'none'})"
+        values = ", ".join(sorted(known)) or "none"
+        text = f"no structures are named: all values of the label maps are taken as known ({values})"
         audit.findings.append(Finding("note", str(source), text, "name them in labels of the datalist, or by labels"))
     return {**files, **{path: (side, True) for path, side in maps.items()}}
 

@@ -133,7 +133,8 @@ class Predictions:
             for one in self.predictions
         ]
         done = len(self.predictions) - len(self.failed)
-        end = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s; tables and manifest in {self.output}"
+        count = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s"
+        end = f"{count}; tables and manifest in {self.output}"
         return f"{text_table(head, rows, wrap_last=True)}\n\n{end}"
 
 
@@ -238,7 +239,8 @@ def predict(
         wanted = [p.label_map for p in places.values()]
         wanted += [p.probabilities for p in places.values()] if probabilities else []
         wanted += [p.preview for p in places.values()] if drawn else []
-        refuse_existing([*wanted, *(folder / name for name in (TABLE, MANIFEST))], folder, overwrite)
+        tables = [TABLE, MANIFEST, *LOOKUPS, *([DESCRIPTION, "dseg.tsv"] if derivative else [])]
+        refuse_existing([*wanted, *(folder / name for name in tables)], folder, overwrite)
         if not derivative:
             check_results(cases, folder, postfix, (), overwrite)
         require_writable(folder)
@@ -248,10 +250,11 @@ def predict(
             with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
                 run = Run(parser, names, places, Path(staging), drawn, quiet)
                 run.settings(folder, members)
+                run.prepare(cases)
                 try:
-                    run.all(cases)
+                    run.all()
+                finally:  # also of a run that was interrupted
                     write_tables(run, names, source if derivative else None, folder)
-                finally:
                     run.finish(folder, members, [predict.__name__, str(source), str(folder)], began, started)
         finally:
             unlock_folders([folder])
@@ -312,8 +315,10 @@ def extend(
     Raises:
         ConfigError: the label maps would be wrong by a mirror image, or the config saves no label map.
     """
-    handlers = parser.config.get("handlers", [])
-    parser["handlers"] = [one for one in handlers if not str(one.get("_target_", "")).endswith(OWN_HANDLERS)]
+    handlers, postprocessing = parser.config.get("handlers", []), parser.config["postprocessing"]
+    if not isinstance(handlers, list) or not isinstance(postprocessing, dict) or "transforms" not in postprocessing:
+        raise ConfigError("the bundle's handlers are no list, or its postprocessing has no list of transforms")
+    parser["handlers"] = [one for one in handlers if not target_of(one).endswith(OWN_HANDLERS)]
     sided = [name for name in names if SIDED.search(name)]
     if flip_tta and sided:
         raise ConfigError(
@@ -326,8 +331,8 @@ def extend(
             "weights": list(members[1:]),
             "flip_axes": [0] if flip_tta else [],
         }
-    steps = list(parser.config["postprocessing"]["transforms"])
-    saving = next((i for i, one in enumerate(steps) if str(one.get("_target_", "")).endswith("SaveLabelMapd")), None)
+    steps = list(postprocessing["transforms"])
+    saving = next((i for i, one in enumerate(steps) if target_of(one).endswith("SaveLabelMapd")), None)
     if saving is None:
         raise ConfigError("the bundle's postprocessing has no SaveLabelMapd: predict cannot tell what it writes")
     before = [{"_target_": "mapseg_components.transforms.Confidenced", "keys": [PRED]}]
@@ -340,6 +345,11 @@ def extend(
     if kept:
         after.append({"_target_": "KeepLargestConnectedComponentd", "keys": [PRED], "applied_labels": list(kept)})
     parser["postprocessing#transforms"] = [*before, *steps[:saving], *after, *steps[saving:]]
+
+
+def target_of(component: Any) -> str:
+    """Class that a part of a config names; empty for an expression."""
+    return str(component.get("_target_", "")) if isinstance(component, dict) else ""
 
 
 def kept_structures(keep_largest: str | None, names: Sequence[str]) -> list[int]:
@@ -399,6 +409,7 @@ class Run:
         self.staging, self.drawn, self.quiet = staging, drawn, quiet
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
+        self._todo: list[tuple[Prediction, Mapping[str, Any]]] = []
         self._output: dict[str, Any] = {}
 
     def settings(self, folder: Path, members: Sequence[str]) -> None:
@@ -407,8 +418,8 @@ class Run:
         self.parser["audit_file"] = str(folder / "audit.json")
         self.parser["weights"] = str(members[0])
 
-    def all(self, cases: Sequence[Mapping[str, Any]]) -> None:
-        """Check all scans, load the weights, segment what is usable."""
+    def prepare(self, cases: Sequence[Mapping[str, Any]]) -> None:
+        """Load the weights, check all scans. Raises `CheckpointError`."""
         self.predictions = [Prediction(case[CASE_ID], case[IMAGE]) for case in cases]
         scans = self.parser.get_parsed_content("scans")
         scans.progress = lambda items: progress(items, "reading", self.quiet)
@@ -422,11 +433,15 @@ class Run:
         for one in self.predictions:
             if one.case not in usable:
                 self.refused(one, scans.findings)
-        evaluator = self.parser.get_parsed_content("evaluator") if usable else None
-        if evaluator is not None:
-            evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
-        todo = [(one, case) for one, case in zip(self.predictions, cases) if one.case in usable]
-        for one, case in progress(todo, "segmenting", self.quiet):
+        self._todo = [(one, case) for one, case in zip(self.predictions, cases) if one.case in usable]
+
+    def all(self) -> None:
+        """Segment what is usable."""
+        if not self._todo:
+            return
+        evaluator = self.parser.get_parsed_content("evaluator")
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
+        for one, case in progress(self._todo, "segmenting", self.quiet):
             self.one(one, case, evaluator)
 
     def refused(self, one: Prediction, findings: Sequence[Any]) -> None:
@@ -487,7 +502,7 @@ class Run:
     def finish(
         self, folder: Path, members: Sequence[str], command: Sequence[str], began: datetime, started: float
     ) -> None:
-        """Write ``manifest.json``, also of a run that was interrupted."""
+        """Write ``manifest.json``."""
         recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
         text = json.dumps(recipe, sort_keys=True, default=repr)
         program = Path(sys.argv[0]).name

@@ -178,7 +178,8 @@ def domains(source: Sequence[str], target: Sequence[str], portraits: Portraits) 
     middle = [np.median([portraits[file].quantiles for file in files], axis=0) for files in (source, target)]
     far = histogram_distance(*middle)
     within = np.mean([histogram_distance(portraits[file].quantiles, middle[0]) for file in source])
-    text = f"intensities are {far:.3f} away from the source's (Wasserstein distance, 0 to 1; within the source {within:.3f})"
+    scale = f"Wasserstein distance, 0 to 1; within the source {within:.3f}"
+    text = f"intensities are {far:.3f} away from the source's ({scale})"
     yield note("target", text)
     spacing = [np.median([portraits[file].spacing_mm for file in files], axis=0) for files in (source, target)]
     if max(np.maximum(spacing[0] / spacing[1], spacing[1] / spacing[0])) > DOMAIN_SPACING_RATIO:
@@ -191,7 +192,7 @@ def domains(source: Sequence[str], target: Sequence[str], portraits: Portraits) 
 
 
 def orientations(files: Sequence[str], reference: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
-    """Orientation by content: does a scan fit the mean of the reference better in another orientation than its header's?"""
+    """Orientation by content: does a scan fit the reference's mean better in another orientation than its header's?"""
     if len(reference) < FEWEST_SCANS:
         return
     edges = {file: edges_of(portraits[file].view) for file in {*files, *reference}}
@@ -212,8 +213,9 @@ def orientations(files: Sequence[str], reference: Sequence[str], portraits: Port
             yield warning(file, text, "look at it in a viewer; repair the header if that is wrong")
         elif usual is not None and preference(own, mean) < -MIRROR_SHARE * usual:
             text = (
-                f"it fits the other scans slightly better mirrored left to right (correlation {fits[MIRRORED]:.3f}, as it is "
-                f"{fits[UPRIGHT]:.3f}): left and right may be swapped, or the anatomy may be unusual; a scan alone cannot tell"
+                "it fits the other scans slightly better mirrored left to right (correlation "
+                f"{fits[MIRRORED]:.3f}, as it is {fits[UPRIGHT]:.3f}): left and right may be swapped, or the anatomy "
+                "may be unusual; a scan alone cannot tell"
             )
             yield warning(file, text, "compare with the original data (DICOM)")
 

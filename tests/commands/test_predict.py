@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""`mapseg predict` on the shipped sample with the shipped weights: geometry, files, and what is wrong with some of them."""
+"""`mapseg predict` on the shipped sample with the shipped weights: geometry, files, bad scans among good ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from monai.inferers import SimpleInferer
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
-from mapseg_components.errors import ConfigError
+from mapseg_components.commands.predict import Run
+from mapseg_components.errors import ConfigError, ResourceError
 from mapseg_components.inferers import AveragingInferer
 from mapseg_components.transforms import Probabilitiesd
 from mapseg_components.transforms.probabilities import largest_probability
@@ -196,7 +197,36 @@ def test_bad_input_ends_with_its_exit_code_and_no_label_map(words, code, part, f
     assert main(["predict", *words]) == code
     printed = capsys.readouterr().err
     assert part in printed and "Traceback" not in printed
-    assert not list(tmp_path.rglob("*_seg.nii.gz"))
+    assert not list(tmp_path.rglob("*.nii.gz")) and not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_run_that_is_interrupted_keeps_what_is_finished(folder, tmp_path, monkeypatch, capsys):
+    of_one = Run.one
+    monkeypatch.setattr(Run, "one", lambda run, one, case, evaluator: of_one(run, one, case, evaluator)
+                        if "straight" in one.case else (_ for _ in ()).throw(KeyboardInterrupt))  # fmt: skip
+    assert main(["predict", str(folder), str(tmp_path), "--bundle", str(BUNDLE), "--no_preview"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    status = {one["case"]: one["status"] for one in json.loads((tmp_path / "manifest.json").read_text())["scans"]}
+    assert status == {"a straight ü": "done", "cut": "failed", "oblique": "not done", "turned": "not done"}
+    assert len((tmp_path / "volumes.csv").read_text(encoding="utf-8").splitlines()) == 1 + 8
+
+
+def test_an_error_in_one_scan_while_segmenting_is_its_own(folder, tmp_path, monkeypatch, capsys):
+    keep = Run.keep
+
+    def full(run, one, place):
+        if one.case == "oblique":
+            raise ResourceError("disk full")
+        keep(run, one, place)
+
+    monkeypatch.setattr(Run, "keep", full)
+    (tmp_path / "in").mkdir()
+    for name in ("oblique", "turned"):
+        shutil.copyfile(folder / f"{name}.nii.gz", tmp_path / "in" / f"{name}.nii.gz")
+    words = ["predict", str(tmp_path / "in"), str(tmp_path / "out"), "--bundle", str(BUNDLE), "--no_preview"]
+    assert main(words) == 6
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["turned_seg.nii.gz"]
+    assert "disk full" in capsys.readouterr().out
 
 
 def test_only_bad_scans_end_with_3_and_a_manifest(tmp_path, capsys):
@@ -223,6 +253,9 @@ def test_a_bids_dataset_becomes_a_bids_derivative(bids, tmp_path):
     output = tmp_path / "derivatives"
     with pytest.raises(ConfigError, match="T1w, T2w: choose one by modality"):
         predict(bids, output, bundle=BUNDLE)
+    shutil.copytree(bids, tmp_path / "other")  # a dataset of somebody, whose description must stay
+    with pytest.raises(ConfigError, match="dataset_description"):
+        predict(bids, tmp_path / "other", bundle=BUNDLE, modality="T2w")
     done = predict(bids, output, bundle=BUNDLE, modality="T2w", probabilities=True, no_preview=True, quiet=True)
     assert done.exit_code == 0
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
@@ -242,15 +275,19 @@ def test_a_bids_dataset_becomes_a_bids_derivative(bids, tmp_path):
     assert labels == {int(row[0]) for row in rows[1:]}
 
 
-def test_the_largest_component_of_one_structure(folder, results, tmp_path):
+def test_the_largest_component_of_one_structure(folder, tmp_path):
     measure = pytest.importorskip("skimage.measure")
-    plain = label_map(results[1] / "turned_seg.nii.gz")
+    scan, one = tmp_path / "two heads.nii.gz", nib.load(folder / "a straight ü.nii.gz")
+    voxels = np.asarray(one.dataobj)
+    both = np.concatenate([voxels, np.zeros_like(voxels[:20]), voxels[:, :, ::-1]])
+    nib.save(nib.Nifti1Image(both, one.affine), scan)
+    predict(scan, tmp_path / "plain", bundle=BUNDLE, no_preview=True, quiet=True)
+    plain = label_map(tmp_path / "plain" / "two heads_seg.nii.gz")
     value = max(range(1, 9), key=lambda one: measure.label(plain == one).max())
     parts = measure.label(plain == value)
     assert parts.max() > 1  # else the test shows nothing
-    scan, name = folder / "turned.nii.gz", NAMES[value - 1]
-    predict(scan, tmp_path, bundle=BUNDLE, keep_largest=name, no_preview=True, quiet=True)
-    kept = label_map(tmp_path / "turned_seg.nii.gz")
+    predict(scan, tmp_path / "kept", bundle=BUNDLE, keep_largest=NAMES[value - 1], no_preview=True, quiet=True)
+    kept = label_map(tmp_path / "kept" / "two heads_seg.nii.gz")
     largest = parts == np.argmax(np.bincount(parts.ravel())[1:]) + 1
     np.testing.assert_array_equal(kept == value, largest)
     np.testing.assert_array_equal(kept[plain != value], plain[plain != value])
