@@ -10,6 +10,10 @@ PRED = "pred"
 DOMAIN = "domain"
 CASE_ID = "case_id"
 
+# What inference may add to a case: the largest probability of each voxel, and the probabilities of all classes.
+CONFIDENCE = "confidence"
+PROBABILITIES = "probabilities"
+
 # One sample of a global-local pair, see `mapseg_components.transforms.RandGlobalLocalCropd`.
 LOCAL_IMAGE = "local_image"
 LOCAL_LABEL = "local_label"

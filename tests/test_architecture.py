@@ -12,10 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory"},
-    {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
+    {"boxes", "masking", "files", "memory", "colours", "quality"},
+    {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"inferers", "engines", "handlers", "handover"},
-    {"federated"},
+    {"federated", "commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

@@ -21,6 +21,7 @@ import matplotlib
 import nibabel as nib
 import numpy as np
 
+from mapseg_components.colours import structure_colours
 from mapseg_components.data import load_datalist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,8 +31,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SAMPLE = ROOT / "sample" / "fetal_age"
-# Okabe and Ito's colours, told apart with any colour vision; background is transparent
-COLOURS = ["#00000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"]
+COLOURS = ["#00000000", *structure_colours(8)]  # background is transparent
 
 
 def table(results: dict[str, dict]) -> str:

@@ -13,13 +13,15 @@ from mapseg_components.data.audit import (
     check_target_data,
     check_training_data,
 )
+from mapseg_components.data.bids import bids_scans, dataset_description, is_bids, result_stem
 from mapseg_components.data.cache import MappedCacheDataset
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
+from mapseg_components.data.lookup import dseg_tsv, freesurfer_table, itksnap_labels
 from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
-from mapseg_components.data.results import check_results, result_path
+from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "ScanAudit",
     "SeededDataset",
     "SourceTargetLoader",
+    "bids_scans",
     "check_datalist",
     "check_labelled_scans",
     "check_pretraining_data",
@@ -44,13 +47,20 @@ __all__ = [
     "check_target_data",
     "check_training_data",
     "class_weights",
+    "dataset_description",
+    "dseg_tsv",
+    "freesurfer_table",
+    "is_bids",
+    "itksnap_labels",
     "load_datalist",
     "load_images",
     "load_scans",
     "median_spacing",
     "read_nifti",
+    "refuse_existing",
     "result_path",
     "structure_sizes",
+    "result_stem",
     "structure_volumes",
     "write_volumes_csv",
 ]

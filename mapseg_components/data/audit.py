@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +452,7 @@ class ScanAudit:
         self.cases = list(cases)
         self.negative_values = negative_values
         self.audit = Audit(record, audit, assume_orientation, non_finite)
+        self.progress: Callable[[Iterable[Any]], Iterable[Any]] = iter  # a progress bar may be put around the reading
         self._usable: list[Mapping[str, Any]] | None = None
 
     @property
@@ -477,7 +478,7 @@ class ScanAudit:
         """
         if self._usable is None:
             usable = []
-            for case in self.cases:
+            for case in self.progress(self.cases):
                 before = len(self.findings)
                 self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
                 errors = [f for f in self.findings[before:] if f.severity == "error"]

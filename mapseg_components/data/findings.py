@@ -21,7 +21,7 @@ class Finding:
     """One line of a report.
 
     Args:
-        severity: ``"error"`` or ``"warning"``.
+        severity: ``"error"``, ``"warning"``, or ``"note"`` for what is no fault.
         file: what it is about, a file in most cases.
         what: found and expected.
         remedy: what to do; empty if ``what`` says it.

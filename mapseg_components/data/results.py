@@ -14,7 +14,7 @@ from monai.data.utils import create_file_basename
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import IMAGE
 
-__all__ = ["check_results", "result_path"]
+__all__ = ["check_results", "refuse_existing", "result_path"]
 
 LONGEST_NAME = 255  # bytes, on all common file systems
 
@@ -57,7 +57,12 @@ def check_results(
     replaced = [path for path in scans if os.path.realpath(path) in inputs]
     if replaced:
         raise ConfigError(f"{replaced[0]} is a scan of this run: choose another output_dir or output_postfix")
-    found = [path for path in [*scans, *(Path(output_dir) / name for name in files)] if os.path.lexists(path)]
+    refuse_existing([*scans, *(Path(output_dir) / name for name in files)], output_dir, overwrite)
+
+
+def refuse_existing(paths: Sequence[Path], output_dir: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise `ConfigError` if one of the files exists, unless ``overwrite``."""
+    found = [path for path in paths if os.path.lexists(path)]
     if found and not overwrite:
         named = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
         raise ConfigError(

@@ -61,22 +61,26 @@ def structure_sizes(
     return sizes
 
 
-def structure_volumes(label_map: np.ndarray, affine: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+def structure_volumes(
+    label_map: np.ndarray, affine: np.ndarray, names: Sequence[str], confidence: np.ndarray | None = None
+) -> list[dict[str, Any]]:
     """Voxels and mm3 of each structure, and whether it touches the edge of the field of view (and may go on there).
 
     Args:
         label_map: integers (X, Y, Z), 0 background, then the structures in order.
         affine: (4, 4), voxel to mm.
         names: structures, background left out.
+        confidence: (X, Y, Z), the largest probability of each voxel.
 
     Returns:
-        one row per structure: ``structure``, ``voxels``, ``volume_mm3``, ``touches_edge``.
+        one row per structure: ``structure``, ``voxels``, ``volume_mm3``, ``touches_edge``; with ``confidence`` its mean
+        over the structure as well, ``None`` where that has no voxel.
     """
     voxel_mm3 = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))
     label_map = np.asarray(label_map).astype(np.int64)
     counts = np.bincount(label_map.ravel(), minlength=len(names) + 1)
     at_edge = {int(v) for axis in range(3) for end in (0, -1) for v in np.unique(np.take(label_map, end, axis))}
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "structure": name,
             "voxels": int(counts[index]),
@@ -85,6 +89,11 @@ def structure_volumes(label_map: np.ndarray, affine: np.ndarray, names: Sequence
         }
         for index, name in enumerate(names, start=1)
     ]
+    if confidence is not None:
+        sums = np.bincount(label_map.ravel(), weights=confidence.ravel(), minlength=len(names) + 1)
+        for index, row in enumerate(rows, start=1):
+            row["confidence"] = round(float(sums[index] / counts[index]), 4) if counts[index] else None
+    return rows
 
 
 def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
@@ -94,7 +103,8 @@ def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         ResourceError: the disk is full, or the folder cannot be written.
     """
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, fieldnames=COLUMNS)
+    columns = [*COLUMNS, "confidence"] if any("confidence" in row for row in rows) else COLUMNS
+    writer = csv.DictWriter(table, fieldnames=columns)
     writer.writeheader()
     writer.writerows(rows)
     write_text(table.getvalue(), path)

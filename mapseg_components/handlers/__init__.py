@@ -3,6 +3,7 @@
 """Ignite handlers of MAPSeg: teacher, selection by Score, checkpoints, weights, history, reports, progress."""
 
 from mapseg_components.handlers.checkpointing import TrainingCheckpoint, WeightsLoader
+from mapseg_components.handlers.diagnostics import TargetDiagnostics
 from mapseg_components.handlers.ema_teacher import EMATeacher
 from mapseg_components.handlers.history import DiceReport, EpochHistory, VolumesTable
 from mapseg_components.handlers.progress import LossProgressBar
@@ -14,6 +15,7 @@ __all__ = [
     "EpochHistory",
     "LossProgressBar",
     "ScoreCheckpoint",
+    "TargetDiagnostics",
     "TeacherValidation",
     "TrainingCheckpoint",
     "VolumesTable",

@@ -19,6 +19,7 @@ from mapseg_components.transforms.intensity import (
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
 from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
 from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
+from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "AssumeOrientationd",
     "AxisExtremesd",
     "ClassVoxelsd",
+    "Confidenced",
     "NegativeValues",
     "NegativeValuesd",
     "PercentileClip",
     "PercentileClipd",
     "PercentileTabled",
+    "Probabilitiesd",
     "RandBlockMask",
     "RandBlockMaskd",
     "RandGlobalLocalBiasFieldd",
@@ -46,4 +49,5 @@ __all__ = [
     "SaveVolumed",
     "SelectLabels",
     "SelectLabelsd",
+    "save_probabilities",
 ]

@@ -1,0 +1,505 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From labelled source scans and unlabelled target scans to a bundle with an adapted model and a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import random
+import shutil
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from tqdm import tqdm
+
+from mapseg_components.commands.assess import assess
+from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
+from mapseg_components.commands.report import VERDICTS, report
+from mapseg_components.commands.session import choose_device, working
+from mapseg_components.commands.stages import finished_epochs, run_stage, threads
+from mapseg_components.data import load_datalist, load_scans
+from mapseg_components.data.datalist import has_section, open_datalist
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+
+__all__ = ["adapt"]
+
+logger = logging.getLogger(__name__)
+
+OVERLAYS = ("source_only.yaml", "from_source.yaml", "any_contrast.yaml")
+MOST_LABELS = 255
+PACKAGES = ("mapseg-monai", "monai", "torch", "nibabel", "pytorch-ignite", "numpy")
+
+
+@dataclass
+class AdaptReport:
+    """Result of `adapt`.
+
+    Args:
+        folder: the new bundle. record: content of its ``run.json``: arguments, plan, seconds of each stage, the
+            assessment with its verdict, the report's path.
+    """
+
+    folder: str
+    record: dict[str, Any]
+    exit_code = 0
+
+    def __str__(self) -> str:
+        verdict = self.record["assessment"]["verdict"]
+        lines = [VERDICTS[verdict["verdict"]], *verdict["why"], "", f"Report  {self.record['report']}"]
+        return "\n".join([*lines, f"Bundle  {self.folder}", f"Label maps  {self.folder}/predictions/{verdict['ship']}"])
+
+
+def adapt(
+    *,
+    source: str,
+    target: str,
+    output: str,
+    labels: str | Mapping[str, int] | None = None,
+    preset: str = "auto",
+    pretraining: bool = True,
+    random_contrasts: bool = True,
+    validation_share: float = 0.2,
+    symmetric: bool = False,
+    settings: str | Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    num_threads: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> AdaptReport:
+    """Adapt a model to unlabelled scans: pretraining, source-only, adaptation, a choice, label maps and a report.
+
+    The output folder becomes a bundle of its own: ``python -m monai.bundle run --config_file configs/inference.json``
+    works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read.
+
+    Args:
+        source: labelled scans: a datalist (JSON), a folder in the convention of docs/data.md, or a folder with
+            ``images`` and ``labels``. Without a section of validation, some cases are held out (`validation_share`).
+        target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
+        output: folder to write, new or of an earlier call with the same arguments.
+        labels: structures and their values, as a mapping, JSON text or a JSON file. By default the datalist's; without,
+            the values found in the source's label maps.
+        preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
+        pretraining: masked autoencoding on all images first.
+        random_contrasts: show the source in random contrasts (``any_contrast.yaml``); turn it off if source and target
+            have the same contrast.
+        validation_share: of the source's cases, one at least, where it names none.
+        symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
+            sure a model is.
+        settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
+            those it has.
+        seed: of everything random.
+        device: auto, cpu, cuda or cuda:1.
+        num_threads: of PyTorch on the CPU.
+        quiet: say errors only. verbose: say everything.
+
+    Returns:
+        an `AdaptReport`.
+
+    Raises:
+        ConfigError: an argument is wrong, or the folder holds another run.
+        DataError: scans or labels cannot be used.
+        ResourceError: memory, disk or permissions.
+    """
+    for name, path in (("source", source), ("target", target)):
+        if not Path(path).exists():
+            raise ConfigError(f"{name} {Path(path).absolute()} does not exist: correct the path")
+    if not 0 < validation_share < 1:
+        raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
+    choose_device(device)
+    request = {
+        "source": str(Path(source).absolute()),
+        "target": str(Path(target).absolute()),
+        "labels": read_mapping("labels", labels),
+        "preset": preset,
+        "pretraining": pretraining,
+        "random_contrasts": random_contrasts,
+        "validation_share": validation_share,
+        "symmetric": symmetric,
+        "settings": read_mapping("settings", settings),
+        "seed": seed,
+        "device": device,
+        "num_threads": num_threads,
+    }
+    folder = Path(output).absolute()
+    require_writable(folder)
+    lock_folder(folder)
+    try:
+        with working(num_threads, quiet, verbose):
+            logger.setLevel(logging.ERROR if quiet else logging.INFO)
+            return AdaptReport(str(folder), Adaptation(folder, request, quiet).run())
+    finally:
+        unlock_folders([folder])
+
+
+class Adaptation:
+    """The stages of one call of `adapt`.
+
+    Args:
+        folder: absolute, locked by this process. request: the arguments. quiet: no progress bars.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:
+        self.folder = folder
+        self.request = request
+        self.quiet = quiet
+        self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
+        self.bundles = bundles_folder()
+
+    def run(self) -> dict[str, Any]:
+        """Every stage that is not done yet."""
+        threads(self.request["num_threads"])
+        self._resume()
+        if "plan" not in self.record:
+            self._plan()
+            self._write_bundle()
+            self._save()
+        logger.info(describe(self.record["plan"]))
+        stages, models = self.folder / "stages", self.folder / "models"
+        encoder: dict[str, Any] = {}
+        if self.request["pretraining"]:
+            bundle = self.bundles / "mapseg_pretraining"
+            pretraining = ["configs/train.json", self.folder / "configs" / "pretraining.json"]
+            self._train("pretraining", bundle, pretraining, {})
+            encoder = {"encoder_weights": stages / "pretraining" / "model.pt"}
+        more = ["configs/any_contrast.yaml"] if self.request["random_contrasts"] else []
+        last = ["configs/settings.json"]
+        configs = ["configs/train.json", *more]
+        self._train("source", self.folder, [*configs, "configs/source_only.yaml", *last], encoder)
+        start = {"initial_weights": stages / "source" / "source_only.pt", "diagnostics_scans": 2}
+        self._train("adaptation", self.folder, [*configs, "configs/from_source.yaml", *last], start)
+        weights = {
+            "source_only": stages / "source" / "source_only.pt",
+            "adapted": stages / "adaptation" / "model.pt",
+        }
+        if not weights["adapted"].is_file():
+            raise ConfigError(f"{stages / 'adaptation'}: no epoch was validated: let max_epochs reach val_interval")
+        if "assessment" not in self.record:
+            logger.info("Comparing both models on the target, without labels ...")
+            self.record["assessment"] = assess(
+                str(self.folder),
+                {name: str(path) for name, path in weights.items()},
+                self.request["symmetric"],
+                self.quiet,
+            )
+            self._save()
+        chosen = self.record["assessment"]["verdict"]["ship"]
+        models.mkdir(exist_ok=True)
+        for name, path in (*weights.items(), ("model", weights[chosen])):
+            shutil.copyfile(path, models / f"{name}.pt")
+        for name in weights:
+            self._predict(name)
+        self.record["report"] = report(str(self.folder))
+        self._save()
+        return self.record
+
+    def _resume(self) -> None:
+        path = self.folder / "run.json"
+        if not path.is_file():
+            strangers = [p.name for p in self.folder.iterdir() if not p.name.startswith(".run.lock")]
+            if strangers:
+                raise ConfigError(
+                    f"{self.folder} holds {sorted(strangers)[:3]} and no run of this command: choose a new folder"
+                )
+            return
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(self.request))
+        changed = [
+            f"{name} was {saved['request'].get(name)!r}, now {now[name]!r}"
+            for name in now
+            if saved["request"].get(name) != now[name] and name not in ("device", "num_threads")
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds a run with other arguments ({'; '.join(changed)}): repeat them, "
+                "or choose a new folder"
+            )
+        self.record = {**saved, "request": self.request}
+
+    def _save(self) -> None:
+        write_json(self.record, self.folder / "run.json")
+
+    def _plan(self) -> None:
+        """Cases, structures, sizes."""
+        request = self.request
+        training, validation = source_cases(request["source"], request["validation_share"], request["seed"])
+        target = target_cases(request["target"])
+        structures = structure_names(request["labels"], request["source"], [*training, *validation])
+        grids = [grid_of(case["image"]) for case in [*training, *validation, *target]]
+        preset, reason = request["preset"], "asked for"
+        if preset == "auto":
+            preset, reason = choose_preset(gpu_gib(request["device"]), len(grids))
+        planned = plan_sizes([shape for shape, _ in grids], [spacing for _, spacing in grids], preset)
+        self.record["plan"] = {
+            "preset": preset,
+            "reason": reason,
+            "source_training": len(training),
+            "source_validation": len(validation),
+            "target": len(target),
+            "median_shape": np.median([shape for shape, _ in grids], axis=0).tolist(),
+            "median_spacing_mm": np.round(np.median([spacing for _, spacing in grids], axis=0), 3).tolist(),
+            "labels": structures,
+            "settings": planned,
+        }
+        content = {
+            "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
+            "source_training": training,
+            "source_validation": validation,
+            "target_training": target,
+        }
+        write_json(content, self.folder / "datalist.json")
+
+    def _write_bundle(self) -> None:
+        """Configs of this run: the adaptation bundle's, with the preset's and the planned settings put in."""
+        plan, origin = self.record["plan"], self.bundles / "mapseg_adaptation"
+        configs = self.folder / "configs"
+        configs.mkdir(exist_ok=True)
+        (self.folder / "docs").mkdir(exist_ok=True)
+        for name in (*OVERLAYS, "logging.conf", "evaluate.json", "multi_gpu_train.json"):
+            shutil.copyfile(origin / "configs" / name, configs / name)
+        shutil.copyfile(origin / "LICENSE", self.folder / "LICENSE")
+        for name in ("train.json", "inference.json"):
+            write_json(self._settled(origin, name, "$@bundle_root + '/datalist.json'"), configs / name)
+        pretraining = self.bundles / "mapseg_pretraining"
+        known = ConfigParser.load_config_file(pretraining / "configs" / "train.json")
+        settled = self._settled(pretraining, "train.json", str(self.folder / "datalist.json"))
+        write_json({key: settled[key] for key in known if settled[key] != known[key]}, configs / "pretraining.json")
+        own = ConfigParser.load_config_file(origin / "configs" / "train.json")
+        asked = {key: value for key, value in (self.request["settings"] or {}).items() if key in own}
+        write_json(asked, configs / "settings.json")
+        metadata = ConfigParser.load_config_file(origin / "configs" / "metadata.json")
+        write_json(described(metadata, plan), configs / "metadata.json")
+        readme = (
+            f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Structures: {', '.join(plan['labels'])}.\n\n"
+            "`models/model.pt` is what inference uses; `source_only.pt` and `adapted.pt` are both kept. Read\n"
+            "`report.html` before you trust it. Research only, not for clinical use.\n"
+        )
+        (self.folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
+
+    def _settled(self, bundle: Path, name: str, datalist: str) -> dict[str, Any]:
+        """A stand-alone config of a bundle with preset, plan, structures, device and the user's settings put in."""
+        plan, request = self.record["plan"], self.request
+        config = ConfigParser.load_config_file(bundle / "configs" / name)
+        known = set(ConfigParser.load_config_file(bundle / "configs" / "train.json")) | set(config)
+        unknown = set(request["settings"] or {}) - self._all_settings()
+        if unknown:
+            raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
+        wanted: dict[str, Any] = {}
+        for overlay in PRESETS[plan["preset"]]["overlays"]:
+            if (bundle / "configs" / overlay).is_file():
+                wanted |= ConfigParser.load_config_file(bundle / "configs" / overlay)
+        wanted |= settings_of(dict.fromkeys(known), plan["settings"])
+        wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
+        if name == "train.json":
+            wanted |= {"datalist": datalist}
+        else:
+            wanted |= {"dataset_dir": request["target"]}
+        if request["device"] != "auto":
+            wanted["device"] = f"$torch.device('{request['device']}')"
+        return {key: wanted.get(key, value) for key, value in config.items()}
+
+    def _all_settings(self) -> set[str]:
+        folders = (self.bundles / "mapseg_adaptation", self.bundles / "mapseg_pretraining")
+        return {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
+
+    def _train(self, name: str, bundle: Path, configs: Sequence[Any], settings: Mapping[str, Any]) -> None:
+        if name in self.record["done"]:
+            return
+        output = self.folder / "stages" / name
+        merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
+        with tqdm(total=merged["max_epochs"], desc=name, unit="epoch", disable=True if self.quiet else None) as bar:
+            bar.update(finished_epochs(output))
+
+            def on_epoch(done: int) -> None:
+                bar.update(done - bar.n)
+
+            seconds = run_stage(name, bundle, [str(config) for config in configs], output, settings, on_epoch)
+        self.record["seconds"][name] = round(self.record["seconds"].get(name, 0) + seconds, 1)
+        self.record["done"].append(name)
+        self._save()
+
+    def _predict(self, name: str) -> None:
+        stage = f"predictions of {name}"
+        if stage in self.record["done"]:
+            return
+        settings = {
+            "weights": self.folder / "models" / f"{name}.pt",
+            "_datalist": self.folder / "datalist.json",
+            "cases": "$mapseg_components.data.load_datalist(@_datalist, 'target_training')",
+            "overwrite": True,
+        }
+        output = self.folder / "predictions" / name
+        seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
+        self.record["seconds"][stage] = round(seconds, 1)
+        self.record["done"].append(stage)
+        self._save()
+
+
+def read_mapping(name: str, given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A mapping, or one from JSON text or a JSON file. Raises `ConfigError`."""
+    if not isinstance(given, str):
+        return None if given is None else json.loads(json.dumps(dict(given)))
+    try:
+        is_file = Path(given).is_file()
+        content = json.loads(Path(given).read_text(encoding="utf-8") if is_file else given)
+        if isinstance(content, dict):
+            return content
+        reason = f"it is a {type(content).__name__}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f'{name} {given!r} is no JSON object or file of one ({reason}): give a JSON such as {{"liver": 1}}'
+    )
+
+
+def bundles_folder() -> Path:
+    """Where the bundles are: beside the package in a clone, below the prefix after an installation."""
+    candidates = [
+        Path(__file__).parents[2] / "bundles",
+        Path(sysconfig.get_path("data")) / "share" / "mapseg" / "bundles",
+    ]
+    for candidate in candidates:
+        if (candidate / "mapseg_adaptation" / "configs" / "train.json").is_file():
+            return candidate
+    raise ConfigError(f"the bundles are in neither of {[str(c) for c in candidates]}: install the package again")
+
+
+def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Cases for training and validation. Raises `ConfigError`, `DataError`."""
+    path = Path(source)
+    if path.is_dir() and (path / "images").is_dir():
+        raise_if_missing(path / "labels")
+        cases = labelled_folder(path)
+    elif path.is_dir() and not (path / "source").is_dir():
+        raise ConfigError(f"{path} has neither images/ and labels/ nor source/: see docs/data.md for the folders")
+    else:
+        cases = load_datalist(path, "source_training")
+        if has_section(path, "source_validation"):
+            return cases, load_datalist(path, "source_validation")
+    if len(cases) < 2:
+        raise DataError(
+            f"{path} has {len(cases)} labelled case(s): two at least are needed, one of them for validation"
+        )
+    held_out = min(max(round(len(cases) * validation_share), 1), len(cases) - 1)
+    chosen = set(random.Random(seed).sample(range(len(cases)), held_out))
+    logger.info(f"Held out for validation: {sorted(cases[i]['case_id'] for i in chosen)}.")
+    return [c for i, c in enumerate(cases) if i not in chosen], [c for i, c in enumerate(cases) if i in chosen]
+
+
+def raise_if_missing(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} does not exist: put the label maps there, named as their images")
+
+
+def labelled_folder(path: Path) -> list[dict[str, Any]]:
+    """Cases of ``path/images`` and ``path/labels``."""
+    images = {case["case_id"]: case["image"] for case in load_scans(path / "images")}
+    maps = {case["case_id"]: case["image"] for case in load_scans(path / "labels")}
+    if set(images) != set(maps) or not images:
+        odd = sorted(set(images) ^ set(maps))[:5]
+        raise DataError(f"{path}: images and labels do not pair ({odd or 'there are none'}): give both the same names")
+    return [{"image": images[name], "label": maps[name], "case_id": name} for name in sorted(images)]
+
+
+def target_cases(target: str) -> list[dict[str, Any]]:
+    """Unlabelled cases. Raises `ConfigError`."""
+    path = Path(target)
+    if (path.is_file() and path.suffix == ".json") or (path / "target").is_dir():
+        return load_datalist(path, "target_training")
+    folder = path / "images" if (path / "images").is_dir() else path
+    cases = load_scans(folder)
+    if not cases:
+        raise ConfigError(f"{folder} has no NIfTI file (.nii, .nii.gz): name the folder of the target's scans")
+    return cases
+
+
+def structure_names(
+    labels: Mapping[str, int] | None, source: str, cases: Sequence[Mapping[str, Any]]
+) -> dict[str, int]:
+    """Structures to train for: as asked, as the datalist says, or as found in the label maps."""
+    if labels:
+        if not all(isinstance(value, int) and value > 0 for value in labels.values()):
+            raise ConfigError(f"labels {dict(labels)} must map names to whole numbers above 0")
+        return dict(labels)
+    content = open_datalist(source) if Path(source).is_file() else None
+    if content and isinstance(content.get("labels"), dict):
+        try:
+            return {str(name): int(value) for value, name in content["labels"].items() if int(value) != 0}
+        except (TypeError, ValueError):
+            raise ConfigError(f'{source}: \'labels\' must map values to names, such as {{"1": "liver"}}') from None
+    values: set[float] = set()
+    for case in cases:
+        values |= set(np.unique(np.asarray(nib.load(case["label"]).dataobj)).tolist())
+    values.discard(0.0)
+    if not values or len(values) > MOST_LABELS or any(value != int(value) for value in values):
+        raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
+    return {f"structure {int(value)}": int(value) for value in sorted(values)}
+
+
+def grid_of(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and mm per axis of a scan, from its header. Raises `DataError`."""
+    try:
+        scan = nib.load(path)
+        return canonical_grid(scan.shape[:3], scan.affine)
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): run mapseg check on it") from error
+
+
+def gpu_gib(device: str) -> float:
+    """Memory of the GPU that will be used; 0 without one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return 0.0
+    number = torch.device("cuda" if device == "auto" else device).index or 0
+    return torch.cuda.get_device_properties(number).total_memory / 2**30
+
+
+def describe(plan: Mapping[str, Any]) -> str:
+    """The plan in words, for the terminal."""
+    sizes = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
+    return (
+        f"Preset {plan['preset']} ({plan['reason']}). Source {plan['source_training']} + "
+        f"{plan['source_validation']} for validation, target {plan['target']}; median scan {plan['median_shape']} "
+        f"voxels of {plan['median_spacing_mm']} mm. "
+        f"Structures: {', '.join(plan['labels'])}. {sizes}."
+    )
+
+
+def described(metadata: dict[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of the new bundle."""
+    channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
+    sizes = [f"{step}*n" for step in plan["settings"]["stride"]]
+    metadata = {
+        **metadata,
+        "name": "Adapted segmentation model",
+        "description": f"Made by mapseg adapt (MAPSeg, CVPR 2024) for {', '.join(plan['labels'])}.",
+        "data_source": "scans of the person who made it",
+        "image_classes": "one channel scaled to [0, 1]",
+        "label_classes": f"one channel, 0 background, then {', '.join(plan['labels'])}",
+        "pred_classes": f"{len(channels)} channels: {', '.join(channels.values())}",
+    }
+    formats = metadata["network_data_format"]
+    formats["inputs"]["image"]["spatial_shape"] = formats["outputs"]["pred"]["spatial_shape"] = sizes
+    formats["outputs"]["pred"] |= {"num_channels": len(channels), "channel_def": channels}
+    return metadata
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide what comes out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

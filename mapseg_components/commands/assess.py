@@ -1,0 +1,267 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Compare models on scans without labels: how consistent each is, and what Dice that meant on labelled source scans."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Compose, Orientationd
+from tqdm import tqdm
+
+from mapseg_components.checkpoints import load_weights
+from mapseg_components.data import load_datalist
+from mapseg_components.quality import Calibration, consistency, label_agreement
+
+__all__ = ["assess", "verdict_of"]
+
+logger = logging.getLogger(__name__)
+
+CONFIDENT = 0.95
+LEAST_GAIN = 0.01
+FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
+# the labelled scans, made worse in ways whose truth is still known: they widen the range of the calibration
+DEGRADATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as it is": lambda image: image,
+    "dark": lambda image: image**2.5,
+    "bright": lambda image: image**0.4,
+    "flat": lambda image: (0.35 + 0.3 * image) * (image > 0),
+    "half inverted": lambda image: (1 - (2 * image - 0.7).abs()).clamp(0, 1) * (image > 0),
+}
+
+
+def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Figures of each model on the target's scans and on the source's validation scans, and what they say.
+
+    For each model a calibration from consistency to Dice is fitted to the labelled validation scans, as they are and in
+    four degraded versions. On each target scan, consistency gives an estimate of Dice. It cannot know errors that a
+    model makes alike however a scan is shown.
+
+    Args:
+        bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
+        weights: model name to file; "source_only" and "adapted" for a verdict.
+        symmetric: see `mapseg_components.commands.adapt.adapt`. quiet: no progress bar.
+
+    Returns:
+        ``models`` (per model: ``validation_dice``, ``calibration``, ``prior``, ``cases``), ``between`` (Dice between
+        the two models' label maps per case) and ``verdict``.
+    """
+    parser = ConfigParser()
+    parser.read_config(str(Path(bundle) / "configs" / "inference.json"))
+    parser["bundle_root"] = str(bundle)
+    names = list(parser["labels"])
+    network = parser.get_parsed_content("network")
+    device = parser.get_parsed_content("device")
+    preprocessing = parser.get_parsed_content("preprocessing")
+    inferer = parser.get_parsed_content("inferer")
+    amp = parser["amp"] == "bf16"
+    datalist = Path(bundle) / "datalist.json"
+    load_labels = LabelLoader(parser["labels"], preprocessing)
+    validation, target = (load_datalist(datalist, name) for name in ("source_validation", "target_training"))
+    classes = len(names) + 1
+
+    def probabilities(image: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+            logits = inferer(image[None].to(device), network)[0].as_subclass(torch.Tensor)
+        return logits.float().softmax(dim=0).cpu()
+
+    def segment(image: torch.Tensor) -> torch.Tensor:
+        return probabilities(image).argmax(dim=0)
+
+    flip = 0 if symmetric else None
+    models: dict[str, Any] = {}
+    label_maps: dict[str, list[torch.Tensor]] = {}
+    steps = len(weights) * (len(validation) * len(DEGRADATIONS) + len(target))
+    with tqdm(total=steps, desc="assessment", unit="scan", disable=True if quiet else None) as bar:
+        for model, file in weights.items():
+            load_weights(network, file)
+            network.eval()
+            seen, dice, plain = [], [], []
+            for case in validation:
+                image = preprocessing({"image": case["image"]})["image"].as_subclass(torch.Tensor)
+                truth, _ = load_labels(case["label"])
+                points: tuple[list[float], list[float]] = ([], [])
+                for name, degrade in DEGRADATIONS.items():
+                    shown = degrade(image)
+                    label_map = segment(shown)
+                    own = label_agreement(label_map, truth, classes).tolist()
+                    points[0].extend(consistency(shown, label_map, segment, classes, flip).tolist())
+                    points[1].extend(own)
+                    if name == "as it is":
+                        plain.append(own)
+                    bar.update()
+                seen.append(points[0])
+                dice.append(points[1])
+            calibration = Calibration.fit(seen, dice)
+            cases = []
+            label_maps[model] = []
+            for case in target:
+                image = preprocessing({"image": case["image"]})["image"]
+                found = probabilities(image.as_subclass(torch.Tensor))
+                confidence, label_map = found.max(dim=0)
+                stable = consistency(image.as_subclass(torch.Tensor), label_map, segment, classes, flip)
+                cases.append(
+                    {
+                        "case": case["case_id"],
+                        **case_figures(label_map, confidence, stable, calibration, voxel_ml(image), names),
+                    }
+                )
+                label_maps[model].append(label_map.to(torch.int16))
+                bar.update()
+            models[model] = {
+                "validation_dice": summary(plain, names),
+                "calibration": None if calibration is None else vars(calibration),
+                "cases": cases,
+            }
+    training = load_datalist(datalist, "source_training")
+    prior = [volumes_ml(*load_labels(case["label"]), names) for case in training]
+    result: dict[str, Any] = {
+        "models": models,
+        "prior_ml": {name: sorted(one[name] for one in prior) for name in names},
+    }
+    if {"source_only", "adapted"} <= set(models):
+        result["between"] = {
+            case["case_id"]: rounded(float(label_agreement(a.long(), b.long(), classes).nanmean()))
+            for case, a, b in zip(target, label_maps["source_only"], label_maps["adapted"])
+        }
+        result["verdict"] = verdict_of(models["source_only"], models["adapted"])
+    return result
+
+
+class LabelLoader:
+    """From a file to a label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
+
+    Args:
+        labels: structures and values. preprocessing: of the bundle; its reader and its orientation are used.
+    """
+
+    def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:
+        self.values = list(labels.values())
+        orientation = next(step for step in preprocessing.transforms if isinstance(step, Orientationd))
+        self.loading = Compose([*preprocessing.transforms[:2], orientation])  # LoadImaged, AssumeOrientationd
+
+    def __call__(self, path: str) -> tuple[torch.Tensor, float]:
+        loaded = self.loading({"image": path})["image"]
+        values = loaded.as_subclass(torch.Tensor)[0].round().long()
+        result = torch.zeros_like(values)
+        for index, value in enumerate(self.values, start=1):
+            result[values == value] = index
+        return result, voxel_ml(loaded)
+
+
+def voxel_ml(image: torch.Tensor) -> float:
+    """Volume of a voxel in ml; 0 without an affine."""
+    return abs(float(np.linalg.det(np.asarray(image.affine)[:3, :3]))) / 1000 if isinstance(image, MetaTensor) else 0.0
+
+
+def volumes_ml(label_map: torch.Tensor, ml: float, names: Sequence[str]) -> dict[str, float]:
+    """Volume of each structure."""
+    counts = torch.bincount(label_map.flatten().long(), minlength=len(names) + 1)[1:].tolist()
+    return {name: round(count * ml, 4) for name, count in zip(names, counts)}
+
+
+def case_figures(
+    label_map: torch.Tensor,
+    confidence: torch.Tensor,
+    stable: torch.Tensor,
+    calibration: Calibration | None,
+    ml: float,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """What is known of one scan's segmentation."""
+    structure = confidence[label_map > 0]
+    mean = float(stable.nanmean()) if not stable.isnan().all() else 0.0
+    estimates = [] if calibration is None else [calibration.dice(v) for v in stable.tolist() if np.isfinite(v)]
+    return {
+        "consistency": rounded(mean),
+        "consistency_by_structure": {name: rounded(value) for name, value in zip(names, stable.tolist())},
+        "estimated_dice": rounded(float(np.mean(estimates))) if estimates else None,
+        "within_calibration": calibration is not None and calibration.covers(mean),
+        "confidence": rounded(float(structure.mean())) if len(structure) else 0.0,
+        "confident_share": rounded(float((structure > CONFIDENT).float().mean())) if len(structure) else 0.0,
+        "volumes_ml": volumes_ml(label_map, ml, names),
+    }
+
+
+def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
+    """Mean Dice over cases, per structure and over structures."""
+    means = [rounded(float(np.nanmean(column))) if np.isfinite(column).any() else None for column in np.array(dice).T]
+    known = [value for value in means if value is not None]
+    return {"structures": dict(zip(names, means)), "mean": rounded(float(np.mean(known))) if known else None}
+
+
+def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model to use, and why, from the figures of both on the same target scans.
+
+    The estimates of Dice are compared scan by scan. Better or worse means: the mean difference is 0.01 at least, and
+    the bootstrap interval (95 %, over scans) does not hold 0. An adapted model that is not better is not shipped.
+
+    Returns:
+        ``verdict`` ("adapted", "no gain", "worse than source"), ``ship`` (the model's name), ``gain`` (mean difference
+        of the estimates), ``interval``, ``why`` (sentences).
+    """
+    pairs = [
+        (a["estimated_dice"], b["estimated_dice"])
+        for a, b in zip(source["cases"], adapted["cases"])
+        if a["estimated_dice"] is not None and b["estimated_dice"] is not None
+    ]
+    why = []
+    if not pairs:
+        why.append("No Dice could be estimated: the validation scans have too few structures.")
+        return {"verdict": "no gain", "ship": "source_only", "gain": None, "interval": None, "why": why}
+    differences = np.array([b - a for a, b in pairs])
+    low, high = bootstrap(differences)
+    gain = float(differences.mean())
+    why.append(
+        f"Estimated Dice on {len(pairs)} target scans: source-only {np.mean([a for a, _ in pairs]):.3f}, "
+        f"adapted {np.mean([b for _, b in pairs]):.3f}; difference {gain:+.3f} (95 % interval {low:+.3f}"
+        f" to {high:+.3f})."
+    )
+    before, after = source["validation_dice"]["mean"], adapted["validation_dice"]["mean"]
+    if before is not None and after is not None:
+        why.append(f"Dice on the labelled validation scans of the source: {before:.3f} before, {after:.3f} after.")
+    outside = sum(not case["within_calibration"] for case in adapted["cases"])
+    if outside:
+        why.append(
+            f"{outside} of {len(adapted['cases'])} target scans are less consistent than any labelled scan: guesses."
+        )
+    if gain >= LEAST_GAIN and low > 0:
+        verdict = "adapted"
+    elif gain <= -LEAST_GAIN and high < 0:
+        verdict = "worse than source"
+    else:
+        verdict = "no gain"
+    ship = "adapted" if verdict == "adapted" else "source_only"
+    best = float(np.mean([pair[ship == "adapted"] for pair in pairs]))
+    reference = after if ship == "adapted" else before
+    if reference is not None and best < reference - FAILS_BELOW:
+        why.append(
+            f"Even the better model is expected to do far worse on the target ({best:.2f}) than on the source "
+            f"({reference:.2f}): look at its label maps before any use."
+        )
+    return {
+        "verdict": verdict,
+        "ship": ship,
+        "gain": rounded(gain),
+        "interval": [rounded(low), rounded(high)],
+        "why": why,
+    }
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean by resampling, seeded."""
+    generator = np.random.default_rng(0)
+    means = values[generator.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def rounded(value: float) -> float | None:
+    """Four digits; ``None`` for NaN, which JSON does not have."""
+    return round(value, 4) if np.isfinite(value) else None

@@ -1,0 +1,289 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``mapseg check``: every scan read once to its last byte, and everything found, before any work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mapseg_components.commands.evaluate import read_labels
+from mapseg_components.commands.session import listed, working
+from mapseg_components.data import (
+    SECTIONS,
+    Audit,
+    Finding,
+    bids_scans,
+    is_bids,
+    load_datalist,
+    load_scans,
+    refuse_existing,
+)
+from mapseg_components.data.audit import names_of
+from mapseg_components.data.datalist import has_section, open_datalist
+from mapseg_components.data.plausibility import plausibility
+from mapseg_components.data.portraits import PortraitRecord
+from mapseg_components.errors import ConfigError, DataError, MAPSegError
+from mapseg_components.files import require_writable, write_json, write_text
+from mapseg_components.keys import IMAGE, LABEL
+from mapseg_components.reports import page, sortable_table, text_table
+
+__all__ = ["CheckReport", "check"]
+
+SEVERITIES = ("error", "warning", "note")
+JSON, HTML = "check.json", "check.html"
+SIDE = {
+    "source_training": "source",
+    "source_validation": "source",
+    "target_training": "target",
+    "target_test": "target",
+}
+
+
+@dataclass
+class CheckReport:
+    """Result of `check`.
+
+    Args:
+        input: what was checked. files: one row per file that was read. findings: errors first.
+    """
+
+    input: str
+    files: list[dict[str, Any]]
+    findings: list[Finding]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings by severity."""
+        return {severity: sum(f.severity == severity for f in self.findings) for severity in SEVERITIES}
+
+    @property
+    def exit_code(self) -> int:
+        """3 if an error was found, which would stop a run; else 0."""
+        return DataError.exit_code if self.counts["error"] else 0
+
+    def verdict(self) -> str:
+        """One sentence."""
+        counts = self.counts
+        numbers = ", ".join(f"{counts[one]} {one}{'s' * (counts[one] != 1)}" for one in SEVERITIES)
+        end = "A run would refuse these data." if counts["error"] else "No blocking finding."
+        return f"{len(self.files)} files read; {numbers}. {end}"
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Findings as severity, file below the input, what, remedy."""
+        return [(f.severity, below(f.file, self.input), f.what, f.remedy) for f in self.findings]
+
+    def __str__(self) -> str:
+        rows = [(s, where, f"{what}{': ' if remedy else ''}{remedy}") for s, where, what, remedy in self.rows()]
+        table = text_table(("severity", "where", "what: remedy"), rows, wrap_last=True)
+        return f"{table}\n\n{self.verdict()}" if rows else self.verdict()
+
+    def html(self) -> str:
+        """Self-contained page."""
+        head = ("severity", "where", "what", "remedy")
+        names = ("file", "set", "shape", "spacing_mm", "orientation", "lowest", "highest", "status")
+        files = [
+            [below(row["file"], self.input) if n == "file" else shown(row[n]) for n in names] for row in self.files
+        ]
+        return page(
+            f"Check of {Path(self.input).name}",
+            f"<p>{self.verdict()}</p>\n<h2>Findings</h2>\n{sortable_table(head, self.rows(), SEVERITIES)}\n"
+            f"<h2>Files</h2>\n{sortable_table([n.replace('_mm', ' (mm)') for n in names], files, SEVERITIES)}\n"
+            "<p>Errors stop a run. Warnings and notes are guesses from the set as a whole: an unusual scan may be "
+            "right, and a usual one wrong.</p>",
+        )
+
+
+def check(
+    input: str,
+    *,
+    datalist: bool = False,
+    labels: str | None = None,
+    dropped_labels: str | None = None,
+    modality: str | None = None,
+    negative_values: str | None = None,
+    assume_orientation: str | None = None,
+    non_finite: str | None = None,
+    output: str | None = None,
+    overwrite: bool = False,
+    num_threads: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> CheckReport:
+    """Read every scan to its last byte and report what is wrong, and what is unusual.
+
+    Errors are what stops a training or an inference: damaged files and headers, orientation that is unknown or
+    contradicts itself, voxels that are not finite, label maps that are not on their scan's grid or have unknown values,
+    scans that stand twice. Warnings and notes come from the set as a whole: voxel size, field of view, CT in HU or with
+    1024 added, skull-stripped or not, orientation by content, left and right, histograms of source and target.
+
+    Args:
+        input: a scan, a folder of scans, a BIDS dataset, a datalist (JSON), or a folder with source/ and target/.
+        datalist: take a folder as one with source/ and target/, even if source/ is missing.
+        labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default
+            what the datalist says.
+        dropped_labels: values of label maps that are known and not used, with commas between them.
+        modality: of a BIDS dataset with several, e.g. T2w.
+        negative_values: clip, shift or keep, as the run will have it; by default negative values are a warning.
+        assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default that is an error.
+        non_finite: background allows NaN and infinite voxels; by default they are an error.
+        output: folder for check.json and check.html; by default nothing is written.
+        overwrite: replace an earlier report.
+        num_threads: of the CPU.
+        quiet: no progress bar, errors only.
+        verbose: all that is logged, and tracebacks.
+
+    Returns:
+        the files and findings; its text is the table.
+
+    Raises:
+        ConfigError: there is nothing at input, an option is wrong, or an earlier report exists.
+        ResourceError: the output folder cannot be written.
+    """
+    with working(num_threads, quiet, verbose):
+        source = Path(input)
+        if not source.exists():
+            raise ConfigError(f"{source} does not exist: correct the path of the scans")
+        if output is not None:
+            refuse_existing([Path(output) / JSON, Path(output) / HTML], output, overwrite)
+            require_writable(output)
+        audit, record = Audit(None, "full", assume_orientation, non_finite), PortraitRecord()
+        audit.record = record
+        policy = negative_values or "keep"
+        if datalist or source.suffix == ".json" or (source / SECTIONS["source_training"]).is_dir():
+            files = of_datalist(audit, record, source, labels, listed(dropped_labels), policy, quiet)
+        else:
+            files = of_scans(audit, record, source, modality, policy, quiet)
+        facts = {path: found for (path, with_values), found in record.known.items() if not with_values}
+        groups: dict[str, list[str]] = {}
+        for path, (side, is_label) in files.items():
+            if not is_label:
+                groups.setdefault(side, []).append(path)
+        found = [*audit.findings, *plausibility(groups, record.portraits, facts)]
+        findings = sorted(dict.fromkeys(found), key=lambda f: SEVERITIES.index(f.severity))
+        result = CheckReport(input, [row_of(path, *files[path], record, findings) for path in files], findings)
+        if output is not None:
+            write(result, Path(output))
+        return result
+
+
+def of_scans(
+    audit: Audit, record: PortraitRecord, source: Path, modality: str | None, policy: str, quiet: bool
+) -> dict[str, tuple[str, bool]]:
+    """Check scans without labels; returns file to its set, and whether it is a label map."""
+    cases = bids_scans(source, modality) if is_bids(source) else load_scans(source)
+    if not cases:
+        raise ConfigError(
+            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (convert DICOM with dcm2niix)"
+        )
+    audit.findings += names_of(cases)
+    with bar(len(cases), record, quiet):
+        for case in cases:
+            audit.scan(case[IMAGE], policy, "negative_values")
+    return {case[IMAGE]: ("scans", False) for case in cases}
+
+
+def of_datalist(
+    audit: Audit,
+    record: PortraitRecord,
+    source: Path,
+    labels: str | None,
+    dropped: Sequence[str],
+    policy: str,
+    quiet: bool,
+) -> dict[str, tuple[str, bool]]:
+    """Check a datalist as training and evaluation would; returns as `of_scans`."""
+    sections = audit.datalist(source, tuple(SECTIONS))
+    files = {case[IMAGE]: (SIDE[section], False) for section, cases in sections.items() for case in cases}
+    maps = {case[LABEL]: SIDE[s] for s, cases in sections.items() for case in cases if LABEL in case}
+    named = {name: value for name, (_, value) in read_labels(labels or labels_of(source)).items()}
+    with bar(len(files) + len(maps), record, quiet):
+        known = named or {str(value): value for value in values_of(record, list(maps))}
+        try:
+            ignored = [int(value) for value in dropped]
+        except ValueError as error:
+            raise ConfigError(f"dropped_labels is {','.join(dropped)!r}, expected whole numbers") from error
+        audit.training(source, known, ignored, policy, policy)
+        if has_section(source, "target_test"):
+            try:
+                audit.labelled(load_datalist(source, "target_test"), known, ignored, policy)
+            except MAPSegError:  # found above
+                pass
+    if not named and maps:
+        values = ", ".join(sorted(known)) or "none"
+        text = f"no structures are named: all values of the label maps are taken as known ({values})"
+        audit.findings.append(Finding("note", str(source), text, "name them in labels of the datalist, or by labels"))
+    return {**files, **{path: (side, True) for path, side in maps.items()}}
+
+
+def labels_of(source: Path) -> str | None:
+    """The datalist file, if it names its labels."""
+    content = open_datalist(source)
+    return str(source) if content is not None and isinstance(content.get("labels"), dict) else None
+
+
+def values_of(record: PortraitRecord, maps: Sequence[str]) -> list[int]:
+    """Whole values above 0 of all label maps that can be read."""
+    found: set[int] = set()
+    for path in maps:
+        try:
+            found |= {int(value) for value, _ in record.facts(path, True).values or () if value > 0 and value % 1 == 0}
+        except MAPSegError:  # the audit reports it
+            continue
+    return sorted(found)
+
+
+def bar(total: int, record: PortraitRecord, quiet: bool) -> Any:
+    """Progress bar that counts the files read."""
+    shown = tqdm(total=total, desc="reading", disable=True if quiet else None, leave=False)
+    record.read = lambda path: shown.update(1)
+    return shown
+
+
+def row_of(path: str, side: str, is_label: bool, record: PortraitRecord, findings: Sequence[Finding]) -> dict[str, Any]:
+    """What is known of a file, and its worst finding."""
+    facts, portrait = record.known.get((path, is_label)), record.portraits.get(path)
+    worst = [f.severity for f in findings if f.file == path]
+    return {
+        "file": path,
+        "set": f"{side}, labels" if is_label else side,
+        "shape": None if facts is None else list(facts.shape),
+        "spacing_mm": None if portrait is None else [round(side, 4) for side in portrait.spacing_mm],
+        "orientation": None if portrait is None else portrait.axcodes,
+        "lowest": None if facts is None else facts.lowest,
+        "highest": None if facts is None else facts.highest,
+        "background_share": None if portrait is None else round(portrait.background_share, 4),
+        "sha256_of_voxels": None if facts is None else facts.digest,
+        "status": worst[0] if worst else "ok",
+    }
+
+
+def write(result: CheckReport, folder: Path) -> None:
+    """JSON and HTML. Raises `ResourceError`."""
+    findings = [{"severity": f.severity, "file": f.file, "what": f.what, "remedy": f.remedy} for f in result.findings]
+    content: Mapping[str, Any] = {
+        "input": result.input,
+        "verdict": result.verdict(),
+        "counts": result.counts,
+        "findings": findings,
+        "files": result.files,
+    }
+    write_json(content, folder / JSON)
+    write_text(result.html(), folder / HTML)
+
+
+def below(file: str, place: str) -> str:
+    """A path as seen from the input, or as it is."""
+    folder = place if os.path.isdir(place) else os.path.dirname(place) or "."
+    inside = os.path.isabs(file) and file.startswith(os.path.abspath(folder) + os.sep)
+    return os.path.relpath(file, folder) if inside else file
+
+
+def shown(value: Any) -> Any:
+    """A list as text."""
+    return " x ".join(f"{one:g}" for one in value) if isinstance(value, list) else value

@@ -1,0 +1,325 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``mapseg evaluate``: label maps against the truth, and against other label maps of the same scans."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.bundle import ConfigParser
+
+from mapseg_components.commands.session import progress, working
+from mapseg_components.data import read_nifti, refuse_existing
+from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
+from mapseg_components.data.bids import is_bids
+from mapseg_components.data.datalist import list_scans, stem
+from mapseg_components.data.findings import Finding, raise_findings
+from mapseg_components.data.nifti import corner_distance
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.files import require_writable, write_json, write_text
+from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
+from mapseg_components.reports import text_table
+from mapseg_components.reports.tables import cell
+
+__all__ = ["Evaluation", "evaluate"]
+
+TABLE, SUMMARY = "evaluation.csv", "evaluation.json"
+ENDINGS_OF_RESULTS = re.compile(r"_(seg|dseg|pred|label|labels)$")
+MEAN = "mean of structures"
+
+
+@dataclass
+class Evaluation:
+    """Result of `evaluate`.
+
+    Args:
+        rows: one per case and structure: the metrics of `METRICS`, ``truth_voxels``, ``predicted_voxels``.
+        summary: structure to metric to ``n``, ``mean``, ``sd``, ``median``, ``ci95``; the mean of structures last.
+        versus: structure to metric to what `paired_comparison` gives; empty without a second set.
+        tolerance_mm: of the surface Dice. cases: their number. exit_code: 0.
+    """
+
+    rows: list[dict[str, Any]]
+    summary: dict[str, dict[str, Any]]
+    versus: dict[str, dict[str, Any]]
+    tolerance_mm: float
+    cases: int
+    exit_code: int = 0
+
+    def __str__(self) -> str:
+        head = ["structure", *(title for title, _ in METRICS.values()), "n", "missed"]
+        lines = []
+        for name, figures in self.summary.items():
+            missed = sum(row["structure"] == name and bool(row["missed"]) for row in self.rows)
+            texts = [interval(figures[metric]["mean"], figures[metric]["ci95"]) for metric in METRICS]
+            lines.append([name, *texts, figures["dice"]["n"], "" if name == MEAN else missed])
+        text = (
+            f"{text_table(head, lines)}\n\n{self.cases} cases; mean [95 % bootstrap interval over cases], "
+            f"surface Dice at {self.tolerance_mm:g} mm. A structure absent from the truth is left out; one that the "
+            "prediction lacks is missed: Dice 0, no distance."
+        )
+        if self.cases < FEWEST_CASES:
+            text += f" {self.cases} cases are too few for the intervals to mean much."
+        if not self.versus:
+            return text
+        rows = []
+        for name, by_metric in self.versus.items():  # of single structures Dice alone; the rest is in the JSON file
+            for metric in METRICS if name == MEAN else ["dice"]:
+                one = by_metric[metric]
+                p = one["note"] if one["p"] is None else f"{one['p']:.4f}"
+                difference = interval(one["mean_difference"], one["ci95"], "+.3f")
+                rows.append([name, METRICS[metric][0], one["n"], difference, p])
+        head = ["structure", "metric", "n", "difference (first minus other)", "p (Wilcoxon)"]
+        return f"{text}\n\n{text_table(head, rows)}\n\np is two-sided and not corrected for the number of tests."
+
+
+def evaluate(
+    pred: str,
+    truth: str,
+    *,
+    labels: str | None = None,
+    versus: str | None = None,
+    tolerance_mm: float = 1.0,
+    common: bool = False,
+    output: str | None = None,
+    overwrite: bool = False,
+    num_threads: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> Evaluation:
+    """Compare label maps with the truth: Dice, surface Dice, HD95 and ASSD per case and structure.
+
+    Distances are in mm. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
+    scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth. Means come with 95 % bootstrap intervals over
+    cases (seed 0, 10,000 resamples). Needs scipy (extra stats).
+
+    Args:
+        pred: a label map, or a folder of them (also a BIDS derivative).
+        truth: the same for the true label maps.
+        labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default every
+            value of the truth is a structure. With a bundle, predictions hold class indices and the truth the values.
+        versus: other predictions of the same scans, for a paired comparison (Wilcoxon signed rank test).
+        tolerance_mm: surfaces nearer than this agree, for the surface Dice.
+        common: evaluate the cases that all folders have; otherwise a file without its partner is an error.
+        output: folder for evaluation.csv and evaluation.json; by default nothing is written.
+        overwrite: replace an earlier evaluation.
+        num_threads: of the CPU.
+        quiet: no progress bar, errors only.
+        verbose: all that is logged, and tracebacks.
+
+    Returns:
+        all figures; its text is the table.
+
+    Raises:
+        ConfigError: a path or option is wrong, scipy is missing, or an earlier evaluation exists.
+        DataError: files without a partner, unreadable, or on different grids; all of them, one a line.
+    """
+    with working(num_threads, quiet, verbose):
+        require_scipy()
+        if not tolerance_mm >= 0:
+            raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected 0 or more")
+        sets = {"pred": label_maps(pred), "truth": label_maps(truth)}
+        if versus is not None:
+            sets["versus"] = label_maps(versus)
+        cases = matched(sets, {"pred": pred, "truth": truth, "versus": str(versus)}, common)
+        if output is not None:
+            refuse_existing([Path(output) / TABLE, Path(output) / SUMMARY], output, overwrite)
+            require_writable(output)
+        structures = read_labels(labels)
+        rows: dict[str, list[dict[str, Any]]] = {key: [] for key in sets if key != "truth"}
+        findings: list[Finding] = []
+        for case in progress(cases, "comparing", quiet):
+            try:
+                true, affine, spacing = whole(sets["truth"][case])
+                named = structures or {str(v): (int(v), int(v)) for v in np.unique(true) if v > 0}
+                for key, found in rows.items():
+                    found += compared(case, sets[key][case], true, affine, spacing, named, tolerance_mm)
+            except DataError as error:
+                findings += error.findings or (Finding("error", case, str(error)),)
+        raise_findings(findings)
+        result = Evaluation(rows["pred"], summarised(rows["pred"]), {}, tolerance_mm, len(cases))
+        if versus is not None:
+            result.versus = compared_sets(rows["pred"], rows["versus"])
+        if output is not None:
+            write(result, Path(output), {"pred": pred, "truth": truth, "versus": versus})
+        return result
+
+
+def label_maps(place: str) -> dict[str, Path]:
+    """Case name to file of a file, a folder or a BIDS derivative. Raises `ConfigError` if there is none."""
+    path = Path(place)
+    if path.is_file():
+        return {"": path}
+    if not path.is_dir():
+        raise ConfigError(f"{path} does not exist: correct the path of the label maps")
+    files = sorted(path.rglob("*_dseg.nii*")) if is_bids(path) else list_scans(path)
+    files = [file for file in files if not stem(file).endswith(("_probabilities", "_probseg"))]
+    found: dict[str, Path] = {}
+    for file in files:
+        name = ENDINGS_OF_RESULTS.sub("", stem(file))
+        if name in found:
+            raise DataError(f"{found[name]} and {file} are both label maps of {name!r}: move one away")
+        found[name] = file
+    if not found:
+        raise ConfigError(f"{path} has no label map (*.nii, *.nii.gz): correct the path")
+    return found
+
+
+def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], common: bool) -> list[str]:
+    """Names that all sets have.
+
+    Raises:
+        ConfigError: files stand against folders, or no name is common. DataError: a file has no partner.
+    """
+    single = {"" in found for found in sets.values()}
+    if len(single) > 1:
+        raise ConfigError(
+            f"compare a file with a file, or a folder with a folder: {', '.join(map(str, places.values()))}"
+        )
+    every = set().union(*sets.values())
+    shared = sorted(set.intersection(*map(set, sets.values())))
+    if not shared:
+        examples = "; ".join(f"{places[key]} has {', '.join(sorted(found)[:3])}" for key, found in sets.items())
+        raise ConfigError(f"no name is common: {examples}")
+    findings = [
+        Finding(
+            "error", places[key], f"no label map for {', '.join(sorted(every - set(found)))}", "add it, or set common"
+        )
+        for key, found in sets.items()
+        if every - set(found)
+    ]
+    if not common:
+        raise_findings(findings)
+    return shared
+
+
+def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
+    """Structure name to its value in predictions and in the truth; empty if none are named. Raises `ConfigError`."""
+    if labels is None:
+        return {}
+    path = Path(labels)
+    if path.is_dir():
+        config = path / "configs" / "inference.json"
+        if not config.is_file():
+            raise ConfigError(f"no config at {config}: set labels to the folder of a bundle, or to a JSON file")
+        parser = ConfigParser()
+        parser.read_config(str(config))
+        named = dict(parser.get_parsed_content("labels"))
+        return {name: (index, int(value)) for index, (name, value) in enumerate(named.items(), start=1)}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8") if path.is_file() else labels)
+        if "labels" in content and isinstance(content["labels"], dict):  # a datalist: value to name
+            content = {name: int(value) for value, name in content["labels"].items() if int(value) != 0}
+        return {str(name): (int(value), int(value)) for name, value in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        expected = 'expected a bundle, or JSON such as {"hippocampus": 1}'
+        raise ConfigError(f"labels is {labels!r}, {expected} ({error})") from error
+
+
+def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Voxels (X, Y, Z) of whole numbers, affine and spacing in mm of a label map. Raises `DataError`."""
+    scan = read_nifti(path)
+    if not np.array_equal(scan.voxels, np.rint(scan.voxels)):
+        raise DataError(f"{path}: it has fractional values, expected a label map: name the folder of label maps")
+    return np.asarray(scan.voxels).astype(np.int64), scan.affine, np.linalg.norm(scan.affine[:3, :3], axis=0).tolist()
+
+
+def compared(
+    case: str,
+    path: Path,
+    truth: np.ndarray,
+    affine: np.ndarray,
+    spacing: Sequence[float],
+    structures: Mapping[str, tuple[int, int]],
+    tolerance_mm: float,
+) -> list[dict[str, Any]]:
+    """Rows of one case. Raises `DataError` if the prediction lies on another grid."""
+    prediction, own, _ = whole(path)
+    if prediction.shape != truth.shape:
+        raise DataError(f"{path}: shape {prediction.shape}, its truth {truth.shape}: resample it to the scan's grid")
+    distance = corner_distance(truth.shape, own, affine)
+    if distance > GEOMETRY_TOLERANCE_MM:
+        raise DataError(
+            f"{path}: its affine puts a corner {distance:.3f} mm away from where its truth has it (tolerance "
+            f"{GEOMETRY_TOLERANCE_MM} mm): resample it, or repair the header"
+        )
+    indices = np.zeros_like(truth)  # the truth in the values of the prediction
+    for value, true_value in structures.values():
+        indices[truth == true_value] = value
+    rows = agreement(prediction, indices, [value for value, _ in structures.values()], spacing, tolerance_mm)
+    name = case or stem(path)
+    return [
+        {"case": name, "structure": one, **row, "missed": bool(row["truth_voxels"] and not row["predicted_voxels"])}
+        for one, row in zip(structures, rows)
+    ]
+
+
+def case_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float | None]:
+    """Case to the mean of its structures."""
+    by_case: dict[str, list[float]] = {}
+    for row in rows:
+        values = by_case.setdefault(row["case"], [])
+        if row[metric] is not None:
+            values.append(row[metric])
+    return {case: float(np.mean(values)) if values else None for case, values in by_case.items()}
+
+
+def by_structure(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float | None]]:
+    """Structure to case to value, and the mean of structures last."""
+    found: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        found.setdefault(row["structure"], {})[row["case"]] = row[metric]
+    return {**found, MEAN: case_means(rows, metric)}
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Structure to metric to figures over cases."""
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        for name, values in by_structure(rows, metric).items():
+            result.setdefault(name, {})[metric] = summary_of(list(values.values()))
+    return result
+
+
+def compared_sets(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Structure to metric to the paired comparison."""
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        one, two = by_structure(first, metric), by_structure(second, metric)
+        for name in one:
+            result.setdefault(name, {})[metric] = paired_comparison(one[name], two.get(name, {}))
+    return result
+
+
+def write(result: Evaluation, folder: Path, places: Mapping[str, str | None]) -> None:
+    """CSV of all cases, JSON of the summary. Raises `ResourceError`."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(result.rows[0]) if result.rows else ["case", "structure"])
+    writer.writeheader()
+    writer.writerows(result.rows)
+    write_text(table.getvalue(), folder / TABLE)
+    content = {
+        **{key: place for key, place in places.items() if place is not None},
+        "cases": result.cases,
+        "tolerance_mm": result.tolerance_mm,
+        "interval": "percentile bootstrap of the mean over cases, 10000 resamples, seed 0",
+        "structures": result.summary,
+        "versus_differences": result.versus,
+    }
+    write_json(content, folder / SUMMARY)
+
+
+def interval(mean: float | None, bounds: tuple[float, float] | None, form: str = ".3f") -> str:
+    """A mean with its interval."""
+    if mean is None:
+        return cell(None)
+    ends = "" if bounds is None else f" [{bounds[0]:{form}}, {bounds[1]:{form}}]"
+    return f"{mean:{form}}{ends}"

@@ -1,0 +1,104 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes for scans and a machine: which preset, patch, strides, dilations and blocks. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from mapseg_components.errors import ConfigError
+
+__all__ = ["PRESETS", "canonical_grid", "choose_preset", "plan_sizes"]
+
+# overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
+PRESETS: dict[str, dict[str, Any]] = {
+    "small-data-cpu": {"overlays": ["small_data.yaml"], "patch": 48, "stride": 4},
+    "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
+    "paper": {"overlays": [], "patch": 96, "stride": 4},
+}
+THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
+PAPER_GIB, PAPER_SCANS = 70, 40
+
+
+def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
+    """Preset and the reason, for a GPU of so many GiB (0 without one) and so many scans, source and target."""
+    if gpu_gib <= 0:
+        return "small-data-cpu", "there is no GPU"
+    if gpu_gib < PAPER_GIB or scans < PAPER_SCANS:
+        return (
+            "single-gpu",
+            f"a GPU of {gpu_gib:.0f} GiB and {scans} scans (paper: {PAPER_GIB} GiB, {PAPER_SCANS} scans)",
+        )
+    return "paper", f"a GPU of {gpu_gib:.0f} GiB and {scans} scans"
+
+
+def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and mm per axis of a scan once its axes are in the order right-left, back-front, down-up."""
+    order = nib.orientations.io_orientation(affine)[:, 0].argsort()
+    if not np.isfinite(order).all():
+        raise ConfigError(f"the affine {np.asarray(affine).tolist()} names no axes: check the scan's header")
+    return np.asarray(shape)[order], nib.affines.voxel_sizes(affine)[order]
+
+
+def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]], preset: str) -> dict[str, Any]:
+    """Sizes of patch and network for the median scan, as settings of the bundles.
+
+    Axes with larger voxels get smaller patches (about the same millimetres), less stride and smaller blocks: slices
+    four times as thick are not reduced at all. A patch is at most two thirds of the median scan, where that leaves 32
+    voxels.
+
+    Args:
+        shapes: voxels per axis of each scan. spacings: mm per axis. Both in one order of axes.
+        preset: one of `PRESETS`.
+
+    Returns:
+        ``patch_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``, ``global_block_size``, and
+        for thick slices ``rotation_deg: 0``.
+
+    Raises:
+        ConfigError: the preset is unknown, or a patch would be smaller than 8 voxels.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown, expected one of {sorted(PRESETS)} or auto")
+    base, reduction = PRESETS[preset]["patch"], PRESETS[preset]["stride"]
+    shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
+    ratio = spacing / spacing.min()
+    halvings = [min(round(math.log2(r)), int(math.log2(reduction))) for r in ratio]
+    stride = [reduction >> k for k in halvings]
+    local_block = [max(8 >> k, 4) for k in halvings]
+    patch = []
+    for axis in range(3):
+        step = max(stride[axis], local_block[axis])
+        side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
+        patch.append(max(math.ceil(side / step - 0.5), 2) * step)
+    if min(patch) == 32:  # few blocks are left to hide
+        local_block = [min(block, 4) for block in local_block]
+    features = [side // s for side, s in zip(patch, stride)]
+    settings: dict[str, Any] = {
+        "patch_size": patch,
+        "window_stride": [max(side * 5 // 6 // s * s, s) for side, s in zip(patch, stride)],
+        "stride": stride,
+        "local_block_size": local_block,
+        "global_block_size": [4, 4, 4],
+    }
+    if preset == "paper" and patch == [96, 96, 96]:
+        settings["dilations"] = [4, 8, 16]
+    else:
+        settings["dilations"] = [[max(round(side * share), 1) for side in features] for share in (1 / 6, 1 / 3, 1 / 2)]
+    if ratio.max() >= THICK:
+        settings["rotation_deg"] = 0  # out of the plane of thick slices nothing can be rotated
+    return settings
+
+
+def settings_of(known: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:
+    """The planned settings that a config has; rotations under the names that it has for them."""
+    wanted = dict(planned)
+    if "rotation_deg" in wanted:
+        degrees = wanted.pop("rotation_deg")
+        wanted |= dict.fromkeys(("rotation_deg", "source_rotation_deg", "target_rotation_deg"), degrees)
+    return {name: value for name, value in wanted.items() if name in known}

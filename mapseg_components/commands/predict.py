@@ -1,0 +1,557 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``mapseg predict``: a bundle's own inference config over a scan, a folder or a BIDS dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Events
+from monai.bundle import ConfigParser
+from monai.utils import optional_import
+
+from mapseg_components import __version__
+from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.session import choose_device, exit_code_of, listed, progress, user_error, working
+from mapseg_components.configs import check_settings
+from mapseg_components.data import (
+    bids_scans,
+    check_results,
+    dataset_description,
+    dseg_tsv,
+    freesurfer_table,
+    is_bids,
+    itksnap_labels,
+    load_scans,
+    refuse_existing,
+    result_path,
+    result_stem,
+    structure_volumes,
+    write_volumes_csv,
+)
+from mapseg_components.data.audit import names_of
+from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
+from mapseg_components.data.findings import findings_of, raise_findings
+from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.files import (
+    lock_folder,
+    require_writable,
+    sweep_temporaries,
+    unlock_folders,
+    write_json,
+    write_text,
+)
+from mapseg_components.keys import CASE_ID, CONFIDENCE, IMAGE, PRED, PROBABILITIES
+from mapseg_components.reports import can_draw, draw_preview, text_table
+from mapseg_components.transforms import save_probabilities
+
+__all__ = ["Prediction", "Predictions", "predict"]
+
+logger = logging.getLogger(__name__)
+
+TABLE, MANIFEST = "volumes.csv", "manifest.json"
+LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesurfer_table}
+NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
+# parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
+OWN_HANDLERS = ("WeightsLoader", "VolumesTable", "ProgressBar")
+SIDED = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
+LIBRARIES = ("torch", "monai", "pytorch-ignite", "nibabel", "numpy")
+# settings that say where and how fast, not what is computed
+NOT_RECIPE = {
+    *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "cases", "weights", "device", "overwrite", "audit"),
+    *("audit_file", "num_workers", "imports", "initialize", "run", "stitching_device", "window_batch_size"),
+}
+
+
+@dataclass
+class Prediction:
+    """What became of one scan.
+
+    Args:
+        case: its id. scan: its file. status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
+        label_map, probabilities, preview: files, ``None`` for those not written.
+        seconds: from reading to writing. message: why it failed, one line a finding.
+    """
+
+    case: str
+    scan: str
+    status: str = "not done"
+    label_map: str | None = None
+    probabilities: str | None = None
+    preview: str | None = None
+    seconds: float | None = None
+    message: str = ""
+    kind: type[BaseException] = field(default=Exception, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        return {name: value for name, value in asdict(self).items() if name != "kind"}
+
+
+@dataclass
+class Predictions:
+    """Result of `predict`.
+
+    Args:
+        output: folder. predictions: one per scan. volumes: rows of ``volumes.csv``. seconds: in all.
+    """
+
+    output: str
+    predictions: list[Prediction]
+    volumes: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def failed(self) -> list[Prediction]:
+        """Scans without a label map."""
+        return [one for one in self.predictions if one.status != "done"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every scan has its label map; else that of the errors (3 if they are of several kinds)."""
+        return exit_code_of([one.kind for one in self.failed])
+
+    def __str__(self) -> str:
+        head = ("scan", "status", "seconds", "result")
+        rows = [
+            (one.case, one.status, one.seconds, one.message if one.status != "done" else str(one.label_map))
+            for one in self.predictions
+        ]
+        done = len(self.predictions) - len(self.failed)
+        count = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s"
+        end = f"{count}; tables and manifest in {self.output}"
+        return f"{text_table(head, rows, wrap_last=True)}\n\n{end}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of one case go."""
+
+    label_map: Path
+    probabilities: Path
+    preview: Path
+    sidecar: Path | None = None
+
+
+def predict(
+    input: str,
+    output: str,
+    *,
+    bundle: str,
+    weights: str | None = None,
+    overlays: str | None = None,
+    modality: str | None = None,
+    negative_values: str | None = None,
+    assume_orientation: str | None = None,
+    non_finite: str | None = None,
+    keep_largest: str | None = None,
+    flip_tta: bool = False,
+    probabilities: bool = False,
+    no_preview: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    num_threads: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> Predictions:
+    """Segment a scan, a folder of scans or a BIDS dataset with a bundle.
+
+    Writes one label map per scan on the scan's own grid (integers, read back and compared), volumes.csv (voxels, mm3,
+    whether a structure touches the edge of the field of view, and confidence: the mean largest probability over it),
+    names and colours for ITK-SNAP and FreeSurfer, a picture per scan and manifest.json. A BIDS dataset becomes a BIDS
+    derivative. A scan that cannot be used is listed, the others are done.
+
+    The bundle's inference.json is what runs: the same voxels as by python -m monai.bundle run.
+
+    Args:
+        input: a .nii or .nii.gz file, a folder of them, or a BIDS dataset (it has dataset_description.json).
+        output: folder of the results.
+        bundle: folder of the bundle.
+        weights: file of weights, by default what the bundle names; several, with commas between them, are averaged.
+        overlays: config files on top of inference.json, with commas between them; names without a folder are the
+            bundle's.
+        modality: of a BIDS dataset with several, e.g. T2w.
+        negative_values: clip (MR), shift (CT in HU: adds 1024) or keep; by default what the bundle says.
+        assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default such are refused.
+        non_finite: background takes NaN and infinite voxels as background; by default such scans are refused.
+        keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept
+            (needs scikit-image).
+        flip_tta: average with the result of the left-right mirrored scan; refused if a structure's name has a side.
+        probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
+        no_preview: draw no pictures; they need matplotlib.
+        overwrite: replace results of an earlier run.
+        device: auto, cpu, cuda or cuda:<number>.
+        num_threads: of the CPU.
+        quiet: no progress bar, errors only.
+        verbose: all that is logged, and tracebacks.
+
+    Returns:
+        what became of each scan, and the volumes.
+
+    Raises:
+        ConfigError: input, bundle or an option is wrong, or results exist. CheckpointError: weights do not fit.
+        ResourceError: the output folder cannot be written. What is wrong with a scan is in its `Prediction`.
+    """
+    with working(num_threads, quiet, verbose):
+        started, began = time.monotonic(), datetime.now(timezone.utc)
+        source, folder, home = Path(input), Path(output), Path(bundle)
+        derivative = is_bids(source)
+        cases = bids_scans(source, modality) if derivative else folder_scans(source, modality)
+        if folder.suffix in (".nii", ".gz"):
+            raise ConfigError(f"output is {folder}, expected a folder")
+        if os.path.realpath(folder) == os.path.realpath(source):
+            raise ConfigError("output is the input folder: choose another, or label maps would be taken for scans")
+        raise_findings(names_of(cases))
+        settings = {
+            "bundle_root": str(home.absolute()),
+            "dataset_dir": str(source.absolute()),
+            "cases": cases,
+            "device": f"$torch.device('{choose_device(device)}')",
+            "overwrite": overwrite,
+            **({"negative_values": negative_values} if negative_values else {}),
+            **({"assume_orientation": assume_orientation} if assume_orientation else {}),
+            **({"non_finite": non_finite} if non_finite else {}),
+        }
+        parser = read_bundle(home, listed(overlays), settings)
+        names = list(parser.get_parsed_content("labels"))
+        members = listed(weights) or [str(parser.get_parsed_content("weights"))]
+        extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
+        drawn = not no_preview and can_draw()
+        if not no_preview and not drawn:
+            logger.warning("no pictures: matplotlib is not installed (pip install 'mapseg-monai[report]').")
+        postfix = str(parser.get_parsed_content("output_postfix"))
+        places = places_of(cases, folder, source if derivative else None, postfix)
+        wanted = [p.label_map for p in places.values()]
+        wanted += [p.probabilities for p in places.values()] if probabilities else []
+        wanted += [p.preview for p in places.values()] if drawn else []
+        tables = [TABLE, MANIFEST, *LOOKUPS, *([DESCRIPTION, "dseg.tsv"] if derivative else [])]
+        refuse_existing([*wanted, *(folder / name for name in tables)], folder, overwrite)
+        if not derivative:
+            check_results(cases, folder, postfix, (), overwrite)
+        require_writable(folder)
+        lock_folder(folder)
+        try:
+            sweep_temporaries(folder)
+            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
+                run = Run(parser, names, places, Path(staging), drawn, quiet)
+                run.settings(folder, members)
+                run.prepare(cases)
+                try:
+                    run.all()
+                finally:  # also of a run that was interrupted
+                    write_tables(run, names, source if derivative else None, folder)
+                    run.finish(folder, members, [predict.__name__, str(source), str(folder)], began, started)
+        finally:
+            unlock_folders([folder])
+        return Predictions(str(folder), run.predictions, run.volumes, round(time.monotonic() - started, 1))
+
+
+def folder_scans(source: Path, modality: str | None) -> list[dict[str, Any]]:
+    """Cases of a file or folder. Raises `ConfigError`."""
+    if modality is not None:
+        raise ConfigError(f"modality is {modality!r}, but {source} is no BIDS dataset: leave it out")
+    if not source.exists():
+        raise ConfigError(f"{source} does not exist: correct the path of the scans")
+    cases = load_scans(source)
+    if not cases:
+        raise ConfigError(
+            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (convert DICOM with dcm2niix)"
+        )
+    return cases
+
+
+def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, Any]) -> ConfigParser:
+    """A bundle's ``inference.json`` with overlays and settings on top.
+
+    Raises:
+        ConfigError: there is no such bundle or overlay, it has no part that is needed, or a setting is unknown.
+    """
+    configs = bundle / "configs"
+    files = [configs / "inference.json"]
+    files += [Path(name) if Path(name).parent != Path(".") else configs / name for name in overlays]
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(
+                f"no config at {file}: set bundle to the folder of a bundle, overlays to its config files"
+            )
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in files])
+    if (configs / "metadata.json").is_file():
+        parser.read_meta(str(configs / "metadata.json"))
+    missing = [name for name in NEEDED if name not in parser.config]
+    if missing:
+        raise ConfigError(f"{files[0]} has no {', '.join(missing)}: predict runs bundles of MAPSeg segmenters")
+    for name, value in settings.items():
+        parser[name] = value
+    check_settings({key: value for key, value in parser.config.items() if key != "_meta_"}, configs)
+    return parser
+
+
+def extend(
+    parser: ConfigParser,
+    names: Sequence[str],
+    members: Sequence[str],
+    kept: Sequence[int],
+    flip_tta: bool,
+    probabilities: bool,
+) -> None:
+    """Add to a bundle's config what the options ask for; label maps stay as they are without options.
+
+    Raises:
+        ConfigError: the label maps would be wrong by a mirror image, or the config saves no label map.
+    """
+    handlers, postprocessing = parser.config.get("handlers", []), parser.config["postprocessing"]
+    if not isinstance(handlers, list) or not isinstance(postprocessing, dict) or "transforms" not in postprocessing:
+        raise ConfigError("the bundle's handlers are no list, or its postprocessing has no list of transforms")
+    parser["handlers"] = [one for one in handlers if not target_of(one).endswith(OWN_HANDLERS)]
+    sided = [name for name in names if SIDED.search(name)]
+    if flip_tta and sided:
+        raise ConfigError(
+            f"flip_tta mirrors left and right, but structures have a side ({', '.join(sided[:4])}): leave it out"
+        )
+    if flip_tta or len(members) > 1:
+        parser["inferer"] = {
+            "_target_": "mapseg_components.inferers.AveragingInferer",
+            "inferer": parser.config["inferer"],
+            "weights": list(members[1:]),
+            "flip_axes": [0] if flip_tta else [],
+        }
+    steps = list(postprocessing["transforms"])
+    saving = next((i for i, one in enumerate(steps) if target_of(one).endswith("SaveLabelMapd")), None)
+    if saving is None:
+        raise ConfigError("the bundle's postprocessing has no SaveLabelMapd: predict cannot tell what it writes")
+    before = [{"_target_": "mapseg_components.transforms.Confidenced", "keys": [PRED]}]
+    maps = [CONFIDENCE]
+    if probabilities:
+        before.append({"_target_": "mapseg_components.transforms.Probabilitiesd", "keys": [PRED]})
+        maps.append(PROBABILITIES)
+    invert = {"_target_": "Invertd", "keys": maps, "transform": "@preprocessing", "orig_keys": [IMAGE] * len(maps)}
+    after: list[dict[str, Any]] = [{**invert, "nearest_interp": True, "to_tensor": True}]
+    if kept:
+        after.append({"_target_": "KeepLargestConnectedComponentd", "keys": [PRED], "applied_labels": list(kept)})
+    parser["postprocessing#transforms"] = [*before, *steps[:saving], *after, *steps[saving:]]
+
+
+def target_of(component: Any) -> str:
+    """Class that a part of a config names; empty for an expression."""
+    return str(component.get("_target_", "")) if isinstance(component, dict) else ""
+
+
+def kept_structures(keep_largest: str | None, names: Sequence[str]) -> list[int]:
+    """Class indices of named structures. Raises `ConfigError` for an unknown name, or without scikit-image."""
+    wanted = listed(keep_largest)
+    if not wanted:
+        return []
+    if not optional_import("skimage.measure")[1]:
+        raise ConfigError("keep_largest needs scikit-image, which is not installed: pip install 'mapseg-monai[stats]'")
+    wanted = list(names) if wanted == ["all"] else wanted
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ConfigError(f"keep_largest names {', '.join(unknown)}, the bundle has {', '.join(names)}")
+    return [list(names).index(name) + 1 for name in wanted]
+
+
+def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | None, postfix: str) -> dict[str, Place]:
+    """Case id to the places of its files. Raises `DataError` if two scans would write one file."""
+    places: dict[str, Place] = {}
+    for case in cases:
+        if dataset is None:
+            path = result_path(case[IMAGE], folder, postfix)
+            stem = path.name.removesuffix(f"_{postfix}.nii.gz")
+            place = Place(path, folder / f"{stem}_probabilities.nii.gz", folder / "previews" / f"{stem}.png")
+        else:
+            stem = folder / result_stem(case[IMAGE], dataset)
+            place = Place(
+                stem.with_name(f"{stem.name}_dseg.nii.gz"),
+                stem.with_name(f"{stem.name}_probseg.nii.gz"),
+                folder / "figures" / f"{stem.name}_dseg.png",
+                stem.with_name(f"{stem.name}_dseg.json"),
+            )
+        if place in places.values():
+            raise DataError(f"two scans would write {place.label_map}: rename one, or run them apart")
+        places[case[CASE_ID]] = place
+    return places
+
+
+class Run:
+    """The scans of one call, one after the other; what became of each is kept.
+
+    Args:
+        parser: the bundle's config. names: structures. places: of the results. staging: folder on the same disk.
+        drawn: draw pictures. quiet: no progress bars.
+    """
+
+    def __init__(
+        self,
+        parser: ConfigParser,
+        names: Sequence[str],
+        places: Mapping[str, Place],
+        staging: Path,
+        drawn: bool,
+        quiet: bool,
+    ) -> None:
+        self.parser, self.names, self.places = parser, list(names), places
+        self.staging, self.drawn, self.quiet = staging, drawn, quiet
+        self.predictions: list[Prediction] = []
+        self.volumes: list[dict[str, Any]] = []
+        self._todo: list[tuple[Prediction, Mapping[str, Any]]] = []
+        self._output: dict[str, Any] = {}
+
+    def settings(self, folder: Path, members: Sequence[str]) -> None:
+        """Where this run writes and which weights it takes."""
+        self.parser["output_dir"] = str(self.staging)
+        self.parser["audit_file"] = str(folder / "audit.json")
+        self.parser["weights"] = str(members[0])
+
+    def prepare(self, cases: Sequence[Mapping[str, Any]]) -> None:
+        """Load the weights, check all scans. Raises `CheckpointError`."""
+        self.predictions = [Prediction(case[CASE_ID], case[IMAGE]) for case in cases]
+        scans = self.parser.get_parsed_content("scans")
+        scans.progress = lambda items: progress(items, "reading", self.quiet)
+        self.parser.get_parsed_content("initialize")
+        load_weights(self.parser.get_parsed_content("network_def"), self.parser.get_parsed_content("weights"))
+        try:
+            usable = {case[CASE_ID] for case in scans.usable}
+        except MAPSegError as error:
+            logger.debug(f"no scan is usable: {error}")
+            usable = set()
+        for one in self.predictions:
+            if one.case not in usable:
+                self.refused(one, scans.findings)
+        self._todo = [(one, case) for one, case in zip(self.predictions, cases) if one.case in usable]
+
+    def all(self) -> None:
+        """Segment what is usable."""
+        if not self._todo:
+            return
+        evaluator = self.parser.get_parsed_content("evaluator")
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
+        for one, case in progress(self._todo, "segmenting", self.quiet):
+            self.one(one, case, evaluator)
+
+    def refused(self, one: Prediction, findings: Sequence[Any]) -> None:
+        """Note why a scan was left out."""
+        own = [finding for finding in findings if finding.severity == "error" and finding.file == one.scan]
+        one.status = "failed"
+        one.message = "; ".join(f"{finding.what}: {finding.remedy}" for finding in own) or "it could not be used"
+        one.kind = own[0].kind if len({finding.kind for finding in own}) == 1 else DataError
+
+    def one(self, one: Prediction, case: Mapping[str, Any], evaluator: Any) -> None:
+        """Segment one scan; an error is its own, the next one is tried."""
+        started = time.monotonic()
+        self.parser.get_parsed_content("dataset").data = [case]
+        evaluator.state.epoch_length = 1
+        try:
+            evaluator.run()
+            self.keep(one, self.places[one.case])
+            one.status = "done"
+        except Exception as error:
+            cause = user_error(error) or error
+            found = "; ".join(map(str, findings_of(cause))) if isinstance(cause, MAPSegError) else repr(cause)
+            one.status, one.message, one.kind = "failed", found, type(cause)
+            logger.error(f"{one.scan} failed: {found}")
+        finally:
+            self._output = {}
+            one.seconds = round(time.monotonic() - started, 2)
+
+    def _take(self, engine: Any) -> None:
+        self._output = engine.state.output[0]
+
+    def keep(self, one: Prediction, place: Place) -> None:
+        """Give the files of a scan their names, and add its volumes."""
+        label_map, affine = np.asarray(self._output[PRED][0].cpu()), np.asarray(self._output[PRED].affine)
+        confidence = np.asarray(self._output[CONFIDENCE][0].cpu())
+        if confidence.shape != label_map.shape:
+            raise ConfigError(
+                f"confidence of shape {confidence.shape}, label map {label_map.shape}: preprocessing is not inverted"
+            )
+        rows = structure_volumes(label_map, affine, self.names, confidence)
+        if PROBABILITIES in self._output:
+            save_probabilities(np.asarray(self._output[PROBABILITIES].cpu()), affine, place.probabilities)
+            one.probabilities = str(place.probabilities)
+        staged = result_path(one.scan, self.staging, str(self.parser.get_parsed_content("output_postfix")))
+        place.label_map.parent.mkdir(parents=True, exist_ok=True)
+        if place.sidecar is not None:
+            source = Path(one.scan).relative_to(self.parser.get_parsed_content("dataset_dir")).as_posix()
+            write_json({"Manual": False, "SpatialReference": "orig", "Sources": [f"bids:raw:{source}"]}, place.sidecar)
+        try:
+            os.replace(staged, place.label_map)
+        except OSError as error:
+            raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error
+        one.label_map = str(place.label_map)
+        self.volumes += [{"case": one.case, **row} for row in rows]
+        if self.drawn:
+            draw_preview(one.scan, place.label_map, self.names, place.preview)
+            one.preview = str(place.preview)
+
+    def finish(
+        self, folder: Path, members: Sequence[str], command: Sequence[str], began: datetime, started: float
+    ) -> None:
+        """Write ``manifest.json``."""
+        recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
+        text = json.dumps(recipe, sort_keys=True, default=repr)
+        program = Path(sys.argv[0]).name
+        content = {
+            "mapseg": __version__,
+            "command": sys.argv if program in ("mapseg", "__main__.py") else list(command),
+            "started": began.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - started, 2),
+            "versions": {"python": platform.python_version(), **{name: version_of(name) for name in LIBRARIES}},
+            "platform": platform.platform(),
+            "device": str(self.parser.get_parsed_content("device")),
+            "bundle": str(self.parser.get_parsed_content("bundle_root")),
+            "bundle_version": (self.parser.config.get("_meta_") or {}).get("version"),
+            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "settings": json.loads(text),
+            "weights": [{"file": str(path), "sha256": sha256(Path(path))} for path in members],
+            "labels": {name: index for index, name in enumerate(self.names, start=1)},
+            "scans": [one.record() for one in self.predictions],
+        }
+        write_json(content, folder / MANIFEST)
+
+
+def write_tables(run: Run, names: Sequence[str], dataset: Path | None, folder: Path) -> None:
+    """Volumes, names and colours, and what makes a folder a BIDS derivative."""
+    write_volumes_csv(run.volumes, folder / TABLE)
+    for file, text in LOOKUPS.items():
+        write_text(text(names), folder / file)
+    if dataset is not None:
+        modalities = sorted({suffix(Path(one.scan)) for one in run.predictions})
+        write_json(dataset_description(dataset, "mapseg-monai", __version__, modalities), folder / DESCRIPTION)
+        write_text(dseg_tsv(names), folder / "dseg.tsv")
+        write_text("\n".join(IGNORED) + "\n", folder / ".bidsignore")
+
+
+def version_of(name: str) -> str | None:
+    """Version of an installed library."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def sha256(path: Path) -> str | None:
+    """Hash of a file, ``None`` if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,76 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Mean probabilities of several weights of one network, and of a scan and its mirror image."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+from torch import nn
+
+from mapseg_components.checkpoints import load_weights
+from mapseg_components.errors import ConfigError
+
+__all__ = ["AveragingInferer"]
+
+
+class AveragingInferer(Inferer):
+    """Run an inferer with several weights, and on mirrored scans as well, and average the probabilities.
+
+    An inferer around another, so that the evaluator and all else of a bundle's config stay as they are; MONAI's
+    ``EnsembleEvaluator`` would replace the evaluator and keep the logits of all members at once.
+
+    Args:
+        inferer: of one member.
+        weights: files of further weights of the network that the evaluator has; all members count equally.
+        flip_axes: spatial axes (0 to 2) that are mirrored together for a second look of each member; empty for none.
+
+    Raises:
+        ConfigError: an axis is no spatial axis.
+    """
+
+    def __init__(
+        self, inferer: Inferer, weights: Sequence[str | os.PathLike[str]] = (), flip_axes: Sequence[int] = ()
+    ) -> None:
+        super().__init__()
+        if not set(flip_axes) <= {0, 1, 2}:
+            raise ConfigError(f"flip_axes is {list(flip_axes)}, expected axes from 0 to 2")
+        self.inferer = inferer
+        self.weights = list(weights)
+        self.flip_axes = list(flip_axes)
+        self._others: list[nn.Module] | None = None
+
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Logarithm of the mean probabilities: its softmax gives them, its argmax the label.
+
+        Args:
+            inputs: (B, C, X, Y, Z). network: the first member; the others are copies of it with other weights.
+
+        Returns:
+            (B, classes, X, Y, Z), float32.
+
+        Raises:
+            CheckpointError: weights do not fit the network. Else as the inferer.
+        """
+        if self._others is None:
+            self._others = [self._member(network, path) for path in self.weights]
+        views = [[]] + ([[axis + 2 for axis in self.flip_axes]] if self.flip_axes else [])
+        total, count = None, 0
+        for member in (network, *self._others):
+            for axes in views:
+                logits = self.inferer(torch.flip(inputs, axes) if axes else inputs, member, *args, **kwargs)
+                probabilities = torch.softmax(torch.flip(logits, axes) if axes else logits, dim=1)
+                total = probabilities if total is None else total.add_(probabilities)
+                count += 1
+        assert total is not None
+        return total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+
+    def _member(self, network: Any, path: str | os.PathLike[str]) -> nn.Module:
+        member = copy.deepcopy(network)
+        load_weights(member, path)
+        return member.eval()

@@ -1,0 +1,68 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Picture of a scan with its label map in three planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from monai.utils import optional_import
+
+from mapseg_components.colours import structure_colours
+from mapseg_components.errors import ConfigError
+from mapseg_components.files import replacing
+
+__all__ = ["can_draw", "draw_preview"]
+
+# plane: fixed axis, horizontal axis, vertical axis of a RAS volume, and what stands left and right of the picture
+PLANES = {"sagittal": (0, 1, 2, "P", "A"), "coronal": (1, 0, 2, "L", "R"), "axial": (2, 0, 1, "L", "R")}
+BRIGHTEST = 99.5  # percentile shown as white
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed (extra ``report``)."""
+    return bool(optional_import("matplotlib.figure")[1])
+
+
+def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], path: str | Path) -> None:
+    """Write a PNG: sagittal, coronal and axial slice through the middle of the structures, colours and legend beside.
+
+    Args:
+        scan, label_map: NIfTI files on one grid. names: structures in the order of their value. path: of the PNG.
+
+    Raises:
+        ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
+    """
+    figure_module, drawable = optional_import("matplotlib.figure")
+    if not drawable:
+        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'mapseg-monai[report]'")
+    patches, _ = optional_import("matplotlib.patches")
+    colours, _ = optional_import("matplotlib.colors")
+    grey_scan, labels = (nib.as_closest_canonical(nib.squeeze_image(nib.load(file))) for file in (scan, label_map))
+    grey, label = np.asarray(grey_scan.dataobj, dtype=np.float32), np.asarray(labels.dataobj)
+    spacing = grey_scan.header.get_zooms()[:3]
+    inside = np.argwhere(label > 0)
+    centre = np.median(inside, axis=0).astype(int) if len(inside) else np.array(label.shape) // 2
+    low, high = float(np.nanmin(grey)), float(np.nanpercentile(grey, BRIGHTEST))
+    listed = colours.ListedColormap(["#00000000", *structure_colours(len(names))])
+    widths = [label.shape[across] * spacing[across] for _, across, _, _, _ in PLANES.values()]
+    figure = figure_module.Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(PLANES), width_ratios=widths)
+    for axis, (plane, (fixed, across, up, left, right)) in zip(axes, PLANES.items()):
+        shape = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
+        axis.imshow(np.take(grey, centre[fixed], fixed).T, cmap="gray", vmin=low, vmax=high, **shape)
+        overlay = np.take(label, centre[fixed], fixed).T
+        axis.imshow(overlay, cmap=listed, vmin=0, vmax=len(names), interpolation="nearest", alpha=0.6, **shape)
+        axis.set_title(f"{plane}, slice {centre[fixed] + 1} of {label.shape[fixed]}", fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for text, place, side in ((left, 0.02, "left"), (right, 0.98, "right")):
+            axis.text(place, 0.5, text, transform=axis.transAxes, color="white", ha=side, va="center", fontsize=9)
+    handles = [patches.Patch(color=colour, label=n) for n, colour in zip(names, structure_colours(len(names)))]
+    figure.legend(handles=handles, loc="outside lower center", ncol=min(len(names), 6), frameon=False, fontsize=9)
+    figure.suptitle(Path(scan).name, fontsize=10)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

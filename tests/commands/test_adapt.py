@@ -1,0 +1,253 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From folders to an adapted bundle: cases, structures, verdict; the whole way and its report at tiny size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mapseg_components.commands.adapt import adapt, read_mapping, source_cases, structure_names, target_cases
+from mapseg_components.commands.assess import verdict_of
+from mapseg_components.commands.report import report
+from mapseg_components.commands.stages import error_of, run_stage
+from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.reports.slices import overlay, stack
+from tests.conftest import ROOT, make_scan, write_nifti
+
+TINY = {
+    "patch_size": [16, 16, 16],
+    "window_stride": [12, 12, 12],
+    "width": 8,
+    "depth": 1,
+    "dilations": [1, 2],
+    "head_channels": 8,
+    "decoder_channels": [8, 8],
+    "max_epochs": 2,
+    "epoch_length": 2,
+    "constant_epochs": 1,
+    "local_block_size": 4,
+    "val_interval": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three labelled scans in images/ and labels/, two unlabelled ones in a plain folder."""
+    root = tmp_path_factory.mktemp("scans")
+    for seed in range(3):
+        image, label = make_scan(seed=seed)
+        write_nifti(root / "t1" / "images" / f"{seed}.nii.gz", image)
+        write_nifti(root / "t1" / "labels" / f"{seed}.nii.gz", label)
+    for seed in (7, 8):
+        write_nifti(root / "t2" / f"{seed}.nii.gz", make_scan(seed=seed, contrast=-0.7)[0])
+    return root
+
+
+def call(folders):
+    return {"source": str(folders / "t1"), "target": str(folders / "t2"), "num_threads": 1, "settings": TINY}
+
+
+@pytest.fixture(scope="module")
+def finished(folders):
+    """A whole run at tiny size."""
+    output = folders / "out"
+    return output, adapt(**call(folders), output=str(output)).record
+
+
+@pytest.mark.slow
+def test_the_output_is_a_bundle_that_runs(finished, tmp_path):
+    output, record = finished
+    assert record["done"][:3] == ["pretraining", "source", "adaptation"]
+    shipped = record["assessment"]["verdict"]["ship"]
+    assert (output / "models" / "model.pt").read_bytes() == (output / "models" / f"{shipped}.pt").read_bytes()
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(output, moved)
+    subprocess.run([*command, "--output_dir", str(tmp_path / "again")], cwd=moved, check=True, capture_output=True)
+    for scan in ("7", "8"):
+        first, second = (
+            nib.load(f / f"{scan}_seg.nii.gz") for f in (output / "predictions" / shipped, tmp_path / "again")
+        )
+        np.testing.assert_array_equal(np.asarray(first.dataobj), np.asarray(second.dataobj))
+
+
+@pytest.mark.slow
+def test_the_same_command_again_changes_nothing(finished, folders):
+    output, record = finished
+    before = {p: p.stat().st_mtime_ns for p in (output / "stages").rglob("*.pt")}
+    again = adapt(**call(folders), output=str(output)).record
+    assert again["assessment"] == record["assessment"] and again["seconds"] == record["seconds"]
+    assert before == {p: p.stat().st_mtime_ns for p in (output / "stages").rglob("*.pt")}
+    with pytest.raises(ConfigError, match=r"holds a run with other arguments \(seed was 0, now 1\)"):
+        adapt(**call(folders), output=str(output), seed=1)
+
+
+@pytest.mark.slow
+def test_the_report_needs_nothing_else(finished):
+    output, record = finished
+    page = (output / "report.html").read_text()
+    assert not re.search(r"(?:src|href)\s*=\s*.(?!#)|@import|url\((?!data:image/png;base64,|#)", page)
+    assert "default-src 'none'" in page
+    for text in ("structure 1", "structure 2", "7", "8", "Score", "teacher agrees with its last look"):
+        assert text in page
+    assert page.count('class="viewer"') == 2 and page.count('type="range"') == 6
+    assert record["report"] == str(output / "report.html")
+
+
+@pytest.mark.slow
+def test_the_history_has_what_the_report_shows(finished):
+    output, _ = finished
+    lines = [json.loads(line) for line in (output / "stages" / "adaptation" / "history.jsonl").read_text().splitlines()]
+    assert all(0 <= line["target_agreement_teacher_student"] <= 1 for line in lines)
+    assert "target_agreement_previous" not in lines[0] and 0 <= lines[1]["target_agreement_previous"] <= 1
+    assert {"target_voxels_structure 1", "target_voxels_structure 2"} <= set(lines[0])
+
+
+def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds \['thesis.txt'\] and no run of this command"):
+        adapt(**call(folders), output=str(tmp_path))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"source": "nowhere"}, "source .*nowhere does not exist"),
+        ({"target": "t1/labels/none"}, "target .* does not exist"),
+        ({"validation_share": 2}, "validation_share is 2, expected"),
+        ({"labels": "liver"}, "labels 'liver' is no JSON object"),
+        ({"preset": "huge"}, "preset 'huge' is unknown"),
+        ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
+    ],
+)
+def test_wrong_arguments_are_named(folders, tmp_path, change, message, monkeypatch):
+    monkeypatch.chdir(folders)
+    with pytest.raises(ConfigError, match=message):
+        adapt(**{"source": "t1", "target": "t2", "output": str(tmp_path / "out"), **change})
+
+
+def test_cases_are_held_out_by_the_seed(folders):
+    training, validation = source_cases(str(folders / "t1"), 0.2, seed=0)
+    assert len(training) == 2 and len(validation) == 1
+    assert source_cases(str(folders / "t1"), 0.2, seed=0) == (training, validation)
+    assert {c["case_id"] for c in (*training, *validation)} == {"0", "1", "2"}
+
+
+def test_unpaired_labels_are_named(folders, tmp_path):
+    shutil.copytree(folders / "t1", tmp_path / "t1")
+    (tmp_path / "t1" / "labels" / "2.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"images and labels do not pair \(\['2'\]\)"):
+        source_cases(str(tmp_path / "t1"), 0.2, 0)
+    with pytest.raises(ConfigError, match="has neither images/ and labels/ nor source/"):
+        source_cases(str(folders / "t2"), 0.2, 0)
+    with pytest.raises(ConfigError, match="has no NIfTI file"):
+        target_cases(str(folders))
+
+
+def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
+    cases = source_cases(str(folders / "t1"), 0.2, 0)[0]
+    assert structure_names(None, str(folders / "t1"), cases) == {"structure 1": 1, "structure 2": 2}
+    assert structure_names({"liver": 5}, str(folders / "t1"), cases) == {"liver": 5}
+    assert structure_names(None, str(dataset / "datalist.json"), []) == {"first": 1, "second": 2}
+    assert read_mapping("labels", '{"liver": 1}') == {"liver": 1}
+
+
+def figures(estimates, dice=0.8, within=True):
+    cases = [{"estimated_dice": e, "within_calibration": within} for e in estimates]
+    return {"cases": cases, "validation_dice": {"mean": dice}}
+
+
+def test_verdicts():
+    base = [0.5, 0.6, 0.7, 0.55]
+    better, worse = [b + 0.1 for b in base], [b - 0.1 for b in base]
+    assert verdict_of(figures(base), figures(better))["verdict"] == "adapted"
+    down = verdict_of(figures(base), figures(worse))
+    assert down["verdict"] == "worse than source" and down["ship"] == "source_only"
+    mixed = verdict_of(figures(base), figures([0.6, 0.5, 0.8, 0.45]))
+    assert mixed["verdict"] == "no gain" and mixed["ship"] == "source_only"
+    failing = verdict_of(figures([0.1, 0.1]), figures([0.3, 0.3]))
+    assert failing["verdict"] == "adapted" and "look at its label maps before any use" in failing["why"][-1]
+    assert "guesses" in " ".join(verdict_of(figures(base), figures(better, within=False))["why"])
+    assert verdict_of(figures([None]), figures([None]))["ship"] == "source_only"
+
+
+def test_slices_stand_upright_with_the_right_side_on_the_left():
+    volume = np.zeros((4, 5, 6))
+    volume[3, 2, 5] = 1  # at the right end and at the top
+    strip = stack(volume, 1, np.array([1, 2]))
+    assert strip.shape == (12, 4) and np.argwhere(strip).tolist() == [[6, 0]]
+
+
+def test_overlays_are_clear_where_nothing_is():
+    image = overlay(np.array([[0, 1, 25]]), 30)
+    assert image.convert("RGBA").getpixel((0, 0))[3] == 0
+    assert image.convert("RGBA").getpixel((1, 0)) == image.convert("RGBA").getpixel((2, 0))
+
+
+def test_report_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no run\.json: name the output folder"):
+        report(str(tmp_path))
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="has no assessment yet"):
+        report(str(tmp_path))
+
+
+def test_a_stages_error_comes_back_as_it_was(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("Traceback ...\n\nResourceError: the disk is full: free space")
+    error = error_of("source", log, 1)
+    assert isinstance(error, ResourceError) and str(error) == "the disk is full: free space"
+    log.write_text("Traceback\nKeyError: 'x'")
+    assert type(error_of("source", log, 1)) is MAPSegError and "KeyError: 'x'" in str(error_of("source", log, 1))
+    log.write_text("SystemError: nothing of ours")
+    assert type(error_of("source", log, 1)) is MAPSegError
+    assert isinstance(error_of("source", log, -9), ResourceError)
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_says_why(tmp_path):
+    bundle = ROOT / "bundles" / "mapseg_adaptation"
+    with pytest.raises(ConfigError, match="no datalist at"):
+        run_stage("source", bundle, ["configs/train.json", "configs/tiny.yaml"], tmp_path, {"dataset_dir": tmp_path})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
+def test_the_report_in_a_browser(finished, tmp_path):
+    """The page's own script sorts, chooses scans and moves slices, with its content policy in force."""
+    output, _ = finished
+    probe = """<script>{
+    const first = () => document.querySelector("tbody tr").cells[0].textContent;
+    const head = document.querySelector("th button"), seen = [];
+    head.click(); seen.push(first()); head.click(); seen.push(first());
+    const chooser = document.getElementById("scan");
+    chooser.value = chooser.options[1].value; chooser.dispatchEvent(new Event("change"));
+    seen.push([...document.querySelectorAll(".viewer")].filter(v => !v.hidden).map(v => v.dataset.case).join());
+    seen.push(chooser.value);
+    const slider = document.querySelector(".viewer:not([hidden]) input");
+    const pane = slider.parentElement.querySelector(".pane");
+    slider.value = 3; slider.dispatchEvent(new Event("input"));
+    seen.push(pane.style.backgroundPositionY === -3 * pane.dataset.height + "px");
+    seen.push(slider.parentElement.innerText.trim());
+    seen.push(document.documentElement.scrollWidth <= window.innerWidth);
+    document.title = JSON.stringify(seen);
+    }</script></body>"""
+    page = tmp_path / "page.html"
+    page.write_text((output / "report.html").read_text().replace("</body>", probe))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom"]
+    home = {**os.environ, "HOME": str(tmp_path)}
+    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, env=home).stdout
+    title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL).group(1)
+    ascending, descending, shown, chosen, moved, text, narrow = json.loads(title.replace("&quot;", '"'))
+    assert (ascending, descending) == ("7", "8") and shown == chosen and moved and narrow
+    assert "sagittal, slice 4 of" in text

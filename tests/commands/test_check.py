@@ -1,0 +1,186 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""`mapseg check`: the shipped sample is sound, and each way to spoil a set is found in the scan that has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mapseg_components.commands import check
+from mapseg_components.commands.main import main
+from mapseg_components.data.portraits import coarse
+from tests.conftest import SAMPLE, make_dataset, write_nifti
+from tests.faults import damage
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """The five source scans of the sample in one folder."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for section in ("source", "validation"):
+        for path in (SAMPLE / section / "images").iterdir():
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def change(path, function, affine=None):
+    scan = nib.load(path)
+    nib.save(nib.Nifti1Image(function(np.asarray(scan.dataobj)), scan.affine if affine is None else affine), path)
+
+
+def warnings_of(report):
+    return [
+        (finding.file.rpartition("/")[2], finding.what) for finding in report.findings if finding.severity == "warning"
+    ]
+
+
+def test_the_shipped_sample_is_sound_and_the_report_is_self_contained(tmp_path, capsys):
+    assert main(["check", str(SAMPLE / "datalist.json"), "--output", str(tmp_path)]) == 0
+    assert "18 files read; 0 errors, 0 warnings" in capsys.readouterr().out
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert len(content["files"]) == 18 and content["counts"]["error"] == 0
+    page = (tmp_path / "check.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "http" not in page and "prefers-color-scheme: dark" in page
+    assert page.count("<tr>") == 2 + len(content["findings"]) + 18
+    assert main(["check", str(SAMPLE / "datalist.json"), "--output", str(tmp_path)]) == 2
+
+
+def test_a_damaged_file_blocks_and_every_other_is_still_read(scans, tmp_path, capsys):
+    path = scans / "GA31_operated.nii.gz"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert main(["check", str(scans), "--output", str(tmp_path / "out")]) == 3
+    assert "GA31_operated.nii.gz" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "check.json").read_text())
+    status = {row["file"].rpartition("/")[2]: row["status"] for row in content["files"]}
+    assert status == {**{p.name: "ok" for p in scans.iterdir()}, "GA31_operated.nii.gz": "error"}
+
+
+@pytest.mark.parametrize(
+    "spoil, part",
+    [
+        (damage.unnamed_orientation, "no orientation"),
+        (damage.nan_in_affine, "not finite"),
+        (damage.forms_differ, "sform and qform differ"),
+        (damage.sheared, "sheared"),
+        (damage.image_as_label, None),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_rows_of_the_audit_arrive_as_findings(tmp_path, spoil, part):
+    path = tmp_path / "one.nii.gz"
+    write_nifti(path, damage.image())
+    spoil(path)
+    report = check(path, quiet=True)
+    assert report.exit_code == (3 if part else 0)
+    if part:
+        assert part in str([f.what for f in report.findings if f.severity == "error"])
+
+
+def test_label_faults_of_a_datalist_block(tmp_path):
+    datalist = make_dataset(tmp_path)
+    assert check(datalist, quiet=True).counts["error"] == 0
+    path = tmp_path / "source_training" / "1_label.nii.gz"
+    change(path, lambda voxels: np.where(voxels == 2, 9, voxels).astype(np.uint8))
+    report = check(datalist, quiet=True)
+    assert [f.file for f in report.findings if f.severity == "error"] == [str(path)]
+    assert report.exit_code == 3 and "unknown values 9" in str(report)
+    assert check(datalist, dropped_labels="9", quiet=True).exit_code == 0
+
+
+def test_a_scan_flipped_front_to_back_is_found_by_its_content(scans):
+    change(scans / "GA33_operated.nii.gz", lambda voxels: np.flip(voxels, 1))
+    report = check(scans, quiet=True)
+    found = warnings_of(report)
+    assert [file for file, _ in found] == ["GA33_operated.nii.gz"] and "flipped back-front" in found[0][1]
+    assert report.exit_code == 0  # a guess does not block
+
+
+def test_a_target_scan_with_exchanged_axes_is_found_by_its_content(tmp_path):
+    datalist = spoilt_target(tmp_path, lambda voxels: np.swapaxes(voxels, 1, 2))
+    found = warnings_of(check(datalist, quiet=True))
+    assert [file for file, _ in found] == ["spoilt.nii.gz"] and "axes exchanged" in found[0][1]
+
+
+def test_a_target_scan_mirrored_left_to_right_is_suspected_and_no_more(tmp_path):
+    datalist = spoilt_target(tmp_path, lambda voxels: np.flip(voxels, 0))
+    found = warnings_of(check(datalist, quiet=True))
+    assert [file for file, _ in found] == ["spoilt.nii.gz"] and "may be swapped" in found[0][1]
+    assert warnings_of(check(spoilt_target(tmp_path, lambda voxels: voxels), quiet=True)) == []
+
+
+def spoilt_target(folder, function):
+    """The sample's datalist with one target scan changed."""
+    content = json.loads((SAMPLE / "datalist.json").read_text())
+    for section in ("source_training", "source_validation", "target_training", "target_test"):
+        for entry in content[section]:
+            entry |= {key: str(SAMPLE / path) for key, path in entry.items()}
+    path = folder / "spoilt.nii.gz"
+    shutil.copyfile(SAMPLE / "target" / "images" / "GA26_operated.nii.gz", path)
+    change(path, function)
+    content["target_training"][-1]["image"] = str(path)
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder / "datalist.json"
+
+
+def test_spacing_masking_contrast_and_copies(scans):
+    scan = nib.load(scans / "GA30_operated.nii.gz")
+    wide = scan.affine @ np.diag([2.0, 1, 1, 1])
+    change(scans / "GA30_operated.nii.gz", lambda voxels: voxels, wide)
+    noise = np.random.default_rng(0)
+    unmasked = lambda v: np.where(v == 0, noise.integers(1, 40, v.shape), v).astype(v.dtype)  # noqa: E731
+    change(scans / "GA31_operated.nii.gz", unmasked)
+    change(scans / "GA32_operated.nii.gz", lambda voxels: np.where(voxels > 0, voxels.max() - voxels + 1, 0))
+    shutil.copyfile(scans / "GA34_operated.nii.gz", scans / "copy.nii.gz")
+    report = check(scans, quiet=True)
+    found = warnings_of(report)
+    for file, part in (
+        ("GA30_operated.nii.gz", "voxels of 3.2 x 1.6 x 1.6 mm"),
+        ("GA31_operated.nii.gz", "is not skull-stripped"),
+        ("GA32_operated.nii.gz", "intensities are"),
+        ("copy.nii.gz", "same voxels"),
+    ):
+        assert any(name == file and part in what for name, what in found), (file, part, found)
+    assert report.exit_code == 0
+
+
+def ct(shift=0, seed=0):
+    """Air, soft tissue and some bone in HU, or shifted."""
+    generator = np.random.default_rng(seed)
+    voxels = np.full((24, 26, 28), -1000, np.int16)
+    voxels[3:-3, 3:-3, 3:-3] = generator.normal(40, 20, (18, 20, 22))
+    voxels[10:13, 10:13, 3:-3] = 900
+    return (voxels + shift).astype(np.int16)
+
+
+def test_ct_in_two_conventions_is_told_apart(tmp_path):
+    for number in range(4):
+        write_nifti(tmp_path / f"{number}.nii.gz", ct(1024 if number == 3 else 0, number))
+    report = check(tmp_path, quiet=True)
+    assert [file for file, what in warnings_of(report) if "looks like a CT with 1024 added" in what] == ["3.nii.gz"]
+    assert "3 of 4 scans look like CT in HU" in str(report) and report.exit_code == 0
+
+
+def test_negative_values_that_are_no_ct_are_a_warning_until_a_policy_is_named(tmp_path):
+    voxels = damage.image() - 20
+    write_nifti(tmp_path / "mr.nii.gz", voxels)
+    assert any("negative" in what for _, what in warnings_of(check(tmp_path, quiet=True)))
+
+
+def test_an_empty_folder_is_a_usage_error(tmp_path, capsys):
+    assert main(["check", str(tmp_path)]) == 2
+    assert "no NIfTI scan" in capsys.readouterr().err
+
+
+def test_coarse_means_keep_the_mean_of_any_shape():
+    for shape in ((5, 16, 37), (40, 33, 18)):
+        volume = np.random.default_rng(0).random(shape)
+        cells = coarse(volume)
+        assert cells.shape == (16, 16, 16) and cells.mean() == pytest.approx(volume.mean())
+    ramp = np.broadcast_to(np.arange(32.0)[:, None, None], (32, 20, 20))
+    np.testing.assert_allclose(coarse(ramp)[:, 3, 3], np.arange(16) * 2 + 0.5)

@@ -1,0 +1,165 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""`mapseg evaluate` on boxes whose overlap and distances are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from mapseg_components.colours import structure_colours
+from mapseg_components.commands import evaluate
+from mapseg_components.commands.main import main
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.metrics import bootstrap_interval, paired_comparison
+from tests.conftest import write_nifti
+
+pytest.importorskip("scipy")
+SPACING = np.diag([1.0, 1.5, 2.0, 1.0])
+
+
+def boxes(shift=0, second=True, shape=(20, 18, 16)):
+    """Structure 1, 6 x 6 x 6 voxels, moved along x; structure 2 in another corner."""
+    voxels = np.zeros(shape, np.uint8)
+    voxels[4 + shift : 10 + shift, 4:10, 4:10] = 1
+    if second:
+        voxels[14:18, 12:16, 10:14] = 2
+    return voxels
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Six cases; predictions moved by 1, others by 2 voxels (mm)."""
+    for number in range(6):
+        write_nifti(tmp_path / "truth" / f"case{number}.nii.gz", boxes(), SPACING)
+        write_nifti(tmp_path / "pred" / f"case{number}_seg.nii.gz", boxes(1), SPACING)
+        write_nifti(tmp_path / "other" / f"case{number}_pred.nii.gz", boxes(2), SPACING)
+    return tmp_path
+
+
+def test_a_box_moved_by_one_voxel_has_the_figures_that_geometry_gives(folders):
+    result = evaluate(folders / "pred", folders / "truth", tolerance_mm=0.5, quiet=True)
+    row = next(one for one in result.rows if one["structure"] == "1")
+    assert row["dice"] == pytest.approx(5 / 6) and row["hd95_mm"] == pytest.approx(1.0)
+    # of 152 surface voxels, 112 (of 4 faces along x, without one end) lie on the other surface, too; see below
+    one, two = (surface(boxes(shift) == 1) for shift in (0, 1))
+    assert row["surface_dice"] == pytest.approx((one & two).sum() * 2 / (one.sum() + two.sum()))
+    assert 0 < row["assd_mm"] < 1
+    whole = evaluate(folders / "pred", folders / "truth", tolerance_mm=1.0, quiet=True)
+    assert next(one for one in whole.rows if one["structure"] == "1")["surface_dice"] == pytest.approx(1.0)
+    assert result.summary["2"]["dice"]["mean"] == 1 and result.summary["2"]["hd95_mm"]["mean"] == 0
+    mean = result.summary["mean of structures"]["dice"]
+    assert mean["n"] == 6 and mean["mean"] == pytest.approx((5 / 6 + 1) / 2)
+
+
+def surface(mask):
+    """Voxels of a mask with a neighbour outside."""
+    inner = mask.copy()
+    for axis in range(3):
+        inner &= np.roll(mask, 1, axis) & np.roll(mask, -1, axis)
+    return mask & ~inner
+
+
+def test_a_distance_is_in_mm_along_every_axis(tmp_path):
+    voxels = boxes(second=False)
+    write_nifti(tmp_path / "truth.nii.gz", voxels, SPACING)
+    for axis, side in enumerate((1.0, 1.5, 2.0)):
+        write_nifti(tmp_path / "pred.nii.gz", np.roll(voxels, 2, axis), SPACING)
+        row = evaluate(tmp_path / "pred.nii.gz", tmp_path / "truth.nii.gz", quiet=True).rows[0]
+        assert row["hd95_mm"] == pytest.approx(2 * side)
+
+
+def test_files_and_table_are_written_and_not_replaced(folders, capsys):
+    words = ["evaluate", str(folders / "pred"), str(folders / "truth"), "--output", str(folders / "out")]
+    labels = json.dumps({"box": 1, "corner": 2, "nowhere": 3})
+    assert main([*words, "--labels", labels]) == 0
+    printed = capsys.readouterr().out
+    assert "6 cases" in printed and "box" in printed and "0.833 [0.833, 0.833]" in printed
+    with (folders / "out" / "evaluation.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 18 and {row["dice"] for row in rows if row["structure"] == "nowhere"} == {""}
+    summary = json.loads((folders / "out" / "evaluation.json").read_text())
+    assert summary["structures"]["nowhere"]["dice"]["n"] == 0 and summary["structures"]["box"]["dice"]["n"] == 6
+    assert main(words) == 2 and "results of an earlier run" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+
+
+def test_a_structure_that_the_prediction_lacks_counts_as_missed(folders):
+    write_nifti(folders / "pred" / "case3_seg.nii.gz", boxes(1, second=False), SPACING)
+    result = evaluate(folders / "pred", folders / "truth", quiet=True)
+    assert result.summary["2"]["dice"]["mean"] == pytest.approx(5 / 6)
+    assert result.summary["2"]["hd95_mm"]["n"] == 5  # no distance to nothing
+    assert [row["case"] for row in result.rows if row["missed"]] == ["case3"]
+
+
+def test_two_methods_are_compared_on_the_same_cases(folders):
+    result = evaluate(folders / "pred", folders / "truth", versus=folders / "other", quiet=True)
+    one = result.versus["1"]["dice"]
+    assert one["n"] == 6 and one["mean_difference"] == pytest.approx(5 / 6 - 4 / 6)
+    assert one["p"] == pytest.approx(2 / 2**6)  # all six in one direction
+    assert result.versus["2"]["dice"]["p"] is None and result.versus["2"]["dice"]["note"] == "no case differs"
+    (folders / "truth" / "case5.nii.gz").unlink()
+    fewer = evaluate(folders / "pred", folders / "truth", versus=folders / "other", common=True, quiet=True)
+    assert fewer.versus["1"]["dice"]["p"] is None and "too few cases" in str(fewer) and fewer.cases == 5
+
+
+def test_files_without_a_partner_are_named(folders, capsys):
+    (folders / "pred" / "case2_seg.nii.gz").unlink()
+    write_nifti(folders / "pred" / "case9_seg.nii.gz", boxes(), SPACING)
+    assert main(["evaluate", str(folders / "pred"), str(folders / "truth")]) == 3
+    printed = capsys.readouterr().err
+    assert "case2" in printed and "case9" in printed and "set common" in printed
+    assert evaluate(folders / "pred", folders / "truth", common=True, quiet=True).cases == 5
+
+
+def test_another_grid_is_refused_with_every_file(folders):
+    moved = SPACING.copy()
+    moved[0, 3] = 15.0
+    write_nifti(folders / "pred" / "case1_seg.nii.gz", boxes(), moved)
+    write_nifti(folders / "pred" / "case4_seg.nii.gz", boxes(shape=(20, 18, 17)), SPACING)
+    with pytest.raises(DataError) as caught:
+        evaluate(folders / "pred", folders / "truth", quiet=True)
+    text = str(caught.value)
+    assert "case1_seg" in text and "15.000 mm" in text and "case4_seg" in text and "(20, 18, 17)" in text
+
+
+def test_an_image_is_no_label_map(folders):
+    write_nifti(folders / "pred" / "case1_seg.nii.gz", boxes() * np.float32(0.7), SPACING)
+    with pytest.raises(DataError, match=r"case1_seg.*fractional"):
+        evaluate(folders / "pred", folders / "truth", quiet=True)
+
+
+@pytest.mark.parametrize("labels", ["no file", '["a"]', '{"a": "x"}'])
+def test_labels_that_make_no_sense_are_refused(folders, labels):
+    with pytest.raises(ConfigError, match="labels is"):
+        evaluate(folders / "pred", folders / "truth", labels=labels, quiet=True)
+
+
+def test_labels_of_a_bundle_translate_the_truth_to_class_indices(folders):
+    configs = folders / "bundle" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "inference.json").write_text(json.dumps({"labels": {"corner": 2, "box": 1}}))
+    swapped = np.array([0, 2, 1], np.uint8)[boxes()]  # as a bundle writes them: first structure 1, second 2
+    for number in range(6):
+        write_nifti(folders / "pred" / f"case{number}_seg.nii.gz", swapped, SPACING)
+    result = evaluate(folders / "pred", folders / "truth", labels=folders / "bundle", quiet=True)
+    assert {name: result.summary[name]["dice"]["mean"] for name in ("corner", "box")} == {"corner": 1.0, "box": 1.0}
+
+
+def test_an_interval_holds_the_mean_and_is_the_same_again():
+    values = [0.5, 0.6, 0.9, 0.7]
+    low, high = bootstrap_interval(values)
+    assert 0.5 <= low < np.mean(values) < high <= 0.9 and (low, high) == bootstrap_interval(values)
+    assert bootstrap_interval([0.5]) is None
+
+
+def test_pairs_without_a_value_are_left_out():
+    result = paired_comparison({"a": 0.5, "b": None, "c": 0.7}, {"a": 0.4, "b": 0.1, "d": 0.2})
+    assert result["n"] == 1 and result["mean_difference"] == pytest.approx(0.1) and "too few" in result["note"]
+
+
+def test_structure_colours_differ_up_to_twenty_four():
+    assert len(set(structure_colours(24))) == 24 and structure_colours(25)[24] == structure_colours(1)[0]

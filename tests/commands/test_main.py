@@ -1,0 +1,115 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The command line itself: help that a person reads, options that exist, exit codes that mean something."""
+
+from __future__ import annotations
+
+import configparser
+import inspect
+
+import pytest
+
+from mapseg_components import commands
+from mapseg_components.commands.main import COMMANDS, canonical, main
+from mapseg_components.commands.session import choose_device, exit_code_of, working
+from mapseg_components.errors import CheckpointError, ConfigError, DataError
+from tests.conftest import ROOT
+
+
+def test_the_console_script_is_installed_with_the_package():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert "mapseg = mapseg_components.commands.main:main" in config["options.entry_points"]["console_scripts"]
+
+
+def test_every_command_is_a_function_of_the_same_name():
+    assert {name: getattr(commands, name) for name in commands.__all__} == dict(sorted(COMMANDS.items()))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["help"], ["-h"]])
+def test_help_names_every_command_on_stdout(words, capsys):
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    assert all(name in printed.out for name in COMMANDS) and printed.err == ""
+
+
+def test_no_command_at_all_is_a_usage_error(capsys):
+    assert main([]) == 2
+    assert "Commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_explains_every_argument_and_option(name, capsys):
+    assert main([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    for argument, parameter in inspect.signature(COMMANDS[name]).parameters.items():
+        positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        line = next(
+            row
+            for row in printed.splitlines()
+            if row.startswith(f"  {argument.upper()} " if positional else f"  --{argument} ")
+        )
+        following = printed.splitlines()[printed.splitlines().index(line) + 1]
+        assert len(line.split()) > 2 or following.startswith(" " * 28), f"{argument} has no text"
+    assert "Exit codes" in printed and "``" not in printed and max(map(len, printed.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["predikt"], ["predikt", "did you mean predict?"]),
+        (["predict", "in", "out", "--bundel", "b"], ["--bundel", "did you mean --bundle?"]),
+        (["predict", "in", "out"], ["--bundle is missing"]),
+        (["predict", "in"], ["OUTPUT, --bundle is missing"]),
+        (["predict", "in", "out", "more", "--bundle", "b"], ["one argument too many", "more"]),
+        (["predict", "in", "out", "--bundle"], ["--bundle lacks its value"]),
+        (["predict", "in", "out", "--bundle", "b", "--num_threads", "two"], ["--num_threads is 'two'", "int"]),
+        (["predict", "in", "out", "--bundle", "b", "--bundle", "c"], ["bundle is given twice"]),
+        (["predict", "in", "out", "-b", "b"], ["unknown option -b", "two dashes"]),
+        (["predict", "no/such/place", "out", "--bundle", "b"], ["no/such/place", "does not exist"]),
+        (["check", "no/such/place"], ["no/such/place", "does not exist"]),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_one_line(words, parts, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1, printed.err
+    assert all(part in printed.err for part in parts), printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_may_stand_anywhere_and_paths_stay_as_typed():
+    words = ["--overwrite", "007", "1e3", "--bundle=1.50", "--num-threads", "2"]
+    expected = ["--overwrite=True", "--input=007", "--output=1e3", "--bundle=1.50", "--num_threads=2"]
+    assert canonical(COMMANDS["predict"], words) == expected
+
+
+def test_a_path_like_a_number_reaches_the_function_as_typed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", "0070"]) == 2
+    assert "0070 does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "CPU", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ConfigError, match=name):
+        choose_device(name)
+
+
+def test_threads_are_put_back():
+    import torch
+
+    before = torch.get_num_threads()
+    with working(num_threads=before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(ConfigError, match="num_threads"), working(num_threads=0):
+        pass
+
+
+def test_exit_code_of_several_failures():
+    assert exit_code_of([]) == 0
+    assert exit_code_of([CheckpointError, CheckpointError]) == 4
+    assert exit_code_of([CheckpointError, DataError]) == 3
+    assert exit_code_of([ValueError]) == 3

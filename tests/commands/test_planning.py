@@ -1,0 +1,75 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes for scans and machines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
+from mapseg_components.errors import ConfigError
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize(
+    "shape, spacing",
+    [
+        ((182, 218, 182), (1, 1, 1)),
+        ((53, 65, 56), (1.6, 1.6, 1.6)),
+        ((256, 256, 12), (1.25, 1.25, 8)),
+        ((20, 320, 320), (6, 0.8, 0.8)),
+        ((512, 512, 120), (0.7, 0.7, 2.0)),
+        ((30, 30, 30), (2, 2, 2)),
+    ],
+)
+def test_sizes_fit_each_other(shape, spacing, preset):
+    plan = plan_sizes([shape], [spacing], preset)
+    for axis in range(3):
+        side, stride = plan["patch_size"][axis], plan["stride"][axis]
+        assert side % stride == 0 and side % plan["local_block_size"][axis] == 0 and side >= 8
+        assert side % plan["global_block_size"][axis] == 0
+        assert plan["window_stride"][axis] % stride == 0 and 0 < plan["window_stride"][axis] <= side
+        features = side // stride
+        assert all(1 <= dilation[axis] <= features for dilation in plan["dilations"] if isinstance(dilation, list))
+
+
+def test_isotropic_scans_get_the_papers_sizes_on_a_large_gpu():
+    plan = plan_sizes([(182, 218, 182)], [(1, 1, 1)], "paper")
+    assert plan["patch_size"] == [96, 96, 96] and plan["dilations"] == [4, 8, 16] and "rotation_deg" not in plan
+
+
+def test_thick_slices_get_flat_patches_that_are_not_reduced_along_them():
+    plan = plan_sizes([(256, 256, 12)], [(1.25, 1.25, 8)], "single-gpu")
+    assert plan["patch_size"][:2] == [96, 96] and plan["patch_size"][2] <= 16
+    assert plan["stride"] == [4, 4, 1] and plan["rotation_deg"] == 0
+
+
+def test_the_median_decides():
+    odd = [(64, 64, 64), (182, 218, 182), (182, 218, 182)]
+    assert plan_sizes(odd, [(1, 1, 1)] * 3, "paper") == plan_sizes(odd[1:], [(1, 1, 1)] * 2, "paper")
+
+
+def test_axes_are_put_into_one_order():
+    """A sagittal acquisition: the first array axis runs from front to back, the last from left to right."""
+    affine = np.array([[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]])
+    shape, spacing = canonical_grid((100, 50, 20), affine)
+    assert shape.tolist() == [20, 100, 50] and spacing.tolist() == [3, 1, 2]
+
+
+def test_preset_by_machine():
+    assert choose_preset(0, 500)[0] == "small-data-cpu"
+    assert choose_preset(24, 500)[0] == "single-gpu"
+    assert choose_preset(80, 10)[0] == "single-gpu"
+    assert choose_preset(141, 100)[0] == "paper"
+
+
+def test_rotation_gets_the_names_that_a_config_has():
+    planned = {"stride": [4, 4, 1], "rotation_deg": 0}
+    known = dict.fromkeys(["stride", "source_rotation_deg", "target_rotation_deg"])
+    assert settings_of(known, planned) == {"stride": [4, 4, 1], "source_rotation_deg": 0, "target_rotation_deg": 0}
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(ConfigError, match="preset 'huge' is unknown, expected one of"):
+        plan_sizes([(9, 9, 9)], [(1, 1, 1)], "huge")
