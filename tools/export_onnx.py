@@ -23,7 +23,7 @@ from monai.networks.utils import convert_to_onnx
 from torch import nn
 
 from mapseg_components.checkpoints import load_weights
-from mapseg_components.errors import MAPSegError, NonFiniteError
+from mapseg_components.errors import CheckpointError, MAPSegError
 from mapseg_components.files import replacing
 
 GRAPHS = {"one_image": ["image"], "collaborative": ["image", "global_image", "box"]}
@@ -54,7 +54,7 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
         by graph, the largest difference of a logit between ONNX Runtime and PyTorch, both in float32 on the CPU.
 
     Raises:
-        NonFiniteError: a difference is above ``TOLERANCE``, or not a number.
+        CheckpointError: a difference is above ``TOLERANCE``, or not a number.
     """
     network = network.float().cpu().eval()
     batch, differences = torch.export.Dim("batch"), {}
@@ -77,7 +77,7 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
             found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs)})[0]
             difference = float((torch.from_numpy(found) - expected).abs().max())
             if not difference <= TOLERANCE:
-                raise NonFiniteError(
+                raise CheckpointError(
                     f"{graph}.onnx differs from the network by {difference:.2g} in a logit, at most {TOLERANCE} "
                     "is accepted: nothing was written; try another version of onnx, onnxscript or onnxruntime"
                 )

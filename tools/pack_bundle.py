@@ -5,8 +5,8 @@
 
 Writes ``NAME_v<version>.zip`` and beside it ``NAME_v<version>.zip.sha256``. The zip holds one folder ``NAME`` with the
 bundle's configs, docs, licence and ``models/model.pt``, and a copy of ``mapseg_components``, so that the unpacked
-bundle runs where the package is not installed. Nothing else in the bundle's folder is packed: no results, no resume files, no
-caches. The same files give the same bytes on every machine: sorted, stored, without times and owners.
+bundle runs where the package is not installed. Nothing else in the bundle's folder is packed: no results, no resume
+files, no caches. The same files give the same bytes on every machine: sorted, stored, without times and owners.
 """
 
 from __future__ import annotations
