@@ -22,6 +22,12 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
     assert [name for name in entries if not (DOCS / name).is_file()] == []
 
 
+def test_every_room_of_the_package_has_its_section():
+    rooms = {path.stem for path in (ROOT / "mapseg_components").iterdir() if not path.name.startswith(("_", "py."))}
+    listed = set(re.findall(r"^::: mapseg_components\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    assert listed == rooms
+
+
 def test_links_out_of_the_docs_lead_to_files():
     pytest.importorskip("mkdocs", reason="the site needs the extra [docs]")
     from tools.docs_links import LINK, name_on_site, repository_file
