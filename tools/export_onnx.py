@@ -27,7 +27,7 @@ from mapseg_components.errors import CheckpointError, MAPSegError
 from mapseg_components.files import replacing
 
 GRAPHS = {"one_image": ["image"], "collaborative": ["image", "global_image", "box"]}
-# largest difference of a logit from PyTorch's, in float32
+# largest difference of a logit from PyTorch's, in float32, as a share of the largest logit
 TOLERANCE = 1e-4
 
 
@@ -51,7 +51,8 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
         folder: where the graphs go.
 
     Returns:
-        by graph, the largest difference of a logit between ONNX Runtime and PyTorch, both in float32 on the CPU.
+        by graph, the largest difference of a logit between ONNX Runtime and PyTorch, both in float32 on the CPU, as a
+        share of the largest logit.
 
     Raises:
         CheckpointError: a difference is above ``TOLERANCE``, or not a number.
@@ -75,11 +76,11 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
             with torch.no_grad():
                 expected = network(*inputs)
             found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs)})[0]
-            difference = float((torch.from_numpy(found) - expected).abs().max())
+            difference = float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
             if not difference <= TOLERANCE:
                 raise CheckpointError(
-                    f"{graph}.onnx differs from the network by {difference:.2g} in a logit, at most {TOLERANCE} "
-                    "is accepted: nothing was written; try another version of onnx, onnxscript or onnxruntime"
+                    f"{graph}.onnx differs from the network by {difference:.2g} of the largest logit, at most "
+                    f"{TOLERANCE} is accepted: nothing was written; try another version of onnx or onnxruntime"
                 )
             differences[graph] = difference
     return differences
@@ -100,7 +101,7 @@ def main() -> None:
     try:
         load_weights(network, arguments.weights or arguments.bundle / "models" / "model.pt")
         for graph, difference in export(network, channels, patch_size, arguments.output).items():
-            print(f"{arguments.output / graph}.onnx  largest difference of a logit {difference:.1e}")
+            print(f"{arguments.output / graph}.onnx  differs by {difference:.1e} of the largest logit")
     except MAPSegError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(error.exit_code)
