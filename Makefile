@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint soak weights clean
+.PHONY: help demo test lint docs soak weights clean
 
 help:
 	@echo "make demo     pretraining, source-only, adaptation, inference and evaluation on the shipped scans"
 	@echo "make test     all tests"
 	@echo "make lint     ruff, mypy and the config check"
+	@echo "make docs     the documentation site, into runs/site"
 	@echo "make soak     kill training 100 times at random moments, count what is lost"
 	@echo "make weights  train the weights that the bundles ship, on the shipped scans"
 	@echo "make clean    remove the environment and everything the demo wrote"
@@ -38,6 +39,11 @@ test: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python tools/check_bundles.py
+
+docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "runs/site/index.html"
 
 soak: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --kills 100

@@ -1,0 +1,36 @@
+# syntax=docker/dockerfile:1
+# MAPSeg for MONAI: package, bundles and shipped weights. See docs/container.md.
+ARG BASE=ubuntu:24.04
+FROM ${BASE}
+
+# where pip finds PyTorch: .../cpu, or .../cu128 with a CUDA base
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+# the base decides the version of Python
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 mapseg
+
+ENV PATH=/opt/mapseg/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    HOME=/tmp
+
+WORKDIR /opt/mapseg
+# PyTorch first: it is the largest layer and changes least
+COPY constraints.txt ./
+RUN python3 -m venv venv \
+    && pip install --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
+COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY mapseg_components ./mapseg_components
+RUN pip install -c constraints.txt '.[yaml]'
+COPY bundles ./bundles
+
+USER 10001
+WORKDIR /opt/mapseg/bundles/mapseg_adaptation
+ENTRYPOINT ["python", "-m", "monai.bundle"]
+CMD ["--help"]
