@@ -54,7 +54,7 @@ def segmenter(width: int, depth: int, classes: int) -> GlobalLocalDeepLabV3:
 
 
 def pair(network: GlobalLocalDeepLabV3, pairs: int, patch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Local and global logits of pairs, one number at the end; the context is a copy, as its cost is next to nothing."""
+    """Local and global logits of pairs as one number; context costs next to nothing, so the features stand for it."""
     features = network.encode(image(2 * pairs, patch, dtype))
     return network.decode(features, features).sum()
 
@@ -66,7 +66,7 @@ def mae_step_flop(width: int, depth: int, patch: int, batch: int) -> int:
 
 
 def adaptation_step_flop(width: int, depth: int, patch: int, classes: int, passes: int = 3) -> int:
-    """Forward and backward of the student's pairs (source clean and masked, target masked), forward of the teacher's."""
+    """Forward and backward of the student's pairs (source clean, masked; target masked), forward of the teacher's."""
     network = segmenter(width, depth, classes)
     student = counted(lambda: pair(network, passes, patch).backward())
     with torch.no_grad():

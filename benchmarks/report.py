@@ -45,8 +45,9 @@ def tables(results: Mapping[str, Any]) -> str:
     place = f"{machine['device']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
     size = f"depth {settings['depth']}, patch {settings['patch']}^3, scan {'x'.join(map(str, settings['scan_shape']))}"
     changed = ", ".join(f"`{key}: {value}`" for key, value in settings["set"].items())
+    load = f"Load of the machine: {machine['load']:.1f} processes."
     lines = [
-        f"{place}; {size}; samples on one thread. {CLOCKS[settings['clock']]}. Load of the machine: {machine['load']:.1f} processes."
+        f"{place}; {size}; samples on one thread. {CLOCKS[settings['clock']]}. {load}"
         + (f" Settings of the package: {changed}." if changed else ""),
         "",
         "| case | width | variant | median | min..max | n | times as fast | goal |",
@@ -75,9 +76,8 @@ def tables(results: Mapping[str, Any]) -> str:
             )
     for case in results["cases"]:
         for variant, share in case.get("agreement", {}).items():
-            lines.append(
-                f"| {case['case']}, {NAMES[variant]}: labels as plain, random weights | {case['width']} | {share:.5f} | | |"
-            )
+            what = f"{case['case']}, {NAMES[variant]}: labels as plain, random weights"
+            lines.append(f"| {what} | {case['width']} | {share:.5f} | | |")
     for case in results["cases"]:
         if "parts" in case:
             done = ", ".join(f"{name} {seconds(value)}" for name, value in case["parts"].items())

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
-import SimpleITK as sitk
+import SimpleITK
 import torch
 
 from benchmarks import cases
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure what the arguments ask for; returns what ``results.json`` holds."""
     device, chosen = torch.device(arguments.device), settings_from(arguments.set)
     torch.set_num_threads(arguments.threads)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     sizes = ("depth", "patch", "batch_size", "repeats", "sample_repeats", "clock", "quick")
     results: dict[str, Any] = {
         "machine": {**machine(device), "date": datetime.date.today().isoformat()},

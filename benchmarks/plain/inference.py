@@ -24,7 +24,7 @@ def segment(network: Any, scan: torch.Tensor, patch: int, stride: int, skip_dupl
         scan: on the network's device.
         patch: voxels per side of a window.
         stride: voxels between windows. The last window of an axis is moved back to the border, where it may lie on one
-            that was there before; such windows count twice, unless ``skip_duplicates``, for a comparison voxel by voxel.
+            that was there before; such windows count twice. ``skip_duplicates``: for a comparison voxel by voxel.
     """
     (x0, x1), (y0, y1), (z0, z1) = foreground_box(scan).tolist()
     region = pad_to(scan[:, x0:x1, y0:y1, z0:z1], patch)
