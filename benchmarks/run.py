@@ -56,7 +56,7 @@ MEMORY = {
     },
 }
 QUICK = {"width": [8], "depth": 1, "patch": 16, "repeats": 1, "sample_repeats": 1, "warmup": 0}
-QUICK_SHAPE = (36, 44, 40)
+QUICK_SHAPE = (36, 44, 42)
 
 
 def arguments_of(line: Sequence[str] | None) -> argparse.Namespace:

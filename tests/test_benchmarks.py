@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark runs at tiny size, notices results that differ, and what it counts and writes can be checked by hand."""
+"""The benchmark runs at tiny size and notices results that differ; what it counts can be checked by hand."""
 
 from __future__ import annotations
 
@@ -117,9 +117,7 @@ def test_windows_at_the_border_count_twice_in_the_baseline():
     network = GlobalLocalDeepLabV3(1, 3, width=8, depth=1, dilations=(1, 2), head_channels=8).eval()
     calls = []
     network.head.register_forward_hook(lambda *_: calls.append(1))
-    scan = (
-        torch.rand(1, 16, 20, 40) + 0.01
-    )  # windows of 16 every 12: one, two (12 -> 4, again), three (36 -> 24, again)
+    scan = torch.rand(1, 16, 20, 40) + 0.01  # windows of 16 every 12: an axis's last is moved onto another
     plain_inference.segment(network, scan, 16, 12)
     twice = len(calls)
     calls.clear()
