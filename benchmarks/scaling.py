@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.memory import measure
 from benchmarks.package import bundle, part, settings_of, write_datalist
-from benchmarks.timing import machine
+from benchmarks.timing import CLOCKS, machine
 from benchmarks.volume import SHAPE, write_brain
 
 matplotlib.use("Agg")
@@ -32,11 +32,11 @@ from matplotlib import pyplot as plt
 __all__ = ["draw", "linear_fit", "of_scans", "of_volumes", "of_workers"]
 
 
-def elapsed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and its value."""
-    start = time.perf_counter()
+def elapsed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
+    """Seconds of a call by one of `timing.CLOCKS`, and its value."""
+    start = clock()
     value = call()
-    return time.perf_counter() - start, value
+    return clock() - start, value
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
@@ -47,7 +47,13 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
     return {"slope": float(slope), "constant": float(constant), "r2": float(1 - (rest @ rest) / (spread @ spread))}
 
 
-def of_scans(scans: list[tuple[Path, Path]], counts: Sequence[int], patch: int, samples: int) -> list[dict[str, Any]]:
+def of_scans(
+    scans: list[tuple[Path, Path]],
+    counts: Sequence[int],
+    patch: int,
+    samples: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
     """Seconds until the cache is filled, and of an epoch of source samples from it, for the first scans of a list."""
     rows = []
     for count in counts:
@@ -55,14 +61,14 @@ def of_scans(scans: list[tuple[Path, Path]], counts: Sequence[int], patch: int, 
         settings = settings_of(8, 1, patch, torch.device("cpu"), {"epoch_length": samples})
         settings["labels"] = write_datalist(datalist, scans[:count])
         parser = bundle("adaptation", datalist, settings)
-        filling, loader = elapsed(lambda parser=parser: part(parser, "train#source_dataloader"))
-        epoch, made = elapsed(lambda loader=loader: sum(1 for _ in loader))
+        filling, loader = elapsed(lambda parser=parser: part(parser, "train#source_dataloader"), clock)
+        epoch, made = elapsed(lambda loader=loader: sum(1 for _ in loader), clock)
         rows.append({"scans": count, "cache_seconds": filling, "epoch_seconds": epoch, "samples": made})
     return rows
 
 
 def of_workers(scans: list[tuple[Path, Path]], counts: Sequence[int], patch: int, samples: int) -> list[dict[str, Any]]:
-    """Source and target samples a second, the start of the workers left out."""
+    """Source and target samples a second of time that passes, the start of the workers left out."""
     rows = []
     for count in counts:
         datalist = scans[0][0].parent / "datalist_workers.json"
@@ -86,26 +92,29 @@ def of_volumes(shapes: Sequence[Sequence[int]], sizes: dict[str, Any]) -> dict[s
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Four small panels."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
+    """Three small panels, and a fourth where workers were measured."""
     scans, volumes, workers = results["scans"], results["volumes"], results["workers"]
+    panels = 4 if workers else 3
+    figure, axes = plt.subplots(1, panels, figsize=(3 * panels, 2.8), layout="constrained")
+    what = "processor time" if results["settings"]["clock"] == "cpu" else "time"
     count = [row["scans"] for row in scans]
     axes[0].plot(count, [row["cache_seconds"] for row in scans], "o-", label="fill the cache")
     label = f"{scans[0]['samples']} samples"
     axes[0].plot(count, [row["epoch_seconds"] for row in scans], "s--", label=label)
-    axes[0].set(xlabel="scans", ylabel="time (s)")
+    axes[0].set(xlabel="scans", ylabel=f"{what} (s)")
     axes[0].legend(frameon=False)
     millions = [row["voxels"] / 1e6 for row in volumes["rows"]]
     axes[1].plot(millions, [row["seconds"] for row in volumes["rows"]], "o-")
-    axes[1].set(xlabel="volume (million voxels)", ylabel="inference (s)")
+    axes[1].set(xlabel="volume (million voxels)", ylabel=f"inference, {what} (s)")
     fit = volumes["memory"]
     axes[2].plot(millions, [(row["peak"] - row["before"]) / 1e9 for row in volumes["rows"]], "o")
     line = [(fit["slope"] * m * 1e6 + fit["constant"]) / 1e9 for m in millions]
     axes[2].plot(millions, line, "--", label=f"{fit['slope']:.0f} bytes a voxel")
     axes[2].set(xlabel="volume (million voxels)", ylabel="memory of inference (GB)")
     axes[2].legend(frameon=False)
-    axes[3].plot([row["workers"] for row in workers], [row["samples_per_second"] for row in workers], "o-")
-    axes[3].set(xlabel="workers", ylabel="samples a second")
+    if workers:
+        axes[3].plot([row["workers"] for row in workers], [row["samples_per_second"] for row in workers], "o-")
+        axes[3].set(xlabel="workers", ylabel="samples a second")
     for axis in axes:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
@@ -124,6 +133,7 @@ def main(line: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=8, help="of inference: small, so that stitching shows")
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--shape", type=int, nargs=3, default=list(SHAPE))
+    parser.add_argument("--clock", choices=[*CLOCKS], default="wall", help="cpu: leaves out the workers")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("--figure", type=Path, help="by default scaling.png in the output folder")
     arguments = parser.parse_args(line)
@@ -131,12 +141,13 @@ def main(line: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scans = [write_brain(Path(folder), arguments.shape, seed) for seed in range(max(arguments.scans))]
         shapes = [[round(factor * side) for side in arguments.shape] for factor in arguments.factors]
-        sizes = {"width": arguments.width, "depth": 1, "patch": arguments.patch}
+        sizes = {"width": arguments.width, "depth": 1, "patch": arguments.patch, "clock": arguments.clock}
+        workers = arguments.workers if arguments.clock == "wall" else []
         results = {
             "machine": {**machine(torch.device("cpu")), "load": os.getloadavg()[2]},
             "settings": {**sizes, "scan_shape": list(arguments.shape)},
-            "scans": of_scans(scans, arguments.scans, arguments.patch, arguments.samples),
-            "workers": of_workers(scans[:2], arguments.workers, arguments.patch, arguments.samples),
+            "scans": of_scans(scans, arguments.scans, arguments.patch, arguments.samples, CLOCKS[arguments.clock]),
+            "workers": of_workers(scans[:2], workers, arguments.patch, arguments.samples),
             "volumes": of_volumes(shapes, sizes),
         }
     arguments.output.mkdir(parents=True, exist_ok=True)
