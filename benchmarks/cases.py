@@ -19,7 +19,7 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 from benchmarks import analytic
-from benchmarks.package import AMP, bundle, inference_of, part, samples_of, step_of
+from benchmarks.package import AMP, BUNDLES, bundle, inference_of, part, samples_of, step_of
 from benchmarks.plain import data as plain_data
 from benchmarks.plain import inference as plain_inference
 from benchmarks.plain import training as plain_training
@@ -27,6 +27,8 @@ from benchmarks.timing import interleaved, ratios, summary
 
 __all__ = ["BLOCKS", "Bench", "adaptation_samples", "adaptation_steps", "inference", "mae_samples", "mae_steps"]
 
+SHIPPED_WEIGHTS = BUNDLES / "mapseg_adaptation" / "models" / "model.pt"
+SHIPPED_SCAN = BUNDLES.parent / "sample" / "fetal_age" / "target" / "images" / "GA25_notoperated.nii.gz"
 BLOCKS = {"local": 8, "global": 4}
 LEARNING_RATE = 1e-4
 # float32 sums in another order; of bfloat16 inputs with 8 bits each; of a view that is clipped before or after resizing
@@ -346,7 +348,22 @@ def inference(bench: Bench) -> dict[str, Any]:
     exact = plain_inference.segment(network, scan, bench.patch, stride, skip_duplicates=True)
     logits = ours["package"]().float()
     torch.backends.cudnn.allow_tf32 = allowed
-    return bench.result("inference", seconds, same_logits(exact, logits, scan), agreement=agreements(kept, scan))
+    equality = same_logits(exact, logits, scan)
+    return bench.result("inference", seconds, equality, agreement=agreements(kept, scan), trained=trained(bench))
+
+
+def trained(bench: Bench) -> dict[str, float]:
+    """Share of equal labels, bf16 against float32, of the weights that the bundle ships on a scan that it ships."""
+    subject = plain_data.decode(SHIPPED_SCAN)
+    scan = plain_data.clip_at_percentile(subject.image.data, 99.5).to(bench.device)
+    logits = {}
+    for name, amp in bench.amps.items():
+        settings = {"device": bench.settings["device"], "handlers": [], "cases": [], "dataset#data": [{}], "amp": amp}
+        parser = bundle("adaptation", bench.datalist, settings, "inference.json")
+        network = part(parser, "network")
+        network.load_state_dict(torch.load(SHIPPED_WEIGHTS, weights_only=True, map_location=bench.device))
+        logits[name] = inference_of(parser, network, scan)()
+    return agreements(logits, scan, "package")
 
 
 def same_logits(plain: torch.Tensor, package: torch.Tensor, scan: torch.Tensor) -> list[dict[str, Any]]:
@@ -360,8 +377,8 @@ def same_logits(plain: torch.Tensor, package: torch.Tensor, scan: torch.Tensor) 
     ]
 
 
-def agreements(logits: Mapping[str, torch.Tensor], scan: torch.Tensor) -> dict[str, float]:
-    """Share of the foreground's voxels with the label of the plain variant, duplicate windows and all."""
+def agreements(logits: Mapping[str, torch.Tensor], scan: torch.Tensor, like: str = "plain") -> dict[str, float]:
+    """Share of the foreground's voxels with the label of one variant, the plain one's duplicate windows and all."""
     foreground = scan[0] > 0
     labels = {name: values.float().argmax(0)[foreground] for name, values in logits.items()}
-    return {name: float((found == labels["plain"]).float().mean()) for name, found in labels.items() if name != "plain"}
+    return {name: float((found == labels[like]).float().mean()) for name, found in labels.items() if name != like}

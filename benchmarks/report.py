@@ -78,6 +78,10 @@ def tables(results: Mapping[str, Any]) -> str:
         for variant, share in case.get("agreement", {}).items():
             what = f"{case['case']}, {NAMES[variant]}: labels as plain, random weights"
             lines.append(f"| {what} | {case['width']} | {share:.5f} | | |")
+        for variant, share in case.get("trained", {}).items():
+            lines.append(
+                f"| {case['case']}, {NAMES[variant]}: labels as float32, shipped weights | | {share:.5f} | | |"
+            )
     for case in results["cases"]:
         if "parts" in case:
             done = ", ".join(f"{name} {seconds(value)}" for name, value in case["parts"].items())

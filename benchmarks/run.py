@@ -38,11 +38,11 @@ __all__ = ["run"]
 
 logger = logging.getLogger("benchmarks")
 CASES = {
-    "adaptation_sample": cases.adaptation_samples,
-    "mae_sample": cases.mae_samples,
-    "mae_step": cases.mae_steps,
-    "adaptation_step": cases.adaptation_steps,
-    "inference": cases.inference,
+    "adaptation_sample": ("adaptation sample", cases.adaptation_samples),
+    "mae_sample": ("MAE sample", cases.mae_samples),
+    "mae_step": ("MAE step", cases.mae_steps),
+    "adaptation_step": ("adaptation step", cases.adaptation_steps),
+    "inference": ("inference", cases.inference),
 }
 OTHERS = ("memory", "startup")
 # the baseline without the clean target loss, as its authors had to run it, and the package with it
@@ -77,6 +77,7 @@ def arguments_of(line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the package")
     parser.add_argument("--only", nargs="+", choices=[*CASES, *OTHERS], default=[*CASES, *OTHERS])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: nothing that is measured means anything")
+    parser.add_argument("--resume", action="store_true", help="measure only what the output's results.json lacks")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     arguments = parser.parse_args(line)
     if (arguments.scan is None) != (arguments.label is None):
@@ -118,6 +119,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if scan is None:
             scan, label = write_brain(folder / "scans", QUICK_SHAPE if arguments.quick else SHAPE)
         results["settings"]["scan_shape"] = list(nib.load(scan).shape)
+        if arguments.resume:
+            go_on(results, arguments.output / "results.json")
+        done = {(case["case"], case["width"]) for case in results["cases"]}
         labels = write_datalist(folder / "datalist.json", [(scan.absolute(), label.absolute())])
         for width in arguments.width:
             torch.manual_seed(0)
@@ -131,19 +135,36 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 warmup=arguments.warmup,
                 clock=CLOCKS[arguments.clock],
             )
-            for case, call in CASES.items():
-                if case in arguments.only and not (case.endswith("sample") and width != arguments.width[0]):
+            for key, (case, call) in CASES.items():
+                again = key.endswith("sample") and width != arguments.width[0]  # samples have no width
+                if key in arguments.only and not again and (case, width) not in done:
                     logger.info(f"{case}, width {width} ...")
                     results["cases"].append(call(bench))
                     write(results, arguments.output)
-            if "memory" in arguments.only:
+            if "memory" in arguments.only and not any(row["width"] == width for row in results["memory"]):
                 logger.info(f"memory, width {width} ...")
                 results["memory"] += memory(width, arguments, chosen)
-        if "startup" in arguments.only:
+        if "startup" in arguments.only and not results["startup"]:
             logger.info("start-up ...")
             results["startup"] = startup(folder / "startup", arguments.repeats, arguments.clock)
     write(results, arguments.output)
     return results
+
+
+def go_on(results: dict[str, Any], path: Path) -> None:
+    """Take over what an interrupted run of the same settings has measured on the same machine."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    varying = {"load", "date", "repeats", "sample_repeats"}  # each figure has its own n
+
+    def fixed(content: dict[str, Any]) -> dict[str, Any]:
+        both = {**content["machine"], **content["settings"]}
+        return {key: value for key, value in both.items() if key not in varying}
+
+    if fixed(before) == fixed(results):
+        logger.info(f"going on with {path}")
+        results.update({key: before[key] for key in ("cases", "memory", "startup")})
 
 
 def write(results: dict[str, Any], output: Path) -> None:

@@ -48,6 +48,14 @@ def test_package_and_baseline_agree(results):
     assert [one for case in results["cases"] for one in case["equality"] if not one["ok"]] == []
 
 
+def test_an_interrupted_run_goes_on(tmp_path, results, caplog):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with caplog.at_level("INFO", logger="benchmarks"):
+        again = run.run(run.arguments_of([*QUICK, *run.CASES, "--resume", "--output", str(tmp_path)]))
+    assert again["cases"] == results["cases"]
+    assert not any("width" in record.message for record in caplog.records)  # nothing was measured
+
+
 def test_tables_name_every_figure(results):
     text = report.tables(results)
     for case, variant in report.GOALS:
