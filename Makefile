@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint docs soak weights clean
+.PHONY: help demo test lint docs soak bench bench-quick weights clean
 
 help:
 	@echo "make demo     pretraining, source-only, adaptation, inference and evaluation on the shipped scans"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint     ruff, mypy and the config check"
 	@echo "make docs     the documentation site, into runs/site"
 	@echo "make soak     kill training 100 times at random moments, count what is lost"
+	@echo "make bench    measure against the plain baseline: runs/bench/results.json and .md; BENCH='--width 64 128' for options"
 	@echo "make weights  train the weights that the bundles ship, on the shipped scans"
 	@echo "make clean    remove the environment and everything the demo wrote"
 
@@ -47,6 +48,13 @@ docs: $(STAMP)
 
 soak: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --kills 100
+
+bench: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python -m benchmarks.run $(BENCH)
+
+bench-quick: BENCH = --quick --output runs/bench-quick
+bench-quick: bench
 
 weights: $(STAMP)
 	@$(BIN)/python tools/demo.py --ship

@@ -1,0 +1,223 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs at tiny size and notices results that differ; what it counts can be checked by hand."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchio", reason="pip install -c constraints.txt -e '.[bench]'")
+
+from benchmarks import analytic, cases, memory, report, run, scaling, startup, timing, volume
+from benchmarks.plain import data as plain_data
+from benchmarks.plain import inference as plain_inference
+from benchmarks.plain import training as plain_training
+from mapseg_components.errors import ConfigError
+from mapseg_components.networks import GlobalLocalDeepLabV3
+from tests.conftest import ROOT
+
+QUICK = ["--quick", "--threads", "1", "--only"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every case at tiny size."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = run.arguments_of([*QUICK, *run.CASES, "--output", str(folder)])
+    run.run(arguments)
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_every_case_is_measured_and_compared(results):
+    found = {case["case"]: case for case in results["cases"]}
+    assert set(found) == {name for name, _ in report.GOALS}
+    for name, case in found.items():
+        variants = {"plain", *(variant for goal, variant in report.GOALS if goal == name)}
+        assert set(case["seconds"]) == variants
+        assert set(case["speed_up"]) == variants - {"plain"}
+        assert all(one["min"] > 0 and one["n"] == 1 for one in case["seconds"].values())
+        assert name == "MAE sample" or case["equality"]
+    assert found["inference"]["trained"]["package_bf16"] > 0.99
+
+
+def test_package_and_baseline_agree(results):
+    assert [one for case in results["cases"] for one in case["equality"] if not one["ok"]] == []
+
+
+def test_an_interrupted_run_goes_on(tmp_path, results, caplog):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with caplog.at_level("INFO", logger="benchmarks"):
+        again = run.run(run.arguments_of([*QUICK, *run.CASES, "--resume", "--output", str(tmp_path)]))
+    assert again["cases"] == results["cases"]
+    assert not any("width" in record.message for record in caplog.records)  # nothing was measured
+
+
+def test_tables_name_every_figure(results):
+    text = report.tables(results)
+    for case, variant in report.GOALS:
+        assert any(line.startswith(f"| {case} | 8 | {report.NAMES[variant]} |") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("case, losses", [("mae_step", "mae_losses"), ("adaptation_step", "adaptation_losses")])
+def test_another_result_is_noticed(case, losses, monkeypatch, tmp_path):
+    original = getattr(plain_training, losses)
+    monkeypatch.setattr(plain_training, losses, lambda *given, **named: 1.01 * original(*given, **named))
+    assert run.main([*QUICK, case, "--output", str(tmp_path)]) == 1
+
+
+def test_other_logits_are_noticed():
+    scan = torch.ones(1, 4, 5, 6)
+    logits = torch.rand(3, 4, 5, 6)
+    assert all(one["ok"] for one in cases.same_logits(logits, logits.clone(), scan))
+    other = logits.clone()
+    other[1, 2, 3, 4] += 5
+    assert not any(one["ok"] for one in cases.same_logits(logits, other, scan))
+    assert not any(one["ok"] for one in cases.same_logits(logits, logits * float("nan"), scan))
+
+
+def test_an_unseen_mask_is_noticed():
+    batch = {f"{scale}_image": torch.rand(1, 1, 16, 16, 16) + 0.01 for scale in cases.BLOCKS}
+    with pytest.raises(RuntimeError, match="local image with hidden blocks"):
+        cases.masks_of([batch["local_image"][0]], {"": batch})
+
+
+def test_masks_are_read_back():
+    batch = {f"{scale}_image": torch.rand(2, 1, 16, 24, 8) + 0.01 for scale in cases.BLOCKS}
+    masks = {
+        scale: [plain_training.random_mask(one, block) for one in batch[f"{scale}_image"]]
+        for scale, block in cases.BLOCKS.items()
+    }
+    seen = [
+        one
+        for scale, block in cases.BLOCKS.items()
+        for one in plain_training.hide(batch[f"{scale}_image"], masks[scale], block)
+    ]
+    found = cases.masks_of(seen[::-1], {"": batch})
+    for scale in cases.BLOCKS:
+        assert all(torch.equal(a, b) for a, b in zip(found[scale], masks[scale]))
+
+
+def test_patches_go_back_to_their_places():
+    image = torch.rand(1, 8, 12, 16)
+    patches = plain_training.patchify(image, 4)
+    assert torch.equal(patches[1].view(4, 4, 4), image[0, :4, :4, 4:8])
+    assert torch.equal(plain_training.unpatchify(patches, image.shape, 4), image)
+
+
+def test_the_baseline_uses_nothing_of_the_package():
+    for path in (ROOT / "benchmarks" / "plain").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(module.startswith("mapseg_components") for module in modules), path.name
+
+
+def test_windows_at_the_border_count_twice_in_the_baseline():
+    torch.manual_seed(0)
+    network = GlobalLocalDeepLabV3(1, 3, width=8, depth=1, dilations=(1, 2), head_channels=8).eval()
+    calls = []
+    network.head.register_forward_hook(lambda *_: calls.append(1))
+    scan = torch.rand(1, 16, 20, 40) + 0.01  # windows of 16 every 12: an axis's last is moved onto another
+    plain_inference.segment(network, scan, 16, 12)
+    twice = len(calls)
+    calls.clear()
+    plain_inference.segment(network, scan, 16, 12, skip_duplicates=True)
+    assert (twice, len(calls)) == (2 * 2 * 4, 1 * 2 * 3)
+
+
+def test_a_small_scan_is_padded_and_cut_back():
+    network = GlobalLocalDeepLabV3(1, 3, width=8, depth=1, dilations=(1, 2), head_channels=8).eval()
+    scan = torch.zeros(1, 9, 20, 14)
+    scan[:, 2:7, 3:18, 1:12] = 0.5
+    logits = plain_inference.segment(network, scan, 16, 12)
+    assert logits.shape == (3, 9, 20, 14)
+    assert (logits.argmax(0)[0] == 0).all() and float(logits[1, 0, 0, 0]) == -10
+    assert (logits[1, 2:7, 3:18, 1:12] != -10).all()
+
+
+def test_the_box_is_half_open():
+    image = torch.zeros(1, 9, 10, 11)
+    image[0, 2, 3, 4] = image[0, 5, 8, 10] = 1
+    assert plain_data.foreground_box(image).tolist() == [[2, 6], [3, 9], [4, 11]]
+
+
+def test_variants_take_turns():
+    order = []
+    variants = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
+    seconds = timing.interleaved(variants, 2, torch.device("cpu"), warmup=1)
+    assert order == ["a", "b"] * 3
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_the_ratio_is_the_median_of_turns():
+    assert timing.ratios({"plain": [4.0, 9.0, 100.0], "fast": [2.0, 3.0, 1.0]}, "plain") == {"fast": 3.0}
+
+
+def test_operations_of_the_encoder_are_those_of_its_formula():
+    width, depth, side = 8, 2, 16
+    network = analytic.mae(width, depth)
+    voxels = (side // 4) ** 3
+    first, others = 4**3 * 1 * width, (3 * depth - 1) * 27 * width**2
+    assert analytic.counted(lambda: network.encoder(analytic.image(1, side))) == 2 * voxels * (first + others)
+
+
+def test_padding_is_counted():
+    assert analytic.padding_share(3, 3) == pytest.approx(1 - (1 / 3) ** 3)
+    assert analytic.padding_share(4, 2) == pytest.approx(1 - (8 / 12) ** 3)
+
+
+def test_analytic_tables_are_whole():
+    text = analytic.tables(width=8, depth=1, patch=16, batch=2, classes=3)
+    assert "MAE, 2 pairs" in text and "nan" not in text
+
+
+def test_a_line_is_fitted():
+    fit = scaling.linear_fit([1.0, 2.0, 4.0], [5.0, 8.0, 14.0])
+    assert (fit["slope"], fit["constant"], fit["r2"]) == pytest.approx((3.0, 2.0, 1.0))
+
+
+def test_text_goes_between_the_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nz\n")
+    report.replace_between(page, "x", "new")
+    assert page.read_text() == "a\n<!-- x: begin -->\n\nnew\n\n<!-- x: end -->\nz\n"
+    with pytest.raises(ValueError, match="y: begin"):
+        report.replace_between(page, "y", "new")
+
+
+def test_the_page_shows_the_results_file():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        assert report.tables(json.loads(path.read_text(encoding="utf-8"))) in page, path.name
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(ConfigError, match="--set ptach"):
+        run.settings_from(["ptach=3"])
+    assert run.settings_from(["amp=bf16", "cache_rate=0.5"]) == {"amp": "bf16", "cache_rate": 0.5}
+
+
+def test_the_brain_has_tissue_structures_and_no_skull():
+    image, label = volume.brain((40, 48, 44), seed=1)
+    assert label.max() == 7 and set(range(8)) == set(label.ravel().tolist())
+    assert (image[label > 0] > 0).all() and (image == 0).mean() > 0.5
+    other, _ = volume.brain((40, 48, 44), seed=2)
+    assert (image != other).any()
+
+
+@pytest.mark.parametrize("side", ["plain", "package"])
+def test_memory_of_a_step_is_measured_in_its_own_process(side):
+    found = memory.measure("step", side=side, width=8, depth=1, patch=16, target_clean="true")
+    assert 0 < found["before"] < found["peak"]
+
+
+@pytest.mark.slow
+def test_first_iteration_of_a_tiny_run_is_timed(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(startup, "IMPORTS", {"import numpy": "import numpy"})
+    found = startup.startup(tmp_path, repeats=1, clock="cpu")
+    assert found["import numpy"]["median"] < found["tiny bundle run, until its first iteration"]["median"]
