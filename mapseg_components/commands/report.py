@@ -207,9 +207,10 @@ def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -
     )
     options = "".join(f"<option>{escape(case['case_id'])}</option>" for case in shown)
     more = f" {len(cases) - len(shown)} more are in the tables only." if len(cases) > len(shown) else ""
+    note = f"The least certain first.{more} Coronal and axial slices show the right side of the body on the left."
     head = (
-        f'<p><label>Scan <select id="scan">{options}</select></label> <span class="quiet">The least certain first.'
-        f'{more} Coronal and axial slices show the right side of the body on the left.</span></p><ul class="key">{key}</ul>'
+        f'<p><label>Scan <select id="scan">{options}</select></label> <span class="quiet">{note}</span></p>'
+        f'<ul class="key">{key}</ul>'
     )
     return head + "".join(viewer(folder, case, len(names) + 1) for case in shown)
 
