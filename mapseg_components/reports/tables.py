@@ -42,6 +42,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[Any]], wrap_last: bo
         room = min(shutil.get_terminal_size((120, 40)).columns, WIDEST) - len(start)
         if wrap_last and room >= 30:
             pieces = textwrap.wrap(line[-1], room) or [""]
+            pieces = pieces[:1] if set(line[-1]) == {"-"} else pieces  # the rule below the head
             lines += [start + pieces[0], *(" " * len(start) + piece for piece in pieces[1:])]
         else:
             lines.append((start + shown[-1]).rstrip())

@@ -14,6 +14,7 @@ import pytest
 from mapseg_components.commands import check
 from mapseg_components.commands.main import main
 from mapseg_components.data.portraits import coarse
+from mapseg_components.reports import text_table
 from tests.conftest import SAMPLE, make_dataset, write_nifti
 from tests.faults import damage
 
@@ -184,3 +185,10 @@ def test_coarse_means_keep_the_mean_of_any_shape():
         assert cells.shape == (16, 16, 16) and cells.mean() == pytest.approx(volume.mean())
     ramp = np.broadcast_to(np.arange(32.0)[:, None, None], (32, 20, 20))
     np.testing.assert_allclose(coarse(ramp)[:, 3, 3], np.arange(16) * 2 + 0.5)
+
+
+def test_a_table_breaks_long_texts_and_stays_within_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    table = text_table(("where", "what"), [("a.nii.gz", "a word " * 30), ("b.nii.gz", "")], wrap_last=True)
+    assert max(map(len, table.splitlines())) <= 60
+    assert " ".join(table.split()).count("a word") == 30 and table.count("---  ---") == 1
