@@ -15,6 +15,7 @@ ROWS = [
     {"boxes", "masking", "files", "memory"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs"},
     {"inferers", "engines", "handlers"},
+    {"commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

@@ -17,7 +17,7 @@ import numpy as np
 from mapseg_components.data.nifti import Scan, corner_distance, read_nifti
 from mapseg_components.files import write_json
 
-__all__ = ["AuditRecord", "Facts", "facts_of"]
+__all__ = ["AuditRecord", "Facts", "facts_of", "facts_of_scan"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,11 @@ def facts_of(path: str | Path, with_values: bool) -> Facts:
         path: see `read_nifti`, whose errors are passed on.
         with_values: count the values, for a label map.
     """
-    scan = read_nifti(path)
+    return facts_of_scan(read_nifti(path), with_values)
+
+
+def facts_of_scan(scan: Scan, with_values: bool) -> Facts:
+    """What is in a scan that was read."""
     voxels = scan.voxels
     lowest, highest = float(voxels.min()), float(voxels.max())
     finite, not_finite, first = voxels, 0, None
