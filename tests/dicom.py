@@ -39,7 +39,9 @@ def write_series(
     uid = uid or generate_uid(entropy_srcs=[str(folder), str(number)])
     normal = np.cross(*axes)
     count = voxels.shape[2]
-    positions = [np.array([10.0, 20.0, -30.0]) + n * step * normal for n in range(count)] if positions is None else positions
+    positions = (
+        [np.array([10.0, 20.0, -30.0]) + n * step * normal for n in range(count)] if positions is None else positions
+    )
     slopes = np.broadcast_to(slope, count)
     for n in range(count):
         name = folder / f"IM{first_file + count - n:04d}.dcm"

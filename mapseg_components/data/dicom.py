@@ -165,7 +165,9 @@ def header(file: Path) -> tuple[Any, dict[str, str]]:
 
 def damaged(what: Series | Path) -> MAPSegError:
     """Error of images that ITK cannot read; its own words, which might quote a header, are left to the cause."""
-    return fault(str(what), "cannot be read as DICOM images (damaged, or of an unknown kind)", "export the series again")
+    return fault(
+        str(what), "cannot be read as DICOM images (damaged, or of an unknown kind)", "export the series again"
+    )
 
 
 def read_slice(file: Path) -> Slice:
@@ -200,7 +202,9 @@ def stack(series: Series, slices: list[Slice]) -> tuple[np.ndarray, list[Slice]]
         if piece.shape != first.shape or not np.allclose(
             np.linalg.norm(piece.axes, axis=0), np.linalg.norm(first.axes, axis=0), rtol=1e-3
         ):
-            raise fault(str(series), f"{first.file.name} and {piece.file.name} differ in size or pixel spacing", DCM2NIIX)
+            raise fault(
+                str(series), f"{first.file.name} and {piece.file.name} differ in size or pixel spacing", DCM2NIIX
+            )
         if np.abs(normalised(piece.axes) - normalised(first.axes)).max() > DIRECTION_TOLERANCE:
             what = f"{first.file.name} and {piece.file.name} differ in orientation"
             raise fault(str(series), what, "move localizers and other planes into folders of their own")
@@ -226,7 +230,12 @@ def stack(series: Series, slices: list[Slice]) -> tuple[np.ndarray, list[Slice]]
 
 
 def check_steps(series: Series, heights: np.ndarray) -> None:
-    """Slices stand at equal distances; ``heights`` (slices,) are mm along their normal, in order. Raises `DataError`."""
+    """Slices stand at equal distances. Raises `DataError`.
+
+    Args:
+        series: for messages.
+        heights: (slices,), mm along the slices' normal, rising.
+    """
     steps = np.diff(heights)
     if steps.min() < SAME_POSITION_MM:
         at = int(steps.argmin())

@@ -41,7 +41,7 @@ class Sidecar:
         label_source: as ``source``, of the label map, or ``None``.
         native: grid of the source. prepared: grid of the result.
         steps: what was done, in order: each has ``step`` and its parameters.
-        results: file name of each result to its sha256; empty while they are being written.
+        results: ``image`` and perhaps ``label``, each with ``file`` and ``sha256``.
         versions: of the software.
     """
 
@@ -51,7 +51,7 @@ class Sidecar:
     native: Grid | None = None
     prepared: Grid | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, str] = field(default_factory=dict)
+    results: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,7 +82,9 @@ def read_sidecar(path: str | Path) -> Sidecar:
             native=grid_from(content["native"]),
             prepared=grid_from(content["prepared"]),
             steps=[dict(step) for step in content["steps"]],
-            results={str(name): str(digest) for name, digest in content["results"].items()},
+            results={
+                role: {key: str(entry[key]) for key in ("file", "sha256")} for role, entry in content["results"].items()
+            },
             versions={str(name): str(version) for name, version in content["versions"].items()},
         )
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:

@@ -58,7 +58,12 @@ def bias_field(
     steps = [max(1, min(shrink, side // SMALLEST_SIDE)) for side in voxels.shape]
     small = voxels[tuple(slice(step // 2, None, step) for step in steps)].astype(np.float32)
     small_affine = affine @ np.array(
-        [[steps[0], 0, 0, steps[0] // 2], [0, steps[1], 0, steps[1] // 2], [0, 0, steps[2], steps[2] // 2], [0, 0, 0, 1]]
+        [
+            [steps[0], 0, 0, steps[0] // 2],
+            [0, steps[1], 0, steps[1] // 2],
+            [0, 0, steps[2], steps[2] // 2],
+            [0, 0, 0, 1],
+        ]
     )
     image = to_itk(small, spacing_of(small_affine))
     inside = small > (otsu_threshold(image) if mask == "otsu" else 0)

@@ -29,7 +29,7 @@ def spacing_of(affine: np.ndarray) -> np.ndarray:
 
 
 def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
-    """The grid with the same voxels whose axes run, as closely as whole turns allow, to right, anterior and superior."""
+    """The grid of the same voxels with axes to right, anterior and superior, as closely as flips and swaps allow."""
     turn = nib.orientations.io_orientation(affine)
     canonical = affine @ nib.orientations.inv_ornt_aff(turn, shape)
     return tuple(int(shape[axis]) for axis in np.argsort(turn[:, 0])), canonical
