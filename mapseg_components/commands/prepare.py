@@ -38,7 +38,7 @@ from mapseg_components.transforms.bias_field import MASKS, bias_field
 from mapseg_components.transforms.hounsfield import CT_SHIFT, ct_scale
 from mapseg_components.transforms.orientation import assumed_affine, check_axcodes
 from mapseg_components.transforms.resampling import resample, spaced_grid, spacing_of, to_canonical
-from mapseg_components.transforms.saving import SaveLabelMap, SaveVolume
+from mapseg_components.transforms.saving import SaveLabelMap, SaveVolume, write_verified
 
 __all__ = ["Outcome", "PrepareResult", "prepare"]
 
@@ -582,17 +582,17 @@ def store(job: Job, sidecar: Sidecar, voxels: np.ndarray, label: np.ndarray | No
     So a run that is killed leaves no result without a sidecar, and one whose disk fills up leaves all as it was.
 
     Raises:
-        ResourceError: the output folder is full or cannot be written.
+        NonFiniteError: a voxel is infinite. ResourceError: the output folder is full or cannot be written.
     """
     assert sidecar.prepared is not None
-    contents = {"image": (voxels, SaveVolume), "label": (label, SaveLabelMap)}
-    results = {}
+    affine, results = np.array(sidecar.prepared.affine), {}
+    contents = {"image": SaveVolume().typed(voxels, job.image)}
+    if label is not None and job.label is not None:
+        contents["label"] = SaveLabelMap().typed(label, job.label)
     with contextlib.ExitStack() as stack:
-        for role, path in job.results.items():
+        for role, content in contents.items():
+            path = job.results[role]
             temporary = stack.enter_context(replacing(path))
-            content, saver = contents[role]
-            save = saver(output_dir=path.parent, output_ext=ENDING, overwrite=True)
-            meta = {"affine": np.array(sidecar.prepared.affine)}
-            save(np.asarray(content)[None], meta, str(temporary).removesuffix(ENDING))
+            write_verified(temporary, content, affine, path)
             results[role] = {"file": path.name, "sha256": sha256_of([temporary])}
         write_sidecar(replace(sidecar, results=results), job.sidecar)
