@@ -30,10 +30,13 @@ def write_series(
     first_file=0,
     **tags,
 ) -> str:
-    """One file per slice of stored integers (X, Y, Z), named against the order of positions; returns the series UID.
+    """One file per slice of stored integers (X, Y, Z), named against the order of positions; returns the UID.
 
-    ``axes`` are the directions of a row and of a column; ``positions`` (Z, 3) are of the slices' first voxels;
-    ``slope`` may be a list with one number per slice.
+    Args:
+        positions: (Z, 3) of the slices' first voxels, in mm.
+        axes: directions of a row and of a column.
+        slope: one, or one per slice.
+        tags: replace what stands in each file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     uid = uid or generate_uid(entropy_srcs=[str(folder), str(number)])
@@ -45,19 +48,15 @@ def write_series(
     slopes = np.broadcast_to(slope, count)
     for n in range(count):
         name = folder / f"IM{first_file + count - n:04d}.dcm"
-        write_file(
-            name,
-            voxels[..., n].T,
-            modality=modality,
-            SeriesInstanceUID=uid,
-            SeriesNumber=number,
-            ImagePositionPatient=[f"{v:.8g}" for v in positions[n]],
-            ImageOrientationPatient=[f"{v:.10g}" for v in (*axes[0], *axes[1])],
-            PixelSpacing=[spacing[1], spacing[0]],
-            RescaleSlope=f"{slopes[n]:g}",
-            RescaleIntercept=f"{intercept:g}",
-            **tags,
-        )
+        geometry = {
+            "ImagePositionPatient": [f"{v:.8g}" for v in positions[n]],
+            "ImageOrientationPatient": [f"{v:.10g}" for v in (*axes[0], *axes[1])],
+            "PixelSpacing": [spacing[1], spacing[0]],
+            "RescaleSlope": f"{slopes[n]:g}",
+            "RescaleIntercept": f"{intercept:g}",
+        }
+        series = {"SeriesInstanceUID": uid, "SeriesNumber": number}
+        write_file(name, voxels[..., n].T, modality=modality, **{**series, **geometry, **tags})
     return uid
 
 

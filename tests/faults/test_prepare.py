@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Preparing what cannot be prepared: the bad scan is named with its remedy, the others are done, nothing is half there."""
+"""What cannot be prepared: the bad scan is named with its remedy, the others are done, nothing is half there."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def only_a_fails(scans, *words, **settings):
 )
 def test_a_bad_scan_is_named_and_the_others_are_prepared(scans, hurt, word, remedy):
     hurt(scans / "images/a.nii.gz")
+    (scans / "labels/a.nii.gz").unlink()
     only_a_fails(scans, word, remedy)
 
 
@@ -295,7 +296,11 @@ def dies(job):
 
 def test_a_worker_that_is_killed_does_not_hang_the_run(scans, monkeypatch):
     jobs = [
-        command.Job(s, scans.parent / "out", command.checked_settings(None, False, None, None, "otsu", 4, (50,), 0.1))
+        command.Job(
+            s,
+            scans.parent / "out",
+            command.checked_settings(None, False, None, None, "otsu", 4, (50, 50, 50, 50), 0.001),
+        )
         for s in command.find_sources(scans)[0]
     ]
     done = command.prepare_scan
