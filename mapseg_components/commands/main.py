@@ -23,7 +23,9 @@ from mapseg_components.commands.adapt import adapt
 from mapseg_components.commands.check import check
 from mapseg_components.commands.evaluate import evaluate
 from mapseg_components.commands.predict import predict
+from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.report import report as write_report
+from mapseg_components.commands.restore import restore
 from mapseg_components.commands.session import user_error
 from mapseg_components.errors import ConfigError, ResourceError
 
@@ -31,8 +33,10 @@ __all__ = ["main"]
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "check": check,
+    "prepare": prepare,
     "adapt": adapt,
     "predict": predict,
+    "restore": restore,
     "evaluate": evaluate,
     "report": write_report,
 }

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import nibabel as nib
 import numpy as np
 import torch
@@ -16,6 +18,25 @@ from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.intensity import scan_name
 
 __all__ = ["AssumeOrientation", "AssumeOrientationd"]
+
+
+def check_axcodes(axcodes: str | None) -> None:
+    """Refuse what is no orientation and not ``None``. Raises `ConfigError`."""
+    pairs = [next((n for n, pair in enumerate(("LR", "PA", "IS")) if code in pair), -1) for code in axcodes or ""]
+    if axcodes is not None and sorted(pairs) != [0, 1, 2]:
+        raise ConfigError(
+            f"assume_orientation is {axcodes!r}, expected one letter each of L or R, P or A, I or S, or null"
+        )
+
+
+def assumed_affine(axcodes: str, spacing: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of a grid with spacing (3,) in mm whose axes point to ``axcodes``, its centre at 0 mm."""
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (world, sign) in enumerate(nib.orientations.axcodes2ornt(tuple(axcodes))):
+        affine[int(world), axis] = sign * spacing[axis]
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
 
 
 class AssumeOrientation(Transform):
@@ -32,11 +53,7 @@ class AssumeOrientation(Transform):
     """
 
     def __init__(self, axcodes: str | None = None) -> None:
-        pairs = [next((n for n, pair in enumerate(("LR", "PA", "IS")) if code in pair), -1) for code in axcodes or ""]
-        if axcodes is not None and sorted(pairs) != [0, 1, 2]:
-            raise ConfigError(
-                f"assume_orientation is {axcodes!r}, expected one letter each of L or R, P or A, I or S, or null"
-            )
+        check_axcodes(axcodes)
         self.axcodes = axcodes
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
@@ -55,12 +72,7 @@ class AssumeOrientation(Transform):
                 "repair the header, or set assume_orientation, such as 'RAS', if you know it"
             )
         spacing = np.asarray(img.meta["pixdim"], dtype=float)[1:4]
-        orientation = nib.orientations.axcodes2ornt(tuple(self.axcodes))
-        affine = np.eye(4)
-        affine[:3, :3] = 0
-        for axis, (world, sign) in enumerate(orientation):
-            affine[int(world), axis] = sign * spacing[axis]
-        affine[:3, 3] = -affine[:3, :3] @ ((np.array(img.shape[1:4]) - 1) / 2)
+        affine = assumed_affine(self.axcodes, spacing, img.shape[1:4])
         result = img.clone()
         result.affine = torch.from_numpy(affine)
         result.meta["original_affine"] = affine

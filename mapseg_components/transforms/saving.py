@@ -28,7 +28,7 @@ from nibabel.wrapstruct import WrapStructError
 from mapseg_components.errors import ConfigError, NonFiniteError, ResourceError
 from mapseg_components.files import replacing
 
-__all__ = ["SaveLabelMap", "SaveLabelMapd", "SaveVolume", "SaveVolumed"]
+__all__ = ["SaveLabelMap", "SaveLabelMapd", "SaveVolume", "SaveVolumed", "write_verified"]
 
 # the largest class that each type holds
 LABEL_TYPES = (np.uint8, np.int16)
@@ -103,14 +103,10 @@ class SaveVolume(SaveImage):
         if not self.overwrite and os.path.lexists(path):
             raise ConfigError(f"{path} exists: set overwrite to true, or choose another output_dir")
         voxels = self.typed(np.asarray(img.detach().cpu() if isinstance(img, torch.Tensor) else img)[0], path)
-        writer = NibabelWriter(output_dtype=voxels.dtype)
-        # set here: `set_data_array` squeezes a single slice to two axes, `set_metadata` goes through float32
-        writer.data_obj = voxels
-        affine = writer.get_meta_info(meta_data)[1]
-        writer.affine = np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
+        affine = NibabelWriter.get_meta_info(meta_data)[1]
+        affine = np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
         with replacing(path) as temporary:
-            writer.write(temporary)
-            verify(temporary, voxels, writer.affine, path)
+            write_verified(temporary, voxels, affine, path)
         self._data_index += 1
         if self.savepath_in_metadict:
             meta_data[MetaKeys.SAVED_TO] = str(path)
@@ -160,6 +156,22 @@ class SaveLabelMap(SaveVolume):
             )
         decisive = high if self.num_classes is None else largest
         return voxels.astype(next(kind for kind in LABEL_TYPES if decisive <= np.iinfo(kind).max))
+
+
+def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write voxels (X, Y, Z) in their own type with an affine (4, 4), and compare what is read back.
+
+    Args:
+        temporary: of `replacing`. path: the file's later name.
+
+    Raises:
+        ResourceError: it differs; see `verify`.
+    """
+    writer = NibabelWriter(output_dtype=voxels.dtype)
+    # set here: `set_data_array` squeezes a single slice to two axes, `set_metadata` goes through float32
+    writer.data_obj, writer.affine = voxels, affine
+    writer.write(temporary)
+    verify(temporary, voxels, affine, path)
 
 
 def verify(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:

@@ -1,0 +1,97 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""From one voxel grid to another. A grid is a shape with an affine, (4, 4), from voxel index to mm in RAS+."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+
+from mapseg_components.memory import naming_memory_errors, require_memory
+
+__all__ = ["canonical_grid", "resample", "spaced_grid", "spacing_of", "to_canonical"]
+
+SAME_SPACING = 1e-3  # relative; headers keep spacings as float32, and some writers round them to three digits
+MODES = {"linear": "bilinear", "nearest": "nearest"}  # torch's names
+# float64 copies of input and output, and three coordinates of each voxel of the output with their copy
+BYTES_PER_INPUT, BYTES_PER_OUTPUT = 12, 64
+
+
+def spacing_of(affine: np.ndarray) -> np.ndarray:
+    """Sides of a voxel in mm, (3,)."""
+    return np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0)
+
+
+def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """The grid of the same voxels with axes to right, anterior and superior, as closely as flips and swaps allow."""
+    turn = nib.orientations.io_orientation(affine)
+    canonical = affine @ nib.orientations.inv_ornt_aff(turn, shape)
+    return tuple(int(shape[axis]) for axis in np.argsort(turn[:, 0])), canonical
+
+
+def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z) and affine on `canonical_grid`; axes are swapped and flipped, no value changes."""
+    turn = nib.orientations.io_orientation(affine)
+    return nib.orientations.apply_orientation(voxels, turn), canonical_grid(voxels.shape, affine)[1]
+
+
+def spaced_grid(
+    shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float | None]
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """The grid of another spacing over the same field of view: equal axes and centre, so both ends differ alike.
+
+    Args:
+        shape: (3,) of the old grid.
+        affine: (4, 4) of the old grid.
+        spacing: mm per axis; ``None`` keeps an axis. An axis that has it to a thousandth is kept as well.
+
+    Returns:
+        shape and affine. A side is rounded to whole voxels, at least one.
+    """
+    old = spacing_of(affine)
+    scale, sides = np.ones(3), [int(side) for side in shape]
+    for axis, wanted in enumerate(spacing):
+        if wanted is not None and abs(wanted - old[axis]) > SAME_SPACING * wanted:
+            scale[axis] = wanted / old[axis]
+            sides[axis] = max(1, round(sides[axis] / scale[axis]))
+    result = np.array(affine, dtype=float)
+    result[:3, :3] *= scale
+    result[:3, 3] += affine[:3, :3] @ ((np.array(shape) - 1) / 2) - result[:3, :3] @ ((np.array(sides) - 1) / 2)
+    return tuple(sides), result
+
+
+def resample(
+    voxels: np.ndarray, affine: np.ndarray, shape: Sequence[int], new_affine: np.ndarray, interpolation: str
+) -> np.ndarray:
+    """Values at the voxel centres of another grid, by MONAI's ``SpatialResample`` in float64.
+
+    Args:
+        voxels: (X, Y, Z).
+        affine: (4, 4) of ``voxels``.
+        shape: (3,) of the new grid.
+        new_affine: (4, 4) of the new grid.
+        interpolation: ``"linear"`` or ``"nearest"``. Outside of the old grid its border value is taken.
+
+    Returns:
+        float32 for ``"linear"``, else the type of ``voxels``.
+
+    Raises:
+        ResourceError: the memory does not suffice.
+    """
+    what = f"resampling {tuple(voxels.shape)} to {tuple(shape)} voxels"
+    needed = voxels.size * BYTES_PER_INPUT + math.prod(shape) * BYTES_PER_OUTPUT
+    require_memory(needed, "cpu", what, "set a larger spacing, or use a larger machine")
+    with naming_memory_errors(what, "workers, or set a larger spacing"):
+        image = MetaTensor(
+            torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float64))[None], affine=torch.from_numpy(affine)
+        )
+        move = SpatialResample(mode=MODES[interpolation], padding_mode="border", dtype=torch.float64)
+        moved = move(image, dst_affine=torch.from_numpy(new_affine), spatial_size=tuple(shape))
+        kind = np.float32 if interpolation == "linear" else voxels.dtype
+        return moved.numpy()[0].astype(kind)
