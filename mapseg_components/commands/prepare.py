@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from mapseg_components import __version__
+from mapseg_components.commands.session import working
 from mapseg_components.data.audit import Audit
 from mapseg_components.data.dicom import Series, read_series
 from mapseg_components.data.facts import Facts, facts_of_scan
@@ -203,25 +204,26 @@ def prepare(
     require_writable(folder)
     lock_folder(folder)
     try:
-        for place in sorted({path.parent for job in jobs for path in job.results.values()}):
-            sweep_temporaries(place)
-        outcomes = [Outcome(finding.file, "failed", message=str(finding)) for finding in findings]
-        open_jobs = []
-        for job, done in plan(jobs, overwrite):
-            if done:
-                outcomes.append(Outcome(job.source.name, "skipped", job.image))
-            else:
-                open_jobs.append(job)
-        with tqdm(total=len(open_jobs), desc="prepare", unit="scan", disable=True if quiet else None) as bar:
-            for outcome in run(open_jobs, workers):
-                bar.update()
-                for note in outcome.notes:
-                    logger.warning(note)
-                if outcome.status == "failed":
-                    logger.error(outcome.message)
-                if outcome.no_room:
-                    raise ResourceError(outcome.message)
-                outcomes.append(outcome)
+        with working(quiet=quiet, verbose=verbose):
+            for place in sorted({path.parent for job in jobs for path in job.results.values()}):
+                sweep_temporaries(place)
+            outcomes = [Outcome(finding.file, "failed", message=str(finding)) for finding in findings]
+            open_jobs = []
+            for job, done in plan(jobs, overwrite):
+                if done:
+                    outcomes.append(Outcome(job.source.name, "skipped", job.image))
+                else:
+                    open_jobs.append(job)
+            with tqdm(total=len(open_jobs), desc="prepare", unit="scan", disable=True if quiet else None) as bar:
+                for outcome in run(open_jobs, workers):
+                    bar.update()
+                    for note in outcome.notes:
+                        logger.warning(note)
+                    if outcome.status == "failed":
+                        logger.error(outcome.message)
+                    if outcome.no_room:
+                        raise ResourceError(outcome.message)
+                    outcomes.append(outcome)
     finally:
         unlock_folders([folder])
     return PrepareResult(tuple(sorted(outcomes, key=lambda outcome: outcome.name)))

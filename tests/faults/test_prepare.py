@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 
-from mapseg_components.commands import prepare as command
 from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.restore import restore
 from mapseg_components.errors import ConfigError, DataError, ResourceError
@@ -23,7 +22,9 @@ from tests.faults import damage
 from tests.faults.common import refused, tree
 from tests.faults.test_output import in_child
 
-PLAIN = {"bias_correction": False, "progress": False}
+command = sys.modules["mapseg_components.commands.prepare"]  # the function of this name hides the module
+
+PLAIN = {"bias_correction": False}
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_bad_label_map_keeps_its_scan_out(scans, hurt, word):
 def test_negative_voxels_are_not_corrected_as_mr(scans):
     damage.hounsfield(scans / "images/a.nii.gz")
     (scans / "images/b.nii.gz").unlink()
-    result = prepare(scans, scans.parent / "out", progress=False)
+    result = prepare(scans, scans.parent / "out")
     assert result.exit_code == 3
     assert "voxels are negative" in result.outcomes[0].message and "set ct for CT" in result.outcomes[0].message
     assert written(scans.parent / "out") == []
@@ -101,7 +102,7 @@ def test_negative_voxels_are_not_corrected_as_mr(scans):
 def test_hounsfield_units_that_are_not_recognised_are_not_assumed(scans):
     only = scans / "images/a.nii.gz"
     (scans / "images/b.nii.gz").unlink()
-    result = prepare(only, scans.parent / "out", ct="hu", progress=False)
+    result = prepare(only, scans.parent / "out", ct="hu")
     assert "neither Hounsfield units nor the same + 1024 is recognised" in result.outcomes[0].message
     assert result.exit_code == 3 and written(scans.parent / "out") == []
 
@@ -184,7 +185,7 @@ def test_a_modality_against_the_settings_is_refused(tmp_path):
     dicom.write_series(tmp_path / "mr/head", voxels, modality="MR")
     dicom.write_series(tmp_path / "ct/head", voxels, modality="CT")
     for folder, settings, word in (("mr", {"ct": "hu"}, "modality is MR"), ("ct", {"bias_correction": True}, "is CT")):
-        result = prepare(tmp_path / folder, tmp_path / "out", progress=False, **settings)
+        result = prepare(tmp_path / folder, tmp_path / "out", **settings)
         assert word in result.outcomes[0].message and result.exit_code == 3
 
 
@@ -213,7 +214,7 @@ def test_a_modality_against_the_settings_is_refused(tmp_path):
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(scans, settings, words):
     with refused(scans.parent, *words, kind=ConfigError):
-        prepare(scans, scans.parent / "out", **{"progress": False, **settings})
+        prepare(scans, scans.parent / "out", **settings)
 
 
 def test_inputs_without_scans_are_refused(tmp_path):

@@ -26,7 +26,7 @@ from tests import dicom
 from tests.conftest import make_scan, write_nifti
 from tests.faults.common import tree
 
-PLAIN = {"bias_correction": False, "progress": False}  # ITK takes ten seconds to load N4
+PLAIN = {"bias_correction": False}  # ITK takes ten seconds to load N4
 TURNS = [a + b + c for a in "RL" for b in "AP" for c in "SI"]
 CODES = [code for t in TURNS for code in (t, t[1] + t[0] + t[2], t[2] + t[1] + t[0], t[1] + t[2] + t[0])]
 
@@ -213,7 +213,7 @@ def test_n4_takes_a_known_field_away_and_twice_the_same(tmp_path):
     assert np.array_equal(found, bias_field(scan, affine, **settings))
 
     write_nifti(tmp_path / "in/one.nii.gz", scan, affine)
-    names = {"bias_mask": "foreground", "bias_shrink": 2, "bias_iterations": (30, 30, 30), "progress": False}
+    names = {"bias_mask": "foreground", "bias_shrink": 2, "bias_iterations": (30, 30, 30)}
     assert prepare(tmp_path / "in", tmp_path / "out", **names).exit_code == 0
     result = np.asarray(nib.load(tmp_path / "out/one.nii.gz").dataobj)
     assert np.array_equal(result, scan / found)  # RAS as it came, so voxel by voxel
@@ -253,7 +253,7 @@ def test_ct_scales_are_recognised_and_others_are_not():
 def test_ct_values_are_kept_or_brought_to_hu_and_never_silently(tmp_path, offset, ct, added, word):
     scan = body(offset)
     write_nifti(tmp_path / "in/one.nii.gz", scan, np.eye(4))
-    result = prepare(tmp_path / "in", tmp_path / "out", ct=ct, progress=False)  # no N4 for CT
+    result = prepare(tmp_path / "in", tmp_path / "out", ct=ct)  # no N4 for CT
     step = read_sidecar(tmp_path / "out/one.json").steps[-1]
     assert (step["policy"], step["found"], step["added"]) == (ct, word, added)
     found = np.asarray(nib.load(tmp_path / "out/one.nii.gz").dataobj)
