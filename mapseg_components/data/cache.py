@@ -39,6 +39,7 @@ FORMAT = 1  # raise it when the same settings make another entry
 RECORD = "entry.json"
 NAME = "filename_or_obj"  # the scan's file in MONAI's metadata
 NARROW = (torch.uint8, torch.int16)
+RUNNING = {"filenames", "_tracing"}  # what MONAI's readers and spatial transforms note while they run: no settings
 
 
 class MappedCacheDataset(CacheDataset):
@@ -164,7 +165,7 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (Enum, os.PathLike, torch.dtype, torch.device, np.dtype)):
         return [kind, str(value)]
     if hasattr(value, "__dict__"):
-        return [kind, inner(vars(value))]
+        return [kind, inner({name: item for name, item in vars(value).items() if name not in RUNNING})]
     raise ConfigError(f"the settings of a {kind} cannot be told from others: cache in memory (cache_dir: null)")
 
 

@@ -98,8 +98,10 @@ def test_without_a_folder_it_is_monais_cache(tmp_path):
 
 
 def test_a_second_run_decodes_nothing(tmp_path, monkeypatch):
-    first = SeededDataset(mapped(tmp_path))[0, 3]
+    used = steps()  # a bundle's datasets share the transforms that load
+    first = SeededDataset(mapped(tmp_path, used))[0, 3]
     monkeypatch.setattr(LoadImaged, "__call__", lambda *args: pytest.fail("decoded again"))
+    same(SeededDataset(mapped(tmp_path, used))[0, 3], first)
     same(SeededDataset(mapped(tmp_path))[0, 3], first)
 
 
