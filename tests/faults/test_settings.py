@@ -19,7 +19,8 @@ from tests.conftest import ROOT
 FOLDERS = [ROOT / "bundles" / name / "configs" for name in ("mapseg_adaptation", "mapseg_pretraining")]
 NAMES = ["train.json", "inference.json"]
 # read by MONAI itself or only wiring
-STRUCTURE = {"imports", "run", "training", "initialize"}
+# the last two are run by overlays: test_time.yaml, source_stage.yaml, handover_only.yaml
+STRUCTURE = {"imports", "run", "training", "initialize", "handover", "write_handover"}
 
 
 def merged(folder, name):
