@@ -32,7 +32,7 @@ from tests.federation import make_federation, write_parties  # noqa: E402
 
 SITES = ["site-1", "site-2", "site-3"]
 ADMIN = "admin@nvidia.com"
-ROUNDS, TIMEOUT_S, PATIENCE_S = 6, 90, 900
+ROUNDS, TIMEOUT_S, PATIENCE_S = 6, 150, 900
 
 
 class Federation:
@@ -71,6 +71,7 @@ class Federation:
         for name in ("server", *SITES):
             allow_components(self.kits / name / "local" / "resources.json")
         make_job(SITES, min_sites=2).export_job(str(self.folder / "jobs"))
+        require(not list((self.folder / "jobs").rglob("*.py")), "the job carries no code")
 
     def start(self, name: str) -> None:
         """One party's process, as its start-up kit starts it."""

@@ -73,7 +73,7 @@ class Coordinator:
         self.plan, self.weights, self.labels = plan, dict(weights), labels
         self.ckpt_dir, self.log_path = Path(ckpt_dir), Path(output_dir) / "rounds.jsonl"
         self.settings = json.loads(json.dumps(dict(settings or {}), default=repr))
-        self.local = local_names(weights, plan.local_weights)
+        self.local = local_names(weights, plan.local_layers)
         self.round, self.ema_steps, self.best_score = 0, 0, -math.inf
         self.history: list[dict[str, Any]] = []
         if resume:

@@ -94,7 +94,7 @@ def validate_weights(weights: Weights, reference: Weights, who: str) -> None:
         ]
         raise FederationError(
             f"{who}: keys differ from this network's {len(reference)}, {' and '.join(parts)}: "
-            "use the same network settings and local_weights everywhere"
+            "use the same network settings and local_layers everywhere"
         )
     for name, wanted in reference.items():
         found = weights[name]
@@ -218,11 +218,11 @@ def local_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
         fitting = fnmatch.filter(names, pattern)
         if not fitting:
             raise ConfigError(
-                f"local_weights: {pattern!r} fits no tensor of the network, e.g. {listed(names)}: correct it"
+                f"local_layers: {pattern!r} fits no tensor of the network, e.g. {listed(names)}: correct it"
             )
         found.update(fitting)
     if names and len(found) == len(names):
-        raise ConfigError(f"local_weights {list(patterns)} keeps every tensor at the sites: nothing would be shared")
+        raise ConfigError(f"local_layers {list(patterns)} keeps every tensor at the sites: nothing would be shared")
     return found
 
 

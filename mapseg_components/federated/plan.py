@@ -27,7 +27,7 @@ class Plan:
         round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).
         max_movement: updates that moved further, as a share of the weights' norm, are refused; ``None`` for none.
         spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
-        local_weights: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``; each site keeps its own.
+        local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``; each site keeps its own.
         seed: of draws of participants, and of every site's own draws together with its name.
 
     Raises:
@@ -44,7 +44,7 @@ class Plan:
     round_timeout_s: float | None = None
     max_movement: float | None = None
     spacing_range_mm: Sequence[float] | None = None
-    local_weights: Sequence[str] = ()
+    local_layers: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:

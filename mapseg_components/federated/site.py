@@ -42,7 +42,7 @@ class Site:
     """The server with its labelled source, or a client with its unlabelled target scans.
 
     A round depends on the broadcast, the round's number, the plan and the site's own scans, name and settings, and on
-    nothing that happened before (but for `Plan.local_weights`): optimizer moments start from zero, student and teacher
+    nothing that happened before (but for `Plan.local_layers`): optimizer moments start from zero, student and teacher
     from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
 
     The source side trains with Eq. 9, the target side with Eq. 10 (``target_clean`` true, ``beta`` 0.5); both are
@@ -154,7 +154,7 @@ class Site:
         self.optimizer = parser.get_parsed_content("optimizer")
         self.loader = parser.get_parsed_content("train#dataloader")
         self.history = parser.get_parsed_content("train#handlers")[0]
-        self.local = local_names(self.network.state_dict(), self.plan.local_weights) if self.side == TARGET else set()
+        self.local = local_names(self.network.state_dict(), self.plan.local_layers) if self.side == TARGET else set()
         self._scaler = copy.deepcopy(self.trainer.optimization.scaler.state_dict())
         self._parser = parser
 
@@ -247,8 +247,8 @@ class LocalWeights:
         self._before = state["before"] if number == state["round"] else state["after"]
         if self._before and set(self._before) != names:
             raise FederationError(
-                f"{self.path} keeps {len(self._before)} tensors, local_weights names {len(names)}: "
-                "keep local_weights as it was, or move the file away to start from the server's values"
+                f"{self.path} keeps {len(self._before)} tensors, local_layers names {len(names)}: "
+                "keep local_layers as it was, or move the file away to start from the server's values"
             )
         return self._before
 

@@ -160,7 +160,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(coordinator, value):
     [
         ({"a.weight": torch.ones(2, 3)}, r"'a.weight' is \(2, 3\) torch.float32, expected \(3, 2\) torch.float32"),
         ({"a.weight": torch.ones(3, 2).double()}, r"torch.float64, expected \(3, 2\) torch.float32"),
-        ({"a.bias": None}, r"1 missing \(a.bias\).*local_weights"),
+        ({"a.bias": None}, r"1 missing \(a.bias\).*local_layers"),
         ({"b": torch.ones(1)}, r"1 extra \(b\)"),
         ({"a.bias": "import os"}, "'a.bias' is a str, expected a tensor: only tensors"),
     ],
@@ -229,7 +229,7 @@ def announce(self, broadcast):
     print(self.name, broadcast.round, flush=True)
     return train(self, broadcast)
 Site.train = announce
-plan = small_plan(rounds=3, local_weights=["*norm*"])
+plan = small_plan(rounds=3, local_layers=["*norm*"])
 names = {Path(path).parent.name: path for path in sites}
 simulate(plan, datalist, names, folder + "/m", folder + "/o", settings=small_settings())
 """
@@ -238,7 +238,7 @@ simulate(plan, datalist, names, folder + "/m", folder + "/o", settings=small_set
 def test_a_server_that_is_killed_in_a_round_goes_on_from_the_last_closed_one(tmp_path):
     """Bit for bit, local layers included: a round that is repeated starts from what it started from before."""
     datalist, sites = make_federation(tmp_path, 2)
-    whole = run(tmp_path / "whole", datalist, sites, small_plan(rounds=3, local_weights=["*norm*"]))
+    whole = run(tmp_path / "whole", datalist, sites, small_plan(rounds=3, local_layers=["*norm*"]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), datalist, *sites.values()]
     with subprocess.Popen(
@@ -250,7 +250,7 @@ def test_a_server_that_is_killed_in_a_round_goes_on_from_the_last_closed_one(tmp
                 child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert torch.load(tmp_path / "m" / "federation.pt", weights_only=True)["round"] == 1
-    resumed = run(tmp_path, datalist, sites, small_plan(rounds=3, local_weights=["*norm*"]))
+    resumed = run(tmp_path, datalist, sites, small_plan(rounds=3, local_layers=["*norm*"]))
     assert same(resumed, whole)
     for name in sites:
         states = [
@@ -406,10 +406,10 @@ def test_a_plan_that_makes_no_sense_is_refused(changes, message):
         small_plan(**changes)
 
 
-def test_a_pattern_of_local_weights_that_fits_nothing_is_refused(tmp_path):
+def test_a_pattern_of_local_layers_that_fits_nothing_is_refused(tmp_path):
     datalist, sites = make_federation(tmp_path, 2)
-    with pytest.raises(ConfigError, match=r"local_weights: '\*batchnorm\*' fits no tensor"):
-        run(tmp_path, datalist, sites, small_plan(local_weights=["*batchnorm*"]))
+    with pytest.raises(ConfigError, match=r"local_layers: '\*batchnorm\*' fits no tensor"):
+        run(tmp_path, datalist, sites, small_plan(local_layers=["*batchnorm*"]))
 
 
 def test_fewer_sites_than_min_sites_are_refused_before_any_scan(tmp_path):

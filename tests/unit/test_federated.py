@@ -142,11 +142,11 @@ def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
     assert line["bytes_from_sites"] == 2 * payload_bytes(initial_weights(small_settings(), 0))
 
 
-def test_local_weights_stay_at_their_site(tmp_path):
+def test_local_layers_stay_at_their_site(tmp_path):
     datalist, sites = make_federation(tmp_path, 2)
-    plan = small_plan(local_weights=["*norm*"])
+    plan = small_plan(local_layers=["*norm*"])
     result = simulate(plan, datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings())
-    local = local_names(result, plan.local_weights)
+    local = local_names(result, plan.local_layers)
     assert local and all("norm" in name for name in local)
     own = [torch.load(tmp_path / "o" / "sites" / name / "local.pt", weights_only=True) for name in sites]
     assert all(set(state["after"]) == local and state["round"] == 1 for state in own)

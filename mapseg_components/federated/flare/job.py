@@ -43,6 +43,7 @@ def make_job(sites: Sequence[str], min_sites: int, source_site: str | None = Non
         source_site: client with the labelled source; ``None``: the server trains on it.
     """
     job = FedJob(name=NAME, min_clients=min_sites + (source_site is not None))
+    job.set_app_packages(["mapseg_components"])  # installed at the sites: otherwise a copy of its code would travel
     job.to_server(MAPSegController(source_site=source_site))
     for site in [*sites, *([source_site] if source_site else [])]:
         job.to(SiteExecutor(SOURCE if site == source_site else TARGET), site)
