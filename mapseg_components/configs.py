@@ -39,7 +39,9 @@ SAFE_TO_CHANGE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "datalist", "device", "imports", "initialize", "run"),
     *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
-    *("audit", "audit_file", "network", "backend", "_disabled_"),
+    *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans"),
+    *("compile", "activation_checkpointing", "memory_format", "fused_optimizer", "fused", "pin_memory"),
+    *("tf32", "cudnn_benchmark"),
     *TRACKING,
 }
 # lists of what is reported and when

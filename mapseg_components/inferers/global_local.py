@@ -132,8 +132,8 @@ class GlobalLocalSlidingWindowInferer(Inferer):
         return total
 
     def _require_memory(self, name: str, classes: int, image: torch.Tensor, device: torch.device) -> None:
-        """Compare with the device's memory what stitching takes: sum of logits, count and a mask, all of the whole
-        scan; and the scan itself where it lies on the same device but is not counted as used."""
+        """Compare with the device's memory what stitching takes: sum of logits, count and a mask of the whole scan; and
+        the scan itself where it lies on the same device but is not counted as used."""
         voxels = image[0].numel()
         values = (classes + 1) * voxels + (image.numel() if device.type == "cpu" else 0)
         remedy = "crop the scan or resample it to larger voxels"

@@ -55,7 +55,7 @@ def test_nested_typos_are_named(folder, settings, message):
 
 def test_resuming_with_other_settings_is_refused():
     saved = {"learning_rate": 0.1, "max_epochs": 2, "train": {"a": 1}}
-    require_same_settings(saved, {**saved, "max_epochs": 5, "num_workers": 3, "_mine": 1}, "last.pt")
+    require_same_settings(saved, {**saved, "max_epochs": 5, "num_workers": 3, "compile": True, "_mine": 1}, "last.pt")
     with pytest.raises(ConfigError, match=r"last\.pt .*learning_rate was 0\.1, now 0\.2\).*resume to false"):
         require_same_settings(saved, {**saved, "learning_rate": 0.2}, "last.pt")
     with pytest.raises(ConfigError, match=r"patch_size was null, now 3; train#a was 1, now 2"):

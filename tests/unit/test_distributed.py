@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes with a sample each are one process with both samples; masks and samples are given, dropout is off.
 
-The reconstruction loss is a mean over hidden voxels, whose number is the same in each sample: a batch of two. Dice is one
+The reconstruction loss is a mean over hidden voxels, equally many in each sample: a batch of two. Dice is one
 ratio per class over a batch: two processes average two ratios, as ``accumulate_steps: 2`` does.
 """
 
