@@ -163,7 +163,8 @@ def main() -> None:
         if one.shape != other.shape:
             sys.exit(f"MONAI Label's label map has shape {one.shape}, the bundle's {other.shape}")
         differing, shift = int((one != other).sum()), float(np.abs(first.affine - second.affine).max())
-        print(f"{differing} of {one.size} voxels differ, values {np.unique(one).astype(int).tolist()}, affine by {shift:.1g}")
+        values = np.unique(one).astype(int).tolist()
+        print(f"{differing} of {one.size} voxels differ, values {values}, affine by {shift:.1g}")
         sys.exit(0 if differing == 0 and shift < 1e-4 else 1)
 
 
