@@ -100,7 +100,7 @@ class TargetDiagnostics:
             probability, label_map = self._segment(image, self.teacher_network).softmax(dim=0).max(dim=0)
             other = self._segment(image, self.student).argmax(dim=0)
             both.append(label_agreement(label_map, other, classes))
-            if self._previous:
+            if number < len(self._previous):
                 moved.append(label_agreement(label_map, self._previous[number].to(self.device), classes))
             confident += int((probability[label_map > 0] > self.confidence).sum())
             structure += int((label_map > 0).sum())
