@@ -87,14 +87,18 @@ class RandGlobalLocalCrop(Randomizable):
         self.box = np.zeros((3, 2))
         self.window = np.zeros((3, 2))
 
-    def randomize(self, extremes: np.ndarray, class_voxels: np.ndarray | None = None) -> None:
+    def randomize(
+        self, extremes: np.ndarray, class_voxels: np.ndarray | None = None, spacing: np.ndarray | None = None
+    ) -> None:
         """Draw the affine, the grown foreground box of the warped scan and the window of the patch.
 
         Args:
             extremes: (N, 3), voxel indices from ``boxes.axis_extremes``.
             class_voxels: (M, 4), rows (class, x, y, z), needed for ``foreground_fraction``.
+            spacing: (3,), mm per voxel; by default voxels are cubes.
         """
-        self.warp = self._draw_warp((extremes.min(0) + extremes.max(0)) / 2)
+        spacing = np.ones(3) if spacing is None else np.asarray(spacing, dtype=float)
+        self.warp = self._draw_warp((extremes.min(0) + extremes.max(0)) / 2, spacing)
         foreground = transformed_box(extremes, self.warp)
         whole = not np.any(self.warp[:3, :3] % 1)  # a flip at most: voxels stay on voxels
         self.foreground = np.round(foreground).astype(int) if whole else foreground
@@ -145,7 +149,8 @@ class RandGlobalLocalCrop(Randomizable):
             if len(points) == 0:
                 raise DataError(f"{scan_name(img)}: no voxel above 0, no foreground: leave the scan out")
             voxels = None if class_voxels is None else np.asarray(class_voxels)
-            self.randomize(np.asfortranarray(points, dtype=np.float64), voxels)
+            spacing = img.pixdim.numpy() if isinstance(img, MetaTensor) else None
+            self.randomize(np.asfortranarray(points, dtype=np.float64), voxels, spacing)
         unwarp = np.linalg.inv(self.warp)
         unwarp = np.round(unwarp) if not np.any(self.warp % 1) else unwarp
         grids = {
@@ -163,13 +168,15 @@ class RandGlobalLocalCrop(Randomizable):
         result[VALID_BOX] = torch.from_numpy(valid).float()
         return result
 
-    def _draw_warp(self, centre: np.ndarray) -> np.ndarray:
-        """Voxel index of the scan to voxel index of the warped scan."""
+    def _draw_warp(self, centre: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+        """Voxel index of the scan to voxel index of the warped scan; rotations turn millimetres, not voxels."""
         linear = np.eye(4)
         if self.R.uniform() < self.prob:
             angles = np.deg2rad(self.R.uniform(-self.rotate_range_deg, self.rotate_range_deg, 3))
             scale = self.R.uniform(*self.scale_range)
             linear = np.asarray(create_rotate(3, tuple(angles))) @ np.diag([scale, scale, scale, 1.0])
+            ratio = np.round(spacing / spacing.min(), 5)  # exactly 1 for voxels as wide as high
+            linear[:3, :3] *= ratio[None, :] / ratio[:, None]
         flips = np.where(self.R.uniform(size=3) < self.flip_prob, -1.0, 1.0)
         linear = linear @ np.diag([*flips, 1.0])
         linear[:3, 3] = centre - linear[:3, :3] @ centre

@@ -291,3 +291,21 @@ def test_bad_input_is_named():
         RandGlobalLocalCrop(8, scale_range=(1.2, 0.8))
     with pytest.raises(ConfigError, match="foreground_fraction is 3"):
         RandGlobalLocalCrop(8, foreground_fraction=3)
+
+
+def test_rotation_turns_millimetres_not_voxels():
+    """In the world a warp without scaling keeps distances and angles, however thick the slices are."""
+    spacing = np.array([0.8, 1.0, 4.0])
+    crop = RandGlobalLocalCrop(patch_size=8, prob=1.0, rotate_range_deg=40, flip_prob=0.5)
+    crop.set_random_state(3)
+    image = torch.ones(1, 20, 24, 16)
+    crop(MetaTensor(image, affine=torch.diag(torch.tensor([*spacing, 1.0]))))
+    world = np.diag(spacing) @ crop.warp[:3, :3] @ np.diag(1 / spacing)
+    np.testing.assert_allclose(world @ world.T, np.eye(3), atol=1e-4)
+    assert np.abs(world - np.round(world)).max() > 0.1  # it did turn
+
+    cubes = RandGlobalLocalCrop(patch_size=8, prob=1.0, rotate_range_deg=40, flip_prob=0.5)
+    cubes.set_random_state(3)
+    cubes(MetaTensor(image, affine=torch.diag(torch.tensor([0.8, 0.8, 0.8, 1.0]))))
+    turned_cubes = cubes.warp[:3, :3]
+    np.testing.assert_allclose(turned_cubes @ turned_cubes.T, np.eye(3), atol=1e-12)
