@@ -65,6 +65,9 @@ def tables(results: Mapping[str, Any]) -> str:
                 "" if goal is None else f"{goal:g}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    missing = list(dict.fromkeys(name for name, _ in GOALS if name not in {case["case"] for case in results["cases"]}))
+    if missing:
+        lines += ["", f"Not measured in this run: {', '.join(missing)}."]
     lines += ["", "| the same results? | width | difference | allowed | |", "|---|---|---|---|---|"]
     for case in results["cases"]:
         for one in case["equality"]:
