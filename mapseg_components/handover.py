@@ -170,13 +170,13 @@ def validation_dice(evaluator: Evaluator, names: Sequence[str]) -> dict[str, Any
     evaluator.run()
     key = evaluator.state.key_metric_name
     per_scan = evaluator.state.metric_details[key].double().cpu()  # (scans, structures), NaN where absent
-    means = [None if bool(column.isnan().all()) else round(float(column.nanmean()), 3) for column in per_scan.T]
+    means = [None if bool(column.isnan().all()) else float(column.nanmean()) for column in per_scan.T]
     known = [value for value in means if value is not None]
     return {
         "metric": "Dice",
         "scans": len(per_scan),
         "mean": round(sum(known) / len(known), 3) if known else None,
-        "structures": dict(zip(names, means, strict=True)),
+        "structures": {name: None if mean is None else round(mean, 3) for name, mean in zip(names, means, strict=True)},
     }
 
 

@@ -102,7 +102,8 @@ def adapt(
         seed: of everything random.
         device: auto, cpu, cuda or cuda:1.
         num_threads: of PyTorch on the CPU.
-        quiet: say errors only. verbose: say everything.
+        quiet: no progress bar, errors only.
+        verbose: everything that is logged, and tracebacks.
 
     Returns:
         an `AdaptReport`.

@@ -180,7 +180,8 @@ def prepare(
         bias_mask, bias_shrink, bias_iterations, bias_convergence: see `bias_field`.
         workers: processes; each holds one scan in memory.
         overwrite: write again what was prepared with other settings or from another file, or was changed since.
-        quiet: say errors only. verbose: say everything.
+        quiet: no progress bar, errors only.
+        verbose: everything that is logged, and tracebacks.
 
     Returns:
         what became of each scan; ``exit_code`` is 0 or 3.

@@ -47,7 +47,7 @@ def test_the_shipped_sample_is_sound_and_the_report_is_self_contained(tmp_path, 
     content = json.loads((tmp_path / "check.json").read_text())
     assert len(content["files"]) == 18 and content["counts"]["error"] == 0
     page = (tmp_path / "check.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") and "http" not in page and "prefers-color-scheme: dark" in page
+    assert page.startswith("<!DOCTYPE html>") and "http:" not in page and "prefers-color-scheme: dark" in page
     assert page.count("<tr>") == 2 + len(content["findings"]) + 18
     assert main(["check", str(SAMPLE / "datalist.json"), "--output", str(tmp_path)]) == 2
 

@@ -108,10 +108,14 @@ def test_a_signal_after_the_run_has_its_usual_effect(tmp_path):
     """An error may end a run in a handler that comes before the one that restores signals."""
     handler = TrainingCheckpoint(str(tmp_path / "last.pt"), {})
     engine, _ = counting_engine(nn.Linear(1, 1))
-    handler._start(engine)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        handler._start(engine)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_weights_are_not_loaded_for_a_run_that_resumes(tmp_path):
