@@ -7,7 +7,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from pydoc import locate as locate_by_name
 from types import TracebackType
 from typing import Any
 
-import torch
 from monai.bundle import ComponentLocator, ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ConfigComponent
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
@@ -24,9 +22,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, sweep_temporaries, unlock_folders
 
-__all__ = ["begin_run", "check_settings", "end_run", "fast_amp", "require_same_settings", "running_settings"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["begin_run", "check_settings", "end_run", "require_same_settings", "running_settings"]
 
 # what `monai.bundle run --tracking` adds by itself
 TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
@@ -34,7 +30,6 @@ STANDALONE = ("train.json", "inference.json", "evaluate.json", "multi_gpu_train.
 # parts of a config whose keys are fixed; below them, and elsewhere, only the arguments of components are
 SECTIONS = ("train", "validate")
 MONAI_KEYS = {"finalize", "displayable_configs"}  # known to MONAI and MONAI Label, in none of our configs
-CPU_FLAGS = Path("/proc/cpuinfo")
 # easily mistaken for a setting of the other stage, where they would do nothing
 TRAINING_ONLY = {"initial_weights", "encoder_weights", "resume", "save_steps"}
 INFERENCE_ONLY = {"weights", "cases", "section", "results", "overwrite", "output_postfix", "scans"}
@@ -81,21 +76,6 @@ def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
 def end_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
     """Last step of a run: give up what `begin_run` claimed, for a process that goes on to do other things."""
     unlock_folders(folders)
-
-
-def fast_amp(device: torch.device | str) -> str | None:
-    """``"bf16"`` where a device multiplies bfloat16 matrices faster than float32, else ``None``; says which.
-
-    GPUs from NVIDIA's Ampere on, and processors with AMX. Others are slower with it: without AMX a 3D convolution took
-    1.6 times as long in bfloat16 (docs/performance.md).
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = device.type == "cpu" and CPU_FLAGS.is_file() and "amx_bf16" in CPU_FLAGS.read_text(errors="replace")
-    logger.info(f"Precision on {device}: {'bfloat16 where it is safe' if fast else 'float32'}.")
-    return "bf16" if fast else None
 
 
 def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:

@@ -76,7 +76,7 @@ def main() -> None:
     for name, weights in models.items():
         folder = output / "evaluation" / name.replace(", ", "_")
         configs = ["inference.json", "evaluate.json", *overlays, *last]
-        extra = {"weights": weights, "datalist": data["datalist"], "labels": settings["labels"]}
+        extra = {"weights": weights, "datalist": data["datalist"], "labels": settings["labels"], "amp": "bf16"}
         extra["overwrite"] = True  # run again, it goes on where it stopped
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
         metrics = json.loads((folder / "metrics.json").read_text())

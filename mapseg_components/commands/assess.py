@@ -61,7 +61,7 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, qui
     device = parser.get_parsed_content("device")
     preprocessing = parser.get_parsed_content("preprocessing")
     inferer = parser.get_parsed_content("inferer")
-    amp = parser.get_parsed_content("amp") == "bf16"
+    amp = parser["amp"] == "bf16"
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
     validation, target = (load_datalist(datalist, name) for name in ("source_validation", "target_training"))

@@ -7,10 +7,8 @@ import json
 import pytest
 from monai.bundle import ConfigParser
 
-from mapseg_components import configs
 from mapseg_components.configs import (
     check_settings,
-    fast_amp,
     known_keys,
     plain_error_hook,
     require_same_settings,
@@ -111,14 +109,3 @@ def test_user_error_ends_the_output(capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1] == "DataError: scan.nii.gz: no contrast: leave it out"
     assert lines[0].startswith("Traceback")
-
-
-@pytest.mark.parametrize("flags, expected", [("fpu avx512_bf16 amx_bf16 amx_tile", "bf16"), ("fpu avx512_bf16", None)])
-def test_bf16_is_chosen_where_the_processor_is_made_for_it(tmp_path, monkeypatch, caplog, flags, expected):
-    caplog.set_level("INFO")
-    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\n")
-    monkeypatch.setattr(configs, "CPU_FLAGS", tmp_path / "cpuinfo")
-    assert fast_amp("cpu") == expected
-    assert ("bfloat16" if expected else "float32") in caplog.text
-    monkeypatch.setattr(configs, "CPU_FLAGS", tmp_path / "none")
-    assert fast_amp("cpu") is None
