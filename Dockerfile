@@ -3,8 +3,8 @@
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 
-# where pip finds PyTorch: .../cpu, or .../cu128 with a CUDA base
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# where pip finds the PyTorch build that fits the base (https://pytorch.org/get-started/locally names them); empty: its usual index
+ARG TORCH_INDEX=
 
 # the base decides the version of Python
 # hadolint ignore=DL3008
@@ -24,7 +24,7 @@ WORKDIR /opt/mapseg
 # PyTorch first: it is the largest layer and changes least
 COPY constraints.txt ./
 RUN python3 -m venv venv \
-    && pip install --index-url "${TORCH_INDEX}" "$(grep '^torch==' constraints.txt)"
+    && pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)"
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY mapseg_components ./mapseg_components
 RUN pip install -c constraints.txt '.[yaml]'
