@@ -121,7 +121,7 @@ def test_the_target_site_opens_nothing_below_the_source_folder(sites, tmp_path):
 
 
 def test_adaptation_starts_from_the_package_and_keeps_it_beside(sites, tmp_path):
-    out = adapt(sites, tmp_path, learning_rate=0.0)
+    out = adapt(sites, tmp_path, learning_rate=0.0, min_learning_rate=0.0)
     same(weights(out / "source_only.pt"), weights(sites / "package" / "weights.pt"))
     same(weights(out / "model.pt"), weights(sites / "package" / "weights.pt"))  # nothing was learnt at rate 0
     record = json.loads((out / "model_selection.json").read_text())
