@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ __all__ = [
     "lock_folder",
     "replacing",
     "require_writable",
+    "sha256_of",
     "sweep_temporaries",
     "unlock_folders",
     "write_json",
@@ -98,6 +100,15 @@ def free_space_error(path: Path, error: BaseException) -> ResourceError:
     full = getattr(error, "errno", None) in NO_SPACE or not isinstance(error, OSError)
     remedy = "free space, or choose another folder" if full else "choose a folder that you may write to"
     return ResourceError(f"cannot write {path} ({reason}{space}); what was there before is untouched: {remedy}")
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Checksum of a file's content, hexadecimal. Raises `OSError`."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def umask() -> int:

@@ -14,7 +14,6 @@ takes ``weights.pt`` as it is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -37,7 +36,7 @@ from mapseg_components import __version__
 from mapseg_components.checkpoints import fingerprint, load_weights, read_checked, write_atomic
 from mapseg_components.data import median_spacing, structure_sizes
 from mapseg_components.errors import CheckpointError, ConfigError
-from mapseg_components.files import write_json
+from mapseg_components.files import sha256_of, write_json
 from mapseg_components.keys import IMAGE, LABEL
 
 __all__ = ["HandoverPackage", "SourceOnlyWeights", "volume_priors", "write_handover"]
@@ -156,12 +155,12 @@ def write_handover(
         },
     }
     write_atomic({name: value.detach().cpu().clone() for name, value in network.state_dict().items()}, folder / WEIGHTS)
-    content["weights"]["sha256"] = sha256(folder / WEIGHTS)
+    content["weights"]["sha256"] = sha256_of(folder / WEIGHTS)
     check_content(content, folder / MANIFEST)
     write_json(content, folder / MANIFEST)
     logger.info(
         f"Wrote the hand-over package {folder}: source validation Dice {content['source_validation']['mean']}, "
-        f"sha256 of {MANIFEST} {sha256(folder / MANIFEST)}."
+        f"sha256 of {MANIFEST} {sha256_of(folder / MANIFEST)}."
     )
 
 
@@ -250,7 +249,7 @@ class HandoverPackage:
         dice = content["source_validation"]
         logger.info(
             f"Hand-over package {self.folder}: {len(content['labels'])} structures, source validation Dice "
-            f"{dice['mean']} on {dice['scans']} scans, sha256 of {MANIFEST} {sha256(path)}."
+            f"{dice['mean']} on {dice['scans']} scans, sha256 of {MANIFEST} {sha256_of(path)}."
         )
         return content
 
@@ -270,7 +269,7 @@ class HandoverPackage:
         path, expected = self.folder / WEIGHTS, self.content["weights"]["sha256"]
         if not path.is_file():
             raise CheckpointError(f"{path} is missing from the hand-over package: {COPY_AGAIN}")
-        found = sha256(path)
+        found = sha256_of(path)
         if found != expected:
             raise CheckpointError(f"{path} has sha256 {found}, {MANIFEST} says {expected}: {COPY_AGAIN}")
         return str(path)
@@ -408,12 +407,3 @@ def shown(content: Mapping[str, Any], name: str) -> str:
 def plain(value: Any) -> Any:
     """A setting as JSON has it: sequences as lists."""
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def sha256(path: Path) -> str:
-    """Checksum of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
 import random
 import shutil
 import sysconfig
@@ -25,7 +23,7 @@ from tqdm import tqdm
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
 from mapseg_components.commands.report import VERDICTS, report
-from mapseg_components.commands.session import choose_device, working
+from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
 from mapseg_components.data.datalist import has_section, open_datalist
@@ -38,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 OVERLAYS = ("source_only.yaml", "from_source.yaml", "any_contrast.yaml")
 MOST_LABELS = 255
-PACKAGES = ("mapseg-monai", "monai", "torch", "nibabel", "pytorch-ignite", "numpy")
 
 
 @dataclass
@@ -380,7 +377,8 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
     """Cases for training and validation. Raises `ConfigError`, `DataError`."""
     path = Path(source)
     if path.is_dir() and (path / "images").is_dir():
-        raise_if_missing(path / "labels")
+        if not (path / "labels").is_dir():
+            raise ConfigError(f"{path / 'labels'} does not exist: put the label maps there, named as their images")
         cases = labelled_folder(path)
     elif path.is_dir() and not (path / "source").is_dir():
         raise ConfigError(f"{path} has neither images/ and labels/ nor source/: see docs/data.md for the folders")
@@ -396,11 +394,6 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
     chosen = set(random.Random(seed).sample(range(len(cases)), held_out))
     logger.info(f"Held out for validation: {sorted(cases[i]['case_id'] for i in chosen)}.")
     return [c for i, c in enumerate(cases) if i not in chosen], [c for i, c in enumerate(cases) if i in chosen]
-
-
-def raise_if_missing(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} does not exist: put the label maps there, named as their images")
 
 
 def labelled_folder(path: Path) -> list[dict[str, Any]]:
@@ -493,14 +486,3 @@ def described(metadata: dict[str, Any], plan: Mapping[str, Any]) -> dict[str, An
     formats["inputs"]["image"]["spatial_shape"] = formats["outputs"]["pred"]["spatial_shape"] = sizes
     formats["outputs"]["pred"] |= {"num_channels": len(channels), "channel_def": channels}
     return metadata
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide what comes out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data import load_datalist
+from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.quality import Calibration, consistency, label_agreement
 
 __all__ = ["assess", "verdict_of"]
@@ -217,8 +218,8 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[st
         why.append("No Dice could be estimated: the validation scans have too few structures.")
         return {"verdict": "no gain", "ship": "source_only", "gain": None, "interval": None, "why": why}
     differences = np.array([b - a for a, b in pairs])
-    low, high = bootstrap(differences)
     gain = float(differences.mean())
+    low, high = bootstrap_interval(differences) or (gain, gain)
     why.append(
         f"Estimated Dice on {len(pairs)} target scans: source-only {np.mean([a for a, _ in pairs]):.3f}, "
         f"adapted {np.mean([b for _, b in pairs]):.3f}; difference {gain:+.3f} (95 % interval {low:+.3f}"
@@ -253,13 +254,6 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[st
         "interval": [rounded(low), rounded(high)],
         "why": why,
     }
-
-
-def bootstrap(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % interval of the mean by resampling, seeded."""
-    generator = np.random.default_rng(0)
-    means = values[generator.integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def rounded(value: float) -> float | None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,15 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
-from mapseg_components.commands.session import choose_device, exit_code_of, listed, progress, user_error, working
+from mapseg_components.commands.session import (
+    choose_device,
+    exit_code_of,
+    listed,
+    progress,
+    user_error,
+    versions,
+    working,
+)
 from mapseg_components.configs import check_settings
 from mapseg_components.data import (
     bids_scans,
@@ -51,6 +58,7 @@ from mapseg_components.errors import ConfigError, DataError, MAPSegError, Resour
 from mapseg_components.files import (
     lock_folder,
     require_writable,
+    sha256_of,
     sweep_temporaries,
     unlock_folders,
     write_json,
@@ -70,7 +78,6 @@ NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "post
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
 OWN_HANDLERS = ("WeightsLoader", "VolumesTable", "ProgressBar")
 SIDED = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
-LIBRARIES = ("torch", "monai", "pytorch-ignite", "nibabel", "numpy")
 # settings that say where and how fast, not what is computed
 NOT_RECIPE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "cases", "weights", "device", "overwrite", "audit"),
@@ -511,14 +518,14 @@ class Run:
             "command": sys.argv if program in ("mapseg", "__main__.py") else list(command),
             "started": began.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 2),
-            "versions": {"python": platform.python_version(), **{name: version_of(name) for name in LIBRARIES}},
+            "versions": versions(),
             "platform": platform.platform(),
             "device": str(self.parser.get_parsed_content("device")),
             "bundle": str(self.parser.get_parsed_content("bundle_root")),
             "bundle_version": (self.parser.config.get("_meta_") or {}).get("version"),
             "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "settings": json.loads(text),
-            "weights": [{"file": str(path), "sha256": sha256(Path(path))} for path in members],
+            "weights": [{"file": str(path), "sha256": sha256_of(path)} for path in members],
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
         }
@@ -535,23 +542,3 @@ def write_tables(run: Run, names: Sequence[str], dataset: Path | None, folder: P
         write_json(dataset_description(dataset, "mapseg-monai", __version__, modalities), folder / DESCRIPTION)
         write_text(dseg_tsv(names), folder / "dseg.tsv")
         write_text("\n".join(IGNORED) + "\n", folder / ".bidsignore")
-
-
-def version_of(name: str) -> str | None:
-    """Version of an installed library."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def sha256(path: Path) -> str | None:
-    """Hash of a file, ``None`` if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as stream:
-            while piece := stream.read(1 << 20):
-                digest.update(piece)
-    except OSError:
-        return None
-    return digest.hexdigest()

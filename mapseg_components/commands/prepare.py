@@ -8,12 +8,10 @@ import contextlib
 import logging
 import math
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mapseg_components import __version__
-from mapseg_components.commands.session import working
+from mapseg_components.commands.session import versions, working
 from mapseg_components.data.audit import Audit
 from mapseg_components.data.dicom import Series, read_series
 from mapseg_components.data.facts import Facts, facts_of_scan
 from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.nifti import Scan, read_nifti
-from mapseg_components.data.sidecars import Grid, Sidecar, read_sidecar, sha256_of, write_sidecar
+from mapseg_components.data.sidecars import Grid, Sidecar, digest_of, read_sidecar, write_sidecar
 from mapseg_components.data.sources import Source, find_sources
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
-from mapseg_components.files import lock_folder, replacing, require_writable, sweep_temporaries, unlock_folders
+from mapseg_components.files import (
+    lock_folder,
+    replacing,
+    require_writable,
+    sha256_of,
+    sweep_temporaries,
+    unlock_folders,
+)
 from mapseg_components.memory import naming_memory_errors
 from mapseg_components.transforms.hounsfield import CT_SHIFT, ct_scale
 from mapseg_components.transforms.n4 import MASKS, bias_field
@@ -48,7 +52,6 @@ logger = logging.getLogger(__name__)
 CT_POLICIES = ("keep", "hu")
 FOUND = {"hu": "Hounsfield units", "shifted": f"Hounsfield units + {CT_SHIFT:g}", None: "not recognised"}
 LARGEST_LABEL = np.iinfo(np.int16).max
-PACKAGES = ("monai", "torch", "itk", "nibabel", "numpy")
 ENDING = ".nii.gz"
 
 
@@ -352,7 +355,7 @@ def state_of(job: Job) -> tuple[bool, str]:
             return False, "was prepared from a file with other content, or another name"
         if set(sidecar.results) != set(job.results) or len(there) < len(job.results):
             return False, ""
-        changed = [p.name for role, p in job.results.items() if sha256_of([p]) != sidecar.results[role]["sha256"]]
+        changed = [p.name for role, p in job.results.items() if sha256_of(p) != sidecar.results[role]["sha256"]]
     except OSError:  # a source or result that cannot be read: preparing it will say so
         return False, ""
     return (False, f"was changed since: {', '.join(changed)}") if changed else (True, "")
@@ -369,9 +372,9 @@ def identity_of(file: Path | Series | None) -> dict[str, Any] | None:
             "series_number": file.number,
             "modality": file.modality,
             "slices": len(file.files),
-            "sha256": sha256_of(file.files),
+            "sha256": digest_of(file.files),
         }
-    return {"file": file.name, "kind": "nifti", "sha256": sha256_of([file])}
+    return {"file": file.name, "kind": "nifti", "sha256": sha256_of(file)}
 
 
 def run(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
@@ -583,17 +586,6 @@ def without_bias(
     return voxels / field
 
 
-def versions() -> dict[str, str]:
-    """Software that takes part in it."""
-    found = {"mapseg": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
 def store(job: Job, sidecar: Sidecar, voxels: np.ndarray, label: np.ndarray | None) -> None:
     """Write results, each read back and compared, then the sidecar, and only then give the results their names.
 
@@ -612,5 +604,5 @@ def store(job: Job, sidecar: Sidecar, voxels: np.ndarray, label: np.ndarray | No
             path = job.results[role]
             temporary = stack.enter_context(replacing(path))
             write_verified(temporary, content, affine, path)
-            results[role] = {"file": path.name, "sha256": sha256_of([temporary])}
+            results[role] = {"file": path.name, "sha256": sha256_of(temporary)}
         write_sidecar(replace(sidecar, results=results), job.sidecar)

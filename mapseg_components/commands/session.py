@@ -6,18 +6,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import re
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from mapseg_components import __version__
 from mapseg_components.errors import ConfigError, MAPSegError
 
-__all__ = ["choose_device", "exit_code_of", "listed", "progress", "user_error", "working"]
+__all__ = ["choose_device", "exit_code_of", "listed", "progress", "user_error", "versions", "working"]
 
+PACKAGES = ("monai", "torch", "pytorch-ignite", "itk", "nibabel", "numpy")
 ENGINES = ("ignite", "monai")  # their loggers report each error that this package reports itself
 
 
@@ -91,3 +95,14 @@ def exit_code_of(kinds: Sequence[type[BaseException]]) -> int:
     """Exit code for failures of several kinds: that of their kind if they share one, else 3; 0 without any."""
     codes = {getattr(kind, "exit_code", 3) for kind in kinds}
     return 0 if not codes else codes.pop() if len(codes) == 1 else 3
+
+
+def versions() -> dict[str, str | None]:
+    """This package, Python and the libraries that decide what comes out; ``None`` for one that is not installed."""
+    found: dict[str, str | None] = {"mapseg": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found

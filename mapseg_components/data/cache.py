@@ -29,7 +29,7 @@ from monai.transforms.traits import RandomizableTrait
 
 import mapseg_components
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.files import replacing, require_writable, sweep_temporaries, write_json
+from mapseg_components.files import replacing, require_writable, sha256_of, sweep_temporaries, write_json
 
 __all__ = ["MappedCacheDataset"]
 
@@ -122,11 +122,7 @@ class MappedCacheDataset(CacheDataset):
 def content(value: Any) -> Any:
     """What a file holds, by its digest; any other entry of a case as it is."""
     if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
-        with open(value, "rb") as stream:
-            digest = hashlib.sha256()
-            while block := stream.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256_of(value)
     return describe(value)
 
 

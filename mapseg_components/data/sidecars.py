@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ import numpy as np
 
 from mapseg_components.data.findings import fault
 from mapseg_components.errors import ConfigError
-from mapseg_components.files import write_json
+from mapseg_components.files import sha256_of, write_json
 
-__all__ = ["Grid", "Sidecar", "read_sidecar", "sha256_of", "write_sidecar"]
+__all__ = ["Grid", "Sidecar", "digest_of", "read_sidecar", "write_sidecar"]
 
 FORMAT = 1  # raise it when the meaning of an entry changes
-PIECE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Sidecar:
     prepared: Grid | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, dict[str, str]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
 
 
 def write_sidecar(sidecar: Sidecar, path: Path) -> None:
@@ -85,7 +84,7 @@ def read_sidecar(path: str | Path) -> Sidecar:
             results={
                 role: {key: str(entry[key]) for key in ("file", "sha256")} for role, entry in content["results"].items()
             },
-            versions={str(name): str(version) for name, version in content["versions"].items()},
+            versions=dict(content["versions"]),
         )
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
         raise fault(path, "a sidecar with missing or wrong entries", remedy, ConfigError) from error
@@ -102,13 +101,7 @@ def grid_from(content: Any) -> Grid | None:
     return Grid(shape, affine.tolist())
 
 
-def sha256_of(files: Iterable[Path]) -> str:
+def digest_of(files: Sequence[Path]) -> str:
     """sha256 of a file; of several, sha256 of theirs, sorted, so that neither names nor order matter."""
-    digests = []
-    for path in files:
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while piece := stream.read(PIECE):
-                digest.update(piece)
-        digests.append(digest.hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+    digests = sorted(sha256_of(path) for path in files)
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import ignite.distributed as idist
 import torch
@@ -13,17 +13,11 @@ from ignite.engine import Engine, Events
 from monai.inferers import Inferer
 from torch import nn
 
+from mapseg_components.handlers.scoring import Activity
 from mapseg_components.keys import IMAGE
 from mapseg_components.quality import label_agreement
 
 __all__ = ["TargetDiagnostics"]
-
-
-class Active(Protocol):
-    """What `TargetDiagnostics` needs of a teacher."""
-
-    active: bool
-    network: nn.Module
 
 
 class TargetDiagnostics:
@@ -56,7 +50,7 @@ class TargetDiagnostics:
         scans: Sequence[Any],
         names: Sequence[str],
         inferer: Inferer,
-        teacher: Active,
+        teacher: Activity,
         teacher_network: nn.Module,
         student: nn.Module,
         interval: int,

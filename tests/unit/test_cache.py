@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_no_entry_and_no_stump(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match=r"label.npy .*No space left.*free space"):
-        mapped(tmp_path)
+        mapped(tmp_path, cache_rate=0.5)  # the loader's thread does not go on with another scan while we look
     assert entries(tmp_path) == [] and not list(tmp_path.glob("cache/*/.*"))
     monkeypatch.undo()
     assert len(mapped(tmp_path)._cache) == 2
