@@ -24,6 +24,7 @@ from benchmarks.plain import data as plain_data
 from benchmarks.plain import inference as plain_inference
 from benchmarks.plain import training as plain_training
 from benchmarks.timing import interleaved, ratios, summary
+from mapseg_components.memory import keep_freed_memory
 
 __all__ = ["BLOCKS", "Bench", "adaptation_samples", "adaptation_steps", "inference", "mae_samples", "mae_steps"]
 
@@ -69,7 +70,11 @@ class Bench:
 
     def timed(self, variants: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """Seconds of steps or of inference."""
-        return interleaved(variants, self.repeats, self.device, self.warmup, self.clock)
+        return interleaved(variants, self.repeats, self.device, self.warmup, self.clock, self.set_memory)
+
+    def set_memory(self, variant: str) -> None:
+        """Freed memory is the allocator's default for the baseline, the setting's for the package."""
+        keep_freed_memory(variant != "plain" and bool(self.settings.get("keep_freed_memory", True)))
 
     def timed_samples(self, variants: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """Seconds of samples."""

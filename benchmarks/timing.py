@@ -27,6 +27,7 @@ def interleaved(
     device: torch.device,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    before: Callable[[str], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each variant, in turns (A, B, C, A, B, C, ...), so that a busy machine is busy for all.
 
@@ -36,11 +37,14 @@ def interleaved(
         device: waited for before each reading of the clock.
         warmup: calls of each before the timed ones.
         clock: one of `CLOCKS`.
+        before: called with the variant's name before each call, untimed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + repeats):
         for name, call in variants.items():
             gc.collect()
+            if before is not None:
+                before(name)
             wait(device)
             start = clock()
             call()

@@ -41,7 +41,7 @@ SAFE_TO_CHANGE = {
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
     *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans"),
     *("compile", "activation_checkpointing", "memory_format", "fused_optimizer", "fused", "pin_memory"),
-    *("tf32", "cudnn_benchmark"),
+    *("tf32", "cudnn_benchmark", "keep_freed_memory"),
     *TRACKING,
 }
 # lists of what is reported and when

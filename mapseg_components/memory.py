@@ -1,10 +1,11 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Running out of memory, said with the knobs that help."""
+"""Memory that is kept for the next tensor, and running out of it, said with the knobs that help."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 
 from mapseg_components.errors import ResourceError
 
-__all__ = ["memory_of", "naming_memory_errors", "require_memory"]
+__all__ = ["keep_freed_memory", "memory_of", "naming_memory_errors", "require_memory"]
 
 MESSAGES_OF_TORCH = ("can't allocate memory", "out of memory", "not enough memory")
-
+# parameters of glibc's mallopt (malloc.h), and the values to which its own adaptation leads with large tensors
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
+RETURNED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26}
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -52,6 +56,29 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
     if available is not None and needed > available:
         found = f"{needed / 2**30:.1f} GiB on {device}, which has {available / 2**30:.1f} GiB"
         raise ResourceError(f"{what} needs {found}: {remedy}")
+
+
+def keep_freed_memory(keep: bool = True) -> bool:
+    """Let glibc keep what tensors on the CPU free, instead of returning each large block to the system.
+
+    PyTorch frees and allocates its activations anew in each step. Above 32 MB glibc maps every one from the system, which
+    clears it page by page: on a CPU up to a third of a step's time. What is computed stays the same; the process keeps
+    the memory of its largest moment until it ends.
+
+    Args:
+        keep: ``False``: return large blocks, as is glibc's way.
+
+    Returns:
+        whether it took effect: not without glibc (mallopt, https://man7.org/linux/man-pages/man3/mallopt.3.html).
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        done = [libc.mallopt(name, value) for name, value in (KEPT if keep else RETURNED).items()]
+        if not keep:
+            libc.malloc_trim(0)
+    except (AttributeError, OSError):
+        return False
+    return all(done)
 
 
 @contextlib.contextmanager

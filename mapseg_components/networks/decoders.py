@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
@@ -14,6 +16,33 @@ from mapseg_components.networks.encoder import ResidualBlock, group_norm
 from mapseg_components.networks.recomputation import Recomputable
 
 __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
+
+
+class PatchUpsample(nn.ConvTranspose3d):
+    """Transposed conv whose stride is its kernel, as one matrix product: each voxel becomes a block, none overlap.
+
+    Equal to ``nn.ConvTranspose3d`` up to rounding, with the same parameters, and on a CPU several times as fast.
+
+    Args:
+        in_channels, out_channels: of the features. stride: voxels of a block per axis.
+
+    Shape:
+        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride), in the memory format of the
+        input.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int]) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=tuple(stride), stride=tuple(stride))
+
+    def forward(self, input: torch.Tensor, output_size: Optional[list[int]] = None) -> torch.Tensor:
+        batch, _, x, y, z = input.shape
+        i, j, k = self.weight.shape[2:]
+        weight = self.weight.permute(2, 3, 4, 1, 0).reshape(-1, self.in_channels)
+        bias = self.bias
+        blocks = F.linear(input.permute(0, 2, 3, 4, 1), weight, None if bias is None else bias.repeat(i * j * k))
+        grid = blocks.view(batch, x, y, z, i, j, k, self.out_channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        output = grid.reshape(batch, x * i, y * j, z * k, self.out_channels).permute(0, 4, 1, 2, 3)
+        return output if input.is_contiguous(memory_format=torch.channels_last_3d) else output.contiguous()
 
 
 class ReconstructionDecoder(Recomputable):
@@ -40,7 +69,7 @@ class ReconstructionDecoder(Recomputable):
     ) -> None:
         super().__init__()
         strides = ensure_tuple_rep(stride, 3)
-        self.upsample = nn.ConvTranspose3d(in_channels, channels[0], kernel_size=strides, stride=strides)
+        self.upsample = PatchUpsample(in_channels, channels[0], strides)
         self.block = ResidualBlock(channels[0], channels[1], stride=1, norm_groups=norm_groups)
         self.norm = group_norm(channels[1], max(norm_groups // 4, 1))
         self.conv = nn.Conv3d(channels[1], out_channels, kernel_size=3, padding=1)
@@ -141,7 +170,7 @@ class SegmentationHead(Recomputable):
         super().__init__()
         strides = ensure_tuple_rep(stride, 3)
         self.layers = nn.Sequential(
-            nn.ConvTranspose3d(in_channels, channels, kernel_size=strides, stride=strides),
+            PatchUpsample(in_channels, channels, strides),
             group_norm(channels, norm_groups),
             nn.ReLU(inplace=True),
             conv_norm_relu(channels, channels, 3, norm_groups),

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.handlers import EMATeacher
 from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
 from mapseg_components.networks import ASPP, GlobalLocalPass, MultiScaleMAE, prepare_network
+from mapseg_components.networks.decoders import PatchUpsample
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
@@ -198,3 +201,48 @@ def test_a_bad_term_is_named_and_reaches_no_weight(tiny_network):
     with pytest.raises(NonFiniteError, match=r"loss terms \['source_local', .*are NaN or infinite"):
         trainer._step(trainer, {"source": batch})
     torch.testing.assert_close(trainer.network.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("stride", [(4, 4, 1), (2, 2, 2)])
+def test_upsampling_is_the_transposed_convolution(stride, memory_format):
+    ours, plain = PatchUpsample(3, 5, stride), torch.nn.ConvTranspose3d(3, 5, stride, stride)
+    plain.load_state_dict(ours.state_dict())
+    image = torch.rand(2, 3, 4, 5, 6).to(memory_format=memory_format)
+    found, expected = ours(image), plain(image)
+    assert found.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(found, expected)
+    weight = torch.rand_like(expected)
+    for output in (found, expected):
+        (output * weight).sum().backward()
+    for own, other in zip(ours.parameters(), plain.parameters()):
+        torch.testing.assert_close(own.grad, other.grad)
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from mapseg_components.memory import keep_freed_memory
+
+if not keep_freed_memory(sys.argv[1] == "keep"):
+    sys.exit(77)
+pages = []
+for _ in range(2):
+    pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    activations = torch.ones(2**25)  # 128 MB
+    del activations
+print((pages[1] - pages[0]) * 4096)
+"""
+
+
+@pytest.mark.parametrize("way", ["keep", "return"])
+def test_freed_memory_is_kept_or_returned(way):
+    done = subprocess.run([sys.executable, "-c", RESIDENT, way], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("no glibc")
+    assert done.returncode == 0, done.stderr
+    kept = int(done.stdout)
+    assert (kept > 100e6) if way == "keep" else (kept < 30e6)
