@@ -32,7 +32,6 @@ from mapseg_components.commands.session import (
     exit_code_of,
     listed,
     progress,
-    user_error,
     versions,
     working,
 )
@@ -57,7 +56,7 @@ from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
 from mapseg_components.data.dicom import Series
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
-from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError, user_error
 from mapseg_components.files import (
     lock_folder,
     require_writable,
