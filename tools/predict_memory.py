@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from mapseg_components.commands.predict import read_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
-INTERVAL = 0.02  # seconds between looks at the processes
+INTERVAL = 0.02  # seconds between looks at the process
 
 
 def main() -> None:
@@ -51,8 +52,8 @@ def measure(folder: Path, shape: list[int], patch: int, width: int, options: lis
     """Peak and settings of one run in a folder.
 
     Returns:
-        ``peak_mib`` of the command and all its processes together, ``bytes_per_voxel`` of it above ``idle_mib`` (the
-        command before it reads voxels is about a scan of 16 voxels a side), seconds, and what was measured.
+        ``peak_mib``, ``bytes_per_voxel`` of it above ``idle_mib`` (the peak on a scan of 16 voxels a side), seconds,
+        and what was measured.
     """
     sizes = {"patch_size": [patch] * 3, "window_stride": [patch] * 3, "window_batch_size": 1, "width": width}
     sizes |= {"depth": 1, "dilations": [1, 2], "head_channels": 8}
@@ -95,7 +96,7 @@ def make_scan(path: Path, shape: list[int]) -> str:
 
 
 def watched(line: list[str]) -> tuple[int, float]:
-    """Run a command; largest resident memory in bytes of it and its children together, and seconds.
+    """Run a command, which starts no workers; its largest resident memory in bytes, by the kernel, and seconds.
 
     Raises:
         subprocess.CalledProcessError: it failed.
@@ -104,31 +105,12 @@ def watched(line: list[str]) -> tuple[int, float]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, sum(resident(number) for number in family(process.pid)))
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, 1024 * int(found[1])) if found else peak
             time.sleep(INTERVAL)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, line)
     return peak, time.monotonic() - started
-
-
-def family(process: int) -> list[int]:
-    """Numbers of a process and all below it; one that has just ended is left out."""
-    found = [process]
-    for number in found:
-        try:
-            for task in Path(f"/proc/{number}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-        except OSError:
-            continue
-    return found
-
-
-def resident(process: int) -> int:
-    """Resident bytes of a process; 0 if it has ended."""
-    try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
 
 
 if __name__ == "__main__":
