@@ -20,8 +20,9 @@ from pydicom.uid import generate_uid
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
+from mapseg_components.commands.series import without_path
 from mapseg_components.data import segmentation
-from mapseg_components.data.dicom import list_series, read_series
+from mapseg_components.data.dicom import Series, list_series, read_series
 from mapseg_components.data.segmentation import Algorithm, write_segmentation
 from mapseg_components.errors import ConfigError, DataError, ResourceError
 from tests import dicom
@@ -156,6 +157,29 @@ def test_one_series_in_two_folders_is_refused_before_any_work(tree, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="one DICOM file: name the folder"):
         predict(next((tmp_path / "in" / "a").glob("*.dcm")), tmp_path / "out", bundle=BUNDLE)
+
+
+def test_nothing_but_damaged_slices_ends_with_3_and_a_manifest(tree, tmp_path, capsys, caplog):
+    place = tree[0] / "SMITH" / "cut"
+    assert main(["predict", f"{place}/", str(tmp_path / "out"), "--bundle", str(BUNDLE), "--no_preview"]) == 3
+    assert "0 of 1 scans segmented" in capsys.readouterr().out and str(place) in caplog.text
+    manifest = (tmp_path / "out" / "manifest.json").read_text()
+    assert json.loads(manifest)["scans"][0]["status"] == "failed" and "SMITH" not in manifest
+
+
+def test_a_command_is_kept_without_the_place_of_its_input():
+    line = ["mapseg", "predict", "/data/SMITH/", "out", "--input=/data/SMITH", "--bundle", "/data/SMITHS"]
+    kept = without_path(line, Path("/data/SMITH"))
+    assert kept == ["mapseg", "predict", "INPUT", "out", "--input=INPUT", "--bundle", "/data/SMITHS"]
+
+
+def test_a_series_name_is_a_file_name():
+    series = Series(Path("a"), "1.2.3", 7, "M/R ..", ())
+    assert (
+        re.fullmatch(r"MR_7_[0-9a-f]{8}", series.name) and Series(Path("b"), "1.2.3", 7, "MR", ()).name == series.name
+    )
+    assert Series(Path("a"), "1.2.4", 7, "MR", ()).name != series.name
+    assert Series(Path("a"), "1.2.4", 7, "", ()).name.startswith("series_7_")
 
 
 def test_dicom_seg_needs_dicom_and_highdicom(tree, tmp_path, monkeypatch):
