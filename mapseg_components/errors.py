@@ -52,3 +52,10 @@ class FederationError(MAPSegError, RuntimeError):
     """A site's update, or what a server sent, was refused; or a round had too few sites. The message names the site."""
 
     exit_code = 7
+
+
+def user_error(error: BaseException | None) -> MAPSegError | None:
+    """The error of this package that another one came from, if any."""
+    while error is not None and not isinstance(error, MAPSegError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -179,7 +179,7 @@ def of_scans(
     cases = bids_scans(source, modality) if is_bids(source) else load_scans(source)
     if not cases:
         raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (convert DICOM with dcm2niix)"
+            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (mapseg prepare converts DICOM)"
         )
     audit.findings += names_of(cases)
     with bar(len(cases), record, quiet):

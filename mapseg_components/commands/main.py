@@ -5,41 +5,24 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
 import re
 import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import fire
 from fire.decorators import SetParseFns
 
-from mapseg_components import __version__
-from mapseg_components.commands.adapt import adapt
-from mapseg_components.commands.check import check
-from mapseg_components.commands.evaluate import evaluate
-from mapseg_components.commands.predict import predict
-from mapseg_components.commands.prepare import prepare
-from mapseg_components.commands.report import report as write_report
-from mapseg_components.commands.restore import restore
-from mapseg_components.commands.session import user_error
-from mapseg_components.errors import ConfigError, ResourceError
+from mapseg_components import __version__, commands
+from mapseg_components.commands.declarations import Declaration, declaration_of
+from mapseg_components.errors import ConfigError, ResourceError, user_error
 
 __all__ = ["main"]
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "check": check,
-    "prepare": prepare,
-    "adapt": adapt,
-    "predict": predict,
-    "restore": restore,
-    "evaluate": evaluate,
-    "report": write_report,
-}
+COMMANDS = ("check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
 WIDTH = 100
 EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usage or setting, 3 data, 4 weights,
 5 a result is not finite, 6 disk, memory or permission, 130 interrupted."""
@@ -59,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = "--verbose" in words
     try:
         if words[0] not in COMMANDS:
-            raise ConfigError(f"there is no command {words[0]!r}{nearest(words[0], list(COMMANDS))}: see mapseg --help")
+            raise ConfigError(f"there is no command {words[0]!r}{nearest(words[0], COMMANDS)}: see mapseg --help")
         if wants_help:
             sys.stdout.write(command_help(words[0]))
             return 0
@@ -72,14 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, words: Sequence[str], verbose: bool) -> int:
-    """Call a command; Fire converts the values and prints the result."""
+    """Import and call a command; Fire converts the values and prints the result."""
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")  # of libraries; findings are reported by this package itself
-    function = COMMANDS[name]
-    flags = canonical(function, words)
-    parse = {key: str for key, kind in kinds_of(function).items() if kind not in ("bool", "int", "float")}
-    result = fire.Fire(SetParseFns(**parse)(function), command=flags, name=f"mapseg {name}")
+    command = declaration_of(name)
+    flags = canonical(command, words)
+    parse = {key: str for key, kind in kinds_of(command).items() if kind not in ("bool", "int", "float")}
+    function = SetParseFns(**parse)(getattr(commands, name))
+    result = fire.Fire(function, command=flags, name=f"mapseg {name}")
     return int(getattr(result, "exit_code", 0))
 
 
@@ -100,23 +84,23 @@ def report(error: Exception, verbose: bool) -> int:
     return 1
 
 
-def kinds_of(function: Callable[..., Any]) -> dict[str, str]:
+def kinds_of(command: Declaration) -> dict[str, str]:
     """Argument to ``bool``, ``int``, ``float`` or ``str``."""
     kinds = {}
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in command.signature.parameters.items():
         found = re.match(r"bool|int|float", str(parameter.annotation))
         kinds[name] = found.group() if found else "str"
     return kinds
 
 
-def canonical(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
+def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
     """Arguments as ``--name=value``, all known and well formed: Fire alone would complain only after the work.
 
     Raises:
         ConfigError: an option is unknown, lacks its value or has one of another kind; there are too many or too few
             arguments.
     """
-    kinds, parameters = kinds_of(function), inspect.signature(function).parameters
+    kinds, parameters = kinds_of(command), command.signature.parameters
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     values: dict[str, str] = {}
     rest, free = list(words), iter(places)
@@ -126,26 +110,26 @@ def canonical(function: Callable[..., Any], words: Sequence[str]) -> list[str]:
             option, equals, value = word[2:].partition("=")
             name = option.replace("-", "_")
             if name not in kinds:
-                raise ConfigError(f"unknown option --{option}{nearest(name, list(kinds), '--')}: {see(function)}")
+                raise ConfigError(f"unknown option --{option}{nearest(name, list(kinds), '--')}: {see(command)}")
             if kinds[name] == "bool":
                 value = value if equals else "true"
             elif not equals:
                 if not rest or rest[0].startswith("--"):
-                    raise ConfigError(f"option --{option} lacks its value: {see(function)}")
+                    raise ConfigError(f"option --{option} lacks its value: {see(command)}")
                 value = rest.pop(0)
         else:
             if re.match(r"-\D", word):
-                raise ConfigError(f"unknown option {word}: options begin with two dashes; {see(function)}")
+                raise ConfigError(f"unknown option {word}: options begin with two dashes; {see(command)}")
             name, value = next(free, ""), word
             if not name:
-                raise ConfigError(f"one argument too many: {word!r}: {see(function)}")
+                raise ConfigError(f"one argument too many: {word!r}: {see(command)}")
         if name in values:
-            raise ConfigError(f"{name} is given twice: {see(function)}")
+            raise ConfigError(f"{name} is given twice: {see(command)}")
         values[name] = checked(name, kinds[name], value)
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
     if missing:
         named = ", ".join(name.upper() if name in places else f"--{name}" for name in missing)
-        raise ConfigError(f"{named} is missing: {see(function)}")
+        raise ConfigError(f"{named} is missing: {see(command)}")
     return [f"--{name}={value}" for name, value in values.items()]
 
 
@@ -163,31 +147,30 @@ def checked(name: str, kind: str, value: str) -> str:
     return value
 
 
-def nearest(word: str, known: list[str], prefix: str = "") -> str:
+def nearest(word: str, known: Sequence[str], prefix: str = "") -> str:
     """The known word that is most like an unknown one, as a question."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {prefix}{near[0]}?)" if near else ""
 
 
-def see(function: Callable[..., Any]) -> str:
+def see(command: Declaration) -> str:
     """Where to look."""
-    return f"see mapseg {function.__name__} --help"
+    return f"see mapseg {command.name} --help"
 
 
 def overview() -> str:
     """Help of ``mapseg`` itself."""
     lines = [f"mapseg {__version__}: segmentation of scans that you have no labels for", "", "Commands:"]
-    for name, function in COMMANDS.items():
-        lines.append(f"  {name:<10} {described(function)[0]}")
+    lines += [f"  {name:<10} {described(declaration_of(name))[0]}" for name in COMMANDS]
     lines += ["", "mapseg COMMAND --help shows arguments and options.", "", *EXIT_CODES.splitlines()]
     return "\n".join(lines) + "\n"
 
 
 def command_help(name: str) -> str:
     """Help of a command, made of its signature and docstring."""
-    function = COMMANDS[name]
-    summary, about, texts = described(function)
-    parameters, kinds = inspect.signature(function).parameters, kinds_of(function)
+    command = declaration_of(name)
+    summary, about, texts = described(command)
+    parameters, kinds = command.signature.parameters, kinds_of(command)
     places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     options = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
     usage = [p.name.upper() for p in places] + [f"--{p.name} {p.name.upper()}" for p in options if p.default is p.empty]
@@ -210,9 +193,9 @@ def command_help(name: str) -> str:
     return "\n".join([*lines, *EXIT_CODES.splitlines()]) + "\n"
 
 
-def described(function: Callable[..., Any]) -> tuple[str, list[str], dict[str, str]]:
+def described(command: Declaration) -> tuple[str, list[str], dict[str, str]]:
     """Summary, paragraphs and texts of the arguments of a Google docstring, on plain lines."""
-    document = inspect.cleandoc(function.__doc__ or "").replace("``", "").replace("`", "")
+    document = command.document.replace("``", "").replace("`", "")
     head, _, rest = document.partition("\nArgs:\n")
     summary, *about = [" ".join(part.split()) for part in head.split("\n\n") if part.strip()]
     texts: dict[str, str] = {}

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``mapseg predict``: a bundle's own inference config over a scan, a folder or a BIDS dataset."""
+"""``mapseg predict``: a bundle's own inference config over a scan, a folder, a BIDS dataset or DICOM series."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.series import convert, series_cases, series_record, without_path
 from mapseg_components.commands.session import (
     choose_device,
     exit_code_of,
     listed,
     progress,
-    user_error,
     versions,
     working,
 )
@@ -53,8 +53,10 @@ from mapseg_components.data import (
 )
 from mapseg_components.data.audit import names_of
 from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
-from mapseg_components.data.findings import findings_of, raise_findings
-from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.data.dicom import Series
+from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
+from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError, user_error
 from mapseg_components.files import (
     lock_folder,
     require_writable,
@@ -90,9 +92,12 @@ class Prediction:
     """What became of one scan.
 
     Args:
-        case: its id. scan: its file. status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
-        label_map, probabilities, preview: files, ``None`` for those not written.
+        case: its id. scan: its file; of a DICOM series what it is, without its path.
+        status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
+        label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
         seconds: from reading to writing. message: why it failed, one line a finding.
+        series: number, modality, number of files and the UID's sha256 of a DICOM series.
+        kind: class of the error. place: folder of a series below the input; both are in no file.
     """
 
     case: str
@@ -101,13 +106,16 @@ class Prediction:
     label_map: str | None = None
     probabilities: str | None = None
     preview: str | None = None
+    segmentation: str | None = None
     seconds: float | None = None
     message: str = ""
+    series: dict[str, Any] | None = None
     kind: type[BaseException] = field(default=Exception, repr=False)
+    place: str = field(default="", repr=False)
 
     def record(self) -> dict[str, Any]:
         """As plain values."""
-        return {name: value for name, value in asdict(self).items() if name != "kind"}
+        return {name: value for name, value in asdict(self).items() if name not in ("kind", "place")}
 
 
 @dataclass
@@ -134,9 +142,14 @@ class Predictions:
         return exit_code_of([one.kind for one in self.failed])
 
     def __str__(self) -> str:
-        head = ("scan", "status", "seconds", "result")
+        placed = any(one.place for one in self.predictions)
+        head = ("scan", *(("found in",) if placed else ()), "status", "seconds", "result")
         rows = [
-            (one.case, one.status, one.seconds, one.message if one.status != "done" else str(one.label_map))
+            (
+                one.case,
+                *((one.place,) if placed else ()),
+                *(one.status, one.seconds, str(one.label_map) if one.status == "done" else one.message),
+            )
             for one in self.predictions
         ]
         done = len(self.predictions) - len(self.failed)
@@ -153,6 +166,7 @@ class Place:
     probabilities: Path
     preview: Path
     sidecar: Path | None = None
+    segmentation: Path | None = None
 
 
 def predict(
@@ -169,6 +183,7 @@ def predict(
     keep_largest: str | None = None,
     flip_tta: bool = False,
     probabilities: bool = False,
+    dicom_seg: bool = False,
     no_preview: bool = False,
     overwrite: bool = False,
     device: str = "auto",
@@ -176,17 +191,19 @@ def predict(
     quiet: bool = False,
     verbose: bool = False,
 ) -> Predictions:
-    """Segment a scan, a folder of scans or a BIDS dataset with a bundle.
+    """Segment a scan, a folder of scans, a BIDS dataset or DICOM series with a bundle.
 
     Writes one label map per scan on the scan's own grid (integers, read back and compared), volumes.csv (voxels, mm3,
     whether a structure touches the edge of the field of view, and confidence: the mean largest probability over it),
     names and colours for ITK-SNAP and FreeSurfer, a picture per scan and manifest.json. A BIDS dataset becomes a BIDS
-    derivative. A scan that cannot be used is listed, the others are done.
+    derivative. A DICOM series becomes NIfTI, named by modality, number and checksum. A scan that cannot be used is
+    listed, the others are done.
 
     The bundle's inference.json is what runs: the same voxels as by python -m monai.bundle run.
 
     Args:
-        input: a .nii or .nii.gz file, a folder of them, or a BIDS dataset (it has dataset_description.json).
+        input: a .nii or .nii.gz file, a folder of them, a BIDS dataset (it has dataset_description.json), or a folder
+            with DICOM series at any depth.
         output: folder of the results.
         bundle: folder of the bundle.
         weights: file of weights, by default what the bundle names; several, with commas between them, are averaged.
@@ -200,6 +217,7 @@ def predict(
             (needs scikit-image).
         flip_tta: average with the result of the left-right mirrored scan; refused if a structure's name has a side.
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
+        dicom_seg: write a DICOM Segmentation of each DICOM series, too (needs highdicom); it holds patient data.
         no_preview: draw no pictures; they need matplotlib.
         overwrite: replace results of an earlier run.
         device: auto, cpu, cuda or cuda:<number>.
@@ -218,12 +236,15 @@ def predict(
         started, began = time.monotonic(), datetime.now(timezone.utc)
         source, folder, home = Path(input), Path(output), Path(bundle)
         derivative = is_bids(source)
-        cases = bids_scans(source, modality) if derivative else folder_scans(source, modality)
+        found = (bids_scans(source, modality), {}, []) if derivative else folder_scans(source, modality, folder)
+        cases, series, findings = found
         if folder.suffix in (".nii", ".gz"):
             raise ConfigError(f"output is {folder}, expected a folder")
         if os.path.realpath(folder) == os.path.realpath(source):
             raise ConfigError("output is the input folder: choose another, or label maps would be taken for scans")
-        raise_findings(names_of(cases))
+        if dicom_seg:
+            check_dicom_seg(source, cases, series)
+        raise_findings(names_of(cases) if cases else [])
         settings = {
             "bundle_root": str(home.absolute()),
             "dataset_dir": str(source.absolute()),
@@ -244,6 +265,7 @@ def predict(
         postfix = str(parser.get_parsed_content("output_postfix"))
         places = places_of(cases, folder, source if derivative else None, postfix)
         wanted = [p.label_map for p in places.values()]
+        wanted += [p.segmentation for p in places.values()] if dicom_seg else []
         wanted += [p.probabilities for p in places.values()] if probabilities else []
         wanted += [p.preview for p in places.values()] if drawn else []
         tables = [TABLE, MANIFEST, *LOOKUPS, *([DESCRIPTION, "dseg.tsv"] if derivative else [])]
@@ -255,31 +277,41 @@ def predict(
         try:
             sweep_temporaries(folder)
             with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
-                run = Run(parser, names, places, Path(staging), drawn, quiet)
+                run = Run(parser, names, places, Path(staging), drawn, quiet, series, dicom_seg)
                 run.settings(folder, members)
-                run.prepare(cases)
+                run.prepare(cases, findings, source)
                 try:
                     run.all()
                 finally:  # also of a run that was interrupted
                     write_tables(run, names, source if derivative else None, folder)
-                    run.finish(folder, members, [predict.__name__, str(source), str(folder)], began, started)
+                    run.finish(folder, [predict.__name__, str(source), str(folder)], began, started, source)
         finally:
             unlock_folders([folder])
         return Predictions(str(folder), run.predictions, run.volumes, round(time.monotonic() - started, 1))
 
 
-def folder_scans(source: Path, modality: str | None) -> list[dict[str, Any]]:
-    """Cases of a file or folder. Raises `ConfigError`."""
+def folder_scans(
+    source: Path, modality: str | None, output: Path
+) -> tuple[list[dict[str, Any]], dict[str, Series], list[Finding]]:
+    """Cases of a file or folder, which of them are DICOM series, and what cannot be used. Raises `ConfigError`."""
     if modality is not None:
         raise ConfigError(f"modality is {modality!r}, but {source} is no BIDS dataset: leave it out")
     if not source.exists():
         raise ConfigError(f"{source} does not exist: correct the path of the scans")
-    cases = load_scans(source)
-    if not cases:
-        raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (convert DICOM with dcm2niix)"
-        )
-    return cases
+    cases, series, findings = series_cases(source, output)
+    cases = [*load_scans(source), *cases]
+    if not cases and not findings:
+        raise ConfigError(f"{source} has no NIfTI scan (*.nii, *.nii.gz) and no DICOM series: correct the path")
+    return cases, series, findings
+
+
+def check_dicom_seg(source: Path, cases: Sequence[Mapping[str, Any]], series: Mapping[str, Series]) -> None:
+    """Every scan must be a DICOM series, and highdicom be there. Raises `ConfigError`."""
+    other = next((str(case[IMAGE]) for case in cases if case[CASE_ID] not in series), None)
+    if other is not None or not series:
+        what = f"{other} is none" if other is not None else f"{source} has none"
+        raise ConfigError(f"dicom_seg needs DICOM series, and {what}: leave out dicom_seg, or choose another input")
+    require_highdicom()
 
 
 def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, Any]) -> ConfigParser:
@@ -380,7 +412,12 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
         if dataset is None:
             path = result_path(case[IMAGE], folder, postfix)
             stem = path.name.removesuffix(f"_{postfix}.nii.gz")
-            place = Place(path, folder / f"{stem}_probabilities.nii.gz", folder / "previews" / f"{stem}.png")
+            place = Place(
+                path,
+                folder / f"{stem}_probabilities.nii.gz",
+                folder / "previews" / f"{stem}.png",
+                segmentation=folder / f"{stem}_{postfix}.dcm",
+            )
         else:
             stem = folder / result_stem(case[IMAGE], dataset)
             place = Place(
@@ -401,6 +438,7 @@ class Run:
     Args:
         parser: the bundle's config. names: structures. places: of the results. staging: folder on the same disk.
         drawn: draw pictures. quiet: no progress bars.
+        series: case id to DICOM series. dicom_seg: write a segmentation of each.
     """
 
     def __init__(
@@ -411,36 +449,77 @@ class Run:
         staging: Path,
         drawn: bool,
         quiet: bool,
+        series: Mapping[str, Series],
+        dicom_seg: bool,
     ) -> None:
         self.parser, self.names, self.places = parser, list(names), places
         self.staging, self.drawn, self.quiet = staging, drawn, quiet
+        self.series, self.dicom_seg = series, dicom_seg
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
         self._todo: list[tuple[Prediction, Mapping[str, Any]]] = []
+        self.members: list[str] = []
         self._output: dict[str, Any] = {}
 
     def settings(self, folder: Path, members: Sequence[str]) -> None:
         """Where this run writes and which weights it takes."""
+        self.members = list(members)
         self.parser["output_dir"] = str(self.staging)
-        self.parser["audit_file"] = str(folder / "audit.json")
+        # a converted series is read once, and gone after this run
+        self.parser["audit_file"] = None if self.series else str(folder / "audit.json")
         self.parser["weights"] = str(members[0])
 
-    def prepare(self, cases: Sequence[Mapping[str, Any]]) -> None:
-        """Load the weights, check all scans. Raises `CheckpointError`."""
-        self.predictions = [Prediction(case[CASE_ID], case[IMAGE]) for case in cases]
+    def prepare(self, cases: Sequence[Mapping[str, Any]], findings: Sequence[Finding], source: Path) -> None:
+        """Load the weights, convert DICOM series, check all scans. Raises `CheckpointError`.
+
+        Args:
+            cases: scans. findings: what of the input could not be used. source: the input.
+        """
+        cases = [{**case, IMAGE: self.file_of(case)} for case in cases]
+        self.predictions = [self.begun(case, source) for case in cases]
+        self.parser["cases"] = cases
         scans = self.parser.get_parsed_content("scans")
         scans.progress = lambda items: progress(items, "reading", self.quiet)
         self.parser.get_parsed_content("initialize")
         load_weights(self.parser.get_parsed_content("network_def"), self.parser.get_parsed_content("weights"))
+        todo = list(zip(self.predictions, cases))
+        for one, case in progress([pair for pair in todo if pair[0].series], "converting", self.quiet):
+            self.convert(one, case)
+        scans.cases = [case for one, case in todo if one.status != "failed"]
         try:
             usable = {case[CASE_ID] for case in scans.usable}
         except MAPSegError as error:
             logger.debug(f"no scan is usable: {error}")
             usable = set()
-        for one in self.predictions:
-            if one.case not in usable:
-                self.refused(one, scans.findings)
-        self._todo = [(one, case) for one, case in zip(self.predictions, cases) if one.case in usable]
+        for one, case in todo:
+            if one.status != "failed" and one.case not in usable:
+                self.refused(one, case, scans.findings)
+        self._todo = [(one, case) for one, case in todo if one.case in usable]
+        for number, finding in enumerate(findings, start=1):
+            logger.error(str(finding))
+            self.predictions.append(unreadable(number, finding, source))
+
+    def file_of(self, case: Mapping[str, Any]) -> str:
+        """The file to read: the scan's, or where a DICOM series is converted to."""
+        return str(self.staging / case[IMAGE]) if case[CASE_ID] in self.series else case[IMAGE]
+
+    def begun(self, case: Mapping[str, Any], source: Path) -> Prediction:
+        """Prediction of a case of which nothing is done yet."""
+        series = self.series.get(case[CASE_ID])
+        if series is None:
+            return Prediction(case[CASE_ID], case[IMAGE])
+        record, place = series_record(series), os.path.relpath(series.folder, source)
+        return Prediction(case[CASE_ID], f"series {series.number}", series=record, place=place)
+
+    def convert(self, one: Prediction, case: Mapping[str, Any]) -> None:
+        """Write a DICOM series where it is read from; an error is its own."""
+        series = self.series[one.case]
+        try:
+            if self.dicom_seg:
+                reference_headers(series)
+            convert(series, Path(case[IMAGE]))
+        except MAPSegError as error:
+            self.failed(one, error)
 
     def all(self) -> None:
         """Segment what is usable."""
@@ -451,9 +530,20 @@ class Run:
         for one, case in progress(self._todo, "segmenting", self.quiet):
             self.one(one, case, evaluator)
 
-    def refused(self, one: Prediction, findings: Sequence[Any]) -> None:
+    def failed(self, one: Prediction, error: BaseException) -> None:
+        """Note why there is no result; of a DICOM series without paths."""
+        found = findings_of(error) if isinstance(error, MAPSegError) else ()
+        logger.error(f"{one.place or one.scan} failed: {'; '.join(map(str, found)) or repr(error)}")
+        if one.series is None:
+            message = "; ".join(map(str, found)) or repr(error)
+        else:
+            message = "; ".join(f"{finding.what}: {finding.remedy}" for finding in found) or type(error).__name__
+            message = message.replace(f"{self.staging}{os.sep}", "")
+        one.status, one.message, one.kind = "failed", message, type(error)
+
+    def refused(self, one: Prediction, case: Mapping[str, Any], findings: Sequence[Finding]) -> None:
         """Note why a scan was left out."""
-        own = [finding for finding in findings if finding.severity == "error" and finding.file == one.scan]
+        own = [finding for finding in findings if finding.severity == "error" and finding.file == case[IMAGE]]
         one.status = "failed"
         one.message = "; ".join(f"{finding.what}: {finding.remedy}" for finding in own) or "it could not be used"
         one.kind = own[0].kind if len({finding.kind for finding in own}) == 1 else DataError
@@ -465,21 +555,20 @@ class Run:
         evaluator.state.epoch_length = 1
         try:
             evaluator.run()
-            self.keep(one, self.places[one.case])
+            self.keep(one, case, self.places[one.case])
             one.status = "done"
         except Exception as error:
-            cause = user_error(error) or error
-            found = "; ".join(map(str, findings_of(cause))) if isinstance(cause, MAPSegError) else repr(cause)
-            one.status, one.message, one.kind = "failed", found, type(cause)
-            logger.error(f"{one.scan} failed: {found}")
+            self.failed(one, user_error(error) or error)
         finally:
             self._output = {}
+            if one.series is not None:
+                Path(case[IMAGE]).unlink(missing_ok=True)
             one.seconds = round(time.monotonic() - started, 2)
 
     def _take(self, engine: Any) -> None:
         self._output = engine.state.output[0]
 
-    def keep(self, one: Prediction, place: Place) -> None:
+    def keep(self, one: Prediction, case: Mapping[str, Any], place: Place) -> None:
         """Give the files of a scan their names, and add its volumes."""
         label_map, affine = np.asarray(self._output[PRED][0].cpu()), np.asarray(self._output[PRED].affine)
         confidence = np.asarray(self._output[CONFIDENCE][0].cpu())
@@ -491,11 +580,14 @@ class Run:
         if PROBABILITIES in self._output:
             save_probabilities(np.asarray(self._output[PROBABILITIES].cpu()), affine, place.probabilities)
             one.probabilities = str(place.probabilities)
-        staged = result_path(one.scan, self.staging, str(self.parser.get_parsed_content("output_postfix")))
+        staged = result_path(case[IMAGE], self.staging, str(self.parser.get_parsed_content("output_postfix")))
         place.label_map.parent.mkdir(parents=True, exist_ok=True)
         if place.sidecar is not None:
             source = Path(one.scan).relative_to(self.parser.get_parsed_content("dataset_dir")).as_posix()
             write_json({"Manual": False, "SpatialReference": "orig", "Sources": [f"bids:raw:{source}"]}, place.sidecar)
+        if self.dicom_seg and place.segmentation is not None:
+            write_segmentation(self.series[one.case], label_map, self.names, self.algorithm(), place.segmentation)
+            one.segmentation = str(place.segmentation)
         try:
             os.replace(staged, place.label_map)
         except OSError as error:
@@ -503,19 +595,24 @@ class Run:
         one.label_map = str(place.label_map)
         self.volumes += [{"case": one.case, **row} for row in rows]
         if self.drawn:
-            draw_preview(one.scan, place.label_map, self.names, place.preview)
+            draw_preview(case[IMAGE], place.label_map, self.names, place.preview)
             one.preview = str(place.preview)
 
-    def finish(
-        self, folder: Path, members: Sequence[str], command: Sequence[str], began: datetime, started: float
-    ) -> None:
+    def algorithm(self) -> Algorithm:
+        """What made the label maps, for a DICOM-SEG."""
+        meta = self.parser.config.get("_meta_") or {}
+        name = str(meta.get("name") or Path(self.parser.get_parsed_content("bundle_root")).name)
+        digests = "+".join(sha256_of(path)[:16] for path in self.members)
+        return Algorithm(name, str(meta.get("version") or "unknown"), __version__, digests)
+
+    def finish(self, folder: Path, command: Sequence[str], began: datetime, started: float, source: Path) -> None:
         """Write ``manifest.json``."""
         recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
         text = json.dumps(recipe, sort_keys=True, default=repr)
-        program = Path(sys.argv[0]).name
+        line = list(sys.argv) if Path(sys.argv[0]).name in ("mapseg", "__main__.py") else list(command)
         content = {
             "mapseg": __version__,
-            "command": sys.argv if program in ("mapseg", "__main__.py") else list(command),
+            "command": without_path(line, source) if any(one.place for one in self.predictions) else line,
             "started": began.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 2),
             "versions": versions(),
@@ -525,11 +622,20 @@ class Run:
             "bundle_version": (self.parser.config.get("_meta_") or {}).get("version"),
             "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "settings": json.loads(text),
-            "weights": [{"file": str(path), "sha256": sha256_of(path)} for path in members],
+            "weights": [{"file": str(path), "sha256": sha256_of(path)} for path in self.members],
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
         }
         write_json(content, folder / MANIFEST)
+
+
+def unreadable(number: int, finding: Finding, source: Path) -> Prediction:
+    """What becomes of a folder, or file, that could not be read as scans; its path is in no file."""
+    message = f"{finding.what}: {finding.remedy}"
+    place = os.path.relpath(finding.file or source, source)
+    return Prediction(
+        f"unreadable_{number}", "part of the input", "failed", message=message, kind=finding.kind, place=place
+    )
 
 
 def write_tables(run: Run, names: Sequence[str], dataset: Path | None, folder: Path) -> None:

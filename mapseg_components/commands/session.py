@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from mapseg_components import __version__
-from mapseg_components.errors import ConfigError, MAPSegError
+from mapseg_components.errors import ConfigError
 
-__all__ = ["choose_device", "exit_code_of", "listed", "progress", "user_error", "versions", "working"]
+__all__ = ["choose_device", "exit_code_of", "listed", "progress", "versions", "working"]
 
 PACKAGES = ("monai", "torch", "pytorch-ignite", "itk", "nibabel", "numpy")
 ENGINES = ("ignite", "monai")  # their loggers report each error that this package reports itself
@@ -82,13 +82,6 @@ def listed(value: Any) -> list[str]:
     if isinstance(value, (str, Path)):
         return [part.strip() for part in str(value).split(",") if part.strip()]
     return [str(part) for part in value]
-
-
-def user_error(error: BaseException | None) -> MAPSegError | None:
-    """The error of this package that another one came from, if any."""
-    while error is not None and not isinstance(error, MAPSegError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def exit_code_of(kinds: Sequence[type[BaseException]]) -> int:

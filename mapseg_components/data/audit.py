@@ -310,7 +310,7 @@ def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """An empty list, and cases whose results would overwrite each other or could not be named."""
     if not cases:
         what = "no NIfTI scan (*.nii, *.nii.gz) found"
-        remedy = "set dataset_dir to the folder of your scans (convert DICOM with dcm2niix)"
+        remedy = "set dataset_dir to the folder of your scans (mapseg prepare converts DICOM)"
         return [Finding("error", "", what, remedy, ConfigError)]
     found = []
     for what, names in (

@@ -21,7 +21,7 @@ from mapseg_components.data.nifti import SHEAR_TOLERANCE_DEG, Scan, check_affine
 from mapseg_components.errors import DataError, MAPSegError
 from mapseg_components.memory import require_memory
 
-__all__ = ["Series", "has_dicom", "list_series", "read_series"]
+__all__ = ["Series", "has_dicom", "list_series", "ordered_files", "read_series"]
 
 itk, _ = optional_import("itk")  # MONAI's way: ITK is loaded where it is used, which takes seconds
 
@@ -59,6 +59,16 @@ class Series:
     number: int
     modality: str
     files: tuple[Path, ...]
+
+    @property
+    def uid_sha256(self) -> str:
+        """Checksum of the UID, which tells series apart and says nothing about a person."""
+        return hashlib.sha256(self.uid.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """Name of its results, such as ``MR_3_1f2e3d4c``: modality, number and the start of `uid_sha256`."""
+        return f"{re.sub(r'[^A-Za-z0-9]', '', self.modality) or 'series'}_{self.number}_{self.uid_sha256[:8]}"
 
     def __str__(self) -> str:
         return f"{self.folder}, series {self.number}"
@@ -107,11 +117,16 @@ def list_series(folder: Path) -> list[Series]:
         tags = header(files[0])[1]
         listed |= set(files)
         if ROWS in tags and is_image(files[0]):
-            found.append(Series(Path(folder), uid, int(tags.get(NUMBER) or 0), tags.get(MODALITY, ""), files))
+            found.append(Series(Path(folder), uid, whole(tags.get(NUMBER, "")), tags.get(MODALITY, ""), files))
     for file in sorted(Path(folder).iterdir()):
         if file.is_file() and file not in listed and has_dicom(file) and is_image(file):
             raise damaged(file)
     return sorted(found, key=lambda series: (series.number, series.uid))
+
+
+def whole(text: str) -> int:
+    """A whole number of a header; 0 if it is none."""
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else 0
 
 
 def is_image(file: Path) -> bool:
@@ -149,6 +164,11 @@ def read_series(series: Series) -> Scan:
     digest = hashlib.sha256(f"{shape}".encode())
     digest.update(np.ascontiguousarray(voxels))
     return Scan(voxels, affine, affine, None, digest.hexdigest())
+
+
+def ordered_files(series: Series) -> list[Path]:
+    """Files of a series in the order of the third axis of `read_series`. Raises as it does, of headers."""
+    return [piece.file for piece in stack(series, [read_slice(file) for file in series.files])[1]]
 
 
 def header(file: Path) -> tuple[Any, dict[str, str]]:

@@ -17,7 +17,7 @@ from mapseg_components.data.findings import Finding, findings_of
 from mapseg_components.data.nifti import ENDINGS
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 
-__all__ = ["Source", "find_sources"]
+__all__ = ["Source", "find_series", "find_sources"]
 
 IMAGES, LABELS = "images", "labels"
 
@@ -86,6 +86,28 @@ def find_sources(
     return sources, findings
 
 
+def find_series(
+    folder: str | os.PathLike[str], leave_out: str | os.PathLike[str] | None = None
+) -> tuple[list[Series], list[Finding]]:
+    """DICOM series of a folder and all folders below it, by name; voxels are not read. Arguments as `find_sources`.
+
+    Returns:
+        the series, and what was found and cannot be used.
+
+    Raises:
+        DataError: files of one series lie in two folders.
+    """
+    findings: list[Finding] = []
+    series: dict[str, Series] = {}
+    for place, files in walk_folders(Path(folder), findings, leave_out):
+        for one in series_of(place, files, findings):
+            other = series.setdefault(one.name, one)
+            if other is not one:
+                what = f"{other.folder} and {one.folder} hold files of one series, number {one.number}"
+                raise DataError(f"{what}: move the slices into one folder, or take copies out")
+    return [series[name] for name in sorted(series)], findings
+
+
 def one_file(path: Path) -> Source:
     """A single NIfTI file; that it can be read is seen later."""
     if path.exists() and not path.name.endswith(ENDINGS):
@@ -95,8 +117,10 @@ def one_file(path: Path) -> Source:
     return Source(stem(path), path)
 
 
-def walk(top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] | None) -> Iterator[Source]:
-    """Scans below a folder; links to folders are not followed."""
+def walk_folders(
+    top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] | None
+) -> Iterator[tuple[Path, list[str]]]:
+    """Folders from ``top`` down, with the names of their files; links to folders and hidden folders are left out."""
     closed = None if leave_out is None else os.path.realpath(leave_out)
 
     def refuse(error: OSError) -> None:
@@ -105,6 +129,12 @@ def walk(top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] |
     for place, folders, files in os.walk(top, onerror=refuse):
         here = Path(place)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(here / f) != closed)
+        yield here, files
+
+
+def walk(top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] | None) -> Iterator[Source]:
+    """Scans below a folder."""
+    for here, files in walk_folders(top, findings, leave_out):
         relative = here.relative_to(top)
         if here.name == LABELS and here != top and (here.parent / IMAGES).is_dir():
             scans = {scan.name for scan in list_scans(here.parent / IMAGES)}
@@ -117,17 +147,22 @@ def walk(top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] |
                 yield Source(posix(relative, stem(scan)), scan, label, posix(relative.parent / LABELS, stem(scan)))
             else:
                 yield Source(posix(relative, stem(scan)), scan)
-        if any(has_dicom(here / file) for file in files if not file.startswith(".") and not file.endswith(ENDINGS)):
-            yield from dicom_sources(here, relative, findings)
+        yield from dicom_sources(here, relative, series_of(here, files, findings))
 
 
-def dicom_sources(folder: Path, relative: Path, findings: list[Finding]) -> Iterator[Source]:
-    """One scan for each series of a folder."""
+def series_of(folder: Path, files: list[str], findings: list[Finding]) -> list[Series]:
+    """DICOM series of a folder with these files; what is wrong with it is added to the findings."""
+    if not any(has_dicom(folder / file) for file in files if not file.startswith(".") and not file.endswith(ENDINGS)):
+        return []
     try:
-        found = list_series(folder)
+        return list_series(folder)
     except MAPSegError as error:
         findings += findings_of(error)
-        return
+        return []
+
+
+def dicom_sources(folder: Path, relative: Path, found: list[Series]) -> Iterator[Source]:
+    """One scan for each series of a folder."""
     base = re.sub(r"[^\w.\-]+", "_", folder.resolve().name).lstrip(".") or "series"
     used: Counter[int] = Counter()
     for series in found:

@@ -18,6 +18,7 @@ from mapseg_components.keys import LABEL
 
 __all__ = ["class_weights", "structure_sizes", "structure_volumes", "write_volumes_csv"]
 
+PIECE = 1 << 22  # voxels at a time: counting takes 64-bit numbers
 COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
 
 
@@ -77,8 +78,8 @@ def structure_volumes(
         over the structure as well, ``None`` where that has no voxel.
     """
     voxel_mm3 = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))
-    label_map = np.asarray(label_map).astype(np.int64)
-    counts = np.bincount(label_map.ravel(), minlength=len(names) + 1)
+    label_map = np.asarray(label_map)
+    counts = sums_by_label(label_map, len(names) + 1)
     at_edge = {int(v) for axis in range(3) for end in (0, -1) for v in np.unique(np.take(label_map, end, axis))}
     rows: list[dict[str, Any]] = [
         {
@@ -90,10 +91,21 @@ def structure_volumes(
         for index, name in enumerate(names, start=1)
     ]
     if confidence is not None:
-        sums = np.bincount(label_map.ravel(), weights=confidence.ravel(), minlength=len(names) + 1)
+        sums = sums_by_label(label_map, len(names) + 1, confidence)
         for index, row in enumerate(rows, start=1):
             row["confidence"] = round(float(sums[index] / counts[index]), 4) if counts[index] else None
     return rows
+
+
+def sums_by_label(label_map: np.ndarray, count: int, values: np.ndarray | None = None) -> np.ndarray:
+    """Voxels of each label, or the sum of ``values`` (of the same shape) over them; (count,), float64."""
+    labels, weights = label_map.ravel(), None if values is None else values.ravel()
+    sums = np.zeros(count)
+    for start in range(0, labels.size, PIECE):
+        part = slice(start, start + PIECE)
+        piece = labels[part].astype(np.int64)
+        sums += np.bincount(piece, None if weights is None else weights[part], count)
+    return sums
 
 
 def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:

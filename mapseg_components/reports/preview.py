@@ -44,9 +44,9 @@ def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], 
     grey_scan, labels = (nib.as_closest_canonical(nib.squeeze_image(nib.load(file))) for file in (scan, label_map))
     grey, label = np.asarray(grey_scan.dataobj, dtype=np.float32), np.asarray(labels.dataobj)
     spacing = grey_scan.header.get_zooms()[:3]
-    inside = np.argwhere(label > 0)
-    centre = np.median(inside, axis=0).astype(int) if len(inside) else np.array(label.shape) // 2
-    low, high = float(np.nanmin(grey)), float(np.nanpercentile(grey, BRIGHTEST))
+    centre = middle(label > 0)
+    finite = grey[np.isfinite(grey)]
+    low, high = float(finite.min()), float(np.percentile(finite, BRIGHTEST, overwrite_input=True))
     listed = colours.ListedColormap(["#00000000", *structure_colours(len(names))])
     widths = [label.shape[across] * spacing[across] for _, across, _, _, _ in PLANES.values()]
     figure = figure_module.Figure(figsize=(11, 4.2), layout="constrained")
@@ -66,3 +66,14 @@ def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], 
     figure.suptitle(Path(scan).name, fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def middle(mask: np.ndarray) -> list[int]:
+    """Median index of the voxels of a mask along each axis; the middle of its grid if there is none."""
+    centre = []
+    for axis, side in enumerate(mask.shape):
+        counts = np.count_nonzero(mask, axis=tuple(other for other in range(mask.ndim) if other != axis))
+        below, total = np.cumsum(counts), int(counts.sum())
+        ends = np.searchsorted(below, [(total - 1) // 2, total // 2], side="right")
+        centre.append(int(ends.sum()) // 2 if total else side // 2)
+    return centre

@@ -35,8 +35,10 @@ def largest_probability(logits: torch.Tensor) -> torch.Tensor:
         (1, X, Y, Z), float32.
     """
     flat = logits.flatten(1)
-    pieces = [(piece.amax(dim=0) - torch.logsumexp(piece.float(), dim=0)).exp() for piece in flat.split(PIECE, dim=1)]
-    return torch.cat(pieces).float().reshape(1, *logits.shape[1:])
+    found = torch.empty(flat.shape[1], device=logits.device)
+    for piece, place in zip(flat.split(PIECE, dim=1), found.split(PIECE)):
+        place.copy_((piece.amax(dim=0) - torch.logsumexp(piece.float(), dim=0)).exp())
+    return found.reshape(1, *logits.shape[1:])
 
 
 class Confidenced(MapTransform):

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import configparser
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 
 from mapseg_components import commands
+from mapseg_components.commands.declarations import declaration_of
 from mapseg_components.commands.main import COMMANDS, canonical, main
 from mapseg_components.commands.session import choose_device, exit_code_of, working
 from mapseg_components.errors import CheckpointError, ConfigError, DataError
@@ -23,7 +27,40 @@ def test_the_console_script_is_installed_with_the_package():
 
 
 def test_every_command_is_a_function_of_the_same_name():
-    assert {name: getattr(commands, name) for name in commands.__all__} == dict(sorted(COMMANDS.items()))
+    assert sorted(COMMANDS) == sorted(commands.__all__)
+    for name in COMMANDS:
+        function = getattr(commands, name)
+        assert (function.__name__, function.__module__) == (name, f"mapseg_components.commands.{name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_declared_as_it_is(name):
+    function, found = getattr(commands, name), declaration_of(name)
+    real = inspect.signature(function)
+    assert found.document == inspect.getdoc(function)
+    assert list(found.signature.parameters.values()) == list(real.parameters.values())
+
+
+def in_a_new_process(code):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["predict", "--help"], ["predict", "--bundel"], ["predikt"]]
+)
+def test_help_and_usage_errors_import_neither_torch_nor_numpy(words):
+    code = f"import sys; from mapseg_components.commands.main import main; main({words}); print(sorted(sys.modules))"
+    loaded = in_a_new_process(code).stdout
+    assert "fire" in loaded
+    assert not any(f"'{name}'" in loaded for name in ("torch", "monai", "numpy", "nibabel"))
+
+
+@pytest.mark.parametrize("first", ["", "from mapseg_components.commands.restore import GRID_TOLERANCE_MM; "])
+def test_a_commands_name_is_its_function_whatever_was_imported_first(first):
+    code = first + "from mapseg_components.commands import restore; import mapseg_components.commands as c; "
+    code += "print(restore.__qualname__, c.restore is restore, callable(c.restore), hasattr(c, 'no_such'))"
+    assert in_a_new_process(code).stdout.split() == ["restore", "True", "True", "False"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["help"], ["-h"]])
@@ -42,7 +79,7 @@ def test_no_command_at_all_is_a_usage_error(capsys):
 def test_help_of_a_command_explains_every_argument_and_option(name, capsys):
     assert main([name, "--help"]) == 0
     printed = capsys.readouterr().out
-    for argument, parameter in inspect.signature(COMMANDS[name]).parameters.items():
+    for argument, parameter in inspect.signature(getattr(commands, name)).parameters.items():
         positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         line = next(
             row
@@ -82,7 +119,7 @@ def test_wrong_usage_ends_with_2_and_one_line(words, parts, capsys, tmp_path, mo
 def test_options_may_stand_anywhere_and_paths_stay_as_typed():
     words = ["--overwrite", "007", "1e3", "--bundle=1.50", "--num-threads", "2"]
     expected = ["--overwrite=True", "--input=007", "--output=1e3", "--bundle=1.50", "--num_threads=2"]
-    assert canonical(COMMANDS["predict"], words) == expected
+    assert canonical(declaration_of("predict"), words) == expected
 
 
 def test_a_path_like_a_number_reaches_the_function_as_typed(capsys, tmp_path, monkeypatch):

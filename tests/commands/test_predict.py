@@ -214,10 +214,10 @@ def test_a_run_that_is_interrupted_keeps_what_is_finished(folder, tmp_path, monk
 def test_an_error_in_one_scan_while_segmenting_is_its_own(folder, tmp_path, monkeypatch, capsys):
     keep = Run.keep
 
-    def full(run, one, place):
+    def full(run, one, case, place):
         if one.case == "oblique":
             raise ResourceError("disk full")
-        keep(run, one, place)
+        keep(run, one, case, place)
 
     monkeypatch.setattr(Run, "keep", full)
     (tmp_path / "in").mkdir()

@@ -475,7 +475,7 @@ def test_a_foreign_folder_ends_with_the_remedy(tmp_path):
     )
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ConfigError: no NIfTI scan") and "dcm2niix" in last
+    assert last.startswith("ConfigError: no NIfTI scan") and "mapseg prepare" in last
     assert not (tmp_path / "out").exists() or not tree(tmp_path / "out")
 
 
