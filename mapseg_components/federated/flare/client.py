@@ -39,7 +39,8 @@ def main() -> None:
             if site is None:
                 site = Party.read(flare.get_site_name()).site(side)
                 site.check()
-            answer = from_update(site.train(to_broadcast(model, side)))
+            task = to_broadcast(model, side)
+            answer = from_update(site.train(task), task)
         except MAPSegError as error:
             logger.error(f"{type(error).__name__}: {error}")
             answer = refusal(error)

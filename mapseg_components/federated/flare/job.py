@@ -14,14 +14,19 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from nvflare.apis.dxo import DataKind
+from nvflare.apis.filter import Filter
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from nvflare.app_common.filters.percentile_privacy import PercentilePrivacy
 from nvflare.job_config.api import FedJob
+from nvflare.job_config.defs import FilterType
 from nvflare.recipe.sim_env import SimEnv
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.federated.flare.controller import MAPSegController
+from mapseg_components.federated.flare.controller import TASK, MAPSegController
 from mapseg_components.federated.flare.executor import SiteExecutor
 from mapseg_components.federated.flare.party import PARTY_DIR
+from mapseg_components.federated.privacy import Privacy
 from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["allow_components", "make_job", "simulate"]
@@ -34,19 +39,24 @@ COMPONENTS = [
 ]
 
 
-def make_job(sites: Sequence[str], min_sites: int, source_site: str | None = None) -> FedJob:
+def make_job(
+    sites: Sequence[str], min_sites: int, source_site: str | None = None, filters: Sequence[Filter] = ()
+) -> FedJob:
     """A job for these sites.
 
     Args:
         sites: names of the clients with target scans.
         min_sites: the job starts with so many of them.
         source_site: client with the labelled source; ``None``: the server trains on it.
+        filters: NVFlare's, on the differences that sites with target scans send, in this order.
     """
     job = FedJob(name=NAME, min_clients=min_sites + (source_site is not None))
     job.set_app_packages(["mapseg_components"])  # installed at the sites: otherwise a copy of its code would travel
     job.to_server(MAPSegController(source_site=source_site))
     for site in [*sites, *([source_site] if source_site else [])]:
         job.to(SiteExecutor(SOURCE if site == source_site else TARGET), site)
+        for each in filters if site != source_site else ():
+            job.to(each, site, tasks=[TASK], filter_type=FilterType.TASK_RESULT)
     return job
 
 
@@ -81,6 +91,8 @@ def main() -> None:
     arguments.add_argument("--sites", nargs="*", default=[], help="names of the clients with target scans")
     arguments.add_argument("--source-site", help="client with the labelled source (default: the server itself)")
     arguments.add_argument("--min-sites", type=int, help="the job starts with so many (default: all)")
+    percentile = "NVFlare's PercentilePrivacy on what sites send: percentile and limit, e.g. 90 0.01"
+    arguments.add_argument("--percentile", nargs=2, type=float, metavar=("PERCENT", "LIMIT"), help=percentile)
     # not --export: importing NVFlare takes that one out of the command line
     arguments.add_argument("--write", metavar="FOLDER", help="write the job here")
     arguments.add_argument("--simulate", metavar="FOLDER", help="run it here, in NVFlare's simulator")
@@ -92,7 +104,12 @@ def main() -> None:
         return
     if not given.sites:
         raise ConfigError("--sites names no site: name the clients with target scans")
-    job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site)
+    filters = []
+    if given.percentile:
+        percentile, limit = given.percentile
+        Privacy(percentile=percentile, limit=limit)  # NVFlare's own would send a wrong one nothing, without a word
+        filters.append(PercentilePrivacy(percentile, limit, data_kinds=[DataKind.WEIGHT_DIFF]))
+    job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site, filters)
     if given.write:
         job.export_job(given.write)
     if given.simulate:
