@@ -60,11 +60,7 @@ class Privacy:
             ("noise", self.noise == 0 or self.clip is not None, "0 without privacy_clip, which bounds what it hides"),
             ("delta", 0 < self.delta < 1, "between 0 and 1"),
             ("max_epsilon", self.max_epsilon is None or self.max_epsilon > 0, "more than 0, or null"),
-            (
-                "max_epsilon",
-                self.max_epsilon is None or self.noise > 0,
-                "null without privacy_noise",
-            ),
+            ("max_epsilon", self.max_epsilon is None or self.noise > 0, "null without privacy_noise"),
         ]
         wrong = [
             f"privacy_{name} is {getattr(self, name)!r}, expected {what}" for name, good, what in rules if not good
@@ -140,10 +136,10 @@ def epsilon_of(cost: float, delta: float) -> float:
         cost: mu squared, added up over all updates (see `Privacy.cost`): Gaussian mechanisms compose to one of them.
         delta: above 0, below 1.
     """
-    if cost == 0:
-        return 0.0
     mu = math.sqrt(cost)
-    low, high = 0.0, cost / 2 + mu * max(-NORMAL.inv_cdf(delta), 0.0)
+    if mu == 0 or delta_of(0.0, mu) <= delta:
+        return 0.0
+    low, high = 0.0, cost / 2 + mu * max(-NORMAL.inv_cdf(delta), 0.0)  # delta of its first term alone
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if delta_of(middle, mu) > delta else (low, middle)
