@@ -1,15 +1,17 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Make the NVFlare job: ``python -m mapseg_components.federated.flare.job --help``. It carries no code and no setting.
+"""Make an NVFlare job: ``python -m mapseg_components.federated.flare.job --help``. It carries no code and no setting.
 
 ``--write FOLDER`` writes it for POC and provisioned deployments; ``--simulate FOLDER`` runs it in NVFlare's simulator,
-every site in a process of its own on this machine; ``--allow FILE`` lets a party run it.
+every site in a process of its own on this machine; ``--allow FILE`` lets a party run it. With ``--statistics`` the job
+trains nothing, but collects the picture of the domain gap, which ``--draw`` makes of its result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,16 +28,21 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.federated.flare.controller import TASK, MAPSegController
 from mapseg_components.federated.flare.executor import SiteExecutor
 from mapseg_components.federated.flare.party import PARTY_DIR
+from mapseg_components.federated.flare.statistics import make_statistics_job
 from mapseg_components.federated.privacy import Privacy
 from mapseg_components.keys import SOURCE, TARGET
+from mapseg_components.reports.domain_gap import draw_domain_gap
 
 __all__ = ["allow_components", "make_job", "simulate"]
+
+logger = logging.getLogger(__name__)
 
 NAME = "mapseg_federated"
 # what a job names of ours, and all that it names
 COMPONENTS = [
     "mapseg_components.federated.flare.controller.MAPSegController",
     "mapseg_components.federated.flare.executor.SiteExecutor",
+    "mapseg_components.federated.flare.statistics.SiteStatistics",
 ]
 
 
@@ -54,14 +61,15 @@ def make_job(
     job.set_app_packages(["mapseg_components"])  # installed at the sites: otherwise a copy of its code would travel
     job.to_server(MAPSegController(source_site=source_site))
     for site in [*sites, *([source_site] if source_site else [])]:
-        job.to(SiteExecutor(SOURCE if site == source_site else TARGET), site)
-        for each in filters if site != source_site else ():
+        filtered = filters if site != source_site else ()
+        job.to(SiteExecutor(SOURCE if site == source_site else TARGET, bool(filtered)), site)
+        for each in filtered:
             job.to(each, site, tasks=[TASK], filter_type=FilterType.TASK_RESULT)
     return job
 
 
 def allow_components(resources: str | Path) -> None:
-    """Add our two components to the classes that a party's ``local/resources.json`` lets jobs name.
+    """Add our components to the classes that a party's ``local/resources.json`` lets jobs name.
 
     A start-up kit comes with ``resources.json.default``, which such a file replaces as a whole: it is copied first.
     """
@@ -96,20 +104,30 @@ def main() -> None:
     # not --export: importing NVFlare takes that one out of the command line
     arguments.add_argument("--write", metavar="FOLDER", help="write the job here")
     arguments.add_argument("--simulate", metavar="FOLDER", help="run it here, in NVFlare's simulator")
+    arguments.add_argument("--statistics", action="store_true", help="collect statistics of the sites' scans instead")
+    arguments.add_argument("--draw", nargs=2, metavar=("RESULT", "PNG"), help="draw what such a job wrote")
     arguments.add_argument("--allow", metavar="FILE", help="add our components to a local/resources.json")
     given = arguments.parse_args()
     if given.allow:
         allow_components(given.allow)
+    if given.draw:
+        everyone = [*given.sites, *([given.source_site] if given.source_site else [])]
+        for site in draw_domain_gap(*given.draw, everyone):
+            logger.warning(f"{site} told nothing: its own log says why.")
     if not (given.write or given.simulate):
         return
     if not given.sites:
         raise ConfigError("--sites names no site: name the clients with target scans")
+    least = given.min_sites or len(given.sites)
     filters = []
     if given.percentile:
         percentile, limit = given.percentile
         Privacy(percentile=percentile, limit=limit)  # NVFlare's own would send a wrong one nothing, without a word
         filters.append(PercentilePrivacy(percentile, limit, data_kinds=[DataKind.WEIGHT_DIFF]))
-    job = make_job(given.sites, given.min_sites or len(given.sites), given.source_site, filters)
+    if given.statistics:
+        job = make_statistics_job(given.sites, least, given.source_site)
+    else:
+        job = make_job(given.sites, least, given.source_site, filters)
     if given.write:
         job.export_job(given.write)
     if given.simulate:

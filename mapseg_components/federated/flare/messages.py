@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between our messages and NVFlare's: arrays and plain numbers in both directions, nothing else.
 
-A site answers with differences to the weights of its task: that is what NVFlare's privacy filters are made for.
+A site answers with weights, or, where NVFlare's filters act on them, with differences to the weights of its task: that
+is what those filters are made for.
 """
 
 from __future__ import annotations
@@ -60,15 +61,18 @@ def to_broadcast(model: FLModel, side: str) -> Broadcast:
     return Broadcast(counts[ROUND], counts[STEPS], tensors(model.params))  # type: ignore[arg-type]
 
 
-def from_update(update: Update, task: Broadcast) -> FLModel:
-    """A site's answer to a task; its name is added by the server, who knows it from the connection."""
-    difference = {
-        name: value - task.weights[name] if value.is_floating_point() else value
-        for name, value in update.weights.items()
-    }
+def from_update(update: Update, base: Mapping[str, torch.Tensor] | None = None) -> FLModel:
+    """A site's answer; its name is added by the server, who knows it from the connection.
+
+    Args:
+        update: of the site. base: weights of its task, to send differences to them.
+    """
+    weights = dict(update.weights)
+    if base is not None:
+        weights = {name: value - base[name] if value.is_floating_point() else value for name, value in weights.items()}
     return FLModel(
-        params_type=ParamsType.DIFF,
-        params=arrays(difference),
+        params_type=ParamsType.FULL if base is None else ParamsType.DIFF,
+        params=arrays(weights),
         meta={
             ROUND: update.round,
             SCANS: update.scans,
@@ -89,7 +93,7 @@ def refusal(error: Exception) -> FLModel:
 
 
 def to_update(model: FLModel, task: Broadcast) -> Update:
-    """A site's answer to a task as it came, added to the task's weights; `validate_update` says what is accepted.
+    """A site's answer to a task as it came, differences added; `validate_update` says what of it is accepted.
 
     Raises:
         FederationError: the site says that it failed, or an entry is missing.
@@ -99,10 +103,13 @@ def to_update(model: FLModel, task: Broadcast) -> Update:
     if FAILED in meta:
         raise FederationError(f"{site}: {meta[FAILED]} there: its own log says more")
     try:
+        weights = tensors(model.params)
+        if model.params_type == ParamsType.DIFF:
+            weights = added(weights, task.weights)
         return Update(
             site=site,
             round=meta[ROUND],
-            weights=added(tensors(model.params), task.weights),
+            weights=weights,
             scans=meta[SCANS],
             ema_steps=meta[STEPS],
             labels=[str(name) for name in meta[LABELS]],
