@@ -17,12 +17,12 @@ from mapseg_components.errors import ConfigError, DataError
 __all__ = ["FEATURES", "LEAST_SCANS", "Range", "summary_of"]
 
 LEAST_SCANS = 3  # nobody may ask for less: the mean of two tells each of two owners the other's value
-DIGITS = 2  # significant ones of means and standard deviations
+STEPS = 5  # of means and standard deviations in the width of a bin
 
 
 @dataclass(frozen=True)
 class Range:
-    """Histogram of a feature: ``bins`` of equal width from ``low`` to ``high``; what lies outside counts at the end."""
+    """Histogram of a feature: ``bins`` of equal width from ``low`` to ``high``; what lies outside is moved there."""
 
     low: float
     high: float
@@ -32,6 +32,11 @@ class Range:
     def edges(self) -> np.ndarray:
         """(bins + 1,)"""
         return np.linspace(self.low, self.high, self.bins + 1)
+
+    def rounded(self, value: float) -> float:
+        """To a fifth of a bin."""
+        step = (self.high - self.low) / self.bins / STEPS
+        return round(round(value / step) * step, 6)
 
 
 # the bins are fixed: with narrow ones of their own choice a server could ask for single scans
@@ -50,7 +55,7 @@ def summary_of(images: Sequence[str], least: int) -> dict[str, Any]:
     Foreground are the voxels above the lowest value; intensities are scaled so that 0 is the lowest value of a scan
     and 1 its 99.5th percentile. The histogram of ``intensity`` holds whole per cents of the foreground of an average
     scan; those of the other features hold numbers of scans, and 0 where there are fewer than ``least``. Means and
-    standard deviations are over scans, to two significant digits.
+    standard deviations are over scans, to a fifth of a bin.
 
     Args:
         images: files of the scans. least: number of scans below which nothing is told.
@@ -78,14 +83,7 @@ def summary_of(images: Sequence[str], least: int) -> dict[str, Any]:
         "least_voxel_side_mm": [min(each.spacing_mm) for each in portraits],
         "greatest_voxel_side_mm": [max(each.spacing_mm) for each in portraits],
     }
-    features = {
-        name: {
-            "mean": rounded(float(np.mean(values[name]))),
-            "stddev": rounded(float(np.std(values[name], ddof=1))),
-            "histogram": counts(values[name], bounds, least),
-        }
-        for name, bounds in FEATURES.items()
-    }
+    features = {name: told(values[name], bounds, least) for name, bounds in FEATURES.items()}
     features["intensity"]["histogram"] = percents(portraits, FEATURES["intensity"])
     return {"scans": len(images), "features": features}
 
@@ -104,10 +102,15 @@ def volume(portrait: Portrait) -> float:
     return math.prod(portrait.extent_mm)
 
 
-def counts(values: Sequence[float], bounds: Range, least: int) -> list[int]:
-    """Scans in each bin, 0 for fewer than ``least``."""
-    found, _ = np.histogram(np.clip(values, bounds.low, bounds.high), bounds.edges)
-    return [int(count) if count >= least else 0 for count in found]
+def told(values: Sequence[float], bounds: Range, least: int) -> dict[str, Any]:
+    """Rounded mean and standard deviation, and the scans in each bin, 0 for fewer than ``least``."""
+    inside = np.clip(values, bounds.low, bounds.high)
+    found, _ = np.histogram(inside, bounds.edges)
+    return {
+        "mean": bounds.rounded(float(inside.mean())),
+        "stddev": bounds.rounded(float(inside.std(ddof=1))),
+        "histogram": [int(count) if count >= least else 0 for count in found],
+    }
 
 
 def percents(portraits: Sequence[Portrait], bounds: Range) -> list[int]:
@@ -116,8 +119,3 @@ def percents(portraits: Sequence[Portrait], bounds: Range) -> list[int]:
     below = np.mean([np.interp(bounds.edges, each.quantiles, levels, left=0, right=1) for each in portraits], axis=0)
     below[[0, -1]] = 0, 1
     return [round(100 * float(share)) for share in np.diff(below)]
-
-
-def rounded(value: float) -> float:
-    """To two significant digits."""
-    return float(f"{value:.{DIGITS}g}")

@@ -156,7 +156,7 @@ def make_statistics_job(sites: Sequence[str], min_sites: int, source_site: str |
     """
     everyone = [*sites, *([source_site] if source_site else [])]
     histograms = {name: {"bins": each.bins, "range": [each.low, each.high]} for name, each in FEATURES.items()}
-    asked = {"count": {}, "mean": {}, "stddev": {}, "histogram": histograms}
+    asked = {"count": {}, "sum": {}, "mean": {}, "stddev": {}, "histogram": histograms}
     job = FedJob(name=NAME, min_clients=min_sites)
     job.set_app_packages(["mapseg_components"])
     writer = job.to_server(JsonStatsFileWriter(RESULT), id="writer")
