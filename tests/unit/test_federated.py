@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,3 +232,19 @@ def test_nvflare_s_percentile_filter_and_a_source_site_give_the_weights_of_the_s
     assert all(sorted(json.loads(line)["sites"]) == sorted(sites) for line in lines)  # the source is not averaged in
     filtered = [path for path in (tmp_path / "job").rglob("config_fed_client.json") if "Percentile" in path.read_text()]
     assert len(filtered) == len(sites)
+
+
+@pytest.mark.slow
+def test_nvflare_s_quantization_halves_what_travels_and_changes_little(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[wire]'")
+    datalist, sites = make_federation(tmp_path, 2)
+    found = nvflare_run(tmp_path, datalist, sites, "--sites", *sites, "--wire", "float16")
+    plan, start = small_plan(), initial_weights(small_settings(), 0)
+    expected = simulate(plan, datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings())
+    # a rounded weight turns the sign of some tiny gradient, and the first steps of AdamW are as long whatever its size
+    assert 0 < movement(expected, found["weights"]) < 0.15 * movement(start, expected)
+    logs = "".join(path.read_text() for path in (tmp_path / "work").rglob("log.txt"))
+    sizes = re.findall(
+        r"Quantized \d+/\d+ params. Before quantization: ([\d.]+) MB. After quantization: ([\d.]+)", logs
+    )
+    assert len(sizes) >= 2 * (1 + len(sites)) and all(before == "0.07" and after == "0.03" for before, after in sizes)
