@@ -5,8 +5,8 @@
 
 Bytes per round are counted on the networks of the bundle's configs, without any training: float32; 16 bits (bfloat16,
 or float16 of ``job.py --wire``); 8 and 4 bits (``--wire blockwise8``, ``normfloat4``) with their scales and code books.
-Seconds per round are measured with simulated sites at test size, in CPU seconds of one thread: other work on the machine
-counts little.
+Seconds per round are measured with simulated sites at test size, in CPU seconds of one thread: other work on the
+machine counts little.
 """
 
 from __future__ import annotations

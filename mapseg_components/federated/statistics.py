@@ -54,7 +54,7 @@ def summary_of(images: Sequence[str], least: int) -> dict[str, Any]:
 
     Foreground are the voxels above the lowest value; intensities are scaled so that 0 is the lowest value of a scan
     and 1 its 99.5th percentile. The histogram of ``intensity`` holds whole per cents of the foreground of an average
-    scan; those of the other features hold numbers of scans, and 0 where there are fewer than ``least``. Means and
+    scan; those of the other features hold numbers of scans where there are ``least`` or more (see `told`). Means and
     standard deviations are over scans, to a fifth of a bin.
 
     Args:
@@ -103,13 +103,19 @@ def volume(portrait: Portrait) -> float:
 
 
 def told(values: Sequence[float], bounds: Range, least: int) -> dict[str, Any]:
-    """Rounded mean and standard deviation, and the scans in each bin, 0 for fewer than ``least``."""
+    """Rounded mean and standard deviation, and the scans in each bin, 0 for fewer than ``least``.
+
+    Nor may fewer than ``least`` be missing from the bins: with the mean, they would tell where a single scan lies.
+    """
     inside = np.clip(values, bounds.low, bounds.high)
     found, _ = np.histogram(inside, bounds.edges)
+    found[found < least] = 0
+    if 0 < len(values) - found.sum() < least:
+        found[:] = 0
     return {
         "mean": bounds.rounded(float(inside.mean())),
         "stddev": bounds.rounded(float(inside.std(ddof=1))),
-        "histogram": [int(count) if count >= least else 0 for count in found],
+        "histogram": found.tolist(),
     }
 
 

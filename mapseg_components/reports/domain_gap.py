@@ -18,10 +18,10 @@ __all__ = ["draw_domain_gap", "sites_of"]
 
 TOTAL = "Global"  # NVFlare's name of all sites together
 INTENSITY = "intensity"
-# feature: title, and whether its values are decimal logarithms
+# feature: title, and whether its values are decimal logarithms of mm3, shown in ml
 PANELS = {
-    "log10_field_of_view_mm3": ("field of view, mm³", True),
-    "log10_foreground_mm3": ("foreground, mm³", True),
+    "log10_field_of_view_mm3": ("field of view, ml", True),
+    "log10_foreground_mm3": ("foreground, ml", True),
     "least_voxel_side_mm": ("least voxel side, mm", False),
     "greatest_voxel_side_mm": ("greatest voxel side, mm", False),
 }
@@ -73,11 +73,10 @@ def draw_domain_gap(result: str | Path, path: str | Path, asked: Sequence[str] =
     axis.legend(fontsize=8, title=f"told nothing: {', '.join(missing)}" if missing else None, title_fontsize=8)
     for panel, (name, (title, logarithmic)) in zip(right.subplots(2, 2).ravel(), PANELS.items()):
         for number, (site, mean, spread) in enumerate(zip(sites, *rows[name])):
-            ends = [mean - spread, mean, mean + spread]
-            low, middle, high = (10**end for end in ends) if logarithmic else ends
-            panel.errorbar(middle, -number, xerr=[[middle - low], [high - middle]], fmt="o", color=colours[site])
+            panel.errorbar(mean, -number, xerr=spread, fmt="o", color=colours[site])
         if logarithmic:
-            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(lambda value, _: f"{10**value / 1000:,.0f}")
+        panel.locator_params(axis="x", nbins=4)
         panel.set_title(title, fontsize=9)
         panel.set_yticks([])
         panel.set_ylim(-len(sites) + 0.5, 0.5)
