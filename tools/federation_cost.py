@@ -3,8 +3,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a federated round costs: python tools/federation_cost.py [SITES ...]. Prints two tables in Markdown.
 
-Bytes per round are counted on the networks of the bundle's configs, without any training. Seconds per round are
-measured with simulated sites at test size, in CPU seconds of one thread: other work on the machine counts little.
+Bytes per round are counted on the networks of the bundle's configs, without any training: float32; 16 bits (bfloat16,
+or float16 of ``job.py --wire``); 8 and 4 bits (``--wire blockwise8``, ``normfloat4``) with their scales and code books.
+Seconds per round are measured with simulated sites at test size, in CPU seconds of one thread: other work on the
+machine counts little.
 """
 
 from __future__ import annotations
@@ -35,20 +37,30 @@ SIZES = {
 }
 
 
+def quantized_bytes(weights: dict[str, torch.Tensor], bits: int) -> int:
+    """Bytes of bitsandbytes' block-wise formats: a scale per block, a code book per tensor, both float32."""
+    block, codes = {8: (4096, 256), 4: (64, 16)}[bits]
+    counts = [value.numel() for value in weights.values()]
+    return sum(-(-count * bits // 8) + 4 * (-(-count // block) + codes) for count in counts)
+
+
 def bytes_table() -> list[str]:
     """Bytes that one site receives and sends in a round; both ways are the same."""
     rows = [
-        "| config | parameters | one way, float32 | one way, bfloat16 | share of `*norm*` |",
-        "|---|---|---|---|---|",
+        "| config | parameters | one way, float32 | 16 bits | 8 bits | 4 bits | share of `*norm*` |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, files in SIZES.items():
         parser = parser_of(ConfigParser.load_config_files([CONFIGS / file for file in files]))
         with torch.device("meta"):
             weights = parser.get_parsed_content("network_def").state_dict()
-        full, half = (payload_bytes(weights, dtype) / 1e6 for dtype in (torch.float32, torch.bfloat16))
+        sizes = [payload_bytes(weights, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        sizes += [quantized_bytes(weights, bits) for bits in (8, 4)]
         count = sum(value.numel() for value in weights.values())
         local = sum(weights[each].numel() for each in local_names(weights, ["*norm*"]))
-        rows.append(f"| `{name}` | {count:,} | {full:,.2f} MB | {half:,.2f} MB | {local / count:.2%} |")
+        rows.append(
+            f"| `{name}` | {count:,} | {' | '.join(f'{size / 1e6:,.2f} MB' for size in sizes)} | {local / count:.2%} |"
+        )
     return rows
 
 

@@ -5,7 +5,8 @@
 from mapseg_components.federated.coordinator import Coordinator
 from mapseg_components.federated.core import Broadcast, Update
 from mapseg_components.federated.plan import Plan
+from mapseg_components.federated.privacy import Privacy
 from mapseg_components.federated.simulation import simulate
 from mapseg_components.federated.site import Site
 
-__all__ = ["Broadcast", "Coordinator", "Plan", "Site", "Update", "simulate"]
+__all__ = ["Broadcast", "Coordinator", "Plan", "Privacy", "Site", "Update", "simulate"]

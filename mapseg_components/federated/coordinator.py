@@ -122,6 +122,7 @@ class Coordinator:
             "movement": moved,
             "seconds": round(update.seconds, 2),
             "losses": dict(update.losses),
+            **({"privacy": dict(update.privacy)} if update.privacy else {}),
         }
 
     def exclude(self, site: str, reason: Any) -> None:

@@ -64,6 +64,7 @@ class Update:
         labels: names of its classes in the order of their index, background left out.
         losses: mean of every loss term over the round.
         seconds: that the round took there.
+        privacy: budget that the update spent, see `mapseg_components.federated.privacy.Ledger`; empty without noise.
     """
 
     site: str
@@ -74,6 +75,7 @@ class Update:
     labels: Sequence[str]
     losses: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    privacy: Mapping[str, float] = field(default_factory=dict)
 
 
 def validate_weights(weights: Weights, reference: Weights, who: str) -> None:

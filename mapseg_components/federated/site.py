@@ -29,6 +29,7 @@ from mapseg_components.data.datalist import open_datalist
 from mapseg_components.errors import FederationError, MAPSegError
 from mapseg_components.federated.core import Broadcast, Update, local_names, site_seed, validate_weights
 from mapseg_components.federated.plan import Plan
+from mapseg_components.federated.privacy import Ledger, Privacy, protect
 from mapseg_components.keys import IMAGE, SOURCE, TARGET
 
 __all__ = ["Site", "class_names", "initial_weights"]
@@ -46,7 +47,8 @@ class Site:
     from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
 
     The source side trains with Eq. 9, the target side with Eq. 10 (``target_clean`` true, ``beta`` 0.5); both are
-    settings of the bundle's ``AdaptationLoss``. The teacher follows from the first step.
+    settings of the bundle's ``AdaptationLoss``. The teacher follows from the first step. `Plan.privacy` acts on what a
+    target side sends back, alike in the simulation and between real sites.
 
     Args:
         name: of the site; names its seed and appears in messages.
@@ -68,6 +70,8 @@ class Site:
         self.settings = dict(settings)
         self.labels = class_names(settings)
         self.seed = site_seed(plan.seed, SOURCE if side == SOURCE else name)  # whoever has the source draws alike
+        self.privacy = plan.privacy if side == TARGET else Privacy()
+        self._ledger = Ledger(self.folder / "privacy.json", self.privacy)
         self._local = LocalWeights(self.folder / "local.pt")
         self._parser: ConfigParser | None = None
 
@@ -102,11 +106,12 @@ class Site:
         """One round: student and teacher start as the broadcast, train, and the teacher is what is sent back.
 
         Raises:
-            FederationError: the broadcast does not fit this network, or is not finite.
+            FederationError: the broadcast does not fit this network, or is not finite; the privacy budget is spent.
             DataError, NonFiniteError, ResourceError: while training; the message names the site.
         """
         started = time.monotonic()
         with self._named():
+            self._ledger.require_room()
             if self._parser is None:
                 self._build()
             try:
@@ -114,6 +119,9 @@ class Site:
             except Exception:
                 self._parser = None  # an interrupted engine is not run again
                 raise
+            if self.privacy.active:
+                weights = protect(weights, broadcast.weights, self.privacy)
+            spent = self._ledger.spend()
         return Update(
             site=self.name,
             round=broadcast.round,
@@ -123,6 +131,7 @@ class Site:
             labels=self.labels,
             losses=self.history.means(),
             seconds=time.monotonic() - started,
+            privacy=spent,
         )
 
     def _build(self) -> None:

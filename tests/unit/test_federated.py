@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapseg_components.federated import Coordinator, Site, simulate
+from mapseg_components.federated import Coordinator, Privacy, Site, simulate
 from mapseg_components.federated.core import (
     WeightedMean,
     cosine_rate,
@@ -174,28 +175,76 @@ def test_the_bundle_runs_a_federation_and_refuses_a_typo(tmp_path):
     assert done.returncode == 1 and "'min_site' (did you mean 'min_sites'?)" in done.stderr
 
 
-@pytest.mark.slow
-def test_nvflare_gives_the_weights_of_the_simulation(tmp_path):
+def nvflare_run(folder, datalist, sites, *options, **changes):
+    """Write the job and run it in NVFlare's simulator; the server's state after the last round."""
     pytest.importorskip("nvflare", reason="nvflare is not installed: pip install -c constraints.txt -e '.[fl]'")
-    datalist, sites = make_federation(tmp_path, 2)
-    changes = {"min_sites": 2, "round_timeout_s": 300}
-    write_parties(tmp_path / "parties", tmp_path / "own", datalist, sites, **changes)
+    write_parties(folder / "parties", folder / "own", datalist, sites, min_sites=2, round_timeout_s=300, **changes)
     environment = {
         **os.environ,
-        "MAPSEG_PARTY_DIR": str(tmp_path / "parties"),
+        "MAPSEG_PARTY_DIR": str(folder / "parties"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-m", "mapseg_components.federated.flare.job", "--sites", *sites]
-    command += ["--write", str(tmp_path / "job"), "--simulate", str(tmp_path / "work")]
+    command = [sys.executable, "-m", "mapseg_components.federated.flare.job", *options]
+    command += ["--write", str(folder / "job"), "--simulate", str(folder / "work")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = torch.load(tmp_path / "own" / "server" / "models" / "federation.pt", weights_only=True)
-    assert found["round"] == 2
-    expected = simulate(small_plan(), datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings())
+    state = folder / "own" / "server" / "models" / "federation.pt"
+    assert state.is_file(), done.stdout[-6000:] + done.stderr[-3000:]
+    return torch.load(state, weights_only=True)
+
+
+def assert_close(found, expected):
     for name, value in expected.items():
-        torch.testing.assert_close(found["weights"][name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_nvflare_gives_the_weights_of_the_simulation(tmp_path):
+    datalist, sites = make_federation(tmp_path, 2)
+    found = nvflare_run(tmp_path, datalist, sites, "--sites", *sites)
+    assert found["round"] == 2
+    assert_close(
+        found["weights"],
+        simulate(small_plan(), datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings()),
+    )
     exported = "".join(path.read_text() for path in (tmp_path / "job").rglob("*.json"))
     assert "SiteExecutor" in exported and str(tmp_path) not in exported  # no path and no setting travels
     assert not list((tmp_path / "job").rglob("*.py"))  # and no code
+
+
+@pytest.mark.slow
+def test_nvflare_s_percentile_filter_and_a_source_site_give_the_weights_of_the_simulation(tmp_path):
+    """The labelled scans are at a site of their own, and the server has none at all."""
+    datalist, sites = make_federation(tmp_path, 2)
+    options = ["--sites", *sites, "--source-site", "atlas", "--percentile", "80", "0.001"]
+    found = nvflare_run(tmp_path, "nowhere", {**sites, "atlas": datalist}, *options)
+    assert found["round"] == 2
+    plans = [small_plan(privacy=privacy) for privacy in (Privacy(percentile=80, limit=0.001), Privacy())]
+    with_filter, without = (
+        simulate(plan, datalist, sites, tmp_path / k / "m", tmp_path / k / "o", settings=small_settings())
+        for plan, k in zip(plans, "12")
+    )
+    assert_close(found["weights"], with_filter)
+    assert movement(without, with_filter) > 1e-3  # what the filter does is more than the tolerance
+    lines = (tmp_path / "own" / "server" / "eval" / "rounds.jsonl").read_text().splitlines()
+    assert all(sorted(json.loads(line)["sites"]) == sorted(sites) for line in lines)  # the source is not averaged in
+    filtered = [path for path in (tmp_path / "job").rglob("config_fed_client.json") if "Percentile" in path.read_text()]
+    assert len(filtered) == len(sites)
+
+
+@pytest.mark.slow
+def test_nvflare_s_quantization_halves_what_travels_and_changes_little(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[wire]'")
+    datalist, sites = make_federation(tmp_path, 2)
+    found = nvflare_run(tmp_path, datalist, sites, "--sites", *sites, "--wire", "float16")
+    plan, start = small_plan(), initial_weights(small_settings(), 0)
+    expected = simulate(plan, datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings())
+    # a rounded weight turns the sign of some tiny gradient, and the first steps of AdamW are as long whatever its size
+    assert 0 < movement(expected, found["weights"]) < 0.15 * movement(start, expected)
+    logs = "".join(path.read_text() for path in (tmp_path / "work").rglob("log.txt"))
+    sizes = re.findall(
+        r"Quantized \d+/\d+ params. Before quantization: ([\d.]+) MB. After quantization: ([\d.]+)", logs
+    )
+    assert len(sizes) >= 2 * (1 + len(sites)) and all(before == "0.07" and after == "0.03" for before, after in sizes)

@@ -27,7 +27,9 @@ def main() -> None:
     """Answer tasks until the job ends. A round that fails is answered by the kind of error, and the site stays."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--side", choices=(SOURCE, TARGET), default=TARGET)
-    side = arguments.parse_args().side
+    arguments.add_argument("--differences", action="store_true", help="send differences to what arrived")
+    given = arguments.parse_args()
+    side = given.side
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     flare.init()
     site = None
@@ -39,7 +41,8 @@ def main() -> None:
             if site is None:
                 site = Party.read(flare.get_site_name()).site(side)
                 site.check()
-            answer = from_update(site.train(to_broadcast(model, side)))
+            task = to_broadcast(model, side)
+            answer = from_update(site.train(task), task.weights if given.differences else None)
         except MAPSegError as error:
             logger.error(f"{type(error).__name__}: {error}")
             answer = refusal(error)

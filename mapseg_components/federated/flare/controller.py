@@ -81,7 +81,7 @@ class MAPSegController(ModelController):
                 site = str(model.meta["client_name"])
                 waiting.discard(site)
                 try:
-                    coordinator.accept(to_update(model))
+                    coordinator.accept(to_update(model, task))
                 except FederationError as error:
                     coordinator.exclude(site, error)
 
@@ -104,7 +104,7 @@ class MAPSegController(ModelController):
                 f"{self.source_site}: no answer for round {task.round}, and without the source no round goes on: "
                 "start that site again and submit the job again"
             )
-        return to_update(found[0])
+        return to_update(found[0], task)
 
     def _send(self, task: Broadcast, sites: list[str], side: str, take) -> None:
         plan = self.coordinator.plan

@@ -25,18 +25,20 @@ class SiteExecutor(ClientAPIExecutor):
 
     Args:
         side: ``"target"`` or ``"source"``.
+        differences: send differences to the weights that arrived, for NVFlare's filters to act on.
 
     Raises:
         ConfigError: another side.
     """
 
-    def __init__(self, side: str = TARGET) -> None:
+    def __init__(self, side: str = TARGET, differences: bool = False) -> None:
         if side not in (SOURCE, TARGET):
             raise ConfigError(f"side is {side!r}, expected {SOURCE!r} or {TARGET!r}: correct the job")
-        self.side = side
+        self.side, self.differences = side, differences
+        command = [sys.executable, "-u", "-m", "mapseg_components.federated.flare.client", "--side", side]
         super().__init__(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,
-            command=[sys.executable, "-u", "-m", "mapseg_components.federated.flare.client", "--side", side],
+            command=[*command, "--differences"] if differences else command,
             launch_timeout=LAUNCH_TIMEOUT_S,
             heartbeat_timeout=HEARTBEAT_TIMEOUT_S,
         )

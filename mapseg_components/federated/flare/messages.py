@@ -1,6 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Between our messages and NVFlare's: arrays and plain numbers in both directions, nothing else."""
+"""Between our messages and NVFlare's: arrays and plain numbers in both directions, nothing else.
+
+A site answers with weights, or, where NVFlare's filters act on them, with differences to the weights of its task: that
+is what those filters are made for.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,13 @@ from mapseg_components.federated.core import Broadcast, Update
 
 __all__ = ["from_broadcast", "from_update", "refusal", "to_broadcast", "to_update"]
 
-STEPS, SCANS, LABELS, LOSSES, SECONDS, ROUND, SIDE, FAILED = (
+STEPS, SCANS, LABELS, LOSSES, SECONDS, PRIVACY, ROUND, SIDE, FAILED = (
     "mapseg_ema_steps",
     "mapseg_scans",
     "mapseg_labels",
     "mapseg_losses",
     "mapseg_seconds",
+    "mapseg_privacy",
     "mapseg_round",
     "mapseg_side",
     "mapseg_failed",
@@ -56,11 +61,18 @@ def to_broadcast(model: FLModel, side: str) -> Broadcast:
     return Broadcast(counts[ROUND], counts[STEPS], tensors(model.params))  # type: ignore[arg-type]
 
 
-def from_update(update: Update) -> FLModel:
-    """A site's answer; its name is added by the server, who knows it from the connection."""
+def from_update(update: Update, base: Mapping[str, torch.Tensor] | None = None) -> FLModel:
+    """A site's answer; its name is added by the server, who knows it from the connection.
+
+    Args:
+        update: of the site. base: weights of its task, to send differences to them.
+    """
+    weights = dict(update.weights)
+    if base is not None:
+        weights = {name: value - base[name] if value.is_floating_point() else value for name, value in weights.items()}
     return FLModel(
-        params_type=ParamsType.FULL,
-        params=arrays(update.weights),
+        params_type=ParamsType.FULL if base is None else ParamsType.DIFF,
+        params=arrays(weights),
         meta={
             ROUND: update.round,
             SCANS: update.scans,
@@ -68,6 +80,7 @@ def from_update(update: Update) -> FLModel:
             LABELS: list(update.labels),
             LOSSES: dict(update.losses),
             SECONDS: update.seconds,
+            PRIVACY: dict(update.privacy),
         },
     )
 
@@ -79,8 +92,8 @@ def refusal(error: Exception) -> FLModel:
     )
 
 
-def to_update(model: FLModel) -> Update:
-    """A site's answer as it came; `validate_update` says what of it is accepted.
+def to_update(model: FLModel, task: Broadcast) -> Update:
+    """A site's answer to a task as it came, differences added; `validate_update` says what of it is accepted.
 
     Raises:
         FederationError: the site says that it failed, or an entry is missing.
@@ -90,15 +103,19 @@ def to_update(model: FLModel) -> Update:
     if FAILED in meta:
         raise FederationError(f"{site}: {meta[FAILED]} there: its own log says more")
     try:
+        weights = tensors(model.params)
+        if model.params_type == ParamsType.DIFF:
+            weights = added(weights, task.weights)
         return Update(
             site=site,
             round=meta[ROUND],
-            weights=tensors(model.params),
+            weights=weights,
             scans=meta[SCANS],
             ema_steps=meta[STEPS],
             labels=[str(name) for name in meta[LABELS]],
             losses={str(name): float(value) for name, value in meta[LOSSES].items()},
             seconds=float(meta[SECONDS]),
+            privacy={str(name): float(value) for name, value in meta[PRIVACY].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FederationError(
@@ -109,6 +126,22 @@ def to_update(model: FLModel) -> Update:
 def arrays(weights: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Numpy arrays, as NVFlare sends them by default."""
     return {name: value.numpy() for name, value in weights.items()}
+
+
+def added(difference: Mapping[str, Any], base: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Weights again; what does not fit stays as it is, to be refused by name."""
+    return {name: base[name] + value if fits(value, base.get(name)) else value for name, value in difference.items()}
+
+
+def fits(value: Any, base: torch.Tensor | None) -> bool:
+    """A floating tensor of the shape and type of another one."""
+    return (
+        base is not None
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.shape == base.shape
+        and value.dtype == base.dtype
+    )
 
 
 def tensors(params: Any) -> dict[str, Any]:
