@@ -61,9 +61,9 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let glibc keep what tensors on the CPU free, instead of returning each large block to the system.
 
-    PyTorch frees and allocates its activations anew in each step. Above 32 MB glibc maps every one from the system, which
-    clears it page by page: on a CPU up to a third of a step's time. What is computed stays the same; the process keeps
-    the memory of its largest moment until it ends.
+    PyTorch frees and allocates its activations anew in each step. glibc gives large ones back, and the system clears
+    each page again: up to a third of a step's time on a CPU. What is computed stays the same. The process keeps the
+    memory of its largest moment, and about half as much again for gaps between its tensors.
 
     Args:
         keep: ``False``: return large blocks, as is glibc's way.
