@@ -73,6 +73,16 @@ def adaptation_step_flop(width: int, depth: int, patch: int, classes: int, passe
         return student + counted(lambda: pair(network, 1, patch))
 
 
+def window_flop(width: int, depth: int, patch: int, classes: int) -> tuple[int, int]:
+    """One window of inference: with the global view encoded for it, as the plain baseline does, and without."""
+    network = segmenter(width, depth, classes)
+    with torch.no_grad():
+        encoder = counted(lambda: network.encode(image(1, patch)))
+        features = network.encode(image(1, patch))
+        window = encoder + counted(lambda: network.decode(features, features))
+    return window + encoder, window
+
+
 def saved_bytes(call: Callable[[], Any], network: nn.Module) -> int:
     """Bytes that a forward pass keeps for its backward pass, each storage once, weights left out."""
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
@@ -136,6 +146,14 @@ def tables(width: int, depth: int, patch: int, batch: int, classes: int) -> str:
     }
     for name, flop in steps.items():
         lines.append(f"| {name} | {flop / 1e12:.4g} | {flop / RATE / 0.4 * 1e3:.0f} | {flop / RATE / 0.6 * 1e3:.0f} |")
+    lines += [
+        "",
+        "| one window of inference | plain, TFLOP | package, TFLOP | times as many |",
+        "|---|---|---|---|",
+    ]
+    for one in sorted({64, 128, width}):
+        plain, ours = window_flop(one, depth, patch, classes)
+        lines.append(f"| width {one} | {plain / 1e12:.3g} | {ours / 1e12:.3g} | {plain / ours:.2f} |")
     lines += [
         "",
         "| kept for the backward pass | float32, GB | bf16, GB |",

@@ -21,6 +21,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from mapseg_components.commands.assess import assess
+from mapseg_components.commands.check import check
 from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
 from mapseg_components.commands.report import VERDICTS, report
 from mapseg_components.commands.session import choose_device, versions, working
@@ -164,6 +165,9 @@ class Adaptation:
             self._write_bundle()
             self._save()
         logger.info(describe(self.record["plan"]))
+        if "check" not in self.record:
+            self._check()
+            self._save()
         stages, models = self.folder / "stages", self.folder / "models"
         encoder: dict[str, Any] = {}
         if self.request["pretraining"]:
@@ -257,6 +261,21 @@ class Adaptation:
             "target_training": target,
         }
         write_json(content, self.folder / "datalist.json")
+
+    def _check(self) -> None:
+        """Findings about all scans, for the report; what blocks a training ends the first stage."""
+        asked = self.request["settings"] or {}
+        found = check(
+            str(self.folder / "datalist.json"),
+            dropped_labels=asked.get("dropped_labels"),
+            assume_orientation=asked.get("assume_orientation"),
+            non_finite=asked.get("non_finite"),
+            output=str(self.folder / "check"),
+            overwrite=True,
+            quiet=self.quiet,
+        )
+        self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
+        logger.info(f"Check of all scans: {found.verdict()}")
 
     def _write_bundle(self) -> None:
         """Configs of this run: the adaptation bundle's, with the preset's and the planned settings put in."""

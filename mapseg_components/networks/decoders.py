@@ -19,16 +19,15 @@ __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
 
 
 class PatchUpsample(nn.ConvTranspose3d):
-    """Transposed conv whose stride is its kernel, as one matrix product: each voxel becomes a block, none overlap.
+    """Transposed conv whose stride is its kernel, as a 1x1x1 conv to the voxels of each block: no two blocks overlap.
 
-    Equal to ``nn.ConvTranspose3d`` up to rounding, with the same parameters, and on a CPU several times as fast.
+    Equal to ``nn.ConvTranspose3d`` up to rounding, with the same parameters, and on a CPU faster.
 
     Args:
         in_channels, out_channels: of the features. stride: voxels of a block per axis.
 
     Shape:
-        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride), in the memory format of the
-        input.
+        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride), in the same memory format.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int]) -> None:
@@ -37,12 +36,13 @@ class PatchUpsample(nn.ConvTranspose3d):
     def forward(self, input: torch.Tensor, output_size: Optional[list[int]] = None) -> torch.Tensor:
         batch, _, x, y, z = input.shape
         i, j, k = self.weight.shape[2:]
-        weight = self.weight.permute(2, 3, 4, 1, 0).reshape(-1, self.in_channels)
-        bias = self.bias
-        blocks = F.linear(input.permute(0, 2, 3, 4, 1), weight, None if bias is None else bias.repeat(i * j * k))
-        grid = blocks.view(batch, x, y, z, i, j, k, self.out_channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
-        output = grid.reshape(batch, x * i, y * j, z * k, self.out_channels).permute(0, 4, 1, 2, 3)
-        return output if input.is_contiguous(memory_format=torch.channels_last_3d) else output.contiguous()
+        weight, bias = self.weight.flatten(1).t()[:, :, None, None, None], self.bias
+        blocks = F.conv3d(input, weight, None if bias is None else bias.repeat_interleave(i * j * k))
+        grid = blocks.reshape(batch, self.out_channels, i, j, k, x, y, z).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        output = grid.reshape(batch, self.out_channels, x * i, y * j, z * k)
+        if input.is_contiguous(memory_format=torch.channels_last_3d):
+            output = output.contiguous(memory_format=torch.channels_last_3d)
+        return output
 
 
 class ReconstructionDecoder(Recomputable):

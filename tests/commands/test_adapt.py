@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -101,6 +102,17 @@ def test_the_report_needs_nothing_else(finished):
         assert text in page
     assert page.count('class="viewer"') == 2 and page.count('type="range"') == 6
     assert record["report"] == str(output / "report.html")
+
+
+@pytest.mark.slow
+def test_the_scans_were_checked(finished, folders):
+    output, record = finished
+    found = json.loads((output / "check" / "check.json").read_text())
+    files = {row["file"] for row in found["files"]}
+    assert files >= {str(folders / "t2" / "7.nii.gz"), str(folders / "t1" / "labels" / "0.nii.gz")}
+    page = (output / "report.html").read_text()
+    assert "<h2>Check of the scans</h2>" in page and record["check"]["verdict"] in page
+    assert all(html.escape(finding["what"]) in page for finding in found["findings"])
 
 
 @pytest.mark.slow

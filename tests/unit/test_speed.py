@@ -206,9 +206,9 @@ def test_a_bad_term_is_named_and_reaches_no_weight(tiny_network):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("stride", [(4, 4, 1), (2, 2, 2)])
 def test_upsampling_is_the_transposed_convolution(stride, memory_format):
-    ours, plain = PatchUpsample(3, 5, stride), torch.nn.ConvTranspose3d(3, 5, stride, stride)
+    ours, plain = PatchUpsample(3, 5, stride).double(), torch.nn.ConvTranspose3d(3, 5, stride, stride).double()
     plain.load_state_dict(ours.state_dict())
-    image = torch.rand(2, 3, 4, 5, 6).to(memory_format=memory_format)
+    image = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format)
     found, expected = ours(image), plain(image)
     assert found.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(found, expected)
