@@ -24,6 +24,7 @@ from benchmarks.package import bundle, inference_of, part, settings_of, step_of,
 from benchmarks.plain import training as plain_training
 from benchmarks.timing import CLOCKS, peak_bytes, wait
 from benchmarks.volume import brain, write_brain
+from mapseg_components.memory import keep_freed_memory
 
 __all__ = ["inference_memory", "measure", "step_memory"]
 
@@ -70,6 +71,7 @@ def step_memory(options: argparse.Namespace) -> dict[str, Any]:
         parser = bundle("adaptation", Path(folder) / "datalist.json", {**settings, "labels": labels})
         sides = {side: random_batch(options.patch, len(labels) + 1) for side in ("source", "target")}
         if options.side == "package":
+            keep_freed_memory(parser["keep_freed_memory"])
             step = step_of(parser, sides)
         else:
             network = part(parser, "network_def").to(device)
@@ -101,6 +103,7 @@ def inference_memory(options: argparse.Namespace) -> dict[str, Any]:
     settings |= {"labels": {f"structure {value}": value for value in range(1, CLASSES)}, "amp": options.amp}
     settings |= {"handlers": [], "cases": [], "dataset#data": [{}]}
     parser = bundle("adaptation", Path("datalist.json"), settings, "inference.json")
+    keep_freed_memory(parser["keep_freed_memory"])
     network = part(parser, "network_def").to(device)
     segment = inference_of(parser, network, scan)
     if device.type != "cuda":
