@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import random
@@ -23,11 +24,14 @@ from tqdm import tqdm
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
 from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
+from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report
+from mapseg_components.commands.restore import restore
 from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
-from mapseg_components.data.datalist import has_section, open_datalist
+from mapseg_components.data.datalist import has_section, open_datalist, stem
+from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 
@@ -37,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 OVERLAYS = ("source_only.yaml", "from_source.yaml", "any_contrast.yaml")
 MOST_LABELS = 255
+HOW = ("overwrite", "quiet", "verbose")  # of mapseg prepare: how it runs
 
 
 @dataclass
@@ -65,6 +70,7 @@ def adapt(
     output: str,
     labels: str | Mapping[str, int] | None = None,
     preset: str = "auto",
+    prepare: str | Mapping[str, Any] | None = None,
     pretraining: bool = True,
     random_contrasts: bool = True,
     validation_share: float = 0.2,
@@ -89,6 +95,9 @@ def adapt(
         labels: structures and their values, as a mapping, JSON text or a JSON file. By default the datalist's; without,
             the values found in the source's label maps.
         preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
+        prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
+            mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
+            are taken as they are.
         pretraining: masked autoencoding on all images first.
         random_contrasts: show the source in random contrasts (``any_contrast.yaml``); turn it off if source and target
             have the same contrast.
@@ -122,6 +131,7 @@ def adapt(
         "target": str(Path(target).absolute()),
         "labels": read_mapping("labels", labels),
         "preset": preset,
+        "prepare": preparation(prepare),
         "pretraining": pretraining,
         "random_contrasts": random_contrasts,
         "validation_share": validation_share,
@@ -232,12 +242,30 @@ class Adaptation:
     def _save(self) -> None:
         write_json(self.record, self.folder / "run.json")
 
+    def _scans(self, side: str) -> str:
+        """Where the scans of the source or the target are read."""
+        given = str(self.request[side])
+        return given if self.request["prepare"] is None else str(self.folder / "prepared" / side)
+
+    def _prepare(self) -> None:
+        """Prepared scans of both sides; what is there already is skipped."""
+        for side in ("source", "target"):
+            if not Path(self.request[side]).is_dir():
+                raise ConfigError(f"prepare needs {side} as a folder of scans, {self.request[side]} is none")
+            logger.info(f"Preparing the {side}'s scans ...")
+            found = prepare_scans(self.request[side], self._scans(side), **self.request["prepare"], quiet=self.quiet)
+            if found.exit_code:
+                raise DataError(f"{side}: {found}")
+
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
-        training, validation = source_cases(request["source"], request["validation_share"], request["seed"])
-        target = target_cases(request["target"])
-        structures = structure_names(request["labels"], request["source"], [*training, *validation])
+        if request["prepare"] is not None:
+            self._prepare()
+        source = self._scans("source")
+        training, validation = source_cases(source, request["validation_share"], request["seed"])
+        target = target_cases(self._scans("target"))
+        structures = structure_names(request["labels"], source, [*training, *validation])
         grids = [grid_of(case["image"]) for case in [*training, *validation, *target]]
         preset, reason = request["preset"], "asked for"
         if preset == "auto":
@@ -297,10 +325,16 @@ class Adaptation:
         write_json(asked, configs / "settings.json")
         metadata = ConfigParser.load_config_file(origin / "configs" / "metadata.json")
         write_json(described(metadata, plan), configs / "metadata.json")
+        prepared = (
+            ""
+            if self.request["prepare"] is None
+            else "The scans were prepared by `mapseg prepare` with the options "
+            f"`{json.dumps(self.request['prepare'])}`: prepare others alike.\n\n"
+        )
         readme = (
             f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Structures: {', '.join(plan['labels'])}.\n\n"
             "`models/model.pt` is what inference uses; `source_only.pt` and `adapted.pt` are both kept. Read\n"
-            "`report.html` before you trust it. Research only, not for clinical use.\n"
+            f"`report.html` before you trust it. {prepared}Research only, not for clinical use.\n"
         )
         (self.folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
 
@@ -321,7 +355,7 @@ class Adaptation:
         if name == "train.json":
             wanted |= {"datalist": datalist}
         else:
-            wanted |= {"dataset_dir": request["target"]}
+            wanted |= {"dataset_dir": self._scans("target")}
         if request["device"] != "auto":
             wanted["device"] = f"$torch.device('{request['device']}')"
         return {key: wanted.get(key, value) for key, value in config.items()}
@@ -358,6 +392,11 @@ class Adaptation:
         }
         output = self.folder / "predictions" / name
         seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
+        if self.request["prepare"] is not None:
+            for case in load_datalist(self.folder / "datalist.json", "target_training"):
+                image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
+                sidecar = image.with_name(f"{stem(image)}.json")
+                restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
         self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
@@ -378,6 +417,16 @@ def read_mapping(name: str, given: str | Mapping[str, Any] | None) -> dict[str, 
     raise ConfigError(
         f'{name} {given!r} is no JSON object or file of one ({reason}): give a JSON such as {{"liver": 1}}'
     )
+
+
+def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others."""
+    options = read_mapping("prepare", given)
+    known = set(inspect.signature(prepare_scans).parameters) - {"input", "output", "labels", "series", *HOW}
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise ConfigError(f"prepare has {unknown}, expected options among {sorted(known)}")
+    return options
 
 
 def bundles_folder() -> Path:

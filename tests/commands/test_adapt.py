@@ -105,6 +105,26 @@ def test_the_report_needs_nothing_else(finished):
 
 
 @pytest.mark.slow
+def test_prepared_scans_and_the_way_back(folders, tmp_path):
+    """Label maps on the prepared grid, which the model saw, and on the scan's own."""
+    for number in (7, 8):
+        scan = nib.load(folders / "t2" / f"{number}.nii.gz")
+        flipped = nib.Nifti1Image(np.asarray(scan.dataobj)[::-1], scan.affine @ np.diag([-1, 1, 1, 1]))
+        (tmp_path / "t2").mkdir(exist_ok=True)
+        nib.save(flipped, tmp_path / "t2" / f"{number}.nii.gz")
+    arguments = {**call(folders), "target": str(tmp_path / "t2"), "pretraining": False, "output": str(tmp_path / "out")}
+    adapt(**arguments, prepare={"spacing": 1.25, "bias_correction": False})
+    scan = nib.load(tmp_path / "t2" / "7.nii.gz")
+    results = tmp_path / "out" / "predictions" / "adapted"
+    prepared, native = (nib.load(place / "7_seg.nii.gz") for place in (results, results / "native"))
+    assert prepared.header.get_zooms()[:3] == (1.25, 1.25, 1.25) and nib.aff2axcodes(prepared.affine) == ("R", "A", "S")
+    assert native.shape == scan.shape and np.allclose(native.affine, scan.affine)
+    assert "spacing" in (tmp_path / "out" / "docs" / "README.md").read_text()
+    with pytest.raises(ConfigError, match="holds a run with other arguments"):
+        adapt(**arguments)
+
+
+@pytest.mark.slow
 def test_the_scans_were_checked(finished, folders):
     output, record = finished
     found = json.loads((output / "check" / "check.json").read_text())
@@ -139,6 +159,8 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"validation_share": 2}, "validation_share is 2, expected"),
         ({"labels": "liver"}, "labels 'liver' is no JSON object"),
         ({"preset": "huge"}, "preset 'huge' is unknown"),
+        ({"prepare": {"overwrite": True}}, "prepare has \\['overwrite'\\], expected options among"),
+        ({"prepare": {}, "target": "t2/7.nii.gz"}, "prepare needs target as a folder"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
     ],
 )
