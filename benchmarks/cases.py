@@ -195,7 +195,7 @@ def mae_steps(bench: Bench) -> dict[str, Any]:
     parsers = {name: bench.parser("pretraining", amp=amp) for name, amp in bench.amps.items()}
     batch = samples_of(bench.parser("pretraining", batch_size=bench.batch_size))()
     networks = {name: part(parser, "network_def") for name, parser in parsers.items()}
-    plain = copy.deepcopy(networks["package"])
+    plain = plain_training.plain_network(networks["package"])
     optimizer, on_device = optimizer_of(plain), plain_batch(batch, bench.device)
     steps: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain_training.mae_step(plain, optimizer, on_device, BLOCKS),
@@ -216,7 +216,7 @@ def adaptation_steps(bench: Bench) -> dict[str, Any]:
     """One step of adaptation: source clean and masked, target masked, the teacher's labels and its update."""
     parsers = {name: bench.parser("adaptation", amp=amp) for name, amp in bench.amps.items()}
     batch = next(iter(part(bench.parser("adaptation"), "train#dataloader")))
-    plain = copy.deepcopy(part(parsers["package"], "network_def"))
+    plain = plain_training.plain_network(part(parsers["package"], "network_def"))
     teacher, optimizer = copy.deepcopy(plain).requires_grad_(False), optimizer_of(plain)
     sides = {side: plain_batch(batch[side], bench.device) for side in ("source", "target")}
     steps: dict[str, Callable[[], Any]] = {
@@ -250,7 +250,7 @@ def same_step(
     """
     network, trainer = part(parser, "network_def"), part(parser, "train#trainer")
     weights = copy.deepcopy(network.state_dict())
-    plain = copy.deepcopy(network).train()
+    plain = plain_training.plain_network(network).train()
     for module in [*network.modules(), *plain.modules()]:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -340,6 +340,7 @@ def inference(bench: Bench) -> dict[str, Any]:
         settings = {"amp": amp, "handlers": [], "cases": [], "dataset#data": [{}]}
         ours[name] = inference_of(bench.parser("adaptation", "inference.json", **settings), network, scan)
     kept: dict[str, torch.Tensor] = {}
+    plain = plain_training.plain_network(network)
 
     def keeping(name: str, call: Callable[[], torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -347,10 +348,10 @@ def inference(bench: Bench) -> dict[str, Any]:
 
         return run
 
-    variants = {"plain": lambda: plain_inference.segment(network, scan, bench.patch, stride), **ours}
+    variants = {"plain": lambda: plain_inference.segment(plain, scan, bench.patch, stride), **ours}
     seconds = bench.timed({name: keeping(name, call) for name, call in variants.items()})
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    exact = plain_inference.segment(network, scan, bench.patch, stride, skip_duplicates=True)
+    exact = plain_inference.segment(plain, scan, bench.patch, stride, skip_duplicates=True)
     logits = ours["package"]().float()
     torch.backends.cudnn.allow_tf32 = allowed
     equality = same_logits(exact, logits, scan)

@@ -74,7 +74,7 @@ def step_memory(options: argparse.Namespace) -> dict[str, Any]:
             keep_freed_memory(parser["keep_freed_memory"])
             step = step_of(parser, sides)
         else:
-            network = part(parser, "network_def").to(device)
+            network = plain_training.plain_network(part(parser, "network_def")).to(device)
             teacher, optimizer = copy.deepcopy(network).requires_grad_(False), optimizer_of(network)
             source, target = (plain_batch(sides[side], device) for side in ("source", "target"))
 

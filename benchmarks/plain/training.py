@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["adaptation_losses", "adaptation_step", "ema_update", "mae_losses", "mae_step", "patchify", "unpatchify"]
+__all__ = [
+    "adaptation_losses",
+    "adaptation_step",
+    "ema_update",
+    "mae_losses",
+    "mae_step",
+    "patchify",
+    "plain_network",
+    "unpatchify",
+]
 
 BETA, GAMMA, DELTA = 0.5, 0.05, 0.025
 MASK_RATIO = 0.7
@@ -49,6 +59,18 @@ def hide(image: torch.Tensor, masks: list[torch.Tensor], block: int) -> torch.Te
         unpatchify(patchify(one, block) * (1 - mask)[:, None], one.shape, block) for one, mask in zip(image, masks)
     ]
     return torch.stack(hidden)
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """A copy with the same weights whose upsampling is PyTorch's own transposed convolution."""
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.ConvTranspose3d):
+                own = nn.ConvTranspose3d(module.in_channels, module.out_channels, module.kernel_size, module.stride)
+                own.load_state_dict(module.state_dict())
+                setattr(parent, name, own.to(module.weight.device))
+    return network
 
 
 def mae_losses(
