@@ -11,6 +11,6 @@ over windows in three nested loops, encodes the same global view again for each,
 What it is not: the authors' code, of which nothing was copied, nor a slowed-down version of the package: where the
 text leaves a choice, the cheaper one is taken (each image of a pass is encoded once; PyTorch's own kernels and AdamW).
 
-It receives the package's network modules, so that results can be compared (with PyTorch's transposed convolution in them),
-and uses nothing else of the package.
+It receives the package's network modules, so that results can be compared, with PyTorch's transposed convolution in
+them, and uses nothing else of the package.
 """
