@@ -275,6 +275,26 @@ def test_a_segmentation_that_does_not_come_back_is_not_kept(small, tmp_path, mon
     assert (tmp_path / "a.dcm").read_bytes() == b"before" and not list(tmp_path.glob(".*.tmp*"))
 
 
+def test_numbers_that_are_none_stop_their_own_series_at_most(tmp_path):
+    """A count of frames that says nothing is one slice; a thickness that is no number makes no DICOM-SEG."""
+    pytest.importorskip("highdicom")
+    voxels = scan_voxels()[:20, :24, :22]
+    edits = {
+        "frames": ({"NumberOfFrames": 1}, b"\x28\0\x08\0IS\x02\x001 ", b"\x28\0\x08\0IS\x02\0x "),
+        "thick": ({"SliceThickness": 1.25}, b"\x18\0\x50\0DS\x04\x001.25", b"\x18\0\x50\0DS\x04\0abcd"),
+    }
+    for name, (tags, old, new) in edits.items():
+        dicom.write_series(tmp_path / "in" / name, voxels, modality="MR", **TAGS, **tags)
+        for file in (tmp_path / "in" / name).iterdir():
+            assert file.read_bytes().count(old) == 1
+            file.write_bytes(file.read_bytes().replace(old, new))
+    done = predict(
+        tmp_path / "in", tmp_path / "out", bundle=BUNDLE, dicom_seg=True, no_preview=True, quiet=True
+    ).predictions
+    assert {one.place: one.status for one in done} == {"frames": "done", "thick": "failed"}
+    assert "make no DICOM-SEG (ValueError)" in next(one.message for one in done if one.status == "failed")
+
+
 def test_headers_without_a_person_will_do_and_without_a_frame_will_not(tmp_path):
     pytest.importorskip("highdicom")
     voxels = scan_voxels()[:6, :7, :5]
