@@ -35,7 +35,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ROWS, FRAMES, MODALITY, NUMBER = "0028|0010", "0028|0008", "0008|0060", "0020|0011"
 GEOMETRY = {"0020|0032": ("position", 3), "0020|0037": ("orientation", 6), "0028|0030": ("pixel spacing", 2)}
 SPACING = "0028|0030"
-TAGS = (ROWS, FRAMES, MODALITY, NUMBER, *GEOMETRY)
+RESCALE = {"0028|1052": "rescale intercept", "0028|1053": "rescale slope"}
+TAGS = (ROWS, FRAMES, MODALITY, NUMBER, *GEOMETRY, *RESCALE)
 # (0002,0002) at the start of a file says what kind of object follows; these are none with voxels of a volume:
 # presentation states, encapsulated documents, waveforms, raw data, reports, radiotherapy structures, plans, records
 KIND_OF_OBJECT = re.compile(rb"\x02\x00\x02\x00UI..([\d.]+)", re.DOTALL)
@@ -215,6 +216,9 @@ def read_slice(file: Path) -> Slice:
         raise fault(file, f"its header has no {' and no '.join(missing)}", "leave out what is no slice of a volume")
     if min(found[SPACING]) <= 0:
         raise fault(file, "its pixel spacing is not above 0", "export the series again")
+    wrong = [name for tag, name in RESCALE.items() if tags.get(tag) and len(numbers(tags[tag])) != 1]
+    if wrong:
+        raise fault(file, f"its {' and its '.join(wrong)} is no number", "export the series again")
     directions = np.array([reader.GetDirection(axis) for axis in range(2)], dtype=float).T
     spacing = np.array([reader.GetSpacing(axis) for axis in range(2)], dtype=float)
     return Slice(

@@ -189,6 +189,7 @@ def series_faults():
             "its pixel spacing is not above 0",
             "export",
         ),
+        "rescale": (edited(b"-1023.5", b"-1023,5", intercept=-1023.5), "its rescale intercept is no number", "export"),
         "truncated": (lambda f: truncated(f, -30), "IM0001.dcm: cannot be read as DICOM images", "export"),
         "truncated header": (lambda f: truncated(f, 300), "IM0001.dcm: cannot be read as DICOM images", "export"),
     }
