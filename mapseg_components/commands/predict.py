@@ -277,7 +277,8 @@ def predict(
         try:
             sweep_temporaries(folder)
             with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
-                run = Run(parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, bool(series or findings))
+                nameless = bool(series or findings)
+                run = Run(parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, nameless)
                 run.settings(folder, members)
                 run.prepare(cases, findings, source)
                 try:

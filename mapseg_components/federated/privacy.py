@@ -105,7 +105,9 @@ def protect(
     floating = [name for name, value in weights.items() if value.is_floating_point()]
     change = {name: (weights[name] - base[name]).numpy() for name in floating}
     if not math.isfinite(norm_of(change)):
-        raise NonFiniteError("its weights are NaN or infinite after training, nothing of them leaves: see history.jsonl")
+        raise NonFiniteError(
+            "its weights are NaN or infinite after training, nothing of them leaves: lower the learning rate"
+        )
     if privacy.percentile is not None:
         keep_largest(change, privacy.percentile, privacy.limit)
     if privacy.clip is not None:
