@@ -277,7 +277,8 @@ def predict(
         try:
             sweep_temporaries(folder)
             with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
-                run = Run(parser, names, places, Path(staging), drawn, quiet, series, dicom_seg)
+                nameless = bool(series or findings)
+                run = Run(parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, nameless)
                 run.settings(folder, members)
                 run.prepare(cases, findings, source)
                 try:
@@ -439,6 +440,7 @@ class Run:
         parser: the bundle's config. names: structures. places: of the results. staging: folder on the same disk.
         drawn: draw pictures. quiet: no progress bars.
         series: case id to DICOM series. dicom_seg: write a segmentation of each.
+        nameless: the input has DICOM, readable or not, and its path stands in no file.
     """
 
     def __init__(
@@ -451,10 +453,11 @@ class Run:
         quiet: bool,
         series: Mapping[str, Series],
         dicom_seg: bool,
+        nameless: bool,
     ) -> None:
         self.parser, self.names, self.places = parser, list(names), places
         self.staging, self.drawn, self.quiet = staging, drawn, quiet
-        self.series, self.dicom_seg = series, dicom_seg
+        self.series, self.dicom_seg, self.nameless = series, dicom_seg, nameless
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
         self._todo: list[tuple[Prediction, Mapping[str, Any]]] = []
@@ -466,7 +469,7 @@ class Run:
         self.members = list(members)
         self.parser["output_dir"] = str(self.staging)
         # a converted series is read once, and gone after this run
-        self.parser["audit_file"] = None if self.series else str(folder / "audit.json")
+        self.parser["audit_file"] = None if self.nameless else str(folder / "audit.json")
         self.parser["weights"] = str(members[0])
 
     def prepare(self, cases: Sequence[Mapping[str, Any]], findings: Sequence[Finding], source: Path) -> None:
@@ -507,7 +510,7 @@ class Run:
         """Prediction of a case of which nothing is done yet."""
         series = self.series.get(case[CASE_ID])
         if series is None:
-            return Prediction(case[CASE_ID], case[IMAGE])
+            return Prediction(case[CASE_ID], os.path.relpath(case[IMAGE], source) if self.nameless else case[IMAGE])
         record, place = series_record(series), os.path.relpath(series.folder, source)
         return Prediction(case[CASE_ID], f"series {series.number}", series=record, place=place)
 
@@ -519,7 +522,7 @@ class Run:
                 reference_headers(series)
             convert(series, Path(case[IMAGE]))
         except MAPSegError as error:
-            self.failed(one, error)
+            self.failed(one, error, str(series))
 
     def all(self) -> None:
         """Segment what is usable."""
@@ -530,15 +533,15 @@ class Run:
         for one, case in progress(self._todo, "segmenting", self.quiet):
             self.one(one, case, evaluator)
 
-    def failed(self, one: Prediction, error: BaseException) -> None:
-        """Note why there is no result; of a DICOM series without paths."""
+    def failed(self, one: Prediction, error: BaseException, path: str) -> None:
+        """Note why there is no result; without the scan's path if the input has DICOM."""
         found = findings_of(error) if isinstance(error, MAPSegError) else ()
         logger.error(f"{one.place or one.scan} failed: {'; '.join(map(str, found)) or repr(error)}")
-        if one.series is None:
-            message = "; ".join(map(str, found)) or repr(error)
-        else:
+        if self.nameless:
             message = "; ".join(f"{finding.what}: {finding.remedy}" for finding in found) or type(error).__name__
-            message = message.replace(f"{self.staging}{os.sep}", "")
+            message = message.replace(path, one.scan).replace(f"{self.staging}{os.sep}", "")
+        else:
+            message = "; ".join(map(str, found)) or repr(error)
         one.status, one.message, one.kind = "failed", message, type(error)
 
     def refused(self, one: Prediction, case: Mapping[str, Any], findings: Sequence[Finding]) -> None:
@@ -558,7 +561,7 @@ class Run:
             self.keep(one, case, self.places[one.case])
             one.status = "done"
         except Exception as error:
-            self.failed(one, user_error(error) or error)
+            self.failed(one, user_error(error) or error, case[IMAGE])
         finally:
             self._output = {}
             if one.series is not None:
@@ -612,7 +615,7 @@ class Run:
         line = list(sys.argv) if Path(sys.argv[0]).name in ("mapseg", "__main__.py") else list(command)
         content = {
             "mapseg": __version__,
-            "command": without_path(line, source) if any(one.place for one in self.predictions) else line,
+            "command": without_path(line, source) if self.nameless else line,
             "started": began.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - started, 2),
             "versions": versions(),

@@ -33,8 +33,10 @@ DIRECTION_TOLERANCE = 1e-3  # of direction cosines between slices
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # the only tags that are looked at
 ROWS, FRAMES, MODALITY, NUMBER = "0028|0010", "0028|0008", "0008|0060", "0020|0011"
-GEOMETRY = {"0020|0032": "position", "0020|0037": "orientation", "0028|0030": "pixel spacing"}
-TAGS = (ROWS, FRAMES, MODALITY, NUMBER, *GEOMETRY)
+GEOMETRY = {"0020|0032": ("position", 3), "0020|0037": ("orientation", 6), "0028|0030": ("pixel spacing", 2)}
+SPACING = "0028|0030"
+RESCALE = {"0028|1052": "rescale intercept", "0028|1053": "rescale slope"}
+TAGS = (ROWS, FRAMES, MODALITY, NUMBER, *GEOMETRY, *RESCALE)
 # (0002,0002) at the start of a file says what kind of object follows; these are none with voxels of a volume:
 # presentation states, encapsulated documents, waveforms, raw data, reports, radiotherapy structures, plans, records
 KIND_OF_OBJECT = re.compile(rb"\x02\x00\x02\x00UI..([\d.]+)", re.DOTALL)
@@ -129,6 +131,15 @@ def whole(text: str) -> int:
     return int(text) if re.fullmatch(r"[+-]?\d+", text) else 0
 
 
+def numbers(text: str) -> list[float]:
+    """Finite numbers of a header; empty if one of them is none, where ITK would take another number of its own."""
+    try:
+        found = [float(part) for part in text.split("\\")]
+    except ValueError:
+        return []
+    return found if np.isfinite(found).all() else []
+
+
 def is_image(file: Path) -> bool:
     """Whether a DICOM file is an image, by what its first bytes say; yes, if they say nothing."""
     with file.open("rb") as stream:
@@ -193,14 +204,21 @@ def damaged(what: Series | Path) -> MAPSegError:
 def read_slice(file: Path) -> Slice:
     """Geometry of one file. Raises `DataError`."""
     reader, tags = header(file)
-    frames = int(tags.get(FRAMES) or 1)
-    if frames > 1 or (reader.GetNumberOfDimensions() > 2 and reader.GetDimensions(2) > 1):
+    deep = int(reader.GetDimensions(2)) if reader.GetNumberOfDimensions() > 2 else 1
+    frames = max(whole(tags.get(FRAMES, "")), deep)
+    if frames > 1:
         raise fault(file, f"{frames} frames in one file, expected one slice", DCM2NIIX)
     if reader.GetNumberOfComponents() != 1:
         raise fault(file, "colours, expected grey values", "leave the series out")
-    missing = [name for tag, name in GEOMETRY.items() if tag not in tags]
+    found = {tag: numbers(tags.get(tag, "")) for tag in GEOMETRY}
+    missing = [name for tag, (name, count) in GEOMETRY.items() if len(found[tag]) != count]
     if missing:
         raise fault(file, f"its header has no {' and no '.join(missing)}", "leave out what is no slice of a volume")
+    if min(found[SPACING]) <= 0:
+        raise fault(file, "its pixel spacing is not above 0", "export the series again")
+    wrong = [name for tag, name in RESCALE.items() if tags.get(tag) and len(numbers(tags[tag])) != 1]
+    if wrong:
+        raise fault(file, f"its {' and its '.join(wrong)} is no number", "export the series again")
     directions = np.array([reader.GetDirection(axis) for axis in range(2)], dtype=float).T
     spacing = np.array([reader.GetSpacing(axis) for axis in range(2)], dtype=float)
     return Slice(

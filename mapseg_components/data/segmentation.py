@@ -83,11 +83,15 @@ def reference_headers(series: Series) -> list[Any]:
             if key not in content:
                 setattr(content, key, None)
         headers.append(content)
-    ends = [np.array(header.ImagePositionPatient, dtype=float) for header in (headers[0], headers[-1])]
-    for header in headers:  # of one volume, as `ordered_files` has checked; said alike, and where it may be missing
-        header.ImageOrientationPatient = headers[0].ImageOrientationPatient
-        header.SpacingBetweenSlices = float(np.linalg.norm(ends[1] - ends[0]) / (len(headers) - 1))
-        header.SliceThickness = header.get("SliceThickness") or header.SpacingBetweenSlices
+    try:
+        ends = [np.array(header.ImagePositionPatient, dtype=float) for header in (headers[0], headers[-1])]
+        for header in headers:  # of one volume, as `ordered_files` has checked; said alike, and where it may be missing
+            header.ImageOrientationPatient = headers[0].ImageOrientationPatient
+            header.SpacingBetweenSlices = float(np.linalg.norm(ends[1] - ends[0]) / (len(headers) - 1))
+            header.SliceThickness = header.get("SliceThickness") or header.SpacingBetweenSlices
+    except DAMAGED as error:
+        what = f"its headers make no DICOM-SEG ({type(error).__name__})"  # its own words might quote a header
+        raise fault(str(series), what, "leave out dicom_seg, or repair the headers") from error
     return headers
 
 

@@ -98,13 +98,13 @@ def structure_volumes(
 
 
 def sums_by_label(label_map: np.ndarray, count: int, values: np.ndarray | None = None) -> np.ndarray:
-    """Voxels of each label, or the sum of ``values`` (of the same shape) over them; (count,), float64."""
+    """Voxels of each label below a count, or the sum of ``values`` (of the same shape) over them; (count,), float64."""
     labels, weights = label_map.ravel(), None if values is None else values.ravel()
     sums = np.zeros(count)
     for start in range(0, labels.size, PIECE):
         part = slice(start, start + PIECE)
         piece = labels[part].astype(np.int64)
-        sums += np.bincount(piece, None if weights is None else weights[part], count)
+        sums += np.bincount(piece, None if weights is None else weights[part], count)[:count]
     return sums
 
 

@@ -17,7 +17,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from mapseg_components.errors import ConfigError, FederationError
+from mapseg_components.errors import ConfigError, FederationError, NonFiniteError
 from mapseg_components.files import write_json
 
 __all__ = ["Ledger", "Privacy", "epsilon_of", "protect"]
@@ -98,9 +98,16 @@ def protect(
 
     Returns:
         new tensors; integer ones, such as counters, are passed on.
+
+    Raises:
+        NonFiniteError: a change is NaN or infinite, or overflows: it has no length, and nothing could bound the rest.
     """
     floating = [name for name, value in weights.items() if value.is_floating_point()]
     change = {name: (weights[name] - base[name]).numpy() for name in floating}
+    if not math.isfinite(norm_of(change)):
+        raise NonFiniteError(
+            "its weights are NaN or infinite after training, nothing of them leaves: lower the learning rate"
+        )
     if privacy.percentile is not None:
         keep_largest(change, privacy.percentile, privacy.limit)
     if privacy.clip is not None:
@@ -156,7 +163,8 @@ def delta_of(epsilon: float, mu: float) -> float:
 class Ledger:
     """What a site has spent, in a file of its own that is written before an update leaves.
 
-    A round that is repeated, after a stop of the server, is a second update with new noise, and counted as one.
+    A round that is repeated, after a stop of the server, is a second update with new noise, and counted as one. Updates
+    without noise have no epsilon and are not counted: a total holds for a site that has sent none.
 
     Args:
         path: of the file; it belongs to the scans of the site, and goes on being counted as long as it is there.

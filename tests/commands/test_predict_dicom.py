@@ -167,6 +167,27 @@ def test_nothing_but_damaged_slices_ends_with_3_and_a_manifest(tree, tmp_path, c
     assert json.loads(manifest)["scans"][0]["status"] == "failed" and "SMITH" not in manifest
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_person_s_folder_with_nifti_beside_dicom_is_named_in_no_file(tree, tmp_path, damaged):
+    place = tmp_path / "SMITH"
+    shutil.copytree(tree[0] / "SMITH" / ("cut" if damaged else "gap"), place / "dicom")
+    nib.save(nib.Nifti1Image(scan_voxels()[:20, :24, :22], np.eye(4)), place / "sound.nii.gz")
+    (place / "bad.nii.gz").write_bytes(b"no scan")
+    done = predict(place, tmp_path / "out", bundle=BUNDLE, no_preview=True, quiet=True)
+    assert [one.status for one in done.predictions] == ["failed", "done", "failed"]
+    assert not (tmp_path / "out" / "audit.json").exists()
+    manifest = (tmp_path / "out" / "manifest.json").read_text()
+    assert "SMITH" not in manifest
+    assert [one["scan"] for one in json.loads(manifest)["scans"]][:2] == ["bad.nii.gz", "sound.nii.gz"]
+
+
+def test_a_series_too_large_for_the_machine_is_not_named_either(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("mapseg_components.memory.memory_of", lambda device: 1000)
+    done = predict(tree[0] / "SMITH" / "t2", tmp_path / "out", bundle=BUNDLE, no_preview=True, quiet=True)
+    assert re.match(r"series 3: shape \(36, 40, 32\) needs .* GiB", done.predictions[0].message)
+    assert "SMITH" not in (tmp_path / "out" / "manifest.json").read_text()
+
+
 def test_a_command_is_kept_without_the_place_of_its_input():
     line = ["mapseg", "predict", "/data/SMITH/", "out", "--input=/data/SMITH", "--bundle", "/data/SMITHS"]
     kept = without_path(line, Path("/data/SMITH"))
@@ -273,6 +294,26 @@ def test_a_segmentation_that_does_not_come_back_is_not_kept(small, tmp_path, mon
     with pytest.raises(ResourceError, match=r"a\.dcm: voxels read back differ"):
         write_segmentation(series, label_map, ["a", "b"], ALGORITHM, tmp_path / "a.dcm")
     assert (tmp_path / "a.dcm").read_bytes() == b"before" and not list(tmp_path.glob(".*.tmp*"))
+
+
+def test_numbers_that_are_none_stop_their_own_series_at_most(tmp_path):
+    """A count of frames that says nothing is one slice; a thickness that is no number makes no DICOM-SEG."""
+    pytest.importorskip("highdicom")
+    voxels = scan_voxels()[:20, :24, :22]
+    edits = {
+        "frames": ({"NumberOfFrames": 1}, b"\x28\0\x08\0IS\x02\x001 ", b"\x28\0\x08\0IS\x02\0x "),
+        "thick": ({"SliceThickness": 1.25}, b"\x18\0\x50\0DS\x04\x001.25", b"\x18\0\x50\0DS\x04\0abcd"),
+    }
+    for name, (tags, old, new) in edits.items():
+        dicom.write_series(tmp_path / "in" / name, voxels, modality="MR", **TAGS, **tags)
+        for file in (tmp_path / "in" / name).iterdir():
+            assert file.read_bytes().count(old) == 1
+            file.write_bytes(file.read_bytes().replace(old, new))
+    done = predict(
+        tmp_path / "in", tmp_path / "out", bundle=BUNDLE, dicom_seg=True, no_preview=True, quiet=True
+    ).predictions
+    assert {one.place: one.status for one in done} == {"frames": "done", "thick": "failed"}
+    assert "make no DICOM-SEG (ValueError)" in next(one.message for one in done if one.status == "failed")
 
 
 def test_headers_without_a_person_will_do_and_without_a_frame_will_not(tmp_path):

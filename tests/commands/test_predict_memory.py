@@ -46,6 +46,11 @@ def test_volumes_are_counted_piece_by_piece(monkeypatch):
     assert peak_per_voxel(volumes.structure_volumes, label_map, np.eye(4), NAMES, confidence) < 2
 
 
+def test_a_label_without_a_name_is_left_out_of_the_volumes():
+    rows = volumes.structure_volumes(np.full((2, 3, 4), 3, np.uint8), np.eye(4), NAMES)
+    assert [row["voxels"] for row in rows] == [0, 0]
+
+
 def test_confidence_does_not_depend_on_the_pieces(monkeypatch):
     logits = torch.randn(3, 5, 6, 7, generator=torch.Generator().manual_seed(0))
     whole = probabilities.largest_probability(logits)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 from mapseg_components.errors import CheckpointError, ConfigError, DataError, FederationError, NonFiniteError
 from mapseg_components.federated import Broadcast, Coordinator, Site, Update, simulate
 from mapseg_components.federated.core import validate_update, validate_weights
+from mapseg_components.federated.site import initial_weights
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.faults.common import tree
-from tests.federation import make_federation, small_plan, small_settings
+from tests.federation import make_federation, small_plan, small_settings, write_parties
 
 NAMES = ["first", "second"]
 
@@ -330,6 +332,30 @@ def test_a_site_takes_no_weights_that_do_not_fit_or_are_not_finite(tmp_path):
 
 
 # data of a site
+
+
+def test_a_site_whose_scans_are_refused_is_refused_in_every_round(tmp_path, monkeypatch):
+    """What is wrong with the scans of a site on NVFlare does not pass because it was said once."""
+    client = pytest.importorskip("mapseg_components.federated.flare.client", reason="nvflare is not installed")
+    messages = pytest.importorskip("mapseg_components.federated.flare.messages")
+    _, sites = make_federation(tmp_path, 1)
+    settings = {"spacing_range_mm": [2.0, 3.0], "round_timeout_s": 300, "min_sites": 1}
+    write_parties(tmp_path / "parties", tmp_path / "own", "nowhere", sites, **settings)
+    monkeypatch.setenv("MAPSEG_PARTY_DIR", str(tmp_path / "parties"))
+    monkeypatch.setattr("sys.argv", ["client"])
+    start = initial_weights(small_settings(), 0)
+    tasks = [messages.from_broadcast(Broadcast(number, 0, start), 2, "target") for number in range(2)]
+    answers = []
+    flare = SimpleNamespace(
+        init=lambda: None,
+        is_running=lambda: bool(tasks),
+        receive=lambda: tasks.pop(0),
+        get_site_name=lambda: "site-1",
+        send=answers.append,
+    )
+    monkeypatch.setattr(client, "flare", flare)
+    client.main()
+    assert [answer.meta.get(messages.FAILED) for answer in answers] == ["DataError", "DataError"]
 
 
 def test_a_site_without_scans_is_named(tmp_path):

@@ -141,6 +141,17 @@ def series_faults():
         folder.mkdir(parents=True)
         dicom.write_file(folder / "a.dcm", voxels.transpose(2, 1, 0), SeriesInstanceUID="1.2.3", SeriesNumber=3)
 
+    def edited(old, new, **tags):
+        """Bytes that no program should write, of the same length."""
+
+        def write(folder):
+            dicom.write_series(folder, voxels, **tags)
+            for file in folder.iterdir():
+                assert file.read_bytes().count(old) == 1
+                file.write_bytes(file.read_bytes().replace(old, new))
+
+        return write
+
     def at(heights):
         return lambda folder: dicom.write_series(folder, voxels, positions=[np.multiply(z, h) for h in heights])
 
@@ -162,6 +173,23 @@ def series_faults():
             "its header has no position",
             "leave out",
         ),
+        "empty spacing": (
+            lambda f: dicom.write_series(f, voxels, PixelSpacing=""),
+            "its header has no pixel spacing",
+            "leave out",
+        ),
+        "empty orientation": (
+            lambda f: dicom.write_series(f, voxels, ImageOrientationPatient=""),
+            "its header has no orientation",
+            "leave out",
+        ),
+        "commas": (edited(b"0.9\\0.7", b"0,9\\0,7"), "its header has no pixel spacing", "leave out"),
+        "no length": (
+            lambda f: dicom.write_series(f, voxels, PixelSpacing=[0, 0]),
+            "its pixel spacing is not above 0",
+            "export",
+        ),
+        "rescale": (edited(b"-1023.5", b"-1023,5", intercept=-1023.5), "its rescale intercept is no number", "export"),
         "truncated": (lambda f: truncated(f, -30), "IM0001.dcm: cannot be read as DICOM images", "export"),
         "truncated header": (lambda f: truncated(f, 300), "IM0001.dcm: cannot be read as DICOM images", "export"),
     }

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapseg_components.errors import ConfigError, FederationError
+from mapseg_components.errors import ConfigError, FederationError, NonFiniteError
 from mapseg_components.federated import Privacy, simulate
 from mapseg_components.federated.core import movement
 from mapseg_components.federated.privacy import Ledger, delta_of, epsilon_of, protect
@@ -46,6 +46,16 @@ def test_what_leaves_moved_no_further_than_the_clip_and_the_same_way(share, clip
     assert movement(base, sent) == pytest.approx(min(before, clip), rel=1e-3)
     torch.testing.assert_close(direction(base, sent), direction(base, weights), rtol=0, atol=5e-3)
     assert sent["steps"] is weights["steps"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("privacy", [Privacy(clip=0.01, noise=1.0), Privacy(percentile=90)])
+def test_a_change_without_a_length_does_not_leave(privacy, value):
+    base = model(0)
+    weights = moved(base, 3.0)
+    weights["b"][0] = value
+    with pytest.raises(NonFiniteError, match="nothing of them leaves"):
+        protect(weights, base, privacy)
 
 
 def test_noise_has_the_size_that_the_budget_counts_on():

@@ -39,8 +39,9 @@ def main() -> None:
             break
         try:
             if site is None:
-                site = Party.read(flare.get_site_name()).site(side)
-                site.check()
+                checked = Party.read(flare.get_site_name()).site(side)
+                checked.check()
+                site = checked
             task = to_broadcast(model, side)
             answer = from_update(site.train(task), task.weights if given.differences else None)
         except MAPSegError as error:
