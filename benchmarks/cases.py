@@ -74,7 +74,7 @@ class Bench:
 
     def set_memory(self, variant: str) -> None:
         """Freed memory is the allocator's default for the baseline, the setting's for the package."""
-        keep_freed_memory(variant != "plain" and bool(self.settings.get("keep_freed_memory", True)))
+        keep_freed_memory(variant != "plain" and bool(self.settings.get("keep_freed_memory", False)))
 
     def timed_samples(self, variants: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """Seconds of samples."""

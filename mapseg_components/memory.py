@@ -21,6 +21,7 @@ MESSAGES_OF_TORCH = ("can't allocate memory", "out of memory", "not enough memor
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
 RETURNED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26}
+_keeps = False
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -66,11 +67,14 @@ def keep_freed_memory(keep: bool = True) -> bool:
     memory of its largest moment, and about half as much again for gaps between its tensors.
 
     Args:
-        keep: ``False``: return large blocks, as is glibc's way.
+        keep: ``False``: take it back, and change nothing if it was never kept.
 
     Returns:
         whether it took effect: not without glibc (mallopt, https://man7.org/linux/man-pages/man3/mallopt.3.html).
     """
+    global _keeps
+    if not keep and not _keeps:
+        return False
     try:
         libc = ctypes.CDLL("libc.so.6")
         done = [libc.mallopt(name, value) for name, value in (KEPT if keep else RETURNED).items()]
@@ -78,6 +82,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
             libc.malloc_trim(0)
     except (AttributeError, OSError):
         return False
+    _keeps = keep
     return all(done)
 
 

@@ -227,8 +227,10 @@ import torch
 
 from mapseg_components.memory import keep_freed_memory
 
-if not keep_freed_memory(sys.argv[1] == "keep"):
+if not keep_freed_memory():
     sys.exit(77)
+if sys.argv[1] == "return":
+    assert keep_freed_memory(False)
 pages = []
 for _ in range(2):
     pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
