@@ -128,12 +128,17 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"labels": "liver"}, "labels 'liver' is no JSON object"),
         ({"preset": "huge"}, "preset 'huge' is unknown"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
+        ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )
 def test_wrong_arguments_are_named(folders, tmp_path, change, message, monkeypatch):
     monkeypatch.chdir(folders)
     with pytest.raises(ConfigError, match=message):
         adapt(**{"source": "t1", "target": "t2", "output": str(tmp_path / "out"), **change})
+    left = list((tmp_path / "out").iterdir()) if (tmp_path / "out").is_dir() else []
+    assert [path.name for path in left if not path.name.startswith(".run.lock")] == [], (
+        "the folder is not free any more"
+    )
 
 
 def test_cases_are_held_out_by_the_seed(folders):
@@ -150,7 +155,7 @@ def test_unpaired_labels_are_named(folders, tmp_path):
         source_cases(str(tmp_path / "t1"), 0.2, 0)
     with pytest.raises(ConfigError, match="has neither images/ and labels/ nor source/"):
         source_cases(str(folders / "t2"), 0.2, 0)
-    with pytest.raises(ConfigError, match="has no NIfTI file"):
+    with pytest.raises(ConfigError, match=r"has no NIfTI file .* itself, but its sub-folder t1/images has 3:"):
         target_cases(str(folders))
 
 
@@ -159,6 +164,7 @@ def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
     assert structure_names(None, str(folders / "t1"), cases) == {"structure 1": 1, "structure 2": 2}
     assert structure_names({"liver": 5}, str(folders / "t1"), cases) == {"liver": 5}
     assert structure_names(None, str(dataset / "datalist.json"), []) == {"first": 1, "second": 2}
+    assert structure_names(None, str(dataset), []) == {"first": 1, "second": 2}, "a folder with a datalist.json"
     assert read_mapping("labels", '{"liver": 1}') == {"liver": 1}
 
 
