@@ -30,7 +30,7 @@ from mapseg_components.commands.restore import restore
 from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
-from mapseg_components.data.datalist import has_section, open_datalist, stem
+from mapseg_components.data.datalist import has_section, labels_file, read_json, scans_below, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
@@ -219,7 +219,8 @@ class Adaptation:
     def _resume(self) -> None:
         path = self.folder / "run.json"
         if not path.is_file():
-            strangers = [p.name for p in self.folder.iterdir() if not p.name.startswith(".run.lock")]
+            own = (".run.lock", ".run.lock.json", *(["prepared"] if self.request["prepare"] is not None else []))
+            strangers = [p.name for p in self.folder.iterdir() if p.name not in own]
             if strangers:
                 raise ConfigError(
                     f"{self.folder} holds {sorted(strangers)[:3]} and no run of this command: choose a new folder"
@@ -288,6 +289,7 @@ class Adaptation:
             "source_validation": validation,
             "target_training": target,
         }
+        self._check_settings()  # before anything is written: the folder stays free for the corrected command
         write_json(content, self.folder / "datalist.json")
 
     def _check(self) -> None:
@@ -360,6 +362,16 @@ class Adaptation:
             wanted["device"] = f"$torch.device('{request['device']}')"
         return {key: wanted.get(key, value) for key, value in config.items()}
 
+    def _check_settings(self) -> None:
+        """Names of the settings, and that weights will be chosen at all. Raises `ConfigError`."""
+        settled = self._settled(self.bundles / "mapseg_adaptation", "train.json", "")
+        epochs, interval = settled["max_epochs"], settled["val_interval"]
+        if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
+            raise ConfigError(
+                f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "
+                "no weights chosen: set val_interval to 1, or more epochs"
+            )
+
     def _all_settings(self) -> set[str]:
         folders = (self.bundles / "mapseg_adaptation", self.bundles / "mapseg_pretraining")
         return {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
@@ -369,6 +381,7 @@ class Adaptation:
             return
         output = self.folder / "stages" / name
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
+        logger.info(f"Stage {name}: {merged['max_epochs']} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=merged["max_epochs"], desc=name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
 
@@ -482,7 +495,9 @@ def target_cases(target: str) -> list[dict[str, Any]]:
     folder = path / "images" if (path / "images").is_dir() else path
     cases = load_scans(folder)
     if not cases:
-        raise ConfigError(f"{folder} has no NIfTI file (.nii, .nii.gz): name the folder of the target's scans")
+        raise ConfigError(
+            f"{folder} has no NIfTI file (.nii, .nii.gz){scans_below(folder)}: name the folder of the target's scans"
+        )
     return cases
 
 
@@ -494,12 +509,13 @@ def structure_names(
         if not all(isinstance(value, int) and value > 0 for value in labels.values()):
             raise ConfigError(f"labels {dict(labels)} must map names to whole numbers above 0")
         return dict(labels)
-    content = open_datalist(source) if Path(source).is_file() else None
-    if content and isinstance(content.get("labels"), dict):
+    named = labels_file(source)
+    if named is not None:
+        listed_labels = read_json(named)["labels"]
         try:
-            return {str(name): int(value) for value, name in content["labels"].items() if int(value) != 0}
+            return {str(name): int(value) for value, name in listed_labels.items() if int(value) != 0}
         except (TypeError, ValueError):
-            raise ConfigError(f'{source}: \'labels\' must map values to names, such as {{"1": "liver"}}') from None
+            raise ConfigError(f'{named}: \'labels\' must map values to names, such as {{"1": "liver"}}') from None
     values: set[float] = set()
     for case in cases:
         values |= set(np.unique(np.asarray(nib.load(case["label"]).dataobj)).tolist())

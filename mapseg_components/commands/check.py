@@ -25,7 +25,7 @@ from mapseg_components.data import (
     refuse_existing,
 )
 from mapseg_components.data.audit import names_of
-from mapseg_components.data.datalist import has_section, open_datalist
+from mapseg_components.data.datalist import has_section, labels_file, scans_below
 from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.portraits import PortraitRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
@@ -72,7 +72,7 @@ class CheckReport:
         counts = self.counts
         numbers = ", ".join(f"{counts[one]} {one}{'s' * (counts[one] != 1)}" for one in SEVERITIES)
         end = "A run would refuse these data." if counts["error"] else "No blocking finding."
-        return f"{len(self.files)} files read; {numbers}. {end}"
+        return f"{len(self.files)} file{'s' * (len(self.files) != 1)} read; {numbers}. {end}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Findings as severity, file below the input, what, remedy."""
@@ -179,7 +179,8 @@ def of_scans(
     cases = bids_scans(source, modality) if is_bids(source) else load_scans(source)
     if not cases:
         raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz): correct the path (mapseg prepare converts DICOM)"
+            f"{source} has no NIfTI scan (*.nii, *.nii.gz){scans_below(source)}: correct the path (mapseg prepare "
+            "converts DICOM)"
         )
     audit.findings += names_of(cases)
     with bar(len(cases), record, quiet):
@@ -222,9 +223,9 @@ def of_datalist(
 
 
 def labels_of(source: Path) -> str | None:
-    """The datalist file, if it names its labels."""
-    content = open_datalist(source)
-    return str(source) if content is not None and isinstance(content.get("labels"), dict) else None
+    """The file beside the scans that names the labels, if there is one."""
+    found = labels_file(source)
+    return None if found is None else str(found)
 
 
 def values_of(record: PortraitRecord, maps: Sequence[str]) -> list[int]:

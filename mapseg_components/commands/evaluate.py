@@ -188,7 +188,7 @@ def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], c
     shared = sorted(set.intersection(*map(set, sets.values())))
     if not shared:
         examples = "; ".join(f"{places[key]} has {', '.join(sorted(found)[:3])}" for key, found in sets.items())
-        raise ConfigError(f"no name is common: {examples}")
+        raise ConfigError(f"no name is common: {examples}: name folders of the same scans")
     findings = [
         Finding(
             "error", places[key], f"no label map for {', '.join(sorted(every - set(found)))}", "add it, or set common"

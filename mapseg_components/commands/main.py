@@ -12,6 +12,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
+from inspect import Parameter
 
 import fire
 from fire.decorators import SetParseFns
@@ -112,7 +113,8 @@ def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
             if name not in kinds:
                 raise ConfigError(f"unknown option --{option}{nearest(name, list(kinds), '--')}: {see(command)}")
             if kinds[name] == "bool":
-                value = value if equals else "true"
+                follows = not equals and rest and rest[0].lower() in ("true", "false")  # as in monai.bundle's commands
+                value = value if equals else rest.pop(0) if follows else "true"
             elif not equals:
                 if not rest or rest[0].startswith("--"):
                     raise ConfigError(f"option --{option} lacks its value: {see(command)}")
@@ -173,24 +175,32 @@ def command_help(name: str) -> str:
     parameters, kinds = command.signature.parameters, kinds_of(command)
     places = [p for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     options = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
-    usage = [p.name.upper() for p in places] + [f"--{p.name} {p.name.upper()}" for p in options if p.default is p.empty]
-    lines = [summary, "", f"Usage: mapseg {name} {' '.join(usage)} [options]", ""]
+    usage = [p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in places]
+    usage += [f"--{p.name} {p.name.upper()}" for p in options if p.default is p.empty] + ["[options]"] * bool(options)
+    lines = [summary, "", f"Usage: mapseg {name} {' '.join(usage)}", ""]
     for paragraph in about:
         lines += [*textwrap.wrap(paragraph, WIDTH), ""]
     for title, found in (("Arguments", places), ("Options", options)):
-        lines.append(f"{title}:")
+        lines += [f"{title}:"] * bool(found)
         for p in found:
             shown = p.name.upper() if p in places else f"--{p.name}"
             if p in options and kinds[p.name] != "bool":
                 shown += f" {kinds[p.name].upper() if kinds[p.name] != 'str' else 'TEXT'}"
-            default = "" if p.default in (p.empty, None, False) else f" (default: {p.default})"
+            default = "" if p.default in (p.empty, None, False) else f" (default: {default_text(p)})"
             text = textwrap.wrap(texts.get(p.name, "") + default, WIDTH - 28) or [""]
             if len(shown) > 25:
                 lines.append(f"  {shown}")
                 shown = ""
             lines += [f"  {shown:<26}{text[0]}", *(" " * 28 + line for line in text[1:])]
-        lines.append("")
+        lines += [""] * bool(found)
     return "\n".join([*lines, *EXIT_CODES.splitlines()]) + "\n"
+
+
+def default_text(p: Parameter) -> str:
+    """A default as a user would type it; of what is on, how to turn it off."""
+    if p.default is True:
+        return f"on; --{p.name}=false turns it off"
+    return ",".join(map(str, p.default)) if isinstance(p.default, tuple) else str(p.default)
 
 
 def described(command: Declaration) -> tuple[str, list[str], dict[str, str]]:

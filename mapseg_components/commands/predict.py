@@ -53,6 +53,7 @@ from mapseg_components.data import (
 )
 from mapseg_components.data.audit import names_of
 from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
+from mapseg_components.data.datalist import scans_below
 from mapseg_components.data.dicom import Series
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
@@ -302,7 +303,9 @@ def folder_scans(
     cases, series, findings = series_cases(source, output)
     cases = [*load_scans(source), *cases]
     if not cases and not findings:
-        raise ConfigError(f"{source} has no NIfTI scan (*.nii, *.nii.gz) and no DICOM series: correct the path")
+        raise ConfigError(
+            f"{source} has no NIfTI scan (*.nii, *.nii.gz){scans_below(source)}, and no DICOM series: correct the path"
+        )
     return cases, series, findings
 
 

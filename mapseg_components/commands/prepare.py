@@ -168,19 +168,24 @@ def prepare(
     stop the others. The same call again skips what is done.
 
     Args:
-        input: a NIfTI file, or a folder; see `find_sources`.
+        input: a NIfTI file, or a folder with NIfTI files or DICOM series at any depth; files of equal name in
+            ``labels`` beside ``images`` are label maps.
         output: folder of the results, another one than ``input``.
         spacing: mm, one number, or three for the axes to the right, anterior and superior, as a list or as text such as
             ``1,1,none`` (``None`` keeps that axis); ``None`` keeps the grid.
-        bias_correction: N4, for MR. ``None``: yes, except for CT.
+        bias_correction: N4, for MR (``--bias_correction=false`` for none). ``None``: yes, except for CT.
         ct: the scans are CT in Hounsfield units, perhaps with 1024 added: ``"keep"`` leaves the values, and says
             which of the two was recognised; ``"hu"`` takes the 1024 away where they are recognised, and refuses a scan
             where neither is. ``None``: no CT; a DICOM series with modality CT is treated as ``"keep"``.
-        labels: folder of label maps, see `find_sources`.
+        labels: folder of label maps named as their scans, if they lie elsewhere.
         series: UID of the only DICOM series to take.
         assume_orientation: three letters such as ``"RAS"`` for NIfTI scans whose header names no orientation; ``None``
             refuses them.
-        bias_mask, bias_shrink, bias_iterations, bias_convergence: see `bias_field`.
+        bias_mask: where the bias field is fitted: ``"otsu"``, above Otsu's threshold, or ``"foreground"``, above 0, for
+            skull-stripped scans.
+        bias_shrink: the bias field is fitted on every so many voxels; along short axes on more, so that 16 are left.
+        bias_iterations: the most at each level of the bias field, with commas between them.
+        bias_convergence: change of the bias field at which a level ends.
         workers: processes; each holds one scan in memory.
         overwrite: write again what was prepared with other settings or from another file, or was changed since.
         quiet: no progress bar, errors only.

@@ -45,7 +45,9 @@ def bids_scans(folder: str | Path, modality: str | None = None) -> list[dict[str
     )
     found = sorted({suffix(path) for path in files})
     if modality is None and len(found) > 1:
-        raise ConfigError(f"{folder} has scans of modalities {', '.join(found)}: choose one by modality")
+        raise ConfigError(
+            f"{folder} has scans of modalities {', '.join(found)}: choose one by modality, e.g. --modality {found[-1]}"
+        )
     files = [path for path in files if modality is None or suffix(path) == modality]
     if not files:
         has = f", it has {', '.join(found)}" if found else ""

@@ -24,6 +24,7 @@ with one more level, ``source/<domain>/images``, for several domains; a case id 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ SECTIONS = {
     "target_training": "target",
     "target_test": "test",
 }
+MOST_FOLDERS = 200  # that are looked into for the text of an error
 WITHOUT_LABELS = ("target_training",)
 # what is added to a case id when its results are written, and what a file system allows for a name
 LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
@@ -122,6 +124,14 @@ def open_datalist(datalist: str | Path) -> dict[str, Any] | None:
     raise ConfigError(f"no datalist at {path}: set datalist to a JSON file, or to a folder with source/ and target/")
 
 
+def labels_file(datalist: str | Path) -> Path | None:
+    """The file that names the structures: the datalist, or ``datalist.json`` of a folder; ``None`` if neither does."""
+    path = Path(datalist)
+    if path.is_dir():
+        path = path / "datalist.json"
+    return path if path.is_file() and isinstance(read_json(path).get("labels"), dict) else None
+
+
 def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str, Any]]:
     """Cases of several sections without their labels, each section a domain of its own (or several)."""
     cases = []
@@ -140,6 +150,16 @@ def load_scans(folder: str | Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be listed ({error}): correct dataset_dir, or allow reading it") from error
     return [{IMAGE: str(scan.absolute()), CASE_ID: stem(scan)} for scan in scans]
+
+
+def scans_below(folder: str | Path) -> str:
+    """For the error of a folder without scans: in which sub-folder some are, if it is quickly found; else nothing."""
+    for place, folders, files in itertools.islice(os.walk(folder), MOST_FOLDERS):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        count = sum(name.endswith(ENDINGS) and not name.startswith(".") for name in files)
+        if count and place != str(folder):
+            return f" itself, but its sub-folder {os.path.relpath(place, folder)} has {count}"
+    return ""
 
 
 def stem(scan: Path) -> str:

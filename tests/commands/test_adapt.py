@@ -113,7 +113,10 @@ def test_prepared_scans_and_the_way_back(folders, tmp_path):
         (tmp_path / "t2").mkdir(exist_ok=True)
         nib.save(flipped, tmp_path / "t2" / f"{number}.nii.gz")
     arguments = {**call(folders), "target": str(tmp_path / "t2"), "pretraining": False, "output": str(tmp_path / "out")}
-    adapt(**arguments, prepare={"spacing": 1.25, "bias_correction": False})
+    options = {"prepare": {"spacing": 1.25, "bias_correction": False}}
+    with pytest.raises(ConfigError, match="so that no epoch would be validated"):
+        adapt(**{**arguments, **options, "settings": {**TINY, "val_interval": 5}})
+    adapt(**arguments, **options)  # what was prepared already is no stranger
     scan = nib.load(tmp_path / "t2" / "7.nii.gz")
     results = tmp_path / "out" / "predictions" / "adapted"
     prepared, native = (nib.load(place / "7_seg.nii.gz") for place in (results, results / "native"))
@@ -162,12 +165,17 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"prepare": {"overwrite": True}}, "prepare has \\['overwrite'\\], expected options among"),
         ({"prepare": {}, "target": "t2/7.nii.gz"}, "prepare needs target as a folder"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
+        ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )
 def test_wrong_arguments_are_named(folders, tmp_path, change, message, monkeypatch):
     monkeypatch.chdir(folders)
     with pytest.raises(ConfigError, match=message):
         adapt(**{"source": "t1", "target": "t2", "output": str(tmp_path / "out"), **change})
+    left = list((tmp_path / "out").iterdir()) if (tmp_path / "out").is_dir() else []
+    assert [path.name for path in left if not path.name.startswith(".run.lock")] == [], (
+        "the folder is not free any more"
+    )
 
 
 def test_cases_are_held_out_by_the_seed(folders):
@@ -184,7 +192,7 @@ def test_unpaired_labels_are_named(folders, tmp_path):
         source_cases(str(tmp_path / "t1"), 0.2, 0)
     with pytest.raises(ConfigError, match="has neither images/ and labels/ nor source/"):
         source_cases(str(folders / "t2"), 0.2, 0)
-    with pytest.raises(ConfigError, match="has no NIfTI file"):
+    with pytest.raises(ConfigError, match=r"has no NIfTI file .* itself, but its sub-folder t1/images has 3:"):
         target_cases(str(folders))
 
 
@@ -193,6 +201,7 @@ def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
     assert structure_names(None, str(folders / "t1"), cases) == {"structure 1": 1, "structure 2": 2}
     assert structure_names({"liver": 5}, str(folders / "t1"), cases) == {"liver": 5}
     assert structure_names(None, str(dataset / "datalist.json"), []) == {"first": 1, "second": 2}
+    assert structure_names(None, str(dataset), []) == {"first": 1, "second": 2}, "a folder with a datalist.json"
     assert read_mapping("labels", '{"liver": 1}') == {"liver": 1}
 
 

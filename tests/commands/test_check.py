@@ -178,6 +178,23 @@ def test_an_empty_folder_is_a_usage_error(tmp_path, capsys):
     assert "no NIfTI scan" in capsys.readouterr().err
 
 
+def test_scans_in_a_sub_folder_are_pointed_at(capsys):
+    assert main(["check", str(SAMPLE / "test")]) == 2
+    assert "itself, but its sub-folder images has 2: correct the path" in capsys.readouterr().err
+
+
+def test_the_datalist_of_a_folder_names_its_structures(capsys):
+    assert main(["check", str(SAMPLE)]) == 0
+    assert "no structures are named" not in capsys.readouterr().out
+
+
+def test_label_maps_in_the_place_of_scans_are_suspected():
+    found = warnings_of(check(str(SAMPLE / "test" / "labels"), quiet=True))
+    texts = [text for _, text in found]
+    assert texts.count("its voxels have 9 different values, all whole: looks like a label map") == 2
+    assert warnings_of(check(str(SAMPLE / "test" / "images"), quiet=True)) == []
+
+
 def test_coarse_means_keep_the_mean_of_any_shape():
     for shape in ((5, 16, 37), (40, 33, 18)):
         volume = np.random.default_rng(0).random(shape)

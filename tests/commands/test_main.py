@@ -87,7 +87,9 @@ def test_help_of_a_command_explains_every_argument_and_option(name, capsys):
             if row.startswith(f"  {argument.upper()} " if positional else f"  --{argument} ")
         )
         following = printed.splitlines()[printed.splitlines().index(line) + 1]
-        assert len(line.split()) > 2 or following.startswith(" " * 28), f"{argument} has no text"
+        text = (line[28:] + " " + following[28:] * following.startswith(" " * 28)).partition("(default")[0]
+        assert text.strip(), f"{argument} has no text"
+    assert ":\n\n" not in printed and "find_sources" not in printed, "an empty list, or the name of a function inside"
     assert "Exit codes" in printed and "``" not in printed and max(map(len, printed.splitlines())) <= 120
 
 
@@ -120,6 +122,20 @@ def test_options_may_stand_anywhere_and_paths_stay_as_typed():
     words = ["--overwrite", "007", "1e3", "--bundle=1.50", "--num-threads", "2"]
     expected = ["--overwrite=True", "--input=007", "--output=1e3", "--bundle=1.50", "--num_threads=2"]
     assert canonical(declaration_of("predict"), words) == expected
+
+
+@pytest.mark.parametrize("words", [["--overwrite", "true"], ["--overwrite=True"], ["--overwrite"]])
+def test_a_switch_may_say_true_as_in_a_bundles_command(words):
+    assert canonical(declaration_of("check"), [*words, "scans"]) == ["--overwrite=True", "--input=scans"]
+    assert canonical(declaration_of("check"), ["scans", "--overwrite", "False"])[1] == "--overwrite=False"
+
+
+def test_help_shows_what_may_be_left_out_and_how_to_turn_off_what_is_on(capsys):
+    assert main(["report", "--help"]) == 0
+    assert "Usage: mapseg report DIRECTORY [OUTPUT]\n" in capsys.readouterr().out
+    assert main(["adapt", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Arguments:" not in printed and "(default: on; --pretraining=false turns it off)" in printed
 
 
 def test_a_path_like_a_number_reaches_the_function_as_typed(capsys, tmp_path, monkeypatch):
