@@ -253,6 +253,7 @@ class Adaptation:
         for side in ("source", "target"):
             if not Path(self.request[side]).is_dir():
                 raise ConfigError(f"prepare needs {side} as a folder of scans, {self.request[side]} is none")
+        for side in ("source", "target"):
             logger.info(f"Preparing the {side}'s scans ...")
             found = prepare_scans(self.request[side], self._scans(side), **self.request["prepare"], quiet=self.quiet)
             if found.exit_code:

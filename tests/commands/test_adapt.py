@@ -192,8 +192,9 @@ def test_unpaired_labels_are_named(folders, tmp_path):
         source_cases(str(tmp_path / "t1"), 0.2, 0)
     with pytest.raises(ConfigError, match="has neither images/ and labels/ nor source/"):
         source_cases(str(folders / "t2"), 0.2, 0)
+    shutil.rmtree(tmp_path / "t1" / "labels")
     with pytest.raises(ConfigError, match=r"has no NIfTI file .* itself, but its sub-folder t1/images has 3:"):
-        target_cases(str(folders))
+        target_cases(str(tmp_path))
 
 
 def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
