@@ -48,7 +48,14 @@ def tables(results: Mapping[str, Any]) -> str:
     load = f"Load of the machine: {machine['load']:.1f} processes."
     lines = [
         f"{place}; {size}; samples on one thread. {CLOCKS[settings['clock']]}. {load}"
-        + (f" Settings of the package: {changed}." if changed else ""),
+        + (f" Settings of the package: {changed}." if changed else "")
+    ]
+    return "\n".join([*lines, *(case_lines(results) if results["cases"] else []), *other_lines(results)])
+
+
+def case_lines(results: Mapping[str, Any]) -> list[str]:
+    """Tables of what was compared, by speed and by result."""
+    lines = [
         "",
         "| case | width | variant | median | min..max | n | times as fast | goal |",
         "|---|---|---|---|---|---|---|---|",
@@ -89,6 +96,12 @@ def tables(results: Mapping[str, Any]) -> str:
         if "parts" in case:
             done = ", ".join(f"{name} {seconds(value)}" for name, value in case["parts"].items())
             lines += ["", f"Parts of the plain {case['case']}, where they are done: {done}."]
+    return lines
+
+
+def other_lines(results: Mapping[str, Any]) -> list[str]:
+    """Tables of memory and of start-up."""
+    lines: list[str] = []
     if results.get("memory"):
         lines += [
             *("", "| memory of an adaptation step | width | before the first step | peak | the step's share |"),
@@ -102,7 +115,7 @@ def tables(results: Mapping[str, Any]) -> str:
         for name, found in results["startup"].items():
             spread = f"{seconds(found['min'])} .. {seconds(found['max'])}"
             lines.append(f"| {name} | {seconds(found['median'])} | {spread} | {found['n']} |")
-    return "\n".join(lines)
+    return lines
 
 
 def replace_between(page: Path, name: str, text: str) -> None:
