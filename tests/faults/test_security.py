@@ -330,8 +330,8 @@ def test_header_text_reaches_neither_logs_nor_results(tmp_path, model, caplog, c
 # ---- the package itself
 
 DOORS = {
-    "torch.load": {"checkpoints.py"},
-    "torch.save": {"checkpoints.py"},
+    "torch.load": {"mapseg_components/checkpoints.py"},
+    "torch.save": {"mapseg_components/checkpoints.py"},
     "torch.jit.load": set(),
     "pickle.load": set(),
     "pickle.loads": set(),
@@ -344,11 +344,11 @@ DOORS = {
     "exec": set(),
     "compile": set(),
     "__import__": set(),
-    "importlib.import_module": set(),
+    "importlib.import_module": {"commands/__init__.py"},  # a name of its own __all__, at its first use
 }
 MODULES = {"subprocess", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 # a stage of mapseg adapt: this Python with a list of arguments, never a shell
-STARTS_PROCESSES = {"stages.py"}
+STARTS_PROCESSES = {"commands/stages.py"}
 
 
 def dotted(node):
@@ -388,7 +388,7 @@ SOURCES = sorted(Path(mapseg_components.__file__).parent.rglob("*.py"))
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(SOURCES[0].parent)))
 def test_no_second_door_for_code(path):
-    assert misuses(path.read_text(), path.name) == []
+    assert misuses(path.read_text(), f"{path.parent.name}/{path.name}") == []
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,8 @@ def test_no_second_door_for_code(path):
 def test_a_second_door_would_be_seen(source):
     assert misuses(source, "other.py")
     assert not misuses(
-        "network.eval(); numpy.load(path); json.load(x); torch.load(p, weights_only=True)", "checkpoints.py"
+        "network.eval(); numpy.load(path); json.load(x); torch.load(p, weights_only=True)",
+        "mapseg_components/checkpoints.py",
     )
 
 
