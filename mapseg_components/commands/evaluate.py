@@ -34,6 +34,7 @@ __all__ = ["Evaluation", "evaluate"]
 TABLE, SUMMARY = "evaluation.csv", "evaluation.json"
 ENDINGS_OF_RESULTS = re.compile(r"_(seg|dseg|pred|label|labels)$")
 MEAN = "mean of structures"
+MOST_VALUES = 1000  # the largest atlases have some hundreds; a scan has more
 
 
 @dataclass
@@ -229,6 +230,9 @@ def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
     scan = read_nifti(path)
     if not np.array_equal(scan.voxels, np.rint(scan.voxels)):
         raise DataError(f"{path}: it has fractional values, expected a label map: name the folder of label maps")
+    different = len(np.unique(scan.voxels))
+    if different > MOST_VALUES:
+        raise DataError(f"{path}: {different} different values, expected a label map: name the folder of label maps")
     return np.asarray(scan.voxels).astype(np.int64), scan.affine, np.linalg.norm(scan.affine[:3, :3], axis=0).tolist()
 
 

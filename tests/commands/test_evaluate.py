@@ -130,6 +130,10 @@ def test_an_image_is_no_label_map(folders):
     write_nifti(folders / "pred" / "case1_seg.nii.gz", boxes() * np.float32(0.7), SPACING)
     with pytest.raises(DataError, match=r"case1_seg.*fractional"):
         evaluate(folders / "pred", folders / "truth", quiet=True)
+    scan = np.arange(boxes().size, dtype=np.int16).reshape(boxes().shape) % 1500
+    write_nifti(folders / "pred" / "case1_seg.nii.gz", scan, SPACING)
+    with pytest.raises(DataError, match=r"case1_seg.*: 1500 different values, expected a label map"):
+        evaluate(folders / "pred", folders / "truth", quiet=True)
 
 
 @pytest.mark.parametrize("labels", ["no file", '["a"]', '{"a": "x"}'])
