@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 OVERLAYS = ("source_only.yaml", "from_source.yaml", "any_contrast.yaml")
 MOST_LABELS = 255
-HOW = ("overwrite", "quiet", "verbose")  # of mapseg prepare: how it runs
+NOT_ASKED = {"input", "output", "labels", "series", "overwrite", "quiet", "verbose"}  # of mapseg prepare
 
 
 @dataclass
@@ -290,7 +290,7 @@ class Adaptation:
             "source_validation": validation,
             "target_training": target,
         }
-        self._check_settings()  # before anything is written: the folder stays free for the corrected command
+        self._check_settings()  # before the folder belongs to this run: it stays free for the corrected command
         write_json(content, self.folder / "datalist.json")
 
     def _check(self) -> None:
@@ -436,7 +436,7 @@ def read_mapping(name: str, given: str | Mapping[str, Any] | None) -> dict[str, 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others."""
     options = read_mapping("prepare", given)
-    known = set(inspect.signature(prepare_scans).parameters) - {"input", "output", "labels", "series", *HOW}
+    known = set(inspect.signature(prepare_scans).parameters) - NOT_ASKED
     unknown = sorted(set(options or {}) - known)
     if unknown:
         raise ConfigError(f"prepare has {unknown}, expected options among {sorted(known)}")

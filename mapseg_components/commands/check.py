@@ -85,14 +85,13 @@ class CheckReport:
 
     def html(self) -> str:
         """Self-contained page."""
-        head = ("severity", "where", "what", "remedy")
         names = ("file", "set", "shape", "spacing_mm", "orientation", "lowest", "highest", "status")
         files = [
             [below(row["file"], self.input) if n == "file" else shown(row[n]) for n in names] for row in self.files
         ]
         return page(
             f"Check of {Path(self.input).name}",
-            f"<p>{self.verdict()}</p>\n<h2>Findings</h2>\n{sortable_table(head, self.rows(), SEVERITIES)}\n"
+            f"<p>{self.verdict()}</p>\n<h2>Findings</h2>\n{findings_table(self.rows())}\n"
             f"<h2>Files</h2>\n{sortable_table([n.replace('_mm', ' (mm)') for n in names], files, SEVERITIES)}\n"
             "<p>Errors stop a run. Warnings and notes are guesses from the set as a whole: an unusual scan may be "
             "right, and a usual one wrong.</p>",
@@ -276,6 +275,11 @@ def write(result: CheckReport, folder: Path) -> None:
     }
     write_json(content, folder / JSON)
     write_text(result.html(), folder / HTML)
+
+
+def findings_table(rows: Sequence[Sequence[str]]) -> str:
+    """HTML table of `CheckReport.rows`."""
+    return sortable_table(("severity", "where", "what", "remedy"), rows, SEVERITIES)
 
 
 def below(file: str, place: str) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -604,11 +606,22 @@ class Run:
             draw_preview(case[IMAGE], place.label_map, self.names, place.preview)
             one.preview = str(place.preview)
 
+    @cached_property
+    def weights(self) -> list[dict[str, str | None]]:
+        """Files of weights with their checksums, ``None`` of one that cannot be read."""
+        found: list[dict[str, str | None]] = []
+        for path in self.members:
+            digest = None
+            with contextlib.suppress(OSError):
+                digest = sha256_of(path)
+            found.append({"file": path, "sha256": digest})
+        return found
+
     def algorithm(self) -> Algorithm:
         """What made the label maps, for a DICOM-SEG."""
         meta = self.parser.config.get("_meta_") or {}
         name = str(meta.get("name") or Path(self.parser.get_parsed_content("bundle_root")).name)
-        digests = "+".join(sha256_of(path)[:16] for path in self.members)
+        digests = "+".join((one["sha256"] or "unknown")[:16] for one in self.weights)
         return Algorithm(name, str(meta.get("version") or "unknown"), __version__, digests)
 
     def finish(self, folder: Path, command: Sequence[str], began: datetime, started: float, source: Path) -> None:
@@ -628,7 +641,7 @@ class Run:
             "bundle_version": (self.parser.config.get("_meta_") or {}).get("version"),
             "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "settings": json.loads(text),
-            "weights": [{"file": str(path), "sha256": sha256_of(path)} for path in self.members],
+            "weights": self.weights,
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
         }

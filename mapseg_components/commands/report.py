@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 
 from mapseg_components.colours import structure_colours
-from mapseg_components.commands.check import SEVERITIES
+from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import load_datalist
 from mapseg_components.data.results import result_path
@@ -116,7 +116,7 @@ def report(directory: str, output: str | None = None) -> str:
         f'<h2>Volumes</h2><p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}',
         f"<h2>Dice on the source's validation scans</h2>{validation_table(assessment, names)}",
         f"<h2>What this cannot know</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in CANNOT_KNOW)}</ul>",
-        f"<h2>Check of the scans</h2>{findings_table(run.get('check'))}",
+        f"<h2>Check of the scans</h2>{check_section(run.get('check'))}",
         "<h2>Settings</h2><details><summary>Arguments, plan, seconds, versions</summary><pre>"
         f"{escape(json.dumps({key: run[key] for key in MANIFEST}, indent=2))}</pre></details>",
     ]
@@ -174,12 +174,11 @@ def validation_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str
     return sortable_table(["structure", *MODELS.values()], rows)
 
 
-def findings_table(found: Mapping[str, Any] | None) -> str:
+def check_section(found: Mapping[str, Any] | None) -> str:
     """What ``mapseg check`` said of source and target before the first stage."""
     if found is None:
         return "<p>The scans were not checked by this version: run mapseg check on them.</p>"
-    table = sortable_table(("severity", "where", "what", "remedy"), found["findings"], SEVERITIES)
-    return f"<p>{escape(found['verdict'])}</p>{table if found['findings'] else ''}"
+    return f"<p>{escape(found['verdict'])}</p>{findings_table(found['findings']) if found['findings'] else ''}"
 
 
 def figures(folder: Path) -> str:

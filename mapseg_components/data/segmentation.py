@@ -90,8 +90,7 @@ def reference_headers(series: Series) -> list[Any]:
             header.SpacingBetweenSlices = float(np.linalg.norm(ends[1] - ends[0]) / (len(headers) - 1))
             header.SliceThickness = header.get("SliceThickness") or header.SpacingBetweenSlices
     except DAMAGED as error:
-        what = f"its headers make no DICOM-SEG ({type(error).__name__})"  # its own words might quote a header
-        raise fault(str(series), what, "leave out dicom_seg, or repair the headers") from error
+        raise unusable(series, error) from error
     return headers
 
 
@@ -133,11 +132,16 @@ def write_segmentation(
             specific_character_set="ISO_IR 192",  # UTF-8, for any structure's name
         )
     except DAMAGED as error:
-        what = f"its headers make no DICOM-SEG ({type(error).__name__})"  # its own words might quote a header
-        raise fault(str(series), what, "leave out dicom_seg, or repair the headers") from error
+        raise unusable(series, error) from error
     with replacing(path) as temporary:
         content.save_as(temporary)
         verify(temporary, headers, slices, Path(path))
+
+
+def unusable(series: Series, error: BaseException) -> MAPSegError:
+    """Error of headers that pydicom or highdicom refuse; their own words might quote a header, so they are left out."""
+    what = f"its headers make no DICOM-SEG ({type(error).__name__})"
+    return fault(str(series), what, "leave out dicom_seg, or repair the headers")
 
 
 def descriptions(names: Sequence[str], algorithm: Algorithm) -> list[Any]:
