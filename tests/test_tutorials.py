@@ -68,12 +68,20 @@ def test_segment(tmp_path):
 
 
 @pytest.mark.slow
-def test_adapt(tmp_path):
+def test_adapt_and_then_the_settings(tmp_path):
     printed = follow("adapt.md", tmp_path, EPOCHS="2")
     assert {f"{case}_seg.nii.gz" for case in TARGET} | {"volumes.csv"} <= set(printed.splitlines())
     assert (tmp_path / "pretraining" / "model.pt").is_file()
     assert (tmp_path / "source_only" / "source_only.pt").is_file()
     assert "model.pt" in json.loads((tmp_path / "adapted" / "model_selection.json").read_text())
+
+    printed = follow("settings.md", tmp_path, EPOCHS="1")
+    assert {"handover.json", "weights.pt"} <= set(printed.splitlines())
+    assert json.loads((tmp_path / "target.json").read_text()).keys() == {"target_training"}
+    (line,) = [json.loads(line) for line in printed.splitlines() if line.startswith('{"round"')]
+    assert sorted(line["sites"]) == ["one", "three", "two"]
+    scores = dict(line.split() for line in printed.splitlines() if re.fullmatch(r"\w+ 0\.\d+", line))
+    assert sorted(scores) == ["adapted", "federated", "source_only", "test_time"]
 
 
 def test_pipeline(tmp_path):
