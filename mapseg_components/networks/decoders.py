@@ -148,10 +148,23 @@ class ASPP(Recomputable):
         return self.project(torch.cat(outputs, dim=1))
 
 
+class Float32Conv3d(nn.Conv3d):
+    """Conv3d in float32 under autocast, too: class logits rounded to bfloat16 tie, and labels turn over.
+
+    A scripted network computes it as autocast says.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 class SegmentationHead(Recomputable):
     """Features to class logits at full resolution.
 
-    Transposed conv, GroupNorm, ReLU, 3x3x3 conv, GroupNorm, ReLU, 1x1x1 conv.
+    Transposed conv, GroupNorm, ReLU, 3x3x3 conv, GroupNorm, ReLU, 1x1x1 conv; the last in float32 under autocast.
 
     Args:
         in_channels: channels of the features.
@@ -174,7 +187,7 @@ class SegmentationHead(Recomputable):
             group_norm(channels, norm_groups),
             nn.ReLU(inplace=True),
             conv_norm_relu(channels, channels, 3, norm_groups),
-            nn.Conv3d(channels, num_classes, kernel_size=1),
+            Float32Conv3d(channels, num_classes, kernel_size=1),
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -119,6 +119,18 @@ def test_network_scripts_and_agrees(tiny_network):
     torch.testing.assert_close(scripted(image), tiny_network(image))
 
 
+def test_class_logits_are_not_rounded_to_bfloat16(tiny_network):
+    image, hidden = torch.rand(1, 1, 16, 12, 20), {}
+    tiny_network.head.layers[-1].register_forward_hook(lambda module, given, logits: hidden.update(given=given[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = tiny_network(image)
+    assert logits.dtype == torch.float32
+    last = tiny_network.head.layers[-1]
+    expected = torch.nn.functional.conv3d(hidden["given"].float(), last.weight, last.bias)
+    torch.testing.assert_close(logits, expected)
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_resample_box_equals_grid_sample():
     volume, box = torch.rand(2, 3, 7, 9, 11), torch.tensor([[[1.2, 6.0], [0.5, 8.0], [2.0, 9.7]]] * 2)
     size = [4, 5, 6]
