@@ -155,7 +155,7 @@ class Float32Conv3d(nn.Conv3d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting() or input.is_meta:
             return self._conv_forward(input, self.weight, self.bias)
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(self.weight.dtype))
