@@ -59,15 +59,17 @@ def pair(network: GlobalLocalDeepLabV3, pairs: int, patch: int, dtype: torch.dty
     return network.decode(features, features).sum()
 
 
-def mae_step_flop(width: int, depth: int, patch: int, batch: int) -> int:
-    """Forward and backward of local and global images."""
-    network = mae(width, depth)
+def mae_step_flop(network: nn.Module, patch: int, batch: int) -> int:
+    """Forward and backward of local and global images by a network on the meta device."""
     return counted(lambda: network(image(2 * batch, patch)).sum().backward())
 
 
-def adaptation_step_flop(width: int, depth: int, patch: int, classes: int, passes: int = 3) -> int:
-    """Forward and backward of the student's pairs (source clean, masked; target masked), forward of the teacher's."""
-    network = segmenter(width, depth, classes)
+def adaptation_step_flop(network: GlobalLocalDeepLabV3, patch: int, passes: int = 3) -> int:
+    """Forward and backward of the student's pairs (source clean, masked; target masked), forward of the teacher's.
+
+    Args:
+        network: on the meta device. patch: voxels per axis. passes: pairs of the student.
+    """
     student = counted(lambda: pair(network, passes, patch).backward())
     with torch.no_grad():
         return student + counted(lambda: pair(network, 1, patch))
@@ -140,9 +142,9 @@ def tables(width: int, depth: int, patch: int, batch: int, classes: int) -> str:
         "|---|---|---|---|",
     ]
     steps = {
-        f"MAE, {batch} pairs": mae_step_flop(width, depth, patch, batch),
-        "adaptation, Eq. 8": adaptation_step_flop(width, depth, patch, classes),
-        "adaptation, `target_clean`": adaptation_step_flop(width, depth, patch, classes, passes=4),
+        f"MAE, {batch} pairs": mae_step_flop(autoencoder, patch, batch),
+        "adaptation, Eq. 8": adaptation_step_flop(network, patch),
+        "adaptation, `target_clean`": adaptation_step_flop(network, patch, passes=4),
     }
     for name, flop in steps.items():
         lines.append(f"| {name} | {flop / 1e12:.4g} | {flop / RATE / 0.4 * 1e3:.0f} | {flop / RATE / 0.6 * 1e3:.0f} |")

@@ -190,6 +190,11 @@ def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
 
 
+def on_meta(parser: Any) -> nn.Module:
+    """A copy of a bundle's network whose operations can be counted."""
+    return copy.deepcopy(part(parser, "network_def")).to("meta").train()
+
+
 def mae_steps(bench: Bench) -> dict[str, Any]:
     """One step of pretraining."""
     parsers = {name: bench.parser("pretraining", amp=amp) for name, amp in bench.amps.items()}
@@ -208,7 +213,7 @@ def mae_steps(bench: Bench) -> dict[str, Any]:
         lambda network, batches, masks: plain_training.mae_losses(network, batches[""], BLOCKS, masks),
     )
     seconds = bench.timed(steps)
-    flop = analytic.mae_step_flop(bench.width, bench.depth, bench.patch, bench.batch_size)
+    flop = analytic.mae_step_flop(on_meta(parsers["package"]), bench.patch, bench.batch_size)
     return bench.result("MAE step", seconds, equality, flop=flop, batch_size=bench.batch_size)
 
 
@@ -232,7 +237,7 @@ def adaptation_steps(bench: Bench) -> dict[str, Any]:
 
     equality = same_step(bench, parsers["package"], batch, losses)
     seconds = bench.timed(steps)
-    flop = analytic.adaptation_step_flop(bench.width, bench.depth, bench.patch, len(bench.labels) + 1)
+    flop = analytic.adaptation_step_flop(on_meta(parsers["package"]), bench.patch)
     return bench.result("adaptation step", seconds, equality, flop=flop, batch_size=1)
 
 

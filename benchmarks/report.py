@@ -27,6 +27,7 @@ GOALS = {
     ("inference", "package_bf16"): 8.0,
 }
 CLOCKS = {"wall": "Seconds that passed", "cpu": "Seconds of processor time, for others used the machine as well"}
+KINDS = {"package": "float32", "package_bf16": "bf16"}
 NAMES = {"plain": "plain", "package": "package, float32", "package_bf16": "package, bf16"}
 
 
@@ -37,6 +38,14 @@ def seconds(value: float) -> str:
 
 def gigabytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
+
+
+def operations(case: Mapping[str, Any], variant: str, rates: Mapping[str, float]) -> str:
+    """Operations a second, beside the rate of matrix products of the same precision; empty where none are counted."""
+    if "flop" not in case:
+        return ""
+    done = case["flop"] / case["seconds"][variant]["median"]
+    return f"{done / 1e12:.3g} TFLOP/s, {done / rates['package' if variant == 'plain' else variant]:.0%}"
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -57,8 +66,8 @@ def case_lines(results: Mapping[str, Any]) -> list[str]:
     """Tables of what was compared, by speed and by result."""
     lines = [
         "",
-        "| case | width | variant | median | min..max | n | times as fast | goal |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | width | variant | median | min..max | n | times as fast | goal | operations |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for case in results["cases"]:
         for variant, found in case["seconds"].items():
@@ -70,8 +79,14 @@ def case_lines(results: Mapping[str, Any]) -> list[str]:
                 str(found["n"]),
                 "1" if ratio is None else f"**{ratio:.3g}**",
                 "" if goal is None else f"{goal:g}",
+                operations(case, variant, results["rates"]),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    rates = " and ".join(f"{rate / 1e12:.3g} TFLOP/s in {KINDS[kind]}" for kind, rate in results["rates"].items())
+    lines += [
+        "",
+        f"Operations: of a step, a second, and as a share of what products of large matrices reach here: {rates}.",
+    ]
     missing = list(dict.fromkeys(name for name, _ in GOALS if name not in {case["case"] for case in results["cases"]}))
     if missing:
         lines += ["", f"Not measured in this run: {', '.join(missing)}."]

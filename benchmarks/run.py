@@ -31,7 +31,7 @@ from benchmarks.memory import measure
 from benchmarks.package import require_known, settings_of, write_datalist
 from benchmarks.report import tables
 from benchmarks.startup import startup
-from benchmarks.timing import CLOCKS, machine
+from benchmarks.timing import CLOCKS, machine, product_rates
 from benchmarks.volume import SHAPE, write_brain
 
 __all__ = ["run"]
@@ -111,6 +111,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {
         "machine": {**machine(device), "date": datetime.date.today().isoformat()},
         "settings": {**{key: getattr(arguments, key) for key in sizes}, "set": chosen},
+        "rates": product_rates(device, CLOCKS[arguments.clock], side_of_products(device, arguments.quick)),
         **{"cases": [], "memory": [], "startup": {}},
     }
     with tempfile.TemporaryDirectory() as name:
@@ -149,6 +150,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             results["startup"] = startup(folder / "startup", arguments.repeats, arguments.clock)
     write(results, arguments.output)
     return results
+
+
+def side_of_products(device: torch.device, quick: bool) -> int:
+    """Rows of the matrices that show what a device can do, in a second or so."""
+    if quick:
+        return 64
+    return 2048 if device.type == "cpu" else 8192
 
 
 def go_on(results: dict[str, Any], path: Path) -> None:

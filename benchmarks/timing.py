@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import platform
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CLOCKS", "interleaved", "machine", "peak_bytes", "ratios", "summary"]
+__all__ = ["CLOCKS", "interleaved", "machine", "peak_bytes", "product_rates", "ratios", "summary"]
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -89,6 +90,20 @@ def peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no VmHWM: memory is measured on Linux only")
+
+
+def product_rates(device: torch.device, clock: Callable[[], float], side: int, repeats: int = 5) -> dict[str, float]:
+    """Operations a second of products of two square matrices, which no step exceeds by much: float32 and bf16.
+
+    Args:
+        side: rows and columns of the matrices.
+    """
+    calls = {}
+    for name, dtype in (("package", torch.float32), ("package_bf16", torch.bfloat16)):
+        one, other = torch.randn(2, side, side, device=device).to(dtype)
+        calls[name] = functools.partial(torch.matmul, one, other)
+    seconds = interleaved(calls, repeats, device, clock=clock)
+    return {name: 2 * side**3 / statistics.median(values) for name, values in seconds.items()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -45,6 +45,14 @@ def test_every_case_is_measured_and_compared(results):
     assert found["inference"]["trained"]["package_bf16"] > 0.99
 
 
+def test_operations_are_counted_and_set_beside_matrix_products(results):
+    steps = [case for case in results["cases"] if case["case"].endswith("step")]
+    assert len(steps) == 2 and all(case["flop"] > 1e6 for case in steps)
+    rate = steps[0]["flop"] / steps[0]["seconds"]["plain"]["median"]
+    share = f"{rate / 1e12:.3g} TFLOP/s, {rate / results['rates']['package']:.0%} |"
+    assert share in report.tables(results)
+
+
 def test_package_and_baseline_agree(results):
     assert [one for case in results["cases"] for one in case["equality"] if not one["ok"]] == []
 

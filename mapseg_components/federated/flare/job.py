@@ -28,10 +28,10 @@ from nvflare.recipe.sim_env import SimEnv
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated.flare.controller import TASK, MAPSegController
 from mapseg_components.federated.flare.executor import SiteExecutor
-from mapseg_components.federated.flare.party import PARTY_DIR
+from mapseg_components.federated.flare.party import PARTY_DIR, sides_of
 from mapseg_components.federated.flare.statistics import make_statistics_job
 from mapseg_components.federated.privacy import Privacy
-from mapseg_components.keys import SOURCE, TARGET
+from mapseg_components.keys import TARGET
 from mapseg_components.reports.domain_gap import draw_domain_gap
 
 __all__ = ["allow_components", "make_job", "simulate"]
@@ -76,9 +76,9 @@ def make_job(
     job = FedJob(name=NAME, min_clients=min_sites + (source_site is not None))
     job.set_app_packages(["mapseg_components"])  # installed at the sites: otherwise a copy of its code would travel
     job.to_server(MAPSegController(source_site=source_site))
-    for site in [*sites, *([source_site] if source_site else [])]:
-        outgoing = [*(filters if site != source_site else ()), *pack]
-        job.to(SiteExecutor(SOURCE if site == source_site else TARGET, bool(outgoing)), site)
+    for site, side in sides_of(sites, source_site).items():
+        outgoing = [*(filters if side == TARGET else ()), *pack]
+        job.to(SiteExecutor(side, bool(outgoing)), site)
         for each in outgoing:
             job.to(each, site, tasks=[TASK], filter_type=FilterType.TASK_RESULT)
         for each in unpack:
@@ -151,8 +151,8 @@ def main() -> None:
     given = arguments.parse_args()
     if given.allow:
         allow_components(given.allow)
+    everyone = list(sides_of(given.sites, given.source_site))
     if given.draw:
-        everyone = [*given.sites, *([given.source_site] if given.source_site else [])]
         for site in draw_domain_gap(*given.draw, everyone):
             logger.warning(f"{site} told nothing: its own log says why.")
     if not (given.write or given.simulate):
@@ -174,7 +174,7 @@ def main() -> None:
     if given.simulate:
         if PARTY_DIR not in os.environ:
             raise ConfigError(f"{PARTY_DIR} is not set: set it to the folder with server.json and a file for each site")
-        simulate(job, [*given.sites, *([given.source_site] if given.source_site else [])], given.simulate)
+        simulate(job, everyone, given.simulate)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,16 @@ from mapseg_components.configs import check_settings
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.site import Site, parser_of
+from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["PARTY_DIR", "Party"]
 
 PARTY_DIR = "MAPSEG_PARTY_DIR"
+
+
+def sides_of(sites: Sequence[str], source_site: str | None = None) -> dict[str, str]:
+    """Side of every client of a job: those with target scans, then the one with the source, if it is no server."""
+    return {**dict.fromkeys(sites, TARGET), **({source_site: SOURCE} if source_site else {})}
 
 
 @dataclass(frozen=True)

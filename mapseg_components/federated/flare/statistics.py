@@ -21,7 +21,7 @@ from nvflare.job_config.defs import FilterType
 
 from mapseg_components.data import load_datalist
 from mapseg_components.errors import ConfigError, MAPSegError
-from mapseg_components.federated.flare.party import Party
+from mapseg_components.federated.flare.party import Party, sides_of
 from mapseg_components.federated.site import SECTION, parser_of
 from mapseg_components.federated.statistics import FEATURES, LEAST_SCANS, summary_of
 from mapseg_components.files import write_json
@@ -154,7 +154,6 @@ def make_statistics_job(sites: Sequence[str], min_sites: int, source_site: str |
     NVFlare writes them to `RESULT` in the job's folder at the server. Its ``MinCountCleanser`` looks at what a site
     sends once more.
     """
-    everyone = [*sites, *([source_site] if source_site else [])]
     histograms = {name: {"bins": each.bins, "range": [each.low, each.high]} for name, each in FEATURES.items()}
     asked = {"count": {}, "sum": {}, "mean": {}, "stddev": {}, "histogram": histograms}
     job = FedJob(name=NAME, min_clients=min_sites)
@@ -165,8 +164,8 @@ def make_statistics_job(sites: Sequence[str], min_sites: int, source_site: str |
             asked, writer, min_clients=min_sites, wait_time_after_min_received=WAIT_S, enable_pre_run_task=False
         )
     )
-    for site in everyone:
-        generator = job.to(SiteStatistics(SOURCE if site == source_site else TARGET), site, id="statistics")
+    for site, side in sides_of(sites, source_site).items():
+        generator = job.to(SiteStatistics(side), site, id="statistics")
         job.to(StatisticsExecutor(generator_id=generator), site, tasks=[TASK])
         cleanser = job.to(MinCountCleanser(LEAST_SCANS), site, id="min_count")
         job.to(StatisticsPrivacyFilter([cleanser]), site, tasks=[TASK], filter_type=FilterType.TASK_RESULT)
