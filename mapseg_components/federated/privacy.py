@@ -7,23 +7,26 @@ Everything acts on the difference between the weights that arrived and those tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
-from mapseg_components.errors import ConfigError, FederationError, NonFiniteError
+from mapseg_components.errors import ConfigError, FederationError, NonFiniteError, ResourceError
 from mapseg_components.files import write_json
 
 __all__ = ["Ledger", "Privacy", "epsilon_of", "protect"]
 
 BISECTIONS = 100  # halves an interval down to the last bit of a float
 NORMAL = NormalDist()
+LOCK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -200,13 +203,16 @@ class Ledger:
             Empty without noise.
 
         Raises:
-            FederationError: the file cannot be used. ResourceError: it cannot be written; nothing may leave then.
+            FederationError: the budget is spent, or the file cannot be used. ResourceError: it cannot be written;
+                nothing may leave then.
         """
         if not self.privacy.noise:
             return {}
-        releases, cost = self._read()
-        releases, cost = releases + 1, cost + self.privacy.cost
-        write_json({"updates": releases, "cost": cost}, self.path)
+        with self._alone():  # another job of this site may spend from the same file
+            self.require_room()
+            releases, cost = self._read()
+            releases, cost = releases + 1, cost + self.privacy.cost
+            write_json({"updates": releases, "cost": cost}, self.path)
         delta = self.privacy.delta
         return {
             "epsilon": epsilon_of(self.privacy.cost, delta),
@@ -214,6 +220,20 @@ class Ledger:
             "delta": delta,
             "updates": releases,
         }
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process reads or writes the file in this block."""
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_TIMEOUT_S)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except (Timeout, OSError) as error:
+            raise ResourceError(f"{self.path} cannot be claimed ({error}): end the other job of this site") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _read(self) -> tuple[int, float]:
         if not self.privacy.noise or not self.path.exists():

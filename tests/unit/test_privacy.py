@@ -2,16 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mapseg_components.errors import ConfigError, FederationError, NonFiniteError
+from mapseg_components.errors import ConfigError, FederationError, NonFiniteError, ResourceError
 from mapseg_components.federated import Privacy, simulate
 from mapseg_components.federated.core import movement
 from mapseg_components.federated.privacy import Ledger, delta_of, epsilon_of, protect
@@ -140,6 +143,33 @@ def test_every_update_is_counted_and_a_site_stops_at_its_limit(tmp_path):
     assert epsilon_of(2.0, 1e-5) < 7.0 < epsilon_of(3.0, 1e-5)
     with pytest.raises(FederationError, match=r"budget is spent: after 2 updates.*epsilon to 8\.\d+.*_epsilon is 7"):
         Ledger(tmp_path / "privacy.json", privacy).require_room()
+
+
+def test_two_jobs_of_a_site_share_one_budget(tmp_path):
+    privacy = Privacy(clip=0.1, noise=2.0, max_epsilon=epsilon_of(24.5, 1e-5))
+
+    def updates_of_a_job(_: int) -> int:
+        sent = 0
+        with contextlib.suppress(FederationError):
+            for _ in range(8):
+                Ledger(tmp_path / "privacy.json", privacy).spend()
+                sent += 1
+        return sent
+
+    with ThreadPoolExecutor(4) as jobs:
+        sent = sum(jobs.map(updates_of_a_job, range(4)))
+    assert sent == 24 == json.loads((tmp_path / "privacy.json").read_text())["updates"]
+
+
+def test_a_ledger_that_another_job_holds_lets_nothing_leave(tmp_path, monkeypatch):
+    monkeypatch.setattr("mapseg_components.federated.privacy.LOCK_TIMEOUT_S", 0.1)
+    ledger = Ledger(tmp_path / "privacy.json", Privacy(clip=0.1, noise=2.0))
+    with (
+        FileLock(tmp_path / ".privacy.json.lock"),
+        pytest.raises(ResourceError, match="end the other job of this site"),
+    ):
+        ledger.spend()
+    assert not (tmp_path / "privacy.json").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"updates": 0, "cost": 0}', '{"updates": 2, "cost": NaN}', "[1]"])
