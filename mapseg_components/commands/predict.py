@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Events
@@ -76,6 +78,7 @@ from mapseg_components.files import (
     write_text,
 )
 from mapseg_components.keys import CASE_ID, CONFIDENCE, IMAGE, PRED, PROBABILITIES
+from mapseg_components.memory import memory_of
 from mapseg_components.reports import can_draw, draw_preview, text_table
 from mapseg_components.transforms import save_probabilities
 
@@ -84,6 +87,8 @@ __all__ = ["Prediction", "Predictions", "predict"]
 logger = logging.getLogger(__name__)
 
 SAVING = "SaveLabelMapd"
+# of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
+BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST = "volumes.csv", "manifest.json"
 LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesurfer_table}
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
@@ -230,7 +235,8 @@ def predict(
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
         dicom_seg: write a DICOM Segmentation of each DICOM series, too (needs highdicom); it holds patient data.
         no_preview: draw no pictures; they need matplotlib.
-        no_overlap: read, segment and write one scan after the other: less memory, the same results.
+        no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
+            where several scans at once would take more than half of the memory.
         overwrite: replace results of an earlier run.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
@@ -563,7 +569,18 @@ class Run:
                 self.write(todo, output)
                 bar.update()
 
-            in_stages(self._todo, self.read, self.segment, write, self.overlap)
+            in_stages(self._todo, self.read, self.segment, write, self.overlap and self.roomy())
+
+    def roomy(self) -> bool:
+        """Whether three of the largest scans at once take at most half of the memory: others use it as well."""
+        voxels = max(math.prod(nib.load(case[IMAGE]).shape[:3]) for _, case in self._todo)
+        needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * (len(self.names) + 1))
+        available = memory_of("cpu")
+        if available is None or 2 * needed <= available:
+            return True
+        found = f"{needed / 2**30:.1f} GiB, more than half of {available / 2**30:.1f} GiB"
+        logger.info(f"Scans are segmented one after the other: several at once would take {found}.")
+        return False
 
     @contextlib.contextmanager
     def own(self, todo: Todo) -> Iterator[None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 
@@ -13,12 +14,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import run as bundle_run
 from monai.transforms import SpatialResample
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.predict import Run
 from tests.conftest import ROOT, SAMPLE
 
+predict_module = sys.modules[Run.__module__]  # the package has the function by that name
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
 SCAN = SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz"
 LONG = 20  # seconds that no stage waits if all is well
@@ -114,3 +117,31 @@ def test_a_scan_is_inverted_while_the_next_is_resampled(folder, tmp_path, monkey
     assert met == [True, True] and done.exit_code == 0, done
     for name in ("0_seg.nii.gz", "2_seg.nii.gz"):
         assert (tmp_path / "overlap" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_the_bundles_own_run_reads_ahead_in_a_worker_with_equal_label_maps(folder, plain, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in (0, 2, 3):
+        shutil.copyfile(folder / f"part {number}.nii.gz", tmp_path / "in" / f"part {number}.nii.gz")
+    config, device = str(BUNDLE / "configs" / "inference.json"), "$torch.device('cpu')"
+    places = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), "bundle_root": str(BUNDLE)}
+    bundle_run(config_file=config, device=device, num_workers=1, **places)
+    found = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*_seg.nii.gz")}
+    assert len(found) == 3 and found == {name: plain[0][name] for name in found}
+
+
+@pytest.mark.parametrize("spare, threads", [(0, {"read", "write"}), (-1, set())])
+def test_scans_for_which_memory_is_short_are_done_one_by_one(folder, tmp_path, monkeypatch, spare, threads):
+    largest = max(np.prod(nib.load(path).shape) for path in folder.glob("*.nii.gz") if "1" not in path.name)
+    needed = int(largest) * (predict_module.BYTES_OVERLAPPED + predict_module.BYTES_A_CLASS * 9)
+    monkeypatch.setattr(predict_module, "memory_of", lambda device: 2 * needed + spare)
+    used = set()
+    keep, collate = Run.keep, predict_module.reset_ops_id
+    monkeypatch.setattr(predict_module, "reset_ops_id", lambda case: used.add(thread()) or collate(case))
+    monkeypatch.setattr(Run, "keep", lambda *arguments: used.add(thread()) or keep(*arguments))
+    predict(folder, tmp_path, bundle=BUNDLE, no_preview=True, quiet=True)
+    assert used - {"MainThread"} == {f"{name}_0" for name in threads} and len(used) == (2 if threads else 1)
+
+
+def thread():
+    return threading.current_thread().name
