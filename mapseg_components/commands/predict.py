@@ -29,7 +29,6 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
-from monai.transforms.utils import reset_ops_id
 from monai.utils import optional_import
 
 from mapseg_components import __version__
@@ -560,8 +559,6 @@ class Run:
         self._evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
         self._dataset = self.parser.get_parsed_content("dataset")
         self._collate = self._evaluator.data_loader.collate_fn
-        # while a scan is read, another is inverted, for which MONAI switches its transforms to another state
-        self._dataset.transform = copy.deepcopy(self._dataset.transform)
         self._saving = split(self.parser.get_parsed_content("postprocessing"))
         with progress(None, "segmenting", self.quiet, len(self._todo)) as bar:
 
@@ -598,7 +595,7 @@ class Run:
         """A scan as the network takes it, a batch of one; ``None`` if that failed."""
         with self.own(todo):
             self._dataset.data = [todo[1]]
-            return self._collate([reset_ops_id(self._dataset[0])])  # its transforms are copies, with other ids
+            return self._collate([self._dataset[0]])
         return None
 
     def segment(self, todo: Todo, batch: dict[str, Any] | None) -> dict[str, Any] | None:

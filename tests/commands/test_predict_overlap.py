@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import run as bundle_run
-from monai.transforms import SpatialResample
+from monai.transforms import LoadImage, SpatialResample
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.predict import Run
@@ -85,7 +85,7 @@ def test_the_same_files_whatever_the_timing(folder, plain, tmp_path, monkeypatch
 
 
 def test_a_scan_is_inverted_while_the_next_is_resampled(folder, tmp_path, monkeypatch):
-    """MONAI's inverse switches its transform to another state, in which a scan that is read would lose its trace."""
+    """MONAI's inverse turns off its transform's tracing, but for its own thread alone: no scan loses its trace."""
     (tmp_path / "in").mkdir()
     for number in (0, 2):
         shutil.copyfile(folder / f"part {number}.nii.gz", tmp_path / "in" / f"{number}.nii.gz")
@@ -136,8 +136,8 @@ def test_scans_for_which_memory_is_short_are_done_one_by_one(folder, tmp_path, m
     needed = int(largest) * (predict_module.BYTES_OVERLAPPED + predict_module.BYTES_A_CLASS * 9)
     monkeypatch.setattr(predict_module, "memory_of", lambda device: 2 * needed + spare)
     used = set()
-    keep, collate = Run.keep, predict_module.reset_ops_id
-    monkeypatch.setattr(predict_module, "reset_ops_id", lambda case: used.add(thread()) or collate(case))
+    keep, read = Run.keep, LoadImage.__call__
+    monkeypatch.setattr(LoadImage, "__call__", lambda *arguments: used.add(thread()) or read(*arguments))
     monkeypatch.setattr(Run, "keep", lambda *arguments: used.add(thread()) or keep(*arguments))
     predict(folder, tmp_path, bundle=BUNDLE, no_preview=True, quiet=True)
     assert used - {"MainThread"} == {f"{name}_0" for name in threads} and len(used) == (2 if threads else 1)
