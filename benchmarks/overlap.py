@@ -113,6 +113,20 @@ def measure(folder: Path, shape: Sequence[int], scans: int, repeats: int, option
     }
 
 
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and write ``overlap.json``."""
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = (arguments.shape, arguments.scans, arguments.repeats)
+        found = measure(Path(folder), *sizes, {"device": arguments.device})
+    place = {**machine(torch.device(arguments.device)), "load": os.getloadavg()[2]}
+    settings = {name: getattr(arguments, name) for name in ("shape", "scans", "repeats")}
+    results = {"machine": place, "settings": settings, **found}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "overlap.json").write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+    return results
+
+
 def table(results: Mapping[str, Any]) -> str:
     """Results in Markdown."""
     settings, place = results["settings"], results["machine"]
@@ -143,7 +157,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def main(line: Sequence[str] | None = None) -> int:
-    """Measure, write ``overlap.json``, print the table or write it into a page."""
+    """Measure, or take an earlier run's file; print the table or write it into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=[160, 192, 160], metavar="VOXELS")
     parser.add_argument("--scans", type=int, default=6)
@@ -151,17 +165,13 @@ def main(line: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/bench-overlap"))
+    parser.add_argument("--results", type=Path, help="overlap.json of an earlier run: nothing is measured")
     parser.add_argument("--docs", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args(line)
-    torch.set_num_threads(arguments.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = (arguments.shape, arguments.scans, arguments.repeats)
-        found = measure(Path(folder), *sizes, {"device": arguments.device})
-    place = {**machine(torch.device(arguments.device)), "load": os.getloadavg()[2]}
-    settings = {name: getattr(arguments, name) for name in ("shape", "scans", "repeats")}
-    results = {"machine": place, "settings": settings, **found}
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "overlap.json").write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+    if arguments.results is None:
+        results = run(arguments)
+    else:
+        results = json.loads(arguments.results.read_text(encoding="utf-8"))
     if arguments.docs:
         replace_between(arguments.docs, "bench-overlap", table(results))
     else:

@@ -231,3 +231,6 @@ def test_overlap_is_measured_with_equal_files(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "the same bytes" in printed and f"**{found['speed_up']:.2f}**" in printed
     assert "different bytes" in overlap.table({**found, "equal": False})
+    (tmp_path / "page.md").write_text("<!-- bench-overlap: begin --><!-- bench-overlap: end -->")
+    assert overlap.main(["--results", str(tmp_path / "overlap.json"), "--docs", str(tmp_path / "page.md")]) == 0
+    assert overlap.table(found) in (tmp_path / "page.md").read_text()
