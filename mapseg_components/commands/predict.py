@@ -30,6 +30,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from monai.utils import optional_import
+from nibabel.filebasedimages import ImageFileError
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
@@ -570,7 +571,7 @@ class Run:
 
     def roomy(self) -> bool:
         """Whether three of the largest scans at once take at most half of the memory: others use it as well."""
-        voxels = max(math.prod(nib.load(case[IMAGE]).shape[:3]) for _, case in self._todo)
+        voxels = max(voxels_of(case[IMAGE]) for _, case in self._todo)
         needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * (len(self.names) + 1))
         available = memory_of("cpu")
         if available is None or 2 * needed <= available:
@@ -714,6 +715,14 @@ class Run:
             "scans": [one.record() for one in self.predictions],
         }
         write_json(content, folder / MANIFEST)
+
+
+def voxels_of(scan: str) -> int:
+    """Number of voxels by a scan's header; 0 if that cannot be read, of which its reading will tell."""
+    try:
+        return math.prod(nib.load(scan).shape[:3])
+    except (OSError, ImageFileError):
+        return 0
 
 
 def origin(error: BaseException) -> BaseException:
