@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("torchio", reason="pip install -c constraints.txt -e '.[bench]'")
 
-from benchmarks import analytic, cases, memory, report, run, scaling, startup, timing, volume
+from benchmarks import analytic, cases, memory, overlap, report, run, scaling, startup, timing, volume
 from benchmarks.plain import data as plain_data
 from benchmarks.plain import inference as plain_inference
 from benchmarks.plain import training as plain_training
@@ -229,3 +229,16 @@ def test_first_iteration_of_a_tiny_run_is_timed(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(startup, "IMPORTS", {"import numpy": "import numpy"})
     found = startup.startup(tmp_path, repeats=1, clock="cpu")
     assert found["import numpy"]["median"] < found["tiny bundle run, until its first iteration"]["median"]
+
+
+def test_overlap_is_measured_with_equal_files(tmp_path, capsys):
+    line = ["--shape", "36", "40", "32", "--scans", "2", "--repeats", "1", "--output", str(tmp_path)]
+    assert overlap.main(line) == 0
+    found = json.loads((tmp_path / "overlap.json").read_text())
+    assert {name: one["n"] for name, one in found["stages"].items()} == {"read": 2, "segment": 2, "write": 2}
+    printed = capsys.readouterr().out
+    assert "the same bytes" in printed and f"**{found['speed_up']:.2f}**" in printed
+    assert "different bytes" in overlap.table({**found, "equal": False})
+    (tmp_path / "page.md").write_text("<!-- bench-overlap: begin --><!-- bench-overlap: end -->")
+    assert overlap.main(["--results", str(tmp_path / "overlap.json"), "--docs", str(tmp_path / "page.md")]) == 0
+    assert overlap.table(found) in (tmp_path / "page.md").read_text()

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the largest resident memory of ``mapseg predict`` on one large scan (Linux).
+"""Measure the largest resident memory of ``mapseg predict`` on one large scan, or several of one size (Linux).
 
     OMP_NUM_THREADS=1 python tools/predict_memory.py --shape 512 512 400
+    OMP_NUM_THREADS=1 python tools/predict_memory.py --shape 256 256 200 --scans 4 --options --no_overlap
 
 The scan is made up: noise in an ellipsoid, int16, compressed. The network is the adaptation bundle's with random
 weights, small by default, and windows do not overlap: what takes the memory, the whole scan's arrays, depends on
@@ -40,15 +41,19 @@ def main() -> None:
     """Make scan and weights, run the command, print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=[512, 512, 400], metavar="VOXELS")
+    parser.add_argument("--scans", type=int, default=1, help="with several, the next is read and the last written")
     parser.add_argument("--patch", type=int, default=96, help="side of a window")
     parser.add_argument("--width", type=int, default=8, help="channels of the network; the bundle has 32")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="further options of mapseg predict")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), arguments.shape, arguments.patch, arguments.width, arguments.options)))
+        sizes = (arguments.shape, arguments.patch, arguments.width)
+        print(json.dumps(measure(Path(folder), *sizes, arguments.options, arguments.scans)))
 
 
-def measure(folder: Path, shape: list[int], patch: int, width: int, options: list[str]) -> dict[str, Any]:
+def measure(
+    folder: Path, shape: list[int], patch: int, width: int, options: list[str], scans: int = 1
+) -> dict[str, Any]:
     """Peak and settings of one run in a folder.
 
     Returns:
@@ -66,7 +71,11 @@ def measure(folder: Path, shape: list[int], patch: int, width: int, options: lis
     line += ["--overlays", str(overlay), "--weights", str(weights), "--device", "cpu", *options]
     found = []
     for name, sides in (("idle", [16] * 3), ("scan", shape)):
-        places = {"SCAN": make_scan(folder / f"{name}.nii.gz", sides), "OUT": str(folder / name)}
+        (folder / name).mkdir()
+        first = make_scan(folder / name / "0.nii.gz", sides)
+        for number in range(1, scans):
+            os.link(first, folder / name / f"{number}.nii.gz")
+        places = {"SCAN": str(folder / name), "OUT": str(folder / f"{name}_results")}
         found.append(watched([places.get(word, word) for word in line]))
     (idle, _), (peak, seconds) = found
     return {
@@ -75,6 +84,7 @@ def measure(folder: Path, shape: list[int], patch: int, width: int, options: lis
         "bytes_per_voxel": round((peak - idle) / np.prod(shape), 1),
         "seconds": round(seconds),
         "shape": shape,
+        "scans": scans,
         "classes": len(bundle.get_parsed_content("labels")) + 1,
         "settings": sizes,
         "options": options,

@@ -5,35 +5,43 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
+from monai.transforms import Compose
 from monai.utils import optional_import
+from nibabel.filebasedimages import ImageFileError
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.overlap import in_stages
 from mapseg_components.commands.series import convert, series_cases, series_record, without_path
 from mapseg_components.commands.session import (
     choose_device,
     exit_code_of,
     listed,
     progress,
+    stoppable,
     versions,
     working,
 )
@@ -70,6 +78,7 @@ from mapseg_components.files import (
     write_text,
 )
 from mapseg_components.keys import CASE_ID, CONFIDENCE, IMAGE, PRED, PROBABILITIES
+from mapseg_components.memory import memory_of
 from mapseg_components.reports import can_draw, draw_preview, text_table
 from mapseg_components.transforms import save_probabilities
 
@@ -77,6 +86,9 @@ __all__ = ["Prediction", "Predictions", "predict"]
 
 logger = logging.getLogger(__name__)
 
+SAVING = "SaveLabelMapd"
+# of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
+BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST = "volumes.csv", "manifest.json"
 LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesurfer_table}
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
@@ -98,7 +110,7 @@ class Prediction:
         case: its id. scan: its file; of a DICOM series what it is, without its path.
         status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
         label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
-        seconds: from reading to writing. message: why it failed, one line a finding.
+        seconds: of reading, network and writing, without waiting. message: why it failed, one line a finding.
         series: number, modality, number of files and the UID's sha256 of a DICOM series.
         kind: class of the error. place: folder of a series below the input; both are in no file.
     """
@@ -188,6 +200,7 @@ def predict(
     probabilities: bool = False,
     dicom_seg: bool = False,
     no_preview: bool = False,
+    no_overlap: bool = False,
     overwrite: bool = False,
     device: str = "auto",
     num_threads: int | None = None,
@@ -200,7 +213,7 @@ def predict(
     whether a structure touches the edge of the field of view, and confidence: the mean largest probability over it),
     names and colours for ITK-SNAP and FreeSurfer, a picture per scan and manifest.json. A BIDS dataset becomes a BIDS
     derivative. A DICOM series becomes NIfTI, named by modality, number and checksum. A scan that cannot be used is
-    listed, the others are done.
+    listed, the others are done. While the network works on one scan, the next is read and the one before written.
 
     The bundle's inference.json is what runs: the same voxels as by python -m monai.bundle run.
 
@@ -222,6 +235,8 @@ def predict(
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
         dicom_seg: write a DICOM Segmentation of each DICOM series, too (needs highdicom); it holds patient data.
         no_preview: draw no pictures; they need matplotlib.
+        no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
+            where several scans at once would take more than half of the memory.
         overwrite: replace results of an earlier run.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
@@ -235,7 +250,7 @@ def predict(
         ConfigError: input, bundle or an option is wrong, or results exist. CheckpointError: weights do not fit.
         ResourceError: the output folder cannot be written. What is wrong with a scan is in its `Prediction`.
     """
-    with working(num_threads, quiet, verbose):
+    with working(num_threads, quiet, verbose), stoppable():
         started, began = time.monotonic(), datetime.now(timezone.utc)
         source, folder, home = Path(input), Path(output), Path(bundle)
         derivative = is_bids(source)
@@ -281,7 +296,9 @@ def predict(
             sweep_temporaries(folder)
             with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
                 nameless = bool(series or findings)
-                run = Run(parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, nameless)
+                run = Run(
+                    parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, nameless, not no_overlap
+                )
                 run.settings(folder, members)
                 run.prepare(cases, findings, source)
                 try:
@@ -377,7 +394,7 @@ def extend(
             "flip_axes": [0] if flip_tta else [],
         }
     steps = list(postprocessing["transforms"])
-    saving = next((i for i, one in enumerate(steps) if target_of(one).endswith("SaveLabelMapd")), None)
+    saving = next((i for i, one in enumerate(steps) if target_of(one).endswith(SAVING)), None)
     if saving is None:
         raise ConfigError("the bundle's postprocessing has no SaveLabelMapd: predict cannot tell what it writes")
     before = [{"_target_": "mapseg_components.transforms.Confidenced", "keys": [PRED]}]
@@ -438,14 +455,18 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
     return places
 
 
+Todo = tuple[Prediction, Mapping[str, Any]]  # and its case
+
+
 class Run:
-    """The scans of one call, one after the other; what became of each is kept.
+    """The scans of one call, in their order; what became of each is kept.
 
     Args:
         parser: the bundle's config. names: structures. places: of the results. staging: folder on the same disk.
         drawn: draw pictures. quiet: no progress bars.
         series: case id to DICOM series. dicom_seg: write a segmentation of each.
         nameless: the input has DICOM, readable or not, and its path stands in no file.
+        overlap: read the next scan and write the one before while the network works on one.
     """
 
     def __init__(
@@ -459,13 +480,15 @@ class Run:
         series: Mapping[str, Series],
         dicom_seg: bool,
         nameless: bool,
+        overlap: bool = False,
     ) -> None:
         self.parser, self.names, self.places = parser, list(names), places
         self.staging, self.drawn, self.quiet = staging, drawn, quiet
         self.series, self.dicom_seg, self.nameless = series, dicom_seg, nameless
+        self.overlap = overlap
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
-        self._todo: list[tuple[Prediction, Mapping[str, Any]]] = []
+        self._todo: list[Todo] = []
         self.members: list[str] = []
         self._output: dict[str, Any] = {}
 
@@ -533,10 +556,72 @@ class Run:
         """Segment what is usable."""
         if not self._todo:
             return
-        evaluator = self.parser.get_parsed_content("evaluator")
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
-        for one, case in progress(self._todo, "segmenting", self.quiet):
-            self.one(one, case, evaluator)
+        self._evaluator = self.parser.get_parsed_content("evaluator")
+        self._evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
+        self._dataset = self.parser.get_parsed_content("dataset")
+        self._collate = self._evaluator.data_loader.collate_fn
+        self._saving = split(self.parser.get_parsed_content("postprocessing"))
+        with progress(None, "segmenting", self.quiet, len(self._todo)) as bar:
+
+            def write(todo: Todo, output: dict[str, Any]) -> None:
+                self.write(todo, output)
+                bar.update()
+
+            in_stages(self._todo, self.read, self.segment, write, self.overlap and self.roomy())
+
+    def roomy(self) -> bool:
+        """Whether three of the largest scans at once take at most half of the memory: others use it as well."""
+        voxels = max(voxels_of(case[IMAGE]) for _, case in self._todo)
+        needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * (len(self.names) + 1))
+        available = memory_of("cpu")
+        if available is None or 2 * needed <= available:
+            return True
+        found = f"{needed / 2**30:.1f} GiB, more than half of {available / 2**30:.1f} GiB"
+        logger.info(f"Scans are segmented one after the other: several at once would take {found}.")
+        return False
+
+    @contextlib.contextmanager
+    def own(self, todo: Todo) -> Iterator[None]:
+        """Context of a stage of a scan, whose error is its own, and whose seconds are counted."""
+        one, case = todo
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            self.failed(one, user_error(error) or origin(error), case[IMAGE])
+        finally:
+            one.seconds = round((one.seconds or 0.0) + time.monotonic() - started, 2)
+
+    def read(self, todo: Todo) -> dict[str, Any] | None:
+        """A scan as the network takes it, a batch of one; ``None`` if that failed."""
+        with self.own(todo):
+            self._dataset.data = [todo[1]]
+            return self._collate([self._dataset[0]])
+        return None
+
+    def segment(self, todo: Todo, batch: dict[str, Any] | None) -> dict[str, Any] | None:
+        """All that runs on the device, from the network up to saving; what is to be saved lies on the CPU."""
+        if batch is None:
+            return None
+        loader, engine, output = [batch], self._evaluator, None
+        with self.own(todo):
+            engine.data_loader, engine.state.epoch_length = loader, 1
+            engine._internal_run_generator = None  # of a run that raised: ignite's next run would do nothing
+            engine.run()
+            output = self._output
+        loader.clear()  # no more references to the scan than the one that is returned
+        self._output, engine.state.batch, engine.state.output = {}, None, None
+        return output
+
+    def write(self, todo: Todo, output: dict[str, Any] | None) -> None:
+        """Save what the network made of a scan, and note that it is done."""
+        one, case = todo
+        if output is not None:
+            with self.own(todo):
+                self.keep(one, case, self.places[one.case], self._saving(output))
+                one.status = "done"
+        if one.series is not None:
+            Path(case[IMAGE]).unlink(missing_ok=True)
 
     def failed(self, one: Prediction, error: BaseException, path: str) -> None:
         """Note why there is no result; without the scan's path if the input has DICOM."""
@@ -556,37 +641,21 @@ class Run:
         one.message = "; ".join(f"{finding.what}: {finding.remedy}" for finding in own) or "it could not be used"
         one.kind = own[0].kind if len({finding.kind for finding in own}) == 1 else DataError
 
-    def one(self, one: Prediction, case: Mapping[str, Any], evaluator: Any) -> None:
-        """Segment one scan; an error is its own, the next one is tried."""
-        started = time.monotonic()
-        self.parser.get_parsed_content("dataset").data = [case]
-        evaluator.state.epoch_length = 1
-        try:
-            evaluator.run()
-            self.keep(one, case, self.places[one.case])
-            one.status = "done"
-        except Exception as error:
-            self.failed(one, user_error(error) or error, case[IMAGE])
-        finally:
-            self._output = {}
-            if one.series is not None:
-                Path(case[IMAGE]).unlink(missing_ok=True)
-            one.seconds = round(time.monotonic() - started, 2)
-
     def _take(self, engine: Any) -> None:
-        self._output = engine.state.output[0]
+        output = engine.state.output[0]
+        self._output = {key: value.cpu() if torch.is_tensor(value) else value for key, value in output.items()}
 
-    def keep(self, one: Prediction, case: Mapping[str, Any], place: Place) -> None:
+    def keep(self, one: Prediction, case: Mapping[str, Any], place: Place, output: Mapping[str, Any]) -> None:
         """Give the files of a scan their names, and add its volumes."""
-        label_map, affine = np.asarray(self._output[PRED][0].cpu()), np.asarray(self._output[PRED].affine)
-        confidence = np.asarray(self._output[CONFIDENCE][0].cpu())
+        label_map, affine = np.asarray(output[PRED][0]), np.asarray(output[PRED].affine)
+        confidence = np.asarray(output[CONFIDENCE][0])
         if confidence.shape != label_map.shape:
             raise ConfigError(
                 f"confidence of shape {confidence.shape}, label map {label_map.shape}: preprocessing is not inverted"
             )
         rows = structure_volumes(label_map, affine, self.names, confidence)
-        if PROBABILITIES in self._output:
-            save_probabilities(np.asarray(self._output[PROBABILITIES].cpu()), affine, place.probabilities)
+        if PROBABILITIES in output:
+            save_probabilities(np.asarray(output[PROBABILITIES]), affine, place.probabilities)
             one.probabilities = str(place.probabilities)
         staged = result_path(case[IMAGE], self.staging, str(self.parser.get_parsed_content("output_postfix")))
         place.label_map.parent.mkdir(parents=True, exist_ok=True)
@@ -646,6 +715,28 @@ class Run:
             "scans": [one.record() for one in self.predictions],
         }
         write_json(content, folder / MANIFEST)
+
+
+def voxels_of(scan: str) -> int:
+    """Number of voxels by a scan's header; 0 if that cannot be read, of which its reading will tell."""
+    try:
+        return math.prod(nib.load(scan).shape[:3])
+    except (OSError, ImageFileError):
+        return 0
+
+
+def origin(error: BaseException) -> BaseException:
+    """The error that MONAI wraps into one which only names a transform."""
+    return error if error.__cause__ is None else origin(error.__cause__)
+
+
+def split(postprocessing: Compose) -> Compose:
+    """Take saving, and what comes after it, out of a bundle's postprocessing; returns what was taken."""
+    steps = postprocessing.transforms
+    saving = next(i for i, step in enumerate(steps) if type(step).__name__.endswith(SAVING))
+    taken = copy.copy(postprocessing)
+    postprocessing.transforms, taken.transforms = steps[:saving], steps[saving:]
+    return taken
 
 
 def unreadable(number: int, finding: Finding, source: Path) -> Prediction:

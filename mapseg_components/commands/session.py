@@ -8,6 +8,9 @@ import contextlib
 import logging
 import platform
 import re
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +22,7 @@ from tqdm import tqdm
 from mapseg_components import __version__
 from mapseg_components.errors import ConfigError
 
-__all__ = ["choose_device", "exit_code_of", "listed", "progress", "versions", "working"]
+__all__ = ["choose_device", "exit_code_of", "listed", "progress", "stoppable", "versions", "working"]
 
 PACKAGES = ("monai", "torch", "pytorch-ignite", "itk", "nibabel", "numpy")
 ENGINES = ("ignite", "monai")  # their loggers report each error that this package reports itself
@@ -51,6 +54,21 @@ def working(num_threads: int | None = None, quiet: bool = False, verbose: bool =
         torch.set_num_threads(threads)
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Context in which SIGTERM ends the process as Ctrl-C does, by an exception (exit code 143): what is to be done at
+    the end is done. Without effect in a thread, and where somebody else handles the signal."""
+    before = signal.getsignal(signal.SIGTERM)
+    ours = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def choose_device(name: str = "auto") -> torch.device:

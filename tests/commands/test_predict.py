@@ -201,9 +201,9 @@ def test_bad_input_ends_with_its_exit_code_and_no_label_map(words, code, part, f
 
 
 def test_a_run_that_is_interrupted_keeps_what_is_finished(folder, tmp_path, monkeypatch, capsys):
-    of_one = Run.one
-    monkeypatch.setattr(Run, "one", lambda run, one, case, evaluator: of_one(run, one, case, evaluator)
-                        if "straight" in one.case else (_ for _ in ()).throw(KeyboardInterrupt))  # fmt: skip
+    segment = Run.segment
+    monkeypatch.setattr(Run, "segment", lambda run, todo, batch: segment(run, todo, batch)
+                        if "straight" in todo[0].case else (_ for _ in ()).throw(KeyboardInterrupt))  # fmt: skip
     assert main(["predict", str(folder), str(tmp_path), "--bundle", str(BUNDLE), "--no_preview"]) == 130
     assert "interrupted" in capsys.readouterr().err
     status = {one["case"]: one["status"] for one in json.loads((tmp_path / "manifest.json").read_text())["scans"]}
@@ -214,10 +214,10 @@ def test_a_run_that_is_interrupted_keeps_what_is_finished(folder, tmp_path, monk
 def test_an_error_in_one_scan_while_segmenting_is_its_own(folder, tmp_path, monkeypatch, capsys):
     keep = Run.keep
 
-    def full(run, one, case, place):
+    def full(run, one, case, place, output):
         if one.case == "oblique":
             raise ResourceError("disk full")
-        keep(run, one, case, place)
+        keep(run, one, case, place, output)
 
     monkeypatch.setattr(Run, "keep", full)
     (tmp_path / "in").mkdir()
