@@ -237,7 +237,8 @@ def predict(
         no_preview: draw no pictures; they need matplotlib.
         no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
             where several scans at once would take more than half of the memory.
-        overwrite: replace results of an earlier run.
+        overwrite: replace results of an earlier run; of its scans no probabilities, picture or segmentation stay that
+            this one does not write.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
         quiet: no progress bar, errors only.
@@ -665,7 +666,12 @@ class Run:
         if self.dicom_seg and place.segmentation is not None:
             write_segmentation(self.series[one.case], label_map, self.names, self.algorithm(), place.segmentation)
             one.segmentation = str(place.segmentation)
+        mine = {one.probabilities, one.segmentation, str(place.preview) if self.drawn else None}
         try:
+            if self.parser.get_parsed_content("overwrite"):  # what an earlier run made of its label map goes with it
+                for path in (place.probabilities, place.segmentation, place.preview):
+                    if path is not None and str(path) not in mine:
+                        path.unlink(missing_ok=True)
             os.replace(staged, place.label_map)
         except OSError as error:
             raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error

@@ -172,6 +172,19 @@ def test_existing_results_are_refused_before_any_work(results, folder, capsys):
     assert {path: path.stat().st_mtime_ns for path in results[1].rglob("*")} == before
 
 
+def test_overwriting_leaves_nothing_of_the_label_map_before(folder, tmp_path):
+    scan, out = str(folder / "oblique.nii.gz"), tmp_path / "out"
+    predict(scan, str(out), bundle=str(BUNDLE), probabilities=True, quiet=True)
+    (out / "oblique_seg.dcm").write_text("of an earlier label map")
+    (out / "other_seg.dcm").write_text("of another scan")
+    assert (out / "oblique_probabilities.nii.gz").is_file() and (out / "previews" / "oblique.png").is_file()
+    predict(scan, str(out), bundle=str(BUNDLE), no_preview=True, overwrite=True, quiet=True)
+    assert {path.name for path in out.rglob("*") if path.name.startswith(("oblique", "other"))} == {
+        "oblique_seg.nii.gz",
+        "other_seg.dcm",
+    }
+
+
 def test_an_output_below_a_file_is_a_resource_error(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert main(["predict", str(folder), str(tmp_path / "file" / "out"), "--bundle", str(BUNDLE)]) == 6
