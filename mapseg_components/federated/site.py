@@ -36,6 +36,7 @@ __all__ = ["Site", "class_names", "initial_weights"]
 
 logger = logging.getLogger(__name__)
 
+SLOW = 0.25  # of the way to the student in a round
 SECTION = {SOURCE: "source_training", TARGET: "target_training"}
 
 
@@ -74,6 +75,7 @@ class Site:
         self._ledger = Ledger(self.folder / "privacy.json", self.privacy)
         self._local = LocalWeights(self.folder / "local.pt")
         self._parser: ConfigParser | None = None
+        self._told = False
 
     def check(self) -> None:
         """Read every scan of this side once, before any round.
@@ -173,6 +175,7 @@ class Site:
         self.network.load_state_dict({**broadcast.weights, **self._local.before(number, self.local)})
         student = self.teacher.student.state_dict()
         self.teacher.load_state_dict({"network": student, "steps": broadcast.ema_steps, "active": True})
+        self._tell_the_pace()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
@@ -192,6 +195,16 @@ class Site:
         if self.local:
             self._local.keep(number, {name: weights.pop(name) for name in sorted(self.local)})
         return weights
+
+    def _tell_the_pace(self) -> None:
+        """Warn once if a round's work hardly reaches the teacher, which is all that is sent."""
+        followed = self.teacher.followed(self.steps)
+        if followed < SLOW and not self._told:
+            self._told = True
+            logger.warning(
+                f"{self.name}: in a round of {self.steps} steps the teacher, which is what travels, takes "
+                f"{followed:.0%} of the way to its student: more steps a round or a faster ema_schedule keep more of its work."
+            )
 
     def _check_label_table(self, labels: Mapping[str, int], dropped: list[int]) -> None:
         table = (open_datalist(self.datalist) or {}).get("labels")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,9 +75,13 @@ class EMATeacher:
         self.active = True
         self.steps = 0
 
-    def decay(self) -> float:
-        """Share of the teacher that the next update keeps."""
-        return next(decay for end, decay in self.decay_schedule if end is None or self.steps < end)
+    def decay(self, ahead: int = 0) -> float:
+        """Share of the teacher that the next update keeps, or one of those after it (``ahead``)."""
+        return next(decay for end, decay in self.decay_schedule if end is None or self.steps + ahead < end)
+
+    def followed(self, updates: int) -> float:
+        """Share of the way to a student that stands still which the next updates take the teacher."""
+        return 1.0 - math.prod(self.decay(ahead) for ahead in range(updates))
 
     @torch.no_grad()
     def update(self) -> None:

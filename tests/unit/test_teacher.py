@@ -88,6 +88,20 @@ def test_schedule_counts_updates():
     assert found == [0.99, 0.99, 0.999, 0.999, 0.9999, 0.9999]
 
 
+def test_the_way_that_a_teacher_takes_in_some_updates():
+    student = OneWeight()
+    teacher = EMATeacher(student, 0, [[2, 0.9], [None, 0.5]])
+    teacher.start()
+    before = next(teacher.network.parameters()).clone()
+    with torch.no_grad():
+        next(student.parameters()).add_(1.0)
+    followed = teacher.followed(3)
+    for _ in range(3):
+        teacher.update()
+    torch.testing.assert_close(next(teacher.network.parameters()) - before, torch.full_like(before, followed))
+    assert followed == pytest.approx(1 - 0.9 * 0.9 * 0.5) and teacher.followed(1) == 0.5
+
+
 @pytest.mark.parametrize("schedule", [[], [[10, 0.9]], [[10, 0.9], [5, 0.9], [None, 0.9]], [[None, 1.5]]])
 def test_bad_schedule_is_refused(schedule):
     with pytest.raises(ConfigError, match="decay_schedule"):
