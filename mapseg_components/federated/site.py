@@ -203,7 +203,7 @@ class Site:
             self._told = True
             logger.warning(
                 f"{self.name}: in a round of {self.steps} steps the teacher, which is what travels, takes "
-                f"{followed:.0%} of the way to its student: more steps a round or a faster ema_schedule keep more of its work."
+                f"{followed:.0%} of the way to its student: more steps or a faster ema_schedule keep more of its work."
             )
 
     def _check_label_table(self, labels: Mapping[str, int], dropped: list[int]) -> None:
