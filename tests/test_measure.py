@@ -50,13 +50,13 @@ def test_test_time_sees_the_package_and_the_target_alone(tmp_path, stages):
     assert "label" not in settings["datalist"].read_text()
 
 
-@pytest.mark.parametrize("sites", [1, 3, 4])
-def test_federation_takes_the_steps_of_the_others_and_shares_the_target(tmp_path, stages, sites):
-    experiment(tmp_path, sites=sites).make("federated")
+@pytest.mark.parametrize(("sites", "epochs", "length"), [(1, 12, 50), (3, 7, 50), (4, 12, 30)])
+def test_federation_takes_the_steps_of_the_others_and_shares_the_target(tmp_path, stages, sites, epochs, length):
+    experiment(tmp_path, sites=sites, epochs=epochs, set=[f"epoch_length={length}"]).make("federated")
     _, settings = stages["federated"]
-    assert settings["rounds"] * settings["server_steps"] == 12 * 50
-    asked = settings["rounds"] * settings["client_steps"] * sites
-    assert 12 * 50 <= asked < 12 * 50 + settings["rounds"] * sites  # rounded up to whole steps of a round
+    rounds, steps = settings["rounds"], epochs * length
+    for asked, parties in ((settings["server_steps"], 1), (settings["client_steps"], sites)):
+        assert steps <= rounds * asked * parties < steps + rounds * parties  # rounded up to whole steps of a round
     server = images(settings["datalist"])
     shared = [scan for path in settings["sites"].values() for scan in images(tmp_path / path)["target_training"]]
     everything = images(SAMPLE / "datalist.json")["target_training"]
@@ -86,6 +86,16 @@ def test_settings_of_every_stage_exist(tmp_path, stages):
         bundle = measure.PRETRAINING if name == "pretraining" else measure.ADAPTATION
         known = ConfigParser.load_config_files([str(bundle / "configs" / file) for file in files])
         assert set(settings) <= set(known), name
+
+
+def test_two_commands_share_the_work(tmp_path):
+    for seed, name in ((0, "source-only"), (1, "source-only"), (0, "adapted"), (1, "adapted"), (0, "federated")):
+        folder = tmp_path / f"seed{seed}" / "evaluation" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"mean": seed}))
+    assert measure.evaluated(tmp_path, [0, 1]) == {
+        name: {0: {"mean": 0}, 1: {"mean": 1}} for name in ("source-only", "adapted")
+    }
 
 
 def test_table_has_every_seed_and_their_mean():

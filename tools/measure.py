@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ class Experiment:
             files, weights = [*self.task, "handover_only.yaml"], {"initial_weights": self.source_only}
             self.train("package", files, datalist=self.datalist, handover_dir=package, **weights)
         write_json({"target_training": self.scans("target_training")}, site)
-        files = ["train.json", "small_data.yaml", "from_source.yaml", *self.last, "handover.yaml", "test_time.yaml"]
+        files = [*self.goes_on, "handover.yaml", "test_time.yaml"]
         self.train("test-time", files, datalist=site, handover_dir=package, **self.epochs, **self.changes)
 
     def federated(self) -> None:
@@ -120,25 +121,35 @@ class Experiment:
             sites[f"site_{number}"] = str(path)
         files = [*self.goes_on, "federated.json"]
         settings = ConfigParser.load_config_files([str(ADAPTATION / "configs" / name) for name in files])
-        epochs, length = self.epochs.get("max_epochs", settings["max_epochs"]), settings["epoch_length"]
+        settings |= {**self.epochs, **self.changes}
+        epochs, length = int(settings["max_epochs"]), int(settings["epoch_length"])
         rounds = max(epochs // 2, 1)
         plan = {
             "rounds": rounds,
-            "server_steps": epochs * length // rounds,
-            "client_steps": -(-epochs * length // (rounds * self.sites)),
+            "server_steps": math.ceil(epochs * length / rounds),
+            "client_steps": math.ceil(epochs * length / (rounds * self.sites)),
         }
         start = {"datalist": server, "sites": sites, "initial_weights": self.source_only}
         self.train("federated", files, **{**start, **plan, **FEDERATED, **self.changes})
 
-    def evaluate(self, name: str, weights: Path) -> dict[str, Any]:
-        """Dice on the target's test scans."""
+    def evaluate(self, name: str, weights: Path) -> None:
+        """Dice on the target's test scans, into ``evaluation/<name>/metrics.json``."""
         settings = ConfigParser.load_config_files([str(ADAPTATION / "configs" / file) for file in self.task])
         folder = self.output / "evaluation" / name
         configs = ["inference.json", "evaluate.json", *self.overlays, *self.last]
         extra = {"weights": weights, "datalist": self.datalist, "labels": settings["labels"], "amp": "bf16"}
         extra["overwrite"] = True  # run again, it goes on where it stopped
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
-        return json.loads((folder / "metrics.json").read_text())
+
+
+def evaluated(output: Path, seeds: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Metrics of the models that every seed has, those of other commands as well."""
+    results = {}
+    for name in ["source-only", *MODELS]:
+        files = {seed: output / f"seed{seed}" / "evaluation" / name / "metrics.json" for seed in seeds}
+        if all(file.is_file() for file in files.values()):
+            results[name] = {seed: json.loads(file.read_text()) for seed, file in files.items()}
+    return results
 
 
 def table(results: dict[str, dict[int, dict[str, Any]]], seeds: list[int]) -> str:
@@ -170,8 +181,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
+    if any("=" not in change for change in arguments.set):
+        parser.error(f"--set {' '.join(arguments.set)}: expected KEY=VALUE")
+    if not 0 < arguments.sites <= len(load_datalist(arguments.datalist, "target_training")):
+        parser.error(f"--sites {arguments.sites}: expected 1 to the number of target scans, for none may be without")
     output = arguments.output.absolute()
-    results: dict[str, dict[int, dict[str, Any]]] = {}
     for seed in arguments.seeds:
         print(f"seed {seed}")
         experiment = Experiment(arguments, seed, output / f"seed{seed}")
@@ -179,12 +193,8 @@ def main() -> None:
         models = {"source-only": experiment.source_only, **{name: experiment.make(name) for name in arguments.only}}
         for name, weights in models.items():
             if weights is not None:
-                results.setdefault(name, {})[seed] = experiment.evaluate(name, weights)
-    write_json(
-        {name: {str(seed): run for seed, run in runs.items()} for name, runs in results.items()},
-        output / "results.json",
-    )
-    print(f"\n{table(results, arguments.seeds)}")
+                experiment.evaluate(name, weights)
+    print(f"\n{table(evaluated(output, arguments.seeds), arguments.seeds)}")
 
 
 if __name__ == "__main__":

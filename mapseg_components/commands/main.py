@@ -26,7 +26,7 @@ __all__ = ["main"]
 COMMANDS = ("check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
 WIDTH = 100
 EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usage or setting, 3 data, 4 weights,
-5 a result is not finite, 6 disk, memory or permission, 130 interrupted."""
+5 a result is not finite, 6 disk, memory or permission, 130 interrupted, 143 stopped (SIGTERM)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

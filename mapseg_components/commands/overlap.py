@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 __all__ = ["in_stages"]
@@ -38,16 +38,31 @@ def in_stages(
         for item in items:
             write(item, work(item, read(item)))
         return
+    following: Future[Any] | None = None
+    written: Future[None] | None = None
     with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "write") as writer:
-        ahead: list[Future[Any]] = [reader.submit(read, item) for item in items[:1]]
-        written: Future[None] | None = None
-        for number, item in enumerate(items):
-            value = ahead.pop().result()
-            ahead = [reader.submit(read, following) for following in items[number + 1 : number + 2]]
-            value = work(item, value)
+        try:
+            for number, item in enumerate(items):
+                value = (following or reader.submit(read, item)).result()
+                following = reader.submit(read, items[number + 1]) if number + 1 < len(items) else None
+                value = work(item, value)
+                if written is not None:
+                    written.result()
+                written = writer.submit(write, item, value)
+                del value  # the writer's alone: these are gigabytes
             if written is not None:
                 written.result()
-            written = writer.submit(write, item, value)
-            del value  # the writer's alone: these are gigabytes
-        if written is not None:
-            written.result()
+        finally:
+            finish([each for each in (following, written) if each is not None])
+
+
+def finish(futures: Sequence[Future[Any]]) -> None:
+    """Wait for what was submitted, however often Ctrl-C or SIGTERM asks to end; the last of them is raised then."""
+    stopped: BaseException | None = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            stopped = error
+    if stopped is not None:
+        raise stopped

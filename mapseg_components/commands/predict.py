@@ -30,7 +30,6 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 from monai.utils import optional_import
-from nibabel.filebasedimages import ImageFileError
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
@@ -237,8 +236,8 @@ def predict(
         no_preview: draw no pictures; they need matplotlib.
         no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
             where several scans at once would take more than half of the memory.
-        overwrite: replace results of an earlier run; of its scans no probabilities, picture or segmentation stay that
-            this one does not write.
+        overwrite: replace results of an earlier run; with a label map go the probabilities, picture and segmentation
+            that were made of it.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
         quiet: no progress bar, errors only.
@@ -568,7 +567,11 @@ class Run:
                 self.write(todo, output)
                 bar.update()
 
-            in_stages(self._todo, self.read, self.segment, write, self.overlap and self.roomy())
+            try:
+                in_stages(self._todo, self.read, self.segment, write, self.overlap and self.roomy())
+            finally:
+                for one, _ in self._todo:
+                    one.seconds = None if one.status == "not done" else one.seconds
 
     def roomy(self) -> bool:
         """Whether three of the largest scans at once take at most half of the memory: others use it as well."""
@@ -666,13 +669,10 @@ class Run:
         if self.dicom_seg and place.segmentation is not None:
             write_segmentation(self.series[one.case], label_map, self.names, self.algorithm(), place.segmentation)
             one.segmentation = str(place.segmentation)
-        mine = {one.probabilities, one.segmentation, str(place.preview) if self.drawn else None}
         try:
-            if self.parser.get_parsed_content("overwrite"):  # what an earlier run made of its label map goes with it
-                for path in (place.probabilities, place.segmentation, place.preview):
-                    if path is not None and str(path) not in mine:
-                        path.unlink(missing_ok=True)
             os.replace(staged, place.label_map)
+            if self.parser.get_parsed_content("overwrite"):
+                self.remove_what_was_made_of_the_label_map_before(one, place)
         except OSError as error:
             raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error
         one.label_map = str(place.label_map)
@@ -680,6 +680,14 @@ class Run:
         if self.drawn:
             draw_preview(case[IMAGE], place.label_map, self.names, place.preview)
             one.preview = str(place.preview)
+
+    def remove_what_was_made_of_the_label_map_before(self, one: Prediction, place: Place) -> None:
+        """Files of an earlier run that this one does not write, and the picture, which is drawn after this."""
+        segmentation = place.segmentation if one.series is not None else None  # only of a series is there one of ours
+        for path, mine in ((place.probabilities, one.probabilities), (segmentation, one.segmentation)):
+            if path is not None and mine is None:
+                path.unlink(missing_ok=True)
+        place.preview.unlink(missing_ok=True)
 
     @cached_property
     def weights(self) -> list[dict[str, str | None]]:
@@ -727,7 +735,7 @@ def voxels_of(scan: str) -> int:
     """Number of voxels by a scan's header; 0 if that cannot be read, of which its reading will tell."""
     try:
         return math.prod(nib.load(scan).shape[:3])
-    except (OSError, ImageFileError):
+    except Exception:  # of a damaged file anything; reading it will tell what
         return 0
 
 

@@ -228,8 +228,10 @@ class Ledger:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except (Timeout, OSError) as error:
-            raise ResourceError(f"{self.path} cannot be claimed ({error}): end the other job of this site") from error
+        except Timeout as error:
+            raise ResourceError(f"{self.path} is in use by another job of this site: end that one first") from error
+        except OSError as error:
+            raise ResourceError(f"{self.path} cannot be locked ({error}): allow writing beside it") from error
         try:
             yield
         finally:

@@ -172,17 +172,27 @@ def test_existing_results_are_refused_before_any_work(results, folder, capsys):
     assert {path: path.stat().st_mtime_ns for path in results[1].rglob("*")} == before
 
 
-def test_overwriting_leaves_nothing_of_the_label_map_before(folder, tmp_path):
+def test_overwriting_leaves_nothing_of_the_label_map_before(folder, tmp_path, monkeypatch):
     scan, out = str(folder / "oblique.nii.gz"), tmp_path / "out"
     predict(scan, str(out), bundle=str(BUNDLE), probabilities=True, quiet=True)
-    (out / "oblique_seg.dcm").write_text("of an earlier label map")
-    (out / "other_seg.dcm").write_text("of another scan")
-    assert (out / "oblique_probabilities.nii.gz").is_file() and (out / "previews" / "oblique.png").is_file()
+    (out / "oblique_seg.dcm").write_text("not of ours, for the scan is no series")
+    before = {path.name for path in out.rglob("oblique*")}
+    assert before == {"oblique_seg.nii.gz", "oblique_probabilities.nii.gz", "oblique.png", "oblique_seg.dcm"}
+
+    replace = os.replace
+
+    def fails(source, target):
+        if str(target).endswith("oblique_seg.nii.gz") and ".unfinished" not in str(target):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert predict(scan, str(out), bundle=str(BUNDLE), no_preview=True, overwrite=True, quiet=True).failed
+    assert {path.name for path in out.rglob("oblique*")} == before  # all that belongs to the old label map
+
+    monkeypatch.undo()
     predict(scan, str(out), bundle=str(BUNDLE), no_preview=True, overwrite=True, quiet=True)
-    assert {path.name for path in out.rglob("*") if path.name.startswith(("oblique", "other"))} == {
-        "oblique_seg.nii.gz",
-        "other_seg.dcm",
-    }
+    assert {path.name for path in out.rglob("oblique*")} == {"oblique_seg.nii.gz", "oblique_seg.dcm"}
 
 
 def test_an_output_below_a_file_is_a_resource_error(folder, tmp_path, capsys):

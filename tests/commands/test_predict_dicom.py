@@ -257,6 +257,9 @@ def test_a_segmentation_lies_where_its_series_does(tree, tmp_path):
     # a series of segmentations is no scan: the same folder can be predicted again
     shutil.copy(one.segmentation, tmp_path / "out" / "copy.dcm")
     assert [series.number for series in list_series(place)] == [3] and list_series(tmp_path / "out") == []
+    # it was made of that label map, and goes with it
+    predict(place, tmp_path / "out", bundle=BUNDLE, overwrite=True, no_preview=True, quiet=True)
+    assert Path(one.label_map).is_file() and not Path(one.segmentation).exists()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import resource
@@ -90,6 +91,18 @@ def test_a_scan_that_fails_at_any_stage_is_its_own(tmp_path, monkeypatch, no_ove
 
 
 @OVERLAP
+def test_a_header_that_nothing_checked_fails_its_own_scan(tmp_path, no_overlap):
+    scans = write_scans(tmp_path / "in", [20] * 3)
+    content = bytearray(gzip.decompress((scans / "1.nii.gz").read_bytes()))
+    content[70:72] = b"\xff\x7f"  # no data type has this code
+    (scans / "1.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    (tmp_path / "skip.json").write_text('{"audit": "skip"}')
+    options = {"overlays": str(tmp_path / "skip.json"), "no_preview": True, "quiet": True, "no_overlap": no_overlap}
+    predict(scans, tmp_path / "out", bundle=BUNDLE, **options)
+    assert checked(tmp_path / "out") == {"0": "done", "1": "failed", "2": "done"}
+
+
+@OVERLAP
 def test_a_full_disk_fails_the_scans_that_do_not_fit(tmp_path, no_overlap):
     """A limit on the size of a file stands for the disk: probabilities of a large scan are above, all else is below."""
     scans = write_scans(tmp_path / "in", [20, 44, 20, 20])
@@ -139,6 +152,8 @@ def test_a_run_that_is_stopped_lists_what_is_finished(tmp_path, number, code, no
     status = list(checked(output).values())
     done = status.count("done")
     assert 2 <= done < 12 and status == ["done"] * done + ["not done"] * (12 - done)
+    scans = json.loads((output / "manifest.json").read_text())["scans"]
+    assert [one["seconds"] is not None for one in scans] == [one["status"] == "done" for one in scans]
     assert signal.getsignal(signal.SIGTERM) is before
     assert not [one for one in threading.enumerate() if one.name.startswith(("read_", "write_"))]
 

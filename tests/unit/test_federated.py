@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mapseg_components.errors import ConfigError
 from mapseg_components.federated import Coordinator, Privacy, Site, simulate
 from mapseg_components.federated.core import (
     WeightedMean,
@@ -24,6 +25,7 @@ from mapseg_components.federated.core import (
     payload_bytes,
     site_seed,
 )
+from mapseg_components.federated.flare.party import sides_of
 from mapseg_components.federated.site import initial_weights
 from mapseg_components.losses import AdaptationLoss
 from tests.conftest import ROOT
@@ -209,6 +211,14 @@ def nvflare_run(folder, datalist, sites, *options, **changes):
 def assert_close(found, expected):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_client_of_a_job_has_one_side():
+    assert sides_of(["a", "b"], "c") == {"a": "target", "b": "target", "c": "source"} and sides_of(["a"]) == {
+        "a": "target"
+    }
+    with pytest.raises(ConfigError, match="b is the source site and one of the sites with target scans"):
+        sides_of(["a", "b"], "b")
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -99,8 +101,9 @@ def test_what_a_stage_raises_arrives_and_nothing_hangs(failing):
     assert not [one for one in threading.enumerate() if one.name.startswith(("read", "write"))]
 
 
-def test_an_interruption_waits_for_what_is_being_written():
-    """Else a file could appear after the tables that do not list it."""
+@pytest.mark.parametrize("again", [0, 1, 3])
+def test_an_interruption_waits_for_what_is_being_written(again):
+    """Else a file could appear after the tables that do not list it. Users press Ctrl-C again while they wait."""
     writing, done = threading.Event(), []
 
     def work(item, value):
@@ -110,6 +113,9 @@ def test_an_interruption_waits_for_what_is_being_written():
 
     def write(item, value):
         writing.set()
+        for _ in range(again):
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.2)
         done.append(item)
 

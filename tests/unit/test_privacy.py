@@ -166,7 +166,7 @@ def test_a_ledger_that_another_job_holds_lets_nothing_leave(tmp_path, monkeypatc
     ledger = Ledger(tmp_path / "privacy.json", Privacy(clip=0.1, noise=2.0))
     with (
         FileLock(tmp_path / ".privacy.json.lock"),
-        pytest.raises(ResourceError, match="end the other job of this site"),
+        pytest.raises(ResourceError, match="another job of this site: end that one"),
     ):
         ledger.spend()
     assert not (tmp_path / "privacy.json").exists()

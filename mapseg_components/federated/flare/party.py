@@ -37,7 +37,13 @@ PARTY_DIR = "MAPSEG_PARTY_DIR"
 
 
 def sides_of(sites: Sequence[str], source_site: str | None = None) -> dict[str, str]:
-    """Side of every client of a job: those with target scans, then the one with the source, if it is no server."""
+    """Side of every client of a job: those with target scans, then the one with the source, if the server has none.
+
+    Raises:
+        ConfigError: the site with the source is among those with target scans.
+    """
+    if source_site in sites:
+        raise ConfigError(f"{source_site} is the source site and one of the sites with target scans: give it one side")
     return {**dict.fromkeys(sites, TARGET), **({source_site: SOURCE} if source_site else {})}
 
 
