@@ -23,13 +23,14 @@ import torch
 
 from benchmarks.memory import measure
 from benchmarks.package import bundle, part, settings_of, write_datalist
+from benchmarks.report import replace_between
 from benchmarks.timing import CLOCKS, machine
 from benchmarks.volume import SHAPE, write_brain
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-__all__ = ["draw", "linear_fit", "of_scans", "of_volumes", "of_workers"]
+__all__ = ["draw", "linear_fit", "of_scans", "of_volumes", "of_workers", "table"]
 
 
 def elapsed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[float, Any]:
@@ -123,6 +124,35 @@ def draw(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def table(results: dict[str, Any]) -> str:
+    """What the figure shows, in words and figures."""
+    place, settings, fit = results["machine"], results["settings"], results["volumes"]["memory"]
+    first, last = results["scans"][0], results["scans"][-1]
+    clock = "processor time" if settings["clock"] == "cpu" else "time that passed"
+    shape = "x".join(map(str, settings["scan_shape"]))
+    size = f"width {settings['width']}, depth {settings['depth']}, windows of {settings['patch']}"
+    workers = ", ".join(f"{row['workers']}: {row['samples_per_second']:.1f}" for row in results["workers"])
+    lines = [
+        f"{place['device']}, {place['processor']}, {place['threads']} threads, torch {place['torch']};",
+        f"{clock}, n 1 each. Load of the machine: {place['load']:.1f} processes.",
+        f"Inference: {size}, so that stitching shows.",
+        "",
+        f"The memory of inference grows linearly: **{fit['slope']:.1f} bytes a voxel**",
+        f"and {fit['constant'] / 1e6:.0f} MB beyond the decoded scan (r2 {fit['r2']:.4f}).",
+        f"Filling the cache: {first['cache_seconds']:.1f} s with {first['scans']} of {shape},",
+        f"{last['cache_seconds']:.1f} s with {last['scans']};",
+        f"{first['samples']} samples from it: {first['epoch_seconds']:.2f} s and {last['epoch_seconds']:.2f} s.",
+        f"Samples a second by workers: {workers or 'not measured, for they need a quiet machine'}.",
+        "",
+        "| volume | inference | its memory |",
+        "|---|---|---|",
+    ]
+    for row in results["volumes"]["rows"]:
+        grown = (row["peak"] - row["before"]) / 1e9
+        lines.append(f"| {'x'.join(map(str, row['shape']))} | {row['seconds']:.1f} s | {grown:.2f} GB |")
+    return "\n".join(lines)
+
+
 def main(line: Sequence[str] | None = None) -> int:
     """Measure, write ``scaling.json``, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,26 +166,37 @@ def main(line: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", choices=[*CLOCKS], default="wall", help="cpu: leaves out the workers")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     parser.add_argument("--figure", type=Path, help="by default scaling.png in the output folder")
+    parser.add_argument("--results", type=Path, help="scaling.json of an earlier run: nothing is measured")
+    parser.add_argument("--docs", type=Path, help="page whose text is replaced")
     arguments = parser.parse_args(line)
+    if arguments.results is None:
+        results = run(arguments)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "scaling.json").write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+    else:
+        results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    draw(results, arguments.figure or arguments.output / "scaling.png")
+    if arguments.docs:
+        replace_between(arguments.docs, "bench-scaling", table(results))
+    print(table(results))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure; returns what ``scaling.json`` holds."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         scans = [write_brain(Path(folder), arguments.shape, seed) for seed in range(max(arguments.scans))]
         shapes = [[round(factor * side) for side in arguments.shape] for factor in arguments.factors]
         sizes = {"width": arguments.width, "depth": 1, "patch": arguments.patch, "clock": arguments.clock}
         workers = arguments.workers if arguments.clock == "wall" else []
-        results = {
+        return {
             "machine": {**machine(torch.device("cpu")), "load": os.getloadavg()[2]},
             "settings": {**sizes, "scan_shape": list(arguments.shape)},
             "scans": of_scans(scans, arguments.scans, arguments.patch, arguments.samples, CLOCKS[arguments.clock]),
             "workers": of_workers(scans[:2], workers, arguments.patch, arguments.samples),
             "volumes": of_volumes(shapes, sizes),
         }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "scaling.json").write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
-    draw(results, arguments.figure or arguments.output / "scaling.png")
-    fit = results["volumes"]["memory"]
-    print(f"inference keeps {fit['slope']:.1f} bytes a voxel and {fit['constant'] / 1e6:.0f} MB (r2 {fit['r2']:.4f})")
-    return 0
 
 
 if __name__ == "__main__":

@@ -200,8 +200,10 @@ def test_text_goes_between_the_markers(tmp_path):
 
 def test_the_page_shows_the_results_file():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    own = {"overlap.json": overlap.table, "scaling.json": scaling.table}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        assert report.tables(json.loads(path.read_text(encoding="utf-8"))) in page, path.name
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert own.get(path.name, report.tables)(content) in page, path.name
 
 
 def test_an_unknown_setting_is_refused():
