@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +19,14 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "sample" / "fetal_age"
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT is KeyboardInterrupt, as on a terminal; a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def make_scan(shape=(20, 24, 28), seed=0, contrast=1.0):

@@ -132,6 +132,7 @@ def test_a_run_in_which_nothing_can_be_written_ends(tmp_path, no_overlap, monkey
 
 
 @OVERLAP
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl_c", "sigterm"])
 def test_a_run_that_is_stopped_lists_what_is_finished(tmp_path, number, code, no_overlap, capsys):
     scans, output = write_scans(tmp_path / "in", [36] * 12), tmp_path / "out"

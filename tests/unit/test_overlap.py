@@ -101,6 +101,7 @@ def test_what_a_stage_raises_arrives_and_nothing_hangs(failing):
     assert not [one for one in threading.enumerate() if one.name.startswith(("read", "write"))]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("again", [0, 1, 3])
 def test_an_interruption_waits_for_what_is_being_written(again):
     """Else a file could appear after the tables that do not list it. Users press Ctrl-C again while they wait."""
