@@ -71,7 +71,7 @@ def test_changes_reach_the_models_that_go_on_and_amp_every_training(tmp_path, st
         made.make(name)
     assert "oracle" not in stages  # it has no scans
     for name, (_, settings) in stages.items():
-        assert settings["amp"] == "None" and settings["seed"] == 5, name
+        assert settings["amp"] == "$None" and settings["seed"] == 5, name
         assert ("learning_rate" in settings) is (name not in ("pretraining", "source", "package")), name
     assert stages["federated"][1]["ema_schedule"] == "[[None, 0.5]]"
 

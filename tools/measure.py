@@ -49,8 +49,9 @@ class Experiment:
     def __init__(self, arguments: argparse.Namespace, seed: int, output: Path) -> None:
         self.datalist, self.seed, self.output = arguments.datalist.absolute(), seed, output
         self.oracle = arguments.oracle.absolute() if arguments.oracle else None
-        self.sites, self.changes = arguments.sites, dict(change.split("=", 1) for change in arguments.set)
-        self.amp = {"amp": arguments.amp} if arguments.amp else {}
+        self.sites = arguments.sites
+        self.changes = {key: value_of(text) for key, text in (change.split("=", 1) for change in arguments.set)}
+        self.amp = {"amp": value_of(arguments.amp)} if arguments.amp else {}
         self.last = ["tiny.yaml"] if arguments.tiny else []
         self.overlays = ["small_data.yaml", f"{arguments.experiment}.yaml", *arguments.more]
         self.task = ["train.json", *self.overlays, *self.last]
@@ -140,6 +141,11 @@ class Experiment:
         extra = {"weights": weights, "datalist": self.datalist, "labels": settings["labels"], "amp": "bf16"}
         extra["overwrite"] = True  # run again, it goes on where it stopped
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
+
+
+def value_of(text: str) -> str:
+    """A value for a bundle's command line, which takes ``None`` for "not given" and leaves the config's own."""
+    return "$None" if text in ("None", "null") else text
 
 
 def evaluated(output: Path, seeds: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
