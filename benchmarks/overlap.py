@@ -28,7 +28,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from benchmarks.report import replace_between, seconds
+from benchmarks.report import place_of, replace_between, seconds
 from benchmarks.timing import machine, summary
 from mapseg_components.commands.predict import Run, predict
 
@@ -132,8 +132,7 @@ def table(results: Mapping[str, Any]) -> str:
     settings, place = results["settings"], results["machine"]
     size = f"{settings['scans']} scans of {'x'.join(map(str, settings['shape']))}, int16, compressed"
     lines = [
-        f"{place['device']}, {place['processor']}, {place['threads']} threads, torch {place['torch']}; {size}; shipped "
-        f"bundle and weights. Load of the machine: {place['load']:.1f} processes.",
+        f"{place_of(place)}; {size}; shipped bundle and weights. Load of the machine: {place['load']:.1f} processes.",
         "",
         "| whole command | wall clock, median | min..max | processor time, median | n |",
         "|---|---|---|---|---|",

@@ -40,6 +40,11 @@ def gigabytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
 
 
+def place_of(machine: Mapping[str, Any]) -> str:
+    """What the figures of a page were measured on."""
+    return f"{machine['device']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
 def operations(case: Mapping[str, Any], variant: str, rates: Mapping[str, float]) -> str:
     """Operations a second, beside the rate of matrix products of the same precision; empty where none are counted."""
     if "flop" not in case:
@@ -51,12 +56,11 @@ def operations(case: Mapping[str, Any], variant: str, rates: Mapping[str, float]
 def tables(results: Mapping[str, Any]) -> str:
     """All tables of a results file."""
     machine, settings = results["machine"], results["settings"]
-    place = f"{machine['device']}, {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
     size = f"depth {settings['depth']}, patch {settings['patch']}^3, scan {'x'.join(map(str, settings['scan_shape']))}"
     changed = ", ".join(f"`{key}: {value}`" for key, value in settings["set"].items())
     load = f"Load of the machine: {machine['load']:.1f} processes."
     lines = [
-        f"{place}; {size}; samples on one thread. {CLOCKS[settings['clock']]}. {load}"
+        f"{place_of(machine)}; {size}; samples on one thread. {CLOCKS[settings['clock']]}. {load}"
         + (f" Settings of the package: {changed}." if changed else "")
     ]
     return "\n".join([*lines, *(case_lines(results) if results["cases"] else []), *other_lines(results)])

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.memory import measure
 from benchmarks.package import bundle, part, settings_of, write_datalist
-from benchmarks.report import replace_between
+from benchmarks.report import place_of, replace_between
 from benchmarks.timing import CLOCKS, machine
 from benchmarks.volume import SHAPE, write_brain
 
@@ -133,7 +133,7 @@ def table(results: dict[str, Any]) -> str:
     size = f"width {settings['width']}, depth {settings['depth']}, windows of {settings['patch']}"
     workers = ", ".join(f"{row['workers']}: {row['samples_per_second']:.1f}" for row in results["workers"])
     lines = [
-        f"{place['device']}, {place['processor']}, {place['threads']} threads, torch {place['torch']};",
+        f"{place_of(place)};",
         f"{clock}, n 1 each. Load of the machine: {place['load']:.1f} processes.",
         f"Inference: {size}, so that stitching shows.",
         "",

@@ -177,8 +177,11 @@ class Ledger:
     def __init__(self, path: Path, privacy: Privacy) -> None:
         self.path, self.privacy = path, privacy
 
-    def require_room(self) -> None:
+    def require_room(self) -> tuple[int, float]:
         """Another update fits into the budget.
+
+        Returns:
+            number and cost of the updates so far.
 
         Raises:
             FederationError: it does not, or the file cannot be used.
@@ -186,7 +189,7 @@ class Ledger:
         releases, cost = self._read()
         most = self.privacy.max_epsilon
         if most is None:
-            return
+            return releases, cost
         after = epsilon_of(cost + self.privacy.cost, self.privacy.delta)
         if after > most:
             raise FederationError(
@@ -194,6 +197,7 @@ class Ledger:
                 f"(delta {self.privacy.delta:g}), privacy_max_epsilon is {most:g}: leave the federation here, or agree "
                 "at the site on a larger one"
             )
+        return releases, cost
 
     def spend(self) -> dict[str, float]:
         """Count an update; what is reported with it.
@@ -209,8 +213,7 @@ class Ledger:
         if not self.privacy.noise:
             return {}
         with self._alone():  # another job of this site may spend from the same file
-            self.require_room()
-            releases, cost = self._read()
+            releases, cost = self.require_room()
             releases, cost = releases + 1, cost + self.privacy.cost
             write_json({"updates": releases, "cost": cost}, self.path)
         delta = self.privacy.delta
