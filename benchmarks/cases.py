@@ -336,7 +336,7 @@ def masks_of(
 
 def inference(bench: Bench) -> dict[str, Any]:
     """Logits of a whole scan that is in memory."""
-    network = part(bench.parser("adaptation"), "network_def").to(bench.device).eval()
+    network = part(bench.parser("adaptation"), "network").network.eval()
     subject = plain_data.decode(bench.scan)
     scan = plain_data.clip_at_percentile(subject.image.data, 99.5).to(bench.device)
     stride = int(bench.settings["window_stride"][0])

@@ -104,7 +104,7 @@ def inference_memory(options: argparse.Namespace) -> dict[str, Any]:
     settings |= {"handlers": [], "cases": [], "dataset#data": [{}]}
     parser = bundle("adaptation", Path("datalist.json"), settings, "inference.json")
     keep_freed_memory(parser["keep_freed_memory"])
-    network = part(parser, "network_def").to(device)
+    network = part(parser, "network")
     segment = inference_of(parser, network, scan)
     if device.type != "cuda":
         Path("/proc/self/clear_refs").write_text("5")  # what making the scan took is not counted

@@ -62,14 +62,12 @@ def hide(image: torch.Tensor, masks: list[torch.Tensor], block: int) -> torch.Te
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """A copy with the same weights whose upsampling is PyTorch's own transposed convolution."""
-    network = copy.deepcopy(network)
-    for parent in list(network.modules()):
-        for name, module in parent.named_children():
-            if isinstance(module, nn.ConvTranspose3d):
-                own = nn.ConvTranspose3d(module.in_channels, module.out_channels, module.kernel_size, module.stride)
-                own.load_state_dict(module.state_dict())
-                setattr(parent, name, own.to(module.weight.device))
+    """A copy with the same weights, in PyTorch's own modules and memory format."""
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    for module in network.modules():
+        for own in (nn.Conv3d, nn.ConvTranspose3d, nn.GroupNorm):
+            if isinstance(module, own):
+                module.__class__ = own
     return network
 
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
-from mapseg_components.networks.encoder import ResidualBlock, group_norm
+from mapseg_components.networks.encoder import ResidualBlock
+from mapseg_components.networks.layout import in_layout_of, is_channels_last, pointwise_conv
+from mapseg_components.networks.normalization import group_norm
 from mapseg_components.networks.recomputation import Recomputable
 
 __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
@@ -36,13 +38,16 @@ class PatchUpsample(nn.ConvTranspose3d):
     def forward(self, input: torch.Tensor, output_size: Optional[list[int]] = None) -> torch.Tensor:
         batch, _, x, y, z = input.shape
         i, j, k = self.weight.shape[2:]
-        weight, bias = self.weight.flatten(1).t()[:, :, None, None, None], self.bias
-        blocks = F.conv3d(input, weight, None if bias is None else bias.repeat_interleave(i * j * k))
+        if is_channels_last(input):
+            weight, bias = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3), self.bias
+            blocks = pointwise_conv(input, weight, None if bias is None else bias.repeat(i * j * k))
+            grid = blocks.permute(0, 2, 3, 4, 1).reshape(batch, x, y, z, i, j, k, self.out_channels)
+            voxels = grid.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, x * i, y * j, z * k, self.out_channels)
+            return voxels.permute(0, 4, 1, 2, 3)
+        weight, bias = self.weight.flatten(1).t(), self.bias
+        blocks = pointwise_conv(input, weight, None if bias is None else bias.repeat_interleave(i * j * k))
         grid = blocks.reshape(batch, self.out_channels, i, j, k, x, y, z).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        output = grid.reshape(batch, self.out_channels, x * i, y * j, z * k)
-        if input.is_contiguous(memory_format=torch.channels_last_3d):
-            output = output.contiguous(memory_format=torch.channels_last_3d)
-        return output
+        return grid.reshape(batch, self.out_channels, x * i, y * j, z * k)
 
 
 class ReconstructionDecoder(Recomputable):
@@ -85,10 +90,13 @@ class FoldingConv3d(nn.Conv3d):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if 2 * input.shape[1] != self.in_channels:
-            return self._conv_forward(input, self.weight, self.bias)
-        first, second = self.weight.chunk(2, dim=1)
-        return self._conv_forward(input, first + second, self.bias)
+        weight = self.weight
+        if 2 * input.shape[1] == self.in_channels:
+            first, second = weight.chunk(2, dim=1)
+            weight = first + second
+        if weight[0, 0].numel() == 1:
+            return pointwise_conv(input, weight, self.bias)
+        return self._conv_forward(input, weight, self.bias)
 
 
 def conv_norm_relu(
@@ -144,21 +152,22 @@ class ASPP(Recomputable):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         pooled = self.pool(features)
         outputs = [branch(features) for branch in self.branches]
-        outputs.append(pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4]))
+        everywhere = pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4])
+        outputs.append(in_layout_of(everywhere, outputs[0]))
         return self.project(torch.cat(outputs, dim=1))
 
 
-class Float32Conv3d(nn.Conv3d):
-    """Conv3d in float32 under autocast, too: class logits rounded to bfloat16 tie, and labels turn over.
+class ClassLogits(nn.Conv3d):
+    """1x1x1 Conv3d in float32 under autocast, too: class logits rounded to bfloat16 tie, and labels turn over.
 
     A scripted network computes it as autocast says.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting() or input.is_meta:
-            return self._conv_forward(input, self.weight, self.bias)
+            return pointwise_conv(input, self.weight, self.bias)
         with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(self.weight.dtype))
+            return pointwise_conv(input.to(self.weight.dtype), self.weight, self.bias)
 
 
 class SegmentationHead(Recomputable):
@@ -187,7 +196,7 @@ class SegmentationHead(Recomputable):
             group_norm(channels, norm_groups),
             nn.ReLU(inplace=True),
             conv_norm_relu(channels, channels, 3, norm_groups),
-            Float32Conv3d(channels, num_classes, kernel_size=1),
+            ClassLogits(channels, num_classes, kernel_size=1),
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

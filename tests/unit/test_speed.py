@@ -19,6 +19,7 @@ from mapseg_components.handlers import EMATeacher
 from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
 from mapseg_components.networks import ASPP, GlobalLocalPass, MultiScaleMAE, prepare_network
 from mapseg_components.networks.decoders import PatchUpsample
+from mapseg_components.networks.layout import pointwise_conv
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
@@ -123,6 +124,7 @@ def test_checkpointing_forgets_activations():
 
 
 def test_memory_format_changes_neither_result_nor_keys(tiny_network):
+    tiny_network.aspp.project[-1].p = 0.0  # dropout draws in the order of memory
     plain, last = (
         adaptation(prepare_network(copy.deepcopy(tiny_network), "cpu", memory_format))
         for memory_format in ("contiguous", "channels_last_3d")
@@ -201,6 +203,36 @@ def test_a_bad_term_is_named_and_reaches_no_weight(tiny_network):
     with pytest.raises(NonFiniteError, match=r"loss terms \['source_local', .*are NaN or infinite"):
         trainer._step(trainer, {"source": batch})
     torch.testing.assert_close(trainer.network.state_dict(), before, rtol=0, atol=0)
+
+
+def test_features_keep_their_memory_format_through_the_whole_network(tiny_network):
+    network = GlobalLocalPass(prepare_network(tiny_network.train(), "cpu", "channels_last_3d"))
+    formats = {}
+
+    def look(name, output):
+        if isinstance(output, torch.Tensor) and output[0, 0].numel() > 1:
+            formats[name] = output.is_contiguous(memory_format=torch.channels_last_3d)
+
+    for name, module in network.named_modules():
+        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+    # PyTorch leaves a small float32 batch of one to an algorithm that knows its own format only
+    network(*(torch.cat([pair()[key]] * 2) for key in ("local_image", "global_image", "local_box")))
+    assert len(formats) > 30
+    # of one input channel both formats are the same, and PyTorch's own name is taken
+    assert [name for name, kept in formats.items() if not kept and not name.endswith("blocks.0.norm1")] == []
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pointwise_convolution_is_a_convolution(bias, memory_format):
+    conv = torch.nn.Conv3d(3, 5, 1, bias=bias).double()
+    image = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format)
+    found, expected = pointwise_conv(image, conv.weight, conv.bias), conv(image)
+    assert found.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(found, expected)
+    slopes = torch.rand_like(expected)
+    both = [torch.autograd.grad(output, list(conv.parameters()), slopes) for output in (found, expected)]
+    torch.testing.assert_close(*both)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
