@@ -109,14 +109,9 @@ def step_of(parser: ConfigParser, batch: Mapping[str, Any]) -> Callable[[], floa
 
 def inference_of(parser: ConfigParser, network: torch.nn.Module, scan: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Function that segments a scan (1, X, Y, Z) as the evaluator of the config does; logits (classes, X, Y, Z)."""
-    evaluator, inferer = part(parser, "evaluator"), part(parser, "inferer")
+    inferer = part(parser, "evaluator").inferer
     network.eval()
-
-    def segment() -> torch.Tensor:
-        with torch.autocast(scan.device.type, enabled=evaluator.amp, **evaluator.amp_kwargs):
-            return inferer(scan[None], network)[0]
-
-    return segment
+    return lambda: inferer(scan[None], network)[0]
 
 
 def require_known(settings: Mapping[str, Any]) -> None:

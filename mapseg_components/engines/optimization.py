@@ -13,11 +13,11 @@ from torch import nn
 
 from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.memory import naming_memory_errors
+from mapseg_components.precision import autocast
 
 __all__ = ["OptimizationStep"]
 
 SMALLEST_SCALE = 2.0**-10
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class OptimizationStep:
@@ -45,8 +45,7 @@ class OptimizationStep:
         max_grad_norm: float | None,
         accumulate_steps: int,
     ) -> None:
-        if amp is not None and amp not in AMP_TYPES:
-            raise ConfigError(f"amp is {amp!r}, expected one of {sorted(AMP_TYPES)} or null for float32")
+        autocast(device, amp)  # refuses an unknown one
         if accumulate_steps < 1:
             raise ConfigError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
         self.network = network
@@ -54,14 +53,14 @@ class OptimizationStep:
         self.device = device
         self.max_grad_norm = max_grad_norm
         self.accumulate_steps = accumulate_steps
-        self.amp_dtype = None if amp is None else AMP_TYPES[amp]
+        self.amp = amp
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.pending = False
         """Whether gradients wait for the rest of their step: no state to save or resume at."""
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes."""
-        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+        return autocast(self.device, self.amp)
 
     def ends(self, iteration: int, last_of_epoch: bool) -> bool:
         """Whether an iteration completes a step; the last one of an epoch always does."""

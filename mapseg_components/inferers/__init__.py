@@ -1,8 +1,9 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Inference with global-local collaboration; mean probabilities of several weights."""
+"""Inference with global-local collaboration, in mixed precision; mean probabilities of several weights."""
 
 from mapseg_components.inferers.averaging import AveragingInferer
 from mapseg_components.inferers.global_local import GlobalLocalSlidingWindowInferer
+from mapseg_components.inferers.precision import AutocastInferer
 
-__all__ = ["AveragingInferer", "GlobalLocalSlidingWindowInferer"]
+__all__ = ["AutocastInferer", "AveragingInferer", "GlobalLocalSlidingWindowInferer"]

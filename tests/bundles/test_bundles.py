@@ -253,3 +253,37 @@ def test_two_processes_train_one_network(bundle, dataset, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 2
     assert "model.pt" in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def parts_of(content, target):
+    """Entries of a config, at any depth, that make a component."""
+    if isinstance(content, dict):
+        if content.get("_target_", "").endswith(target):
+            yield content
+        content = list(content.values())
+    for each in content if isinstance(content, list) else ():
+        yield from parts_of(each, target)
+
+
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda path: path.name)
+def test_every_evaluator_takes_amp_from_an_inferer(bundle):
+    found = []
+    for path in sorted((bundle / "configs").glob("*.[jy]*")):
+        found += parts_of(ConfigParser.load_config_file(path), "Evaluator")
+    assert found
+    for evaluator in found:
+        assert evaluator["inferer"]["_target_"].endswith("AutocastInferer") and evaluator["inferer"]["amp"] == "@amp"
+        assert not {"amp", "amp_kwargs"} & set(evaluator)  # MONAI's own amp does nothing on a CPU
+
+
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), (None, torch.float32)])
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda path: path.name)
+def test_amp_of_inference_reaches_the_network_on_a_cpu(bundle, amp, dtype):
+    parser = ConfigParser(ConfigParser.load_config_file(bundle / "configs" / "inference.json"))
+    settings = {"amp": amp, "device": "$torch.device('cpu')", "handlers": [], "cases": [], "dataset#data": [{}]}
+    parser.update({"bundle_root": str(bundle), **settings})
+    network, seen = parser.get_parsed_content("network").eval(), set()
+    network.encoder.blocks[1].conv1.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    with torch.no_grad():
+        parser.get_parsed_content("evaluator").inferer(torch.rand(1, 1, 32, 32, 32), network)
+    assert seen == {dtype}

@@ -1,0 +1,41 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The setting ``amp`` for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.inferers import Inferer
+
+from mapseg_components.precision import autocast
+
+__all__ = ["AutocastInferer"]
+
+
+class AutocastInferer(Inferer):
+    """Another inferer in mixed precision, on whatever device its inputs are.
+
+    The ``amp`` of MONAI 1.6.1's evaluators is ``torch.autocast("cuda")``, which does nothing on a CPU.
+
+    Args:
+        inferer: does the work. amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+
+    Raises:
+        ConfigError: ``amp`` is unknown.
+    """
+
+    def __init__(self, inferer: Inferer, amp: str | None) -> None:
+        super().__init__()
+        autocast("cpu", amp)  # refuses an unknown one
+        self.inferer = inferer
+        self.amp = amp
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """What the inferer returns, made under autocast."""
+        with autocast(inputs.device, self.amp):
+            return self.inferer(inputs, network, *args, **kwargs)
