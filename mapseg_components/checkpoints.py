@@ -20,7 +20,15 @@ from torch import nn
 from mapseg_components.errors import CheckpointError
 from mapseg_components.files import free_space_error, replacing
 
-__all__ = ["fingerprint", "load_weights", "random_state", "read_checked", "restore_random_state", "write_atomic"]
+__all__ = [
+    "fingerprint",
+    "load_weights",
+    "random_state",
+    "read_checked",
+    "restore_random_state",
+    "weights_of",
+    "write_atomic",
+]
 
 
 def write_atomic(
@@ -80,6 +88,14 @@ def fingerprint(network: nn.Module) -> str:
     """Sixteen hexadecimal digits that two networks share if their weights have equal names, shapes and types."""
     lines = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in network.state_dict().items()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the weights on the CPU, in PyTorch's own memory format, so that files do not tell how a network ran."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str], prefix: str = "") -> int:

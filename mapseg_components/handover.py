@@ -33,7 +33,7 @@ from monai.engines import Evaluator
 from torch import nn
 
 from mapseg_components import __version__
-from mapseg_components.checkpoints import fingerprint, load_weights, read_checked, write_atomic
+from mapseg_components.checkpoints import fingerprint, load_weights, read_checked, weights_of, write_atomic
 from mapseg_components.data import median_spacing, structure_sizes
 from mapseg_components.errors import CheckpointError, ConfigError
 from mapseg_components.files import sha256_of, write_json
@@ -154,7 +154,7 @@ def write_handover(
             "monai": monai.__version__,
         },
     }
-    write_atomic({name: value.detach().cpu().clone() for name, value in network.state_dict().items()}, folder / WEIGHTS)
+    write_atomic(weights_of(network), folder / WEIGHTS)
     content["weights"]["sha256"] = sha256_of(folder / WEIGHTS)
     check_content(content, folder / MANIFEST)
     write_json(content, folder / MANIFEST)

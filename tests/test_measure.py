@@ -64,12 +64,14 @@ def test_federation_takes_the_steps_of_the_others_and_shares_the_target(tmp_path
     assert list(server) == ["source_training", "source_validation"]
 
 
-def test_changes_reach_the_models_that_go_on_and_amp_every_training(tmp_path, stages):
+def test_changes_reach_the_models_that_go_on_and_amp_every_stage(tmp_path, stages):
     made = experiment(tmp_path, set=["learning_rate=0.1", "ema_schedule=[[None, 0.5]]"], amp="None")
     made.start()
     for name in measure.MODELS:
         made.make(name)
     assert "oracle" not in stages  # it has no scans
+    made.evaluate("adapted", tmp_path / "model.pt")
+    assert stages.pop("evaluation of adapted")[1]["amp"] == "$None"
     for name, (_, settings) in stages.items():
         assert settings["amp"] == "$None" and settings["seed"] == 5, name
         assert ("learning_rate" in settings) is (name not in ("pretraining", "source", "package")), name

@@ -21,6 +21,7 @@ from mapseg_components.checkpoints import (
     random_state,
     read_checked,
     restore_random_state,
+    weights_of,
     write_atomic,
 )
 from mapseg_components.data import check_training_data, load_datalist
@@ -191,7 +192,7 @@ class Site:
                 f"round {number} made {state.iteration - number * self.steps} of {self.steps} steps: "
                 "the loader ended early; lower server_steps or client_steps"
             )
-        weights = {name: value.detach().cpu().clone() for name, value in self.teacher_network.state_dict().items()}
+        weights = weights_of(self.teacher_network)
         if self.local:
             self._local.keep(number, {name: weights.pop(name) for name in sorted(self.local)})
         return weights
@@ -298,7 +299,7 @@ def initial_weights(settings: Mapping[str, Any], seed: int) -> dict[str, torch.T
         if path is not None:
             count = load_weights(network, path, prefix)
             logger.info(f"Loaded {count} of {count} tensors of {path} ({key}).")
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    return weights_of(network)
 
 
 def parser_of(settings: Mapping[str, Any]) -> ConfigParser:

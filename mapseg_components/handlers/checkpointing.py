@@ -28,6 +28,7 @@ from mapseg_components.checkpoints import (
     random_state,
     read_checked,
     restore_random_state,
+    weights_of,
     write_atomic,
 )
 from mapseg_components.configs import require_same_settings, running_settings
@@ -197,7 +198,7 @@ class TrainingCheckpoint:
     def _end_of_epoch(self, engine: Engine) -> None:
         if self.weights_path is not None and self.weights is not None and idist.get_rank() == 0:
             # before the state: a run that was stopped in between writes them again
-            write_atomic(self.weights.state_dict(), self.weights_path)
+            write_atomic(weights_of(self.weights), self.weights_path)
         self._save(engine, epoch=engine.state.epoch)
         self._exit(self._asked_to_end(), engine)
 

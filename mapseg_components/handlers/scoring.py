@@ -18,7 +18,7 @@ from monai.engines import Evaluator
 from monai.handlers import ValidationHandler
 from torch import nn
 
-from mapseg_components.checkpoints import write_atomic
+from mapseg_components.checkpoints import weights_of, write_atomic
 from mapseg_components.files import write_json
 from mapseg_components.keys import TARGET_SEGMENTATION
 
@@ -191,7 +191,7 @@ class ScoreCheckpoint:
     def _write(self, stem: str, name: str, figures: Mapping[str, Any]) -> None:
         if idist.get_rank() != 0:
             return
-        write_atomic(self.candidates[name][0].state_dict(), self.save_dir / f"{stem}.pt")
+        write_atomic(weights_of(self.candidates[name][0]), self.save_dir / f"{stem}.pt")
         record = self.save_dir / "model_selection.json"
         content = json.loads(record.read_text()) if record.is_file() else {}
         content[f"{stem}.pt"] = {"weights": name, **figures}

@@ -97,40 +97,55 @@ def over_group(values: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def pieces(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same pieces of several (voxels, C), float32 at least."""
-    for each in zip(*(tensor.split(max(PIECE // tensor.shape[1], 1)) for tensor in rows)):
-        yield tuple(piece if piece.dtype == torch.float64 else piece.float() for piece in each)
+    """The same pieces of several (voxels, C), one after the other."""
+    step = max(PIECE // rows[0].shape[1], 1)
+    for start in range(0, len(rows[0]), step):
+        yield tuple(tensor[start : start + step] for tensor in rows)
+
+
+def scratch(rows: torch.Tensor, sums: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for one piece, and for so many sums of every piece: (voxels of a piece, C) and (pieces, sums, C).
+
+    It is taken at once. Small blocks, one after another, would settle in the gaps that large tensors leave, and split them.
+    """
+    voxels = max(PIECE // rows.shape[1], 1)
+    working = torch.promote_types(rows.dtype, torch.float32)
+    count = -(-len(rows) // voxels)
+    return rows.new_empty(voxels, rows.shape[1], dtype=working), rows.new_empty(count, sums, rows.shape[1], dtype=working)
 
 
 def channel_moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of each channel of (voxels, C), float64."""
-    counts, means, squares = [], [], []
-    for (piece,) in pieces(rows):
-        counts.append(len(piece))
-        means.append(piece.mean(0))
-        squares.append((piece - means[-1]).square_().sum(0))
-    count, mean = torch.tensor(counts, dtype=torch.float64)[:, None], torch.stack(means).double()
-    center = (count * mean).sum(0) / len(rows)
-    squares_around_center = torch.stack(squares).double() + count * (mean - center).square()
-    return center, squares_around_center.sum(0) / len(rows)
+    room, sums = scratch(rows, 2)
+    for (piece,), (mean, squares) in zip(pieces(rows), sums):
+        torch.mean(piece, 0, dtype=sums.dtype, out=mean)
+        rest = torch.sub(piece, mean, out=room[: len(piece)])
+        torch.sum(rest.square_(), 0, out=squares)
+    count = torch.full((len(sums), 1), float(len(room)), dtype=torch.float64)
+    count[-1] = len(rows) - len(room) * (len(sums) - 1)
+    means, squares = sums.double().unbind(1)
+    center = (count * means).sum(0) / len(rows)
+    return center, (squares + count * (means - center).square()).sum(0) / len(rows)
 
 
 def slope_sums(rows: torch.Tensor, slopes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the voxels of the slopes, and of the slopes times the features; (C,), float64."""
-    sums = [torch.stack([slope.sum(0), (piece * slope).sum(0)]) for piece, slope in pieces(rows, slopes)]
-    total, product = torch.stack(sums).double().sum(0)
+    room, sums = scratch(rows, 2)
+    for (piece, slope), (total, product) in zip(pieces(rows, slopes), sums):
+        torch.sum(slope, 0, dtype=sums.dtype, out=total)
+        torch.sum(torch.mul(piece, slope, out=room[: len(piece)]), 0, out=product)
+    total, product = sums.double().sum(0)
     return total, product
 
 
 def write_affine(written: torch.Tensor, constant: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor]) -> None:
     """``constant + rows * factor + ...`` into (voxels, C); constant and factors are (C,), float64."""
-    working = torch.promote_types(written.dtype, torch.float32)
-    constant, factors = constant.to(working), [factor.to(working) for _, factor in parts]
-    targets = written.split(max(PIECE // written.shape[1], 1))
-    for target, each in zip(targets, pieces(*(rows for rows, _ in parts))):
-        out = target if target.dtype == working else None
-        value = torch.addcmul(constant, each[0], factors[0], out=out)
+    room, _ = scratch(written, 0)
+    constant, factors = constant.to(room.dtype), [factor.to(room.dtype) for _, factor in parts]
+    for target, *each in pieces(written, *(rows for rows, _ in parts)):
+        out = target if target.dtype == room.dtype else room[: len(target)]
+        torch.addcmul(constant, each[0], factors[0], out=out)
         for piece, factor in zip(each[1:], factors[1:]):
-            value.addcmul_(piece, factor)
-        if out is None:
-            target.copy_(value)
+            out.addcmul_(piece, factor)
+        if out is not target:
+            target.copy_(out)
