@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import nn
 

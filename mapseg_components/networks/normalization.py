@@ -106,12 +106,13 @@ def pieces(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 def scratch(rows: torch.Tensor, sums: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for one piece, and for so many sums of every piece: (voxels of a piece, C) and (pieces, sums, C).
 
-    It is taken at once. Small blocks, one after another, would settle in the gaps that large tensors leave, and split them.
+    It is taken at once: small blocks, one after another, would settle in the gaps that large tensors leave, and split
+    them.
     """
     voxels = max(PIECE // rows.shape[1], 1)
+    count, channels = -(-len(rows) // voxels), rows.shape[1]
     working = torch.promote_types(rows.dtype, torch.float32)
-    count = -(-len(rows) // voxels)
-    return rows.new_empty(voxels, rows.shape[1], dtype=working), rows.new_empty(count, sums, rows.shape[1], dtype=working)
+    return torch.empty(voxels, channels, dtype=working), torch.empty(count, sums, channels, dtype=working)
 
 
 def channel_moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
