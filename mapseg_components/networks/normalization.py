@@ -25,9 +25,9 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm, as exact for features in ``channels_last_3d`` on a CPU as in PyTorch's own memory format.
 
     PyTorch 2.13 computes the variance of such features as the mean of squares less the square of the mean, each summed
-    one by one in float32: of 96x96x96 voxels whose mean is 20 to 40 times their spread, output and gradient are 0.3 to
-    1 % off. Here moments are taken around the mean of small pieces and put together in float64. Everywhere else this is
-    PyTorch's own.
+    one by one in float32: of 96x96x96 voxels whose mean is 20 to 40 times their spread, output and gradient are off by
+    more than a thousandth. Here moments are taken around the mean of small pieces and put together in float64, which
+    leaves a hundred-thousandth. Everywhere else this is PyTorch's own.
 
     Shape:
         (B, C, ...) to the same, in the same memory format.
