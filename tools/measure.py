@@ -138,8 +138,7 @@ class Experiment:
         settings = ConfigParser.load_config_files([str(ADAPTATION / "configs" / file) for file in self.task])
         folder = self.output / "evaluation" / name
         configs = ["inference.json", "evaluate.json", *self.overlays, *self.last]
-        extra = {"weights": weights, "datalist": self.datalist, "labels": settings["labels"], "amp": "bf16"}
-        extra |= self.amp
+        extra = {"weights": weights, "datalist": self.datalist, "labels": settings["labels"], "amp": "bf16", **self.amp}
         extra["overwrite"] = True  # run again, it goes on where it stopped
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
 

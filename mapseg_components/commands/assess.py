@@ -62,14 +62,13 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, qui
     device = parser.get_parsed_content("device")
     preprocessing = parser.get_parsed_content("preprocessing")
     inferer = parser.get_parsed_content("inferer")
-    amp = parser["amp"] == "bf16"
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
     validation, target = (load_datalist(datalist, name) for name in ("source_validation", "target_training"))
     classes = len(names) + 1
 
     def probabilities(image: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+        with torch.no_grad():
             logits = inferer(image[None].to(device), network)[0].as_subclass(torch.Tensor)
         return logits.float().softmax(dim=0).cpu()
 

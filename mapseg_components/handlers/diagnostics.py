@@ -41,7 +41,7 @@ class TargetDiagnostics:
         inferer: segments a scan.
         teacher: an ``EMATeacher``, whose network is called as the student is. student: the segmenter in training.
         interval: epochs between two looks.
-        device: where the networks are. amp: run in bfloat16.
+        device: where the networks are.
         confidence: a probability.
     """
 
@@ -55,7 +55,6 @@ class TargetDiagnostics:
         student: nn.Module,
         interval: int,
         device: torch.device | str,
-        amp: bool = False,
         confidence: float = 0.95,
     ) -> None:
         self.scans = scans
@@ -66,7 +65,6 @@ class TargetDiagnostics:
         self.student = student
         self.interval = interval
         self.device = torch.device(device)
-        self.amp = amp
         self.confidence = confidence
         self._previous: list[torch.Tensor] = []
 
@@ -115,7 +113,6 @@ class TargetDiagnostics:
         training = network.training
         network.eval()
         try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
-                return self.inferer(image, network)[0].as_subclass(torch.Tensor).float()
+            return self.inferer(image, network)[0].as_subclass(torch.Tensor).float()
         finally:
             network.train(training)
