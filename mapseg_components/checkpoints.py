@@ -91,7 +91,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the weights on the CPU, in PyTorch's own memory format, so that files do not tell how a network ran."""
+    """A copy of a network's ``state_dict`` on the CPU, in PyTorch's own memory format: files do not tell how it ran."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in network.state_dict().items()

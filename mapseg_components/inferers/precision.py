@@ -36,6 +36,6 @@ class AutocastInferer(Inferer):
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """What the inferer returns, made under autocast."""
+        """What the inferer makes of ``inputs`` (B, C, X, Y, Z) and network under autocast; its errors are its own."""
         with autocast(inputs.device, self.amp):
             return self.inferer(inputs, network, *args, **kwargs)

@@ -27,7 +27,8 @@ class GroupNorm(nn.GroupNorm):
     PyTorch 2.13 computes the variance of such features as the mean of squares less the square of the mean, each summed
     one by one in float32: of 96x96x96 voxels whose mean is 20 to 40 times their spread, output and gradient are off by
     more than a thousandth. Here moments are taken around the mean of small pieces and put together in float64, which
-    leaves a hundred-thousandth. Everywhere else this is PyTorch's own.
+    leaves a hundred-thousandth. Everywhere else, in a scripted or compiled network and without weight or bias as well,
+    this is PyTorch's own. In ``channels_last_3d`` it has no second derivative.
 
     Shape:
         (B, C, ...) to the same, in the same memory format.
@@ -36,7 +37,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        if input.device.type == "cpu" and is_channels_last(input) and not torch.compiler.is_compiling():
+        ours = input.device.type == "cpu" and is_channels_last(input) and not torch.compiler.is_compiling()
+        if ours and self.weight is not None and self.bias is not None:
             return ChannelsLastGroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
         return super().forward(input)
 
@@ -96,9 +98,14 @@ def over_group(values: torch.Tensor, groups: int) -> torch.Tensor:
     return values.view(groups, -1).mean(1).repeat_interleave(len(values) // groups)
 
 
+def piece_length(rows: torch.Tensor) -> int:
+    """Voxels of a piece of (voxels, C)."""
+    return max(PIECE // rows.shape[1], 1)
+
+
 def pieces(*rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same pieces of several (voxels, C), one after the other."""
-    step = max(PIECE // rows[0].shape[1], 1)
+    step = piece_length(rows[0])
     for start in range(0, len(rows[0]), step):
         yield tuple(tensor[start : start + step] for tensor in rows)
 
@@ -109,8 +116,8 @@ def scratch(rows: torch.Tensor, sums: int) -> tuple[torch.Tensor, torch.Tensor]:
     It is taken at once: small blocks, one after another, would settle in the gaps that large tensors leave, and split
     them.
     """
-    voxels = max(PIECE // rows.shape[1], 1)
-    count, channels = -(-len(rows) // voxels), rows.shape[1]
+    voxels, channels = piece_length(rows), rows.shape[1]
+    count = -(-len(rows) // voxels)
     working = torch.promote_types(rows.dtype, torch.float32)
     return torch.empty(voxels, channels, dtype=working), torch.empty(count, sums, channels, dtype=working)
 
@@ -134,17 +141,19 @@ def slope_sums(rows: torch.Tensor, slopes: torch.Tensor) -> tuple[torch.Tensor, 
     room, sums = scratch(rows, 2)
     for (piece, slope), (total, product) in zip(pieces(rows, slopes), sums):
         torch.sum(slope, 0, dtype=sums.dtype, out=total)
-        torch.sum(torch.mul(piece, slope, out=room[: len(piece)]), 0, out=product)
+        # a product of two bfloat16 into float32 would be rounded to bfloat16 on the way
+        torch.sum(room[: len(piece)].copy_(piece).mul_(slope), 0, out=product)
     total, product = sums.double().sum(0)
     return total, product
 
 
 def write_affine(written: torch.Tensor, constant: torch.Tensor, *parts: tuple[torch.Tensor, torch.Tensor]) -> None:
     """``constant + rows * factor + ...`` into (voxels, C); constant and factors are (C,), float64."""
-    room, _ = scratch(written, 0)
-    constant, factors = constant.to(room.dtype), [factor.to(room.dtype) for _, factor in parts]
+    working = torch.promote_types(written.dtype, torch.float32)
+    room = None if written.dtype == working else scratch(written, 0)[0]
+    constant, factors = constant.to(working), [factor.to(working) for _, factor in parts]
     for target, *each in pieces(written, *(rows for rows, _ in parts)):
-        out = target if target.dtype == room.dtype else room[: len(target)]
+        out = target if room is None else room[: len(target)]
         torch.addcmul(constant, each[0], factors[0], out=out)
         for piece, factor in zip(each[1:], factors[1:]):
             out.addcmul_(piece, factor)
