@@ -27,8 +27,8 @@ RUN python3 -m venv venv \
     && pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)"
 COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY mapseg_components ./mapseg_components
-RUN pip install -c constraints.txt '.[yaml]'
 COPY bundles ./bundles
+RUN pip install -c constraints.txt '.[yaml]'
 
 USER 10001
 WORKDIR /opt/mapseg/bundles/mapseg_adaptation

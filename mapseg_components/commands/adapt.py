@@ -25,7 +25,7 @@ from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
 from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
 from mapseg_components.commands.prepare import prepare as prepare_scans
-from mapseg_components.commands.report import VERDICTS, report
+from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
@@ -116,10 +116,11 @@ def adapt(
         an `AdaptReport`.
 
     Raises:
-        ConfigError: an argument is wrong, or the folder holds another run.
+        ConfigError: an argument is wrong, the folder holds another run, or matplotlib is missing.
         DataError: scans or labels cannot be used.
         ResourceError: memory, disk or permissions.
     """
+    require_matplotlib()  # the last stage's need, hours later
     for name, path in (("source", source), ("target", target)):
         if not Path(path).exists():
             raise ConfigError(f"{name} {Path(path).absolute()} does not exist: correct the path")
@@ -262,6 +263,7 @@ class Adaptation:
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
+        self._check_names()
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")
@@ -346,9 +348,6 @@ class Adaptation:
         plan, request = self.record["plan"], self.request
         config = ConfigParser.load_config_file(bundle / "configs" / name)
         known = set(ConfigParser.load_config_file(bundle / "configs" / "train.json")) | set(config)
-        unknown = set(request["settings"] or {}) - self._all_settings()
-        if unknown:
-            raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
         wanted: dict[str, Any] = {}
         for overlay in PRESETS[plan["preset"]]["overlays"]:
             if (bundle / "configs" / overlay).is_file():
@@ -363,8 +362,16 @@ class Adaptation:
             wanted["device"] = f"$torch.device('{request['device']}')"
         return {key: wanted.get(key, value) for key, value in config.items()}
 
+    def _check_names(self) -> None:
+        """Raises `ConfigError` for a setting that no bundle has."""
+        folders = (self.bundles / "mapseg_adaptation", self.bundles / "mapseg_pretraining")
+        known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
+        unknown = set(self.request["settings"] or {}) - known
+        if unknown:
+            raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
+
     def _check_settings(self) -> None:
-        """Names of the settings, and that weights will be chosen at all. Raises `ConfigError`."""
+        """That weights will be chosen at all. Raises `ConfigError`."""
         settled = self._settled(self.bundles / "mapseg_adaptation", "train.json", "")
         epochs, interval = settled["max_epochs"], settled["val_interval"]
         if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
@@ -372,10 +379,6 @@ class Adaptation:
                 f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "
                 "no weights chosen: set val_interval to 1, or more epochs"
             )
-
-    def _all_settings(self) -> set[str]:
-        folders = (self.bundles / "mapseg_adaptation", self.bundles / "mapseg_pretraining")
-        return {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
 
     def _train(self, name: str, bundle: Path, configs: Sequence[Any], settings: Mapping[str, Any]) -> None:
         if name in self.record["done"]:

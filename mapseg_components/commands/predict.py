@@ -109,7 +109,7 @@ class Prediction:
         case: its id. scan: its file; of a DICOM series what it is, without its path.
         status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
         label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
-        seconds: of reading, network and writing, without waiting. message: why it failed, one line a finding.
+        seconds: of reading, network and writing, without waiting. message: why it, or its picture, failed.
         series: number, modality, number of files and the UID's sha256 of a DICOM series.
         kind: class of the error. place: folder of a series below the input; both are in no file.
     """
@@ -677,17 +677,26 @@ class Run:
             raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error
         one.label_map = str(place.label_map)
         self.volumes += [{"case": one.case, **row} for row in rows]
-        if self.drawn:
-            draw_preview(case[IMAGE], place.label_map, self.names, place.preview)
-            one.preview = str(place.preview)
+        self.draw(one, case, place)
+
+    def draw(self, one: Prediction, case: Mapping[str, Any], place: Place) -> None:
+        """Take away the picture of the label map before, and draw one; if that fails, the scan is done all the same."""
+        try:
+            if self.parser.get_parsed_content("overwrite"):
+                place.preview.unlink(missing_ok=True)
+            if self.drawn:
+                draw_preview(case[IMAGE], place.label_map, self.names, place.preview)
+                one.preview = str(place.preview)
+        except Exception as error:
+            one.message = f"its picture is missing, or of an earlier run: {type(error).__name__}"
+            logger.warning(f"{one.place or one.scan}: {one.message} ({error}); its label map is written")
 
     def remove_what_was_made_of_the_label_map_before(self, one: Prediction, place: Place) -> None:
-        """Files of an earlier run that this one does not write, and the picture, which is drawn after this."""
+        """Files of an earlier run that this one does not write; `draw` sees to the picture."""
         segmentation = place.segmentation if one.series is not None else None  # only of a series is there one of ours
         for path, mine in ((place.probabilities, one.probabilities), (segmentation, one.segmentation)):
             if path is not None and mine is None:
                 path.unlink(missing_ok=True)
-        place.preview.unlink(missing_ok=True)
 
     @cached_property
     def weights(self) -> list[dict[str, str | None]]:

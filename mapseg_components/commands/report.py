@@ -76,6 +76,12 @@ chooser.addEventListener("change", show); show();
 """
 
 
+def require_matplotlib() -> None:
+    """Raises `ConfigError` if a report could not be drawn."""
+    if not can_draw():
+        raise ConfigError("the report needs matplotlib: pip install 'mapseg-monai[report]'")
+
+
 def report(directory: str, output: str | None = None) -> str:
     """Write the report of a run of ``mapseg adapt``: one HTML file that needs no network.
 
@@ -93,8 +99,7 @@ def report(directory: str, output: str | None = None) -> str:
         ConfigError: the folder holds no finished run, or matplotlib is missing.
         ResourceError: the file cannot be written.
     """
-    if not can_draw():
-        raise ConfigError("the report needs matplotlib: pip install 'mapseg-monai[report]'")
+    require_matplotlib()
     folder = Path(directory)
     path = folder / "run.json"
     if not path.is_file():

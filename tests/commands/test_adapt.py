@@ -165,6 +165,7 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"prepare": {"overwrite": True}}, "prepare has \\['overwrite'\\], expected options among"),
         ({"prepare": {}, "target": "t2/7.nii.gz"}, "prepare needs target as a folder"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
+        ({"settings": {"widht": 3}, "prepare": {}}, "settings \\['widht'\\] are in no bundle"),
         ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )
@@ -176,6 +177,13 @@ def test_wrong_arguments_are_named(folders, tmp_path, change, message, monkeypat
     assert [path.name for path in left if not path.name.startswith(".run.lock")] == [], (
         "the folder is not free any more"
     )
+
+
+def test_a_missing_matplotlib_is_told_before_hours_of_training(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("mapseg_components.commands.report.can_draw", lambda: False)
+    with pytest.raises(ConfigError, match="the report needs matplotlib"):
+        adapt(source=str(folders / "t1"), target=str(folders / "t2"), output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_cases_are_held_out_by_the_seed(folders):

@@ -155,6 +155,16 @@ def test_a_picture_per_scan(results):
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in pictures)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_scan_whose_picture_fails_is_done(folder, tmp_path, overwrite):
+    (tmp_path / "previews").write_text("in the way")
+    found = predict(str(folder / "oblique.nii.gz"), str(tmp_path), bundle=str(BUNDLE), overwrite=overwrite, quiet=True)
+    assert found.exit_code == 0 and (tmp_path / "oblique_seg.nii.gz").is_file()
+    (scan,) = json.loads((tmp_path / "manifest.json").read_text())["scans"]
+    assert (scan["status"], scan["preview"]) == ("done", None)
+    assert scan["message"].startswith("its picture is missing")
+
+
 def test_the_manifest_says_what_was_run(results):
     manifest = json.loads((results[1] / "manifest.json").read_text())
     digest = hashlib.sha256((BUNDLE / "models" / "model.pt").read_bytes()).hexdigest()
