@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, run
+from monai.inferers import SimpleInferer
 
+from mapseg_components.errors import ConfigError
+from mapseg_components.inferers import AutocastInferer
 from tests.conftest import ROOT, SAMPLE, make_scan, write_nifti
 from tools.check_bundles import findings
 
@@ -276,6 +279,11 @@ def test_every_evaluator_takes_amp_from_its_inferer(bundle):
             assert not {"amp", "amp_kwargs"} & set(evaluator)  # MONAI's own amp does nothing on a CPU
             found += 1
     assert found
+
+
+def test_unknown_amp_of_inference_is_refused():
+    with pytest.raises(ConfigError, match="amp is 'half', expected one of"):
+        AutocastInferer(SimpleInferer(), "half")
 
 
 @pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), (None, torch.float32)])
