@@ -63,6 +63,7 @@ class Bench:
     warmup: int = 1
     clock: Callable[[], float] = time.perf_counter
     amps: Mapping[str, str | None] = field(default_factory=lambda: dict(AMP))
+    keeps: bool = field(default=False, init=False)
 
     def parser(self, name: str, config: str = "train.json", **settings: Any) -> Any:
         """A bundle's config at this benchmark's size."""
@@ -72,9 +73,17 @@ class Bench:
         """Seconds of steps or of inference."""
         return interleaved(variants, self.repeats, self.device, self.warmup, self.clock, self.set_memory)
 
-    def set_memory(self, variant: str) -> None:
-        """Freed memory is the allocator's default for the baseline, the setting's for the package."""
-        keep_freed_memory(variant != "plain" and bool(self.settings.get("keep_freed_memory", False)))
+    def set_memory(self, variant: str) -> bool:
+        """Freed memory is the allocator's default for the baseline, the setting's for the package.
+
+        Returns:
+            whether it is kept from now on: in a run only the very first step finds no memory to use again.
+        """
+        keep = variant != "plain" and bool(self.settings.get("keep_freed_memory", False))
+        begins = keep and not self.keeps
+        keep_freed_memory(keep)
+        self.keeps = keep
+        return begins
 
     def timed_samples(self, variants: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         """Seconds of samples."""
@@ -208,7 +217,7 @@ def mae_steps(bench: Bench) -> dict[str, Any]:
     }
     equality = same_step(
         bench,
-        parsers["package"],
+        "pretraining",
         {"": batch},
         lambda network, batches, masks: plain_training.mae_losses(network, batches[""], BLOCKS, masks),
     )
@@ -235,31 +244,54 @@ def adaptation_steps(bench: Bench) -> dict[str, Any]:
         labelling = copy.deepcopy(network).eval()
         return plain_training.adaptation_losses(network, labelling, batches["source"], batches["target"], BLOCKS, masks)
 
-    equality = same_step(bench, parsers["package"], batch, losses)
+    equality = same_step(bench, "adaptation", batch, losses)
     seconds = bench.timed(steps)
     flop = analytic.adaptation_step_flop(on_meta(parsers["package"]), bench.patch)
     return bench.result("adaptation step", seconds, equality, flop=flop, batch_size=1)
 
 
 def same_step(
-    bench: Bench, parser: Any, batches: Mapping[str, Mapping[str, Any]], plain_losses: Callable[..., torch.Tensor]
+    bench: Bench, name: str, batches: Mapping[str, Mapping[str, Any]], plain_losses: Callable[..., torch.Tensor]
 ) -> list[dict[str, Any]]:
-    """Loss and gradients of one step of the package against the plain ones: same weights, images and masks, no dropout.
+    """Loss and gradients of one step of a bundle against the plain ones: same weights, images and masks, no dropout.
 
-    The masks are those that the package drew: its encoder is watched, and the images are made positive first, so that
-    what is 0 was hidden. The package's step changes its weights: they are put back.
+    Where float32 leaves more of the gradient open than the tolerance, networks and images in float64 decide; the
+    package's losses and boxes stay float32.
 
     Args:
-        batches: by side; ``""`` for pretraining.
+        name: "pretraining" or "adaptation". batches: by side; ``""`` for pretraining.
         plain_losses: called with a network, the batches and the masks.
     """
-    network, trainer = part(parser, "network_def"), part(parser, "train#trainer")
-    weights = copy.deepcopy(network.state_dict())
+    loss, gradient = differences(bench, name, batches, plain_losses, torch.float32)
+    equality = [check("loss: relative difference", loss, TOLERANCE["loss"])]
+    if gradient <= TOLERANCE["gradient"]:
+        return [*equality, check("gradient: length of the difference / length", gradient, TOLERANCE["gradient"])]
+    loss, gradient = differences(bench, name, batches, plain_losses, torch.float64)
+    return [
+        *equality,
+        check("loss in float64: relative difference", loss, TOLERANCE["loss"]),
+        check("gradient in float64: length of the difference / length", gradient, TOLERANCE["gradient"]),
+    ]
+
+
+def differences(
+    bench: Bench,
+    name: str,
+    batches: Mapping[str, Mapping[str, Any]],
+    plain_losses: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Of loss and gradient, relative, of a network and images of ``dtype``; other arguments as `same_step`.
+
+    The masks are those that the package drew: its encoder is watched, and the images are made positive first, so that
+    what is 0 was hidden.
+    """
+    parser = bench.parser(name, amp=None, dropout=0.0)
+    network, trainer = part(parser, "network_def").to(dtype), part(parser, "train#trainer")
+    if "teacher_network" in parser.config:
+        part(parser, "teacher_network").to(dtype)
     plain = plain_training.plain_network(network).train()
-    for module in [*network.modules(), *plain.modules()]:
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-    positive = {side: plain_batch(batch, bench.device) for side, batch in batches.items()}
+    positive = {side: in_precision(plain_batch(batch, bench.device), dtype) for side, batch in batches.items()}
     for batch in positive.values():
         for scale in BLOCKS:
             batch[f"{scale}_image"] = batch[f"{scale}_image"].clamp(min=0.01)
@@ -268,37 +300,36 @@ def same_step(
     gradients: dict[str, torch.Tensor] = {}
 
     def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        seen.extend(inputs[0].detach().float().clone())
+        seen.extend(inputs[0].detach().clone())
 
     def keep(engine: Any) -> None:
-        found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-        gradients.update({name: gradient.detach().clone() for name, gradient in found.items()})
+        gradients.update({name: gradient.detach().clone() for name, gradient in gradients_of(network).items()})
 
-    hook = network.encoder.register_forward_pre_hook(watch)
+    network.encoder.register_forward_pre_hook(watch)
     trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, keep)
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # the mean and the order of sums are compared, not the rounding of inputs
-    dropout = float(parser.config.get("dropout", 0.0))
     try:
         loss = step_of(parser, positive[""] if "" in positive else positive)()
         plain_loss = plain_losses(plain, positive, masks_of(seen, positive))
         plain_loss.backward()
     finally:
-        hook.remove()
-        trainer.remove_event_handler(keep, IterationEvents.BACKWARD_COMPLETED)
         torch.backends.cudnn.allow_tf32 = allowed
-    network.load_state_dict(weights)
-    for module in network.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = dropout
     distance, length = 0.0, 0.0
-    for name, parameter in plain.named_parameters():
-        distance += float((gradients[name] - parameter.grad).double().square().sum())
-        length += float(parameter.grad.double().square().sum())
-    return [
-        check("loss: relative difference", abs(loss - plain_loss.item()) / abs(plain_loss.item()), TOLERANCE["loss"]),
-        check("gradient: length of the difference / length", (distance / length) ** 0.5, TOLERANCE["gradient"]),
-    ]
+    for name, gradient in gradients_of(plain).items():
+        distance += float((gradients[name] - gradient).double().square().sum())
+        length += float(gradient.double().square().sum())
+    return abs(loss - plain_loss.item()) / abs(plain_loss.item()), (distance / length) ** 0.5
+
+
+def in_precision(batch: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A batch with its images and boxes, not its labels, in a floating type."""
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def gradients_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients by the name of their parameter."""
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
 def masks_of(
@@ -336,7 +367,7 @@ def masks_of(
 
 def inference(bench: Bench) -> dict[str, Any]:
     """Logits of a whole scan that is in memory."""
-    network = part(bench.parser("adaptation"), "network").network.eval()
+    network = part(bench.parser("adaptation"), "network_def").to(bench.device).eval()
     subject = plain_data.decode(bench.scan)
     scan = plain_data.clip_at_percentile(subject.image.data, 99.5).to(bench.device)
     stride = int(bench.settings["window_stride"][0])

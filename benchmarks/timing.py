@@ -28,7 +28,7 @@ def interleaved(
     device: torch.device,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-    before: Callable[[str], object] | None = None,
+    before: Callable[[str], bool] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call of each variant, in turns (A, B, C, A, B, C, ...), so that a busy machine is busy for all.
 
@@ -38,14 +38,15 @@ def interleaved(
         device: waited for before each reading of the clock.
         warmup: calls of each before the timed ones.
         clock: one of `CLOCKS`.
-        before: called with the variant's name before each call, untimed.
+        before: called with the variant's name before each call, untimed; where it returns that what lasts over calls
+            begins anew, one untimed call comes first.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + repeats):
         for name, call in variants.items():
             gc.collect()
-            if before is not None:
-                before(name)
+            if before is not None and before(name):
+                call()
             wait(device)
             start = clock()
             call()

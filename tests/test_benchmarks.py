@@ -78,9 +78,33 @@ def test_another_result_is_noticed(case, losses, monkeypatch, tmp_path):
     assert run.main([*QUICK, case, "--output", str(tmp_path)]) == 1
 
 
+@pytest.mark.parametrize("case, losses", [("mae_step", "mae_losses"), ("adaptation_step", "adaptation_losses")])
+def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch, tmp_path, capsys):
+    original = getattr(plain_training, losses)
+
+    def changed(*given, **named):
+        loss = original(*given, **named)
+        return loss + 0.005 * (loss - loss.detach())
+
+    monkeypatch.setattr(plain_training, losses, changed)
+    assert run.main([*QUICK, case, "--output", str(tmp_path)]) == 1
+    (differs,) = [line for line in capsys.readouterr().out.splitlines() if "differs" in line]
+    assert "gradient in float64" in differs
+
+
+@pytest.mark.parametrize("case", ["mae_step", "adaptation_step"])
+def test_both_are_the_same_function_in_float64(case, monkeypatch, tmp_path):
+    monkeypatch.setitem(cases.TOLERANCE, "gradient", -1.0)
+    run.main([*QUICK, case, "--output", str(tmp_path)])
+    (found,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    in_double = {one["what"]: one["value"] for one in found["equality"] if "float64" in one["what"]}
+    assert len(in_double) == 2 and max(in_double.values()) < 1e-6
+
+
 def test_other_logits_are_noticed():
     scan = torch.ones(1, 4, 5, 6)
     logits = torch.rand(3, 4, 5, 6)
+    logits[0, 2, 3, 4] = 2.0
     assert all(one["ok"] for one in cases.same_logits(logits, logits.clone(), scan))
     other = logits.clone()
     other[1, 2, 3, 4] += 5

@@ -125,7 +125,7 @@ def crop_features(features: torch.Tensor, box: torch.Tensor, image_size: int) ->
     for ends in box / image_size:  # shares of the global view
         axes = []
         for (start, stop), side in zip(ends, features.shape[2:]):
-            steps = (torch.arange(side, device=features.device) + 0.5) / side
+            steps = (torch.arange(side, device=features.device, dtype=features.dtype) + 0.5) / side
             axes.append(2 * (start + steps * (stop - start)) - 1)
         x, y, z = torch.meshgrid(*axes, indexing="ij")
         grids.append(torch.stack([z, y, x], dim=-1))
