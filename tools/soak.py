@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import monai
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -45,6 +47,7 @@ def train(folder: Path, log: Path, settings: dict[str, Any]) -> None:
     os.dup2(sys.stdout.fileno(), 1)
     os.dup2(sys.stdout.fileno(), 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared with the processes forked before: a kill may leave it taken
     files = [str(BUNDLE / "configs" / name) for name in ("train.json", "fetal_age.yaml", "tiny.yaml")]
     places = {"bundle_root": str(BUNDLE), "ckpt_dir": str(folder), "output_dir": str(folder)}
     defaults = {"dataset_dir": str(SAMPLE), "device": "$torch.device('cpu')", "num_workers": 0}
