@@ -180,7 +180,7 @@ def test_wrong_arguments_are_named(folders, tmp_path, change, message, monkeypat
 
 
 def test_a_missing_matplotlib_is_told_before_hours_of_training(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("mapseg_components.commands.report.can_draw", lambda: False)
+    monkeypatch.setattr(sys.modules["mapseg_components.commands.report"], "can_draw", lambda: False)
     with pytest.raises(ConfigError, match="the report needs matplotlib"):
         adapt(source=str(folders / "t1"), target=str(folders / "t2"), output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
