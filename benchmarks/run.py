@@ -123,7 +123,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             go_on(results, arguments.output / "results.json")
         done = {(case["case"], case["width"]) for case in results["cases"]}
         side = side_of_products(device, arguments.quick)
-        raise_rates(results["rates"], product_rates(device, CLOCKS[arguments.clock], side))
         labels = write_datalist(folder / "datalist.json", [(scan.absolute(), label.absolute())])
         for width in arguments.width:
             torch.manual_seed(0)
@@ -141,8 +140,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 again = key.endswith("sample") and width != arguments.width[0]  # samples have no width
                 if key in arguments.only and not again and (case, width) not in done:
                     logger.info(f"{case}, width {width} ...")
-                    results["cases"].append(call(bench))
                     raise_rates(results["rates"], product_rates(device, CLOCKS[arguments.clock], side))
+                    results["cases"].append(call(bench))
                     write(results, arguments.output)
             if "memory" in arguments.only and not any(row["width"] == width for row in results["memory"]):
                 logger.info(f"memory, width {width} ...")

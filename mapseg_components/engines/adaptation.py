@@ -86,7 +86,8 @@ class UDATrainer(Trainer):
             own backward pass: the same gradients in a fraction of the memory.
         amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
             iterations per optimizer step. See `OptimizationStep`.
-        compile: run the network through ``torch.compile``: a slow first iteration, faster ones after it.
+        compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
+            (docs/performance.md).
         train_handlers: handlers with ``attach``.
 
     Output:

@@ -37,7 +37,8 @@ class MAETrainer(Trainer):
             about half the memory.
         amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
             iterations per optimizer step. See `OptimizationStep`.
-        compile: run the network through ``torch.compile``: a slow first iteration, faster ones after it.
+        compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
+            (docs/performance.md).
         train_handlers: handlers with ``attach``.
 
     Output:
