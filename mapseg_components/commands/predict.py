@@ -13,11 +13,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.earlier import Earlier, read_earlier
 from mapseg_components.commands.overlap import in_stages
 from mapseg_components.commands.series import convert, series_cases, series_record, without_path
 from mapseg_components.commands.session import (
@@ -64,6 +66,7 @@ from mapseg_components.data.audit import names_of
 from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
 from mapseg_components.data.datalist import scans_below
 from mapseg_components.data.dicom import Series
+from mapseg_components.data.facts import stamp_of
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError, user_error
@@ -88,7 +91,7 @@ logger = logging.getLogger(__name__)
 SAVING = "SaveLabelMapd"
 # of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
-TABLE, MANIFEST = "volumes.csv", "manifest.json"
+TABLE, MANIFEST, STAGING = "volumes.csv", "manifest.json", ".unfinished-"
 LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesurfer_table}
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
@@ -111,6 +114,7 @@ class Prediction:
         label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
         seconds: of reading, network and writing, without waiting. message: why it, or its picture, failed.
         series: number, modality, number of files and the UID's sha256 of a DICOM series.
+        stamp: of a file, its size in bytes and time of change in ns when it was read.
         kind: class of the error. place: folder of a series below the input; both are in no file.
     """
 
@@ -124,12 +128,18 @@ class Prediction:
     seconds: float | None = None
     message: str = ""
     series: dict[str, Any] | None = None
+    stamp: list[int] | None = None
     kind: type[BaseException] = field(default=Exception, repr=False)
     place: str = field(default="", repr=False)
 
     def record(self) -> dict[str, Any]:
         """As plain values."""
         return {name: value for name, value in asdict(self).items() if name not in ("kind", "place")}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Prediction:
+        """The inverse of `record`; what it does not know is left out."""
+        return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
 
 @dataclass
@@ -138,12 +148,14 @@ class Predictions:
 
     Args:
         output: folder. predictions: one per scan. volumes: rows of ``volumes.csv``. seconds: in all.
+        kept: how many were finished by an earlier run.
     """
 
     output: str
     predictions: list[Prediction]
     volumes: list[dict[str, Any]]
     seconds: float
+    kept: int = 0
 
     @property
     def failed(self) -> list[Prediction]:
@@ -168,6 +180,7 @@ class Predictions:
         ]
         done = len(self.predictions) - len(self.failed)
         count = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s"
+        count += f", {self.kept} of them by an earlier run" if self.kept else ""
         end = f"{count}; tables and manifest in {self.output}"
         return f"{text_table(head, rows, wrap_last=True)}\n\n{end}"
 
@@ -201,6 +214,7 @@ def predict(
     no_preview: bool = False,
     no_overlap: bool = False,
     overwrite: bool = False,
+    continue_prediction: bool = False,
     device: str = "auto",
     num_threads: int | None = None,
     quiet: bool = False,
@@ -238,6 +252,8 @@ def predict(
             where several scans at once would take more than half of the memory.
         overwrite: replace results of an earlier run; with a label map go the probabilities, picture and segmentation
             that were made of it.
+        continue_prediction: go on in a folder where an earlier run with the same settings and weights stopped, however
+            it ended: what it finished is kept, unless the scan has changed since; failed scans are tried again.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
         quiet: no progress bar, errors only.
@@ -260,6 +276,8 @@ def predict(
             raise ConfigError(f"output is {folder}, expected a folder")
         if os.path.realpath(folder) == os.path.realpath(source):
             raise ConfigError("output is the input folder: choose another, or label maps would be taken for scans")
+        if overwrite and continue_prediction:
+            raise ConfigError("overwrite and continue_prediction exclude each other: choose one")
         if dicom_seg:
             check_dicom_seg(source, cases, series)
         raise_findings(names_of(cases) if cases else [])
@@ -268,7 +286,7 @@ def predict(
             "dataset_dir": str(source.absolute()),
             "cases": cases,
             "device": f"$torch.device('{choose_device(device)}')",
-            "overwrite": overwrite,
+            "overwrite": overwrite or continue_prediction,  # of what is done again; strangers' files are refused
             **({"negative_values": negative_values} if negative_values else {}),
             **({"assume_orientation": assume_orientation} if assume_orientation else {}),
             **({"non_finite": non_finite} if non_finite else {}),
@@ -287,28 +305,41 @@ def predict(
         wanted += [p.probabilities for p in places.values()] if probabilities else []
         wanted += [p.preview for p in places.values()] if drawn else []
         tables = [TABLE, MANIFEST, *LOOKUPS, *([DESCRIPTION, "dseg.tsv"] if derivative else [])]
-        refuse_existing([*wanted, *(folder / name for name in tables)], folder, overwrite)
+        goes_on = continue_prediction and (folder / MANIFEST).is_file()
+        remedy = "set continue_prediction to go on with it, overwrite to replace it"
+        refuse_existing([*wanted, *(folder / name for name in tables)], folder, overwrite or goes_on, remedy)
         if not derivative:
-            check_results(cases, folder, postfix, (), overwrite)
+            check_results(cases, folder, postfix, (), overwrite or goes_on)
         require_writable(folder)
         lock_folder(folder)
         try:
             sweep_temporaries(folder)
-            with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
+            for left in folder.glob(f"{STAGING}*"):  # of a run that was killed; the folder's lock is ours
+                shutil.rmtree(left)
+            with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
                 nameless = bool(series or findings)
                 run = Run(
                     parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, nameless, not no_overlap
                 )
                 run.settings(folder, members)
+                if goes_on:
+                    run.earlier = read_earlier(folder / MANIFEST, folder / TABLE, run.recipe(), run.weights)
                 run.prepare(cases, findings, source)
-                try:
-                    run.all()
-                finally:  # also of a run that was interrupted
-                    write_tables(run, names, source if derivative else None, folder)
+
+                def save() -> None:
+                    write_volumes_csv(run.rows(), folder / TABLE)
                     run.finish(folder, [predict.__name__, str(source), str(folder)], began, started, source)
+
+                try:
+                    write_lookups(run, names, source if derivative else None, folder)
+                    save()
+                    run.all(save)
+                finally:  # also of a run that was interrupted
+                    save()
         finally:
             unlock_folders([folder])
-        return Predictions(str(folder), run.predictions, run.volumes, round(time.monotonic() - started, 1))
+        seconds = round(time.monotonic() - started, 1)
+        return Predictions(str(folder), run.predictions, run.rows(), seconds, len(run.kept))
 
 
 def folder_scans(
@@ -488,6 +519,8 @@ class Run:
         self.overlap = overlap
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
+        self.earlier: Earlier | None = None
+        self.kept: list[str] = []
         self._todo: list[Todo] = []
         self.members: list[str] = []
         self._output: dict[str, Any] = {}
@@ -507,13 +540,14 @@ class Run:
             cases: scans. findings: what of the input could not be used. source: the input.
         """
         cases = [{**case, IMAGE: self.file_of(case)} for case in cases]
-        self.predictions = [self.begun(case, source) for case in cases]
+        self.predictions = [self.kept_or_begun(case, source) for case in cases]
+        self.take_over({case[CASE_ID] for case in cases})
         self.parser["cases"] = cases
         scans = self.parser.get_parsed_content("scans")
         scans.progress = lambda items: progress(items, "reading", self.quiet)
         self.parser.get_parsed_content("initialize")
         load_weights(self.parser.get_parsed_content("network_def"), self.parser.get_parsed_content("weights"))
-        todo = list(zip(self.predictions, cases))
+        todo = [pair for pair in zip(self.predictions, cases) if pair[0].case not in self.kept]
         for one, case in progress([pair for pair in todo if pair[0].series], "converting", self.quiet):
             self.convert(one, case)
         scans.cases = [case for one, case in todo if one.status != "failed"]
@@ -538,9 +572,49 @@ class Run:
         """Prediction of a case of which nothing is done yet."""
         series = self.series.get(case[CASE_ID])
         if series is None:
-            return Prediction(case[CASE_ID], os.path.relpath(case[IMAGE], source) if self.nameless else case[IMAGE])
+            scan = os.path.relpath(case[IMAGE], source) if self.nameless else case[IMAGE]
+            return Prediction(case[CASE_ID], scan, stamp=stamp_of(case[IMAGE]))
         record, place = series_record(series), os.path.relpath(series.folder, source)
         return Prediction(case[CASE_ID], f"series {series.number}", series=record, place=place)
+
+    def kept_or_begun(self, case: Mapping[str, Any], source: Path) -> Prediction:
+        """What an earlier run finished of a case that has not changed since, or a new prediction.
+
+        Raises:
+            ConfigError: a label map lies there that the earlier run did not finish.
+        """
+        one, place = self.begun(case, source), self.places[case[CASE_ID]]
+        if self.earlier is None:
+            return one
+        if one.case not in self.earlier.scans:
+            if place.label_map.exists():
+                raise ConfigError(f"{place.label_map} is not of the earlier run: move it away, or overwrite")
+            return one
+        before = Prediction.of(self.earlier.scans[one.case])
+        found = {"label_map": place.label_map, "probabilities": place.probabilities, "preview": place.preview}
+        found["segmentation"] = place.segmentation if one.series is not None else None
+        files = {key: str(path) for key, path in found.items() if getattr(before, key) and path and path.is_file()}
+        needed = {"label_map", *(["probabilities"] if before.probabilities else [])}  # by the same settings
+        needed |= {"segmentation"} if self.dicom_seg else set()
+        if (before.stamp, before.series) != (one.stamp, one.series) or not needed <= set(files):
+            return one
+        self.kept.append(one.case)
+        return replace(one, status="done", seconds=before.seconds, message=before.message, **files)
+
+    def take_over(self, cases: Collection[str]) -> None:
+        """Keep what an earlier run finished of scans that are kept, or are not in the input any more."""
+        if self.earlier is None:
+            return
+        gone = [case for case in self.earlier.scans if case not in cases]
+        self.predictions += [Prediction.of(self.earlier.scans[case]) for case in gone]
+        self.kept += gone
+        self.volumes = [row for case in self.kept for row in self.earlier.volumes[case]]
+        logger.info(f"{len(self.kept)} scans are kept as an earlier run finished them.")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Volumes in the order of the scans."""
+        order = {one.case: number for number, one in enumerate(self.predictions)}
+        return sorted(self.volumes, key=lambda row: order[row["case"]])
 
     def convert(self, one: Prediction, case: Mapping[str, Any]) -> None:
         """Write a DICOM series where it is read from; an error is its own."""
@@ -552,8 +626,12 @@ class Run:
         except MAPSegError as error:
             self.failed(one, error, str(series))
 
-    def all(self) -> None:
-        """Segment what is usable."""
+    def all(self, save: Callable[[], None]) -> None:
+        """Segment what is usable.
+
+        Args:
+            save: writes table and manifest, after each label map, so that a run that is killed can be gone on with.
+        """
         if not self._todo:
             return
         self._evaluator = self.parser.get_parsed_content("evaluator")
@@ -564,7 +642,7 @@ class Run:
         with progress(None, "segmenting", self.quiet, len(self._todo)) as bar:
 
             def write(todo: Todo, output: dict[str, Any]) -> None:
-                self.write(todo, output)
+                self.write(todo, output, save)
                 bar.update()
 
             try:
@@ -617,13 +695,18 @@ class Run:
         self._output, engine.state.batch, engine.state.output = {}, None, None
         return output
 
-    def write(self, todo: Todo, output: dict[str, Any] | None) -> None:
-        """Save what the network made of a scan, and note that it is done."""
+    def write(self, todo: Todo, output: dict[str, Any] | None, save: Callable[[], None]) -> None:
+        """Save what the network made of a scan, and note that it is done; then draw it."""
         one, case = todo
         if output is not None:
             with self.own(todo):
                 self.keep(one, case, self.places[one.case], self._saving(output))
                 one.status = "done"
+            if one.status == "done":
+                with contextlib.suppress(ResourceError):  # a full disk is reported at the end, by the last save
+                    save()
+                with self.own(todo):
+                    self.draw(one, case, self.places[one.case])
         if one.series is not None:
             Path(case[IMAGE]).unlink(missing_ok=True)
 
@@ -677,7 +760,6 @@ class Run:
             raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error
         one.label_map = str(place.label_map)
         self.volumes += [{"case": one.case, **row} for row in rows]
-        self.draw(one, case, place)
 
     def draw(self, one: Prediction, case: Mapping[str, Any], place: Place) -> None:
         """Take away the picture of the label map before, and draw one; if that fails, the scan is done all the same."""
@@ -716,10 +798,14 @@ class Run:
         digests = "+".join((one["sha256"] or "unknown")[:16] for one in self.weights)
         return Algorithm(name, str(meta.get("version") or "unknown"), __version__, digests)
 
+    def recipe(self) -> dict[str, Any]:
+        """The settings that decide what is computed, as plain values."""
+        recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
+        return json.loads(json.dumps(recipe, sort_keys=True, default=repr))
+
     def finish(self, folder: Path, command: Sequence[str], began: datetime, started: float, source: Path) -> None:
         """Write ``manifest.json``."""
-        recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
-        text = json.dumps(recipe, sort_keys=True, default=repr)
+        recipe = self.recipe()
         line = list(sys.argv) if Path(sys.argv[0]).name in ("mapseg", "__main__.py") else list(command)
         content = {
             "mapseg": __version__,
@@ -731,8 +817,8 @@ class Run:
             "device": str(self.parser.get_parsed_content("device")),
             "bundle": str(self.parser.get_parsed_content("bundle_root")),
             "bundle_version": (self.parser.config.get("_meta_") or {}).get("version"),
-            "settings_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "settings": json.loads(text),
+            "settings_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+            "settings": recipe,
             "weights": self.weights,
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
@@ -771,9 +857,8 @@ def unreadable(number: int, finding: Finding, source: Path) -> Prediction:
     )
 
 
-def write_tables(run: Run, names: Sequence[str], dataset: Path | None, folder: Path) -> None:
-    """Volumes, names and colours, and what makes a folder a BIDS derivative."""
-    write_volumes_csv(run.volumes, folder / TABLE)
+def write_lookups(run: Run, names: Sequence[str], dataset: Path | None, folder: Path) -> None:
+    """Names and colours, and what makes a folder a BIDS derivative."""
     for file, text in LOOKUPS.items():
         write_text(text(names), folder / file)
     if dataset is not None:

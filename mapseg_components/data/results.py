@@ -60,12 +60,13 @@ def check_results(
     refuse_existing([*scans, *(Path(output_dir) / name for name in files)], output_dir, overwrite)
 
 
-def refuse_existing(paths: Sequence[Path], output_dir: str | os.PathLike[str], overwrite: bool) -> None:
+def refuse_existing(
+    paths: Sequence[Path], output_dir: str | os.PathLike[str], overwrite: bool, remedy: str = "set overwrite to true"
+) -> None:
     """Raise `ConfigError` if one of the files exists, unless ``overwrite``."""
     found = [path for path in paths if os.path.lexists(path)]
     if found and not overwrite:
         named = ", ".join(path.name for path in found[:3]) + (" ..." if len(found) > 3 else "")
         raise ConfigError(
-            f"{output_dir} has {len(found)} results of an earlier run ({named}): set overwrite to true, "
-            "or choose another output_dir"
+            f"{output_dir} has {len(found)} results of an earlier run ({named}): {remedy}, or choose another output_dir"
         )

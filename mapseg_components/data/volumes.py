@@ -13,10 +13,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from mapseg_components.errors import DataError
 from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
 
-__all__ = ["class_weights", "structure_sizes", "structure_volumes", "write_volumes_csv"]
+__all__ = ["class_weights", "read_volumes_csv", "structure_sizes", "structure_volumes", "write_volumes_csv"]
 
 PIECE = 1 << 22  # voxels at a time: counting takes 64-bit numbers
 COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
@@ -120,3 +121,24 @@ def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(table.getvalue(), path)
+
+
+def read_volumes_csv(path: str | Path) -> list[dict[str, Any]]:
+    """Rows as `write_volumes_csv` took them.
+
+    Raises:
+        DataError: there is no such file, or it is none of ``write_volumes_csv``.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+        for row in rows:
+            row["voxels"], row["volume_mm3"] = int(row["voxels"]), float(row["volume_mm3"])
+            row["touches_edge"] = {"True": True, "False": False}[row["touches_edge"]]
+            if "confidence" in row:
+                row["confidence"] = float(row["confidence"]) if row["confidence"] else None
+            if set(row) - {"confidence"} != set(COLUMNS):
+                raise ValueError(f"columns {sorted(map(str, row))}")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DataError(f"{path} is no table of volumes ({error!r}): expected columns {', '.join(COLUMNS)}") from error
+    return rows

@@ -132,6 +132,16 @@ def test_no_file_and_no_file_name_tells_who_it_was(results, tree):
     assert (one["number"], one["modality"], one["files"]) == (3, "MR", 32) and len(one["uid_sha256"]) == 64
 
 
+def test_a_run_goes_on_with_the_series_that_failed(results, tree, tmp_path):
+    output = shutil.copytree(results[2], tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
+    options = {"bundle": str(BUNDLE), "probabilities": True, "continue_prediction": True, "quiet": True}
+    done = predict(str(tree[0]), str(output), **options)
+    assert done.kept == 2 and [one.status for one in done.predictions] == ["done", "done", "failed", "failed"]
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")} == before
+    assert "SMITH" in str(done) and "SMITH" not in (output / "manifest.json").read_text()
+
+
 def test_ct_is_shifted_as_the_setting_says(tmp_path):
     """Hounsfield units reach the bundle as rescaled values: without a policy they are refused, with one they go in."""
     voxels = scan_voxels()[:20, :24, :22]

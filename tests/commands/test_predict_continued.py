@@ -1,0 +1,162 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""`mapseg predict --continue_prediction`: what an earlier run finished is kept, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mapseg_components.commands import predict
+from mapseg_components.commands.main import main
+from mapseg_components.commands.predict import Run
+from mapseg_components.errors import ConfigError
+from tests.conftest import ROOT, SAMPLE
+
+BUNDLE = str(ROOT / "bundles" / "mapseg_adaptation")
+CASES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture(scope="module")
+def scan():
+    image = nib.load(SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz")
+    return np.asarray(image.dataobj)[4:40, 5:45, 2:38], image.affine
+
+
+@pytest.fixture
+def folder(tmp_path, scan):
+    """Four different scans."""
+    (tmp_path / "in").mkdir()
+    for number, case in enumerate(CASES):
+        nib.save(nib.Nifti1Image(np.roll(scan[0], 3 * number, axis=1), scan[1]), tmp_path / "in" / f"{case}.nii.gz")
+    return tmp_path / "in"
+
+
+def go_on(folder, output, **options):
+    return predict(str(folder), str(output), bundle=BUNDLE, continue_prediction=True, quiet=True, **options)
+
+
+def stop_before(monkeypatch, case):
+    """Ctrl-C while one scan is segmented."""
+    segment = Run.segment
+
+    def interrupted(run, todo, batch):
+        if todo[0].case == case:
+            raise KeyboardInterrupt
+        return segment(run, todo, batch)
+
+    monkeypatch.setattr(Run, "segment", interrupted)
+
+
+def results(output):
+    """Content of all results, of the manifest its scans without seconds."""
+    found = {p.relative_to(output).as_posix(): p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    scans = json.loads(found.pop("manifest.json"))["scans"]
+    for one in scans:
+        del one["seconds"]
+        one.update({key: os.path.basename(one[key]) for key in ("label_map", "preview") if one[key]})
+    return {name: data for name, data in found.items() if not name.startswith((".run", "audit"))}, scans
+
+
+def written(output):
+    return {path.name: path.stat().st_mtime_ns for path in output.glob("*_seg.nii.gz")}
+
+
+def test_a_run_goes_on_where_it_was_interrupted_and_ends_with_the_same_files(folder, tmp_path, monkeypatch):
+    stop_before(monkeypatch, "c")
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, tmp_path / "out")  # also of a folder where nothing is yet
+    monkeypatch.undo()
+    before = written(tmp_path / "out")
+    assert set(before) == {"a_seg.nii.gz", "b_seg.nii.gz"}
+    done = go_on(folder, tmp_path / "out")
+    assert done.exit_code == 0 and done.kept == 2 and "4 of 4 scans" in str(done) and "2 of them by an" in str(done)
+    assert {name: written(tmp_path / "out")[name] for name in before} == before
+    whole = predict(str(folder), str(tmp_path / "whole"), bundle=BUNDLE, quiet=True)
+    assert results(tmp_path / "out") == results(tmp_path / "whole") and done.volumes == whole.volumes
+
+
+def test_a_run_that_is_killed_can_be_gone_on_with(folder, tmp_path):
+    output = tmp_path / "out"
+    line = [sys.executable, "-m", "mapseg_components.commands", "predict", str(folder), str(output), "--no_preview"]
+    line += ["--bundle", BUNDLE, "--continue_prediction", "--num_threads", "1", "--no_overlap"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not done_of(output):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished, before = done_of(output), written(output)
+    assert finished and len(finished) < len(CASES)  # else the test shows nothing
+    for case in set(CASES) - set(finished):  # killed between a label map and the manifest
+        (output / f"{case}_seg.nii.gz").unlink(missing_ok=True)
+    again = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0 and f"{len(finished)} of them by an earlier run" in again.stdout, again.stderr
+    assert all(written(output)[f"{case}_seg.nii.gz"] == before[f"{case}_seg.nii.gz"] for case in finished)
+    assert done_of(output) == CASES and not list(output.glob(".unfinished*"))
+
+
+def done_of(output):
+    path = output / "manifest.json"
+    scans = json.loads(path.read_text())["scans"] if path.is_file() else []
+    return [one["case"] for one in scans if one["status"] == "done"]
+
+
+def test_changed_and_failed_and_new_scans_are_done_and_those_gone_are_kept(folder, scan, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    (folder / "d.nii.gz").write_bytes((folder / "d.nii.gz").read_bytes()[:2000])
+    assert go_on(folder, output, probabilities=True).exit_code == 3
+    before = written(output)
+    volumes = [row for row in (output / "volumes.csv").read_text().splitlines() if row.startswith("a,")]
+    (folder / "a.nii.gz").unlink()  # still in table and manifest, for its label map is there
+    nib.save(nib.Nifti1Image(scan[0][::-1], scan[1]), folder / "b.nii.gz")  # changed
+    (output / "c_probabilities.nii.gz").unlink()  # one of its files was lost
+    for name in ("d", "e"):  # mended, new
+        nib.save(nib.Nifti1Image(scan[0], scan[1]), folder / f"{name}.nii.gz")
+    done = go_on(folder, output, probabilities=True)
+    assert done.exit_code == 0 and done.kept == 1 and [one.case for one in done.predictions] == [*"bcdea"]
+    after = written(output)
+    assert {name for name in before if after[name] == before[name]} == {"a_seg.nii.gz"} and len(after) == 5
+    assert volumes == [row for row in (output / "volumes.csv").read_text().splitlines() if row.startswith("a,")]
+    assert sorted({row["case"] for row in done.volumes}) == [*"abcde"]
+    assert all((output / f"{name}_probabilities.nii.gz").is_file() for name in "abcde")
+    again = go_on(folder, output, probabilities=True)  # nothing is left to do
+    assert again.kept == 5 and again.exit_code == 0 and written(output) == after
+    np.testing.assert_equal(again.volumes, done.volumes)
+
+
+def test_other_settings_weights_and_label_maps_of_others_are_refused(folder, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    stop_before(monkeypatch, "b")
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, output, no_preview=True)
+    monkeypatch.undo()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for options, what in (
+        ({"negative_values": "clip"}, "negative_values"),
+        ({"probabilities": True}, "postprocessing"),
+        ({"weights": f"{tmp_path}/other.pt"}, "weights"),
+    ):
+        with pytest.raises(ConfigError, match=rf"results of other settings \({what}\).*overwrite"):
+            go_on(folder, output, no_preview=True, **options)
+    own = output / "c_seg.nii.gz"
+    own.write_bytes(b"drawn by hand")
+    with pytest.raises(ConfigError, match=r"c_seg\.nii\.gz is not of the earlier run"):
+        go_on(folder, output, no_preview=True)
+    own.unlink()
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    words = ["predict", str(folder), str(output), "--bundle", BUNDLE, "--continue_prediction"]
+    assert main([*words, "--overwrite"]) == 2 and "exclude each other" in capsys.readouterr().err
+    (output / "volumes.csv").write_text("case,structure\na,b\n")
+    assert main(words) == 2 and "is not of an earlier run" in capsys.readouterr().err
+    (output / "manifest.json").unlink()
+    assert main(words) == 2 and "results of an earlier run" in capsys.readouterr().err
