@@ -17,8 +17,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +34,8 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
-from mapseg_components.commands.earlier import Earlier, read_earlier
 from mapseg_components.commands.overlap import in_stages
+from mapseg_components.commands.prediction import Earlier, Prediction, read_earlier
 from mapseg_components.commands.series import convert, series_cases, series_record, without_path
 from mapseg_components.commands.session import (
     choose_device,
@@ -92,6 +92,7 @@ SAVING = "SaveLabelMapd"
 # of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST, STAGING = "volumes.csv", "manifest.json", ".unfinished-"
+WRITTEN = ("label_map", "probabilities", "preview", "segmentation")
 LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesurfer_table}
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
@@ -102,44 +103,6 @@ NOT_RECIPE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "cases", "weights", "device", "overwrite", "audit"),
     *("audit_file", "num_workers", "imports", "initialize", "run", "stitching_device", "window_batch_size"),
 }
-
-
-@dataclass
-class Prediction:
-    """What became of one scan.
-
-    Args:
-        case: its id. scan: its file; of a DICOM series what it is, without its path.
-        status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
-        label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
-        seconds: of reading, network and writing, without waiting. message: why it, or its picture, failed.
-        series: number, modality, number of files and the UID's sha256 of a DICOM series.
-        stamp: of a file, its size in bytes and time of change in ns when it was read.
-        kind: class of the error. place: folder of a series below the input; both are in no file.
-    """
-
-    case: str
-    scan: str
-    status: str = "not done"
-    label_map: str | None = None
-    probabilities: str | None = None
-    preview: str | None = None
-    segmentation: str | None = None
-    seconds: float | None = None
-    message: str = ""
-    series: dict[str, Any] | None = None
-    stamp: list[int] | None = None
-    kind: type[BaseException] = field(default=Exception, repr=False)
-    place: str = field(default="", repr=False)
-
-    def record(self) -> dict[str, Any]:
-        """As plain values."""
-        return {name: value for name, value in asdict(self).items() if name not in ("kind", "place")}
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Prediction:
-        """The inverse of `record`; what it does not know is left out."""
-        return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
 
 @dataclass
@@ -194,6 +157,17 @@ class Place:
     preview: Path
     sidecar: Path | None = None
     segmentation: Path | None = None
+
+    def files(self, of_series: bool) -> list[Path]:
+        """All files that a run may write here, or remove; a segmentation only of a series."""
+        found = (
+            self.label_map,
+            self.probabilities,
+            self.preview,
+            self.sidecar,
+            self.segmentation if of_series else None,
+        )
+        return [path for path in found if path is not None]
 
 
 def predict(
@@ -286,7 +260,7 @@ def predict(
             "dataset_dir": str(source.absolute()),
             "cases": cases,
             "device": f"$torch.device('{choose_device(device)}')",
-            "overwrite": overwrite or continue_prediction,  # of what is done again; strangers' files are refused
+            "overwrite": overwrite,
             **({"negative_values": negative_values} if negative_values else {}),
             **({"assume_orientation": assume_orientation} if assume_orientation else {}),
             **({"non_finite": non_finite} if non_finite else {}),
@@ -304,42 +278,63 @@ def predict(
         wanted += [p.segmentation for p in places.values()] if dicom_seg else []
         wanted += [p.probabilities for p in places.values()] if probabilities else []
         wanted += [p.preview for p in places.values()] if drawn else []
+        wanted += [p.sidecar for p in places.values() if p.sidecar is not None]
         tables = [TABLE, MANIFEST, *LOOKUPS, *([DESCRIPTION, "dseg.tsv"] if derivative else [])]
-        goes_on = continue_prediction and (folder / MANIFEST).is_file()
-        remedy = "set continue_prediction to go on with it, overwrite to replace it"
-        refuse_existing([*wanted, *(folder / name for name in tables)], folder, overwrite or goes_on, remedy)
-        if not derivative:
-            check_results(cases, folder, postfix, (), overwrite or goes_on)
+        remedy = "" if continue_prediction else "set continue_prediction to go on with it, "
+
+        def check_folder() -> bool:
+            """Refuse results that would be replaced; returns whether there is a run to go on with."""
+            goes_on = continue_prediction and (folder / MANIFEST).is_file()
+            results, replaced = [*wanted, *(folder / name for name in tables)], overwrite or goes_on
+            refuse_existing(results, folder, replaced, f"{remedy}set overwrite to replace it")
+            if not derivative:
+                check_results(cases, folder, postfix, (), replaced)
+            return goes_on
+
+        check_folder()
         require_writable(folder)
         lock_folder(folder)
         try:
-            sweep_temporaries(folder)
-            for left in folder.glob(f"{STAGING}*"):  # of a run that was killed; the folder's lock is ours
-                shutil.rmtree(left)
+            goes_on = check_folder()  # again, for another run may have ended meanwhile
+            parser["overwrite"] = overwrite or goes_on  # what is done again; files of others are refused
+            nameless = bool(series or findings)
+            run = Run(parser, names, places, drawn, quiet, series, dicom_seg, nameless, not no_overlap)
+            run.use(members)
+            if goes_on:
+                run.earlier = read_earlier(folder / MANIFEST, folder / TABLE, run.recipe(), run.weights)
+            sweep(folder, places)
             with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
-                nameless = bool(series or findings)
-                run = Run(
-                    parser, names, places, Path(staging), drawn, quiet, series, dicom_seg, nameless, not no_overlap
-                )
-                run.settings(folder, members)
-                if goes_on:
-                    run.earlier = read_earlier(folder / MANIFEST, folder / TABLE, run.recipe(), run.weights)
+                run.write_to(folder, Path(staging))
                 run.prepare(cases, findings, source)
+
+                def write_manifest() -> None:
+                    run.finish(folder, [predict.__name__, str(source), str(folder)], began, started, source)
 
                 def save() -> None:
                     write_volumes_csv(run.rows(), folder / TABLE)
-                    run.finish(folder, [predict.__name__, str(source), str(folder)], began, started, source)
+                    write_manifest()  # last: what it calls done has its rows
 
+                run.save = save
                 try:
+                    write_manifest()  # first of all: there is a run to go on with
                     write_lookups(run, names, source if derivative else None, folder)
-                    save()
-                    run.all(save)
+                    run.all()
                 finally:  # also of a run that was interrupted
                     save()
         finally:
             unlock_folders([folder])
         seconds = round(time.monotonic() - started, 1)
         return Predictions(str(folder), run.predictions, run.rows(), seconds, len(run.kept))
+
+
+def sweep(folder: Path, places: Mapping[str, Place]) -> None:
+    """Remove what a run that was killed left unfinished; call it under the folder's lock."""
+    folders = {folder, *(path.parent for place in places.values() for path in place.files(False))}
+    for each in sorted(one for one in folders if one.is_dir()):
+        sweep_temporaries(each)
+    for left in folder.glob(f"{STAGING}*"):
+        if re.fullmatch(rf"{re.escape(STAGING)}[a-z0-9_]{{8}}", left.name) and left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
 
 
 def folder_scans(
@@ -493,8 +488,8 @@ class Run:
     """The scans of one call, in their order; what became of each is kept.
 
     Args:
-        parser: the bundle's config. names: structures. places: of the results. staging: folder on the same disk.
-        drawn: draw pictures. quiet: no progress bars.
+        parser: the bundle's config. names: structures. places: of the results. drawn: draw pictures.
+        quiet: no progress bars.
         series: case id to DICOM series. dicom_seg: write a segmentation of each.
         nameless: the input has DICOM, readable or not, and its path stands in no file.
         overlap: read the next scan and write the one before while the network works on one.
@@ -505,7 +500,6 @@ class Run:
         parser: ConfigParser,
         names: Sequence[str],
         places: Mapping[str, Place],
-        staging: Path,
         drawn: bool,
         quiet: bool,
         series: Mapping[str, Series],
@@ -514,24 +508,29 @@ class Run:
         overlap: bool = False,
     ) -> None:
         self.parser, self.names, self.places = parser, list(names), places
-        self.staging, self.drawn, self.quiet = staging, drawn, quiet
+        self.drawn, self.quiet = drawn, quiet
         self.series, self.dicom_seg, self.nameless = series, dicom_seg, nameless
         self.overlap = overlap
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
+        self.save: Callable[[], None] = lambda: None  # writes manifest and table
         self.earlier: Earlier | None = None
         self.kept: list[str] = []
         self._todo: list[Todo] = []
         self.members: list[str] = []
         self._output: dict[str, Any] = {}
 
-    def settings(self, folder: Path, members: Sequence[str]) -> None:
-        """Where this run writes and which weights it takes."""
+    def use(self, members: Sequence[str]) -> None:
+        """Which weights are taken."""
         self.members = list(members)
-        self.parser["output_dir"] = str(self.staging)
+        self.parser["weights"] = str(members[0])
+
+    def write_to(self, folder: Path, staging: Path) -> None:
+        """Where results go, and a folder on the same disk where they are made."""
+        self.staging = staging
+        self.parser["output_dir"] = str(staging)
         # a converted series is read once, and gone after this run
         self.parser["audit_file"] = None if self.nameless else str(folder / "audit.json")
-        self.parser["weights"] = str(members[0])
 
     def prepare(self, cases: Sequence[Mapping[str, Any]], findings: Sequence[Finding], source: Path) -> None:
         """Load the weights, convert DICOM series, check all scans. Raises `CheckpointError`.
@@ -540,8 +539,9 @@ class Run:
             cases: scans. findings: what of the input could not be used. source: the input.
         """
         cases = [{**case, IMAGE: self.file_of(case)} for case in cases]
-        self.predictions = [self.kept_or_begun(case, source) for case in cases]
-        self.take_over({case[CASE_ID] for case in cases})
+        self.predictions = [self.begun(case, source) for case in cases]
+        if self.earlier is not None:
+            self.take_over(self.earlier)
         self.parser["cases"] = cases
         scans = self.parser.get_parsed_content("scans")
         scans.progress = lambda items: progress(items, "reading", self.quiet)
@@ -571,44 +571,45 @@ class Run:
     def begun(self, case: Mapping[str, Any], source: Path) -> Prediction:
         """Prediction of a case of which nothing is done yet."""
         series = self.series.get(case[CASE_ID])
+        claimed = self.earlier is None and bool(self.parser.get_parsed_content("overwrite"))
         if series is None:
             scan = os.path.relpath(case[IMAGE], source) if self.nameless else case[IMAGE]
-            return Prediction(case[CASE_ID], scan, stamp=stamp_of(case[IMAGE]))
+            return Prediction(case[CASE_ID], scan, stamp=stamp_of(case[IMAGE]), claimed=claimed)
         record, place = series_record(series), os.path.relpath(series.folder, source)
-        return Prediction(case[CASE_ID], f"series {series.number}", series=record, place=place)
+        stamps = [stamp_of(file) or [0, 0] for file in series.files]
+        stamp = [sum(size for size, _ in stamps), max(changed for _, changed in stamps)]
+        scan = f"series {series.number}"
+        return Prediction(case[CASE_ID], scan, series=record, stamp=stamp, claimed=claimed, place=place)
 
-    def kept_or_begun(self, case: Mapping[str, Any], source: Path) -> Prediction:
-        """What an earlier run finished of a case that has not changed since, or a new prediction.
+    def take_over(self, earlier: Earlier) -> None:
+        """Keep what an earlier run finished: of scans that have not changed since, and of those not in the input now.
 
         Raises:
-            ConfigError: a label map lies there that the earlier run did not finish.
+            ConfigError: a result would replace a file that the earlier run did not claim.
         """
-        one, place = self.begun(case, source), self.places[case[CASE_ID]]
-        if self.earlier is None:
-            return one
-        if one.case not in self.earlier.scans:
-            if place.label_map.exists():
-                raise ConfigError(f"{place.label_map} is not of the earlier run: move it away, or overwrite")
-            return one
-        before = Prediction.of(self.earlier.scans[one.case])
-        found = {"label_map": place.label_map, "probabilities": place.probabilities, "preview": place.preview}
-        found["segmentation"] = place.segmentation if one.series is not None else None
-        files = {key: str(path) for key, path in found.items() if getattr(before, key) and path and path.is_file()}
-        needed = {"label_map", *(["probabilities"] if before.probabilities else [])}  # by the same settings
-        needed |= {"segmentation"} if self.dicom_seg else set()
-        if (before.stamp, before.series) != (one.stamp, one.series) or not needed <= set(files):
-            return one
-        self.kept.append(one.case)
-        return replace(one, status="done", seconds=before.seconds, message=before.message, **files)
-
-    def take_over(self, cases: Collection[str]) -> None:
-        """Keep what an earlier run finished of scans that are kept, or are not in the input any more."""
-        if self.earlier is None:
-            return
-        gone = [case for case in self.earlier.scans if case not in cases]
-        self.predictions += [Prediction.of(self.earlier.scans[case]) for case in gone]
+        done = {case: one for case, one in earlier.scans.items() if one.status == "done" and case in earlier.volumes}
+        strangers = []
+        for number, one in enumerate(self.predictions):
+            place, before = self.places[one.case], earlier.scans.get(one.case)
+            if before is None or not before.claimed:
+                strangers += [path for path in place.files(one.series is not None) if os.path.lexists(path)]
+                continue
+            one.claimed = True
+            wanted = [place.label_map, *([place.sidecar] if place.sidecar is not None else [])]
+            wanted += [place.probabilities] if before.probabilities else []  # by the same settings
+            wanted += [place.segmentation] if self.dicom_seg and place.segmentation is not None else []
+            same = all(getattr(before, name) == getattr(one, name) for name in ("scan", "stamp", "series"))
+            if one.case in done and same and all(path.is_file() for path in wanted):
+                named = {key: str(getattr(place, key)) for key in WRITTEN if getattr(before, key) is not None}
+                self.predictions[number] = replace(before, place=one.place, **named)
+                self.kept.append(one.case)
+        if strangers:
+            named = f"{strangers[0]}{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''}"
+            raise ConfigError(f"{named} would be replaced, and the earlier run did not write it: move it away")
+        gone = sorted(set(done) - {one.case for one in self.predictions})
+        self.predictions += [done[case] for case in gone]
         self.kept += gone
-        self.volumes = [row for case in self.kept for row in self.earlier.volumes[case]]
+        self.volumes = [row for case in self.kept for row in earlier.volumes[case]]
         logger.info(f"{len(self.kept)} scans are kept as an earlier run finished them.")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -626,12 +627,8 @@ class Run:
         except MAPSegError as error:
             self.failed(one, error, str(series))
 
-    def all(self, save: Callable[[], None]) -> None:
-        """Segment what is usable.
-
-        Args:
-            save: writes table and manifest, after each label map, so that a run that is killed can be gone on with.
-        """
+    def all(self) -> None:
+        """Segment what is usable."""
         if not self._todo:
             return
         self._evaluator = self.parser.get_parsed_content("evaluator")
@@ -642,7 +639,7 @@ class Run:
         with progress(None, "segmenting", self.quiet, len(self._todo)) as bar:
 
             def write(todo: Todo, output: dict[str, Any]) -> None:
-                self.write(todo, output, save)
+                self.write(todo, output)
                 bar.update()
 
             try:
@@ -695,18 +692,17 @@ class Run:
         self._output, engine.state.batch, engine.state.output = {}, None, None
         return output
 
-    def write(self, todo: Todo, output: dict[str, Any] | None, save: Callable[[], None]) -> None:
-        """Save what the network made of a scan, and note that it is done; then draw it."""
+    def write(self, todo: Todo, output: dict[str, Any] | None) -> None:
+        """Save what the network made of a scan, and note that it is done, so that a run that is killed can go on."""
         one, case = todo
         if output is not None:
             with self.own(todo):
+                one.claimed = True
+                self.save()
                 self.keep(one, case, self.places[one.case], self._saving(output))
                 one.status = "done"
-            if one.status == "done":
-                with contextlib.suppress(ResourceError):  # a full disk is reported at the end, by the last save
-                    save()
-                with self.own(todo):
-                    self.draw(one, case, self.places[one.case])
+            with contextlib.suppress(ResourceError):  # a full disk is reported by the next claim, or at the end
+                self.save()
         if one.series is not None:
             Path(case[IMAGE]).unlink(missing_ok=True)
 
@@ -752,6 +748,7 @@ class Run:
         if self.dicom_seg and place.segmentation is not None:
             write_segmentation(self.series[one.case], label_map, self.names, self.algorithm(), place.segmentation)
             one.segmentation = str(place.segmentation)
+        picture = self.draw(one, case, staged)
         try:
             os.replace(staged, place.label_map)
             if self.parser.get_parsed_content("overwrite"):
@@ -760,21 +757,38 @@ class Run:
             raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error
         one.label_map = str(place.label_map)
         self.volumes += [{"case": one.case, **row} for row in rows]
+        self.keep_picture(one, picture, place.preview)
 
-    def draw(self, one: Prediction, case: Mapping[str, Any], place: Place) -> None:
-        """Take away the picture of the label map before, and draw one; if that fails, the scan is done all the same."""
+    def draw(self, one: Prediction, case: Mapping[str, Any], label_map: Path) -> Path | None:
+        """A picture among the unfinished files; ``None`` for none, or if that fails: the scan is done all the same."""
+        picture = self.staging / "picture.png"
+        try:
+            if self.drawn:
+                draw_preview(case[IMAGE], label_map, self.names, picture)
+                return picture
+        except Exception as error:
+            self.without_picture(one, error)
+        return None
+
+    def keep_picture(self, one: Prediction, picture: Path | None, place: Path) -> None:
+        """Take away the picture of the label map before, and give the new one its name."""
         try:
             if self.parser.get_parsed_content("overwrite"):
-                place.preview.unlink(missing_ok=True)
-            if self.drawn:
-                draw_preview(case[IMAGE], place.label_map, self.names, place.preview)
-                one.preview = str(place.preview)
-        except Exception as error:
-            one.message = f"its picture is missing, or of an earlier run: {type(error).__name__}"
-            logger.warning(f"{one.place or one.scan}: {one.message} ({error}); its label map is written")
+                place.unlink(missing_ok=True)
+            if picture is not None:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(picture, place)
+                one.preview = str(place)
+        except OSError as error:
+            self.without_picture(one, error)
+
+    def without_picture(self, one: Prediction, error: Exception) -> None:
+        """Note it."""
+        one.message = f"its picture is missing, or of an earlier run: {type(error).__name__}"
+        logger.warning(f"{one.place or one.scan}: {one.message} ({error}); its label map is written")
 
     def remove_what_was_made_of_the_label_map_before(self, one: Prediction, place: Place) -> None:
-        """Files of an earlier run that this one does not write; `draw` sees to the picture."""
+        """Files of an earlier run that this one does not write; `keep_picture` sees to the picture."""
         segmentation = place.segmentation if one.series is not None else None  # only of a series is there one of ours
         for path, mine in ((place.probabilities, one.probabilities), (segmentation, one.segmentation)):
             if path is not None and mine is None:
@@ -801,6 +815,8 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         """The settings that decide what is computed, as plain values."""
         recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
+        if isinstance(recipe["inferer"], dict):  # files of an ensemble stand among the weights, with their checksums
+            recipe["inferer"] = {key: value for key, value in recipe["inferer"].items() if key != "weights"}
         return json.loads(json.dumps(recipe, sort_keys=True, default=repr))
 
     def finish(self, folder: Path, command: Sequence[str], began: datetime, started: float, source: Path) -> None:

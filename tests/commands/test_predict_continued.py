@@ -14,11 +14,12 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
 from mapseg_components.commands.predict import Run
-from mapseg_components.errors import ConfigError
+from mapseg_components.errors import ConfigError, ResourceError
 from tests.conftest import ROOT, SAMPLE
 
 BUNDLE = str(ROOT / "bundles" / "mapseg_adaptation")
@@ -97,8 +98,6 @@ def test_a_run_that_is_killed_can_be_gone_on_with(folder, tmp_path):
     process.wait()
     finished, before = done_of(output), written(output)
     assert finished and len(finished) < len(CASES)  # else the test shows nothing
-    for case in set(CASES) - set(finished):  # killed between a label map and the manifest
-        (output / f"{case}_seg.nii.gz").unlink(missing_ok=True)
     again = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and f"{len(finished)} of them by an earlier run" in again.stdout, again.stderr
     assert all(written(output)[f"{case}_seg.nii.gz"] == before[f"{case}_seg.nii.gz"] for case in finished)
@@ -134,6 +133,87 @@ def test_changed_and_failed_and_new_scans_are_done_and_those_gone_are_kept(folde
     np.testing.assert_equal(again.volumes, done.volumes)
 
 
+@pytest.mark.parametrize("first", ["continue_prediction", "overwrite"])
+def test_what_is_done_again_can_be_interrupted_too(first, folder, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    go_on(folder, output, no_preview=True)
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))  # all have changed
+    stop_before(monkeypatch, "c")
+    with pytest.raises(KeyboardInterrupt):
+        predict(str(folder), str(output), bundle=BUNDLE, no_preview=True, quiet=True, **{first: True})
+    monkeypatch.undo()
+    assert done_of(output) == ["a", "b"] and len(written(output)) == 4  # the label maps before are still there
+    assert go_on(folder, output, no_preview=True).kept == 2 and done_of(output) == CASES
+
+
+def test_a_full_disk_fails_the_scan_before_its_files_are_written(folder, tmp_path, monkeypatch):
+    output, finish = tmp_path / "out", Run.finish
+
+    def full(run, *arguments):
+        if any(one.case == "b" and one.claimed for one in run.predictions):
+            raise ResourceError("disk full")
+        finish(run, *arguments)
+
+    monkeypatch.setattr(Run, "finish", full)
+    with pytest.raises(ResourceError, match="disk full"):
+        go_on(folder, output, no_preview=True)
+    assert set(written(output)) == {"a_seg.nii.gz"}
+    monkeypatch.undo()
+    assert go_on(folder, output, no_preview=True).kept == 1 and done_of(output) == CASES
+
+
+def test_files_of_others_are_neither_replaced_nor_removed(folder, tmp_path):
+    output = tmp_path / "out"
+    (output / "previews").mkdir(parents=True)
+    strangers = [output / "a_probabilities.nii.gz", output / "previews" / "a.png", output / "e_probabilities.nii.gz"]
+    strangers += [output / ".unfinished-notes", output / ".unfinished-abcdefg1"]
+    for path in strangers:
+        path.write_text("of somebody else")
+    go_on(folder, output, no_preview=True)
+    (folder / "d.nii.gz").rename(folder / "e.nii.gz")
+    with pytest.raises(ConfigError, match=r"e_probabilities\.nii\.gz would be replaced, and the earlier run did not"):
+        go_on(folder, output, no_preview=True)
+    assert {path.read_text() for path in strangers} == {"of somebody else"}
+
+
+def test_a_picture_belongs_to_its_label_map(folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "out"
+    go_on(folder, output)
+    before = {path.name: path.read_bytes() for path in (output / "previews").iterdir()}
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("b_seg.nii.gz") and ".unfinished" not in str(target):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    os.utime(folder / "b.nii.gz", ns=(1, 1))
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, output)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in (output / "previews").iterdir()} == before
+    done = go_on(folder, output)
+    assert done.kept == 3 and all(one.preview for one in done.predictions)
+
+
+def test_a_bids_derivative_goes_on(folder, tmp_path):
+    raw, output = tmp_path / "raw", tmp_path / "derivative"
+    for case in "ab":
+        (raw / f"sub-{case}" / "anat").mkdir(parents=True)
+        (folder / f"{case}.nii.gz").rename(raw / f"sub-{case}" / "anat" / f"sub-{case}_T2w.nii.gz")
+    (raw / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.9.0"}')
+    go_on(raw, output, no_preview=True)
+    sidecar = output / "sub-a" / "anat" / "sub-a_dseg.json"
+    sidecar.unlink()
+    left = output / "sub-b" / "anat" / ".sub-b_probseg.nii.gz.abcdefgh.tmp.nii.gz"
+    left.write_text("of an interrupted write")
+    assert go_on(raw, output, no_preview=True).kept == 1
+    assert sidecar.is_file() and not left.exists()
+
+
 def test_other_settings_weights_and_label_maps_of_others_are_refused(folder, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     stop_before(monkeypatch, "b")
@@ -141,22 +221,30 @@ def test_other_settings_weights_and_label_maps_of_others_are_refused(folder, tmp
         go_on(folder, output, no_preview=True)
     monkeypatch.undo()
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    weights = torch.load(f"{BUNDLE}/models/model.pt", weights_only=True)
+    torch.save({name: value + 1 for name, value in weights.items()}, other := str(tmp_path / "other.pt"))
     for options, what in (
         ({"negative_values": "clip"}, "negative_values"),
         ({"probabilities": True}, "postprocessing"),
-        ({"weights": f"{tmp_path}/other.pt"}, "weights"),
+        ({"weights": other}, "weights"),
     ):
         with pytest.raises(ConfigError, match=rf"results of other settings \({what}\).*overwrite"):
             go_on(folder, output, no_preview=True, **options)
     own = output / "c_seg.nii.gz"
     own.write_bytes(b"drawn by hand")
-    with pytest.raises(ConfigError, match=r"c_seg\.nii\.gz is not of the earlier run"):
+    with pytest.raises(ConfigError, match=r"c_seg\.nii\.gz would be replaced"):
         go_on(folder, output, no_preview=True)
     own.unlink()
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     words = ["predict", str(folder), str(output), "--bundle", BUNDLE, "--continue_prediction"]
     assert main([*words, "--overwrite"]) == 2 and "exclude each other" in capsys.readouterr().err
-    (output / "volumes.csv").write_text("case,structure\na,b\n")
-    assert main(words) == 2 and "is not of an earlier run" in capsys.readouterr().err
+    missing = [*words, "--no_preview", "--weights", str(tmp_path / "none.pt")]
+    assert main(missing) == 4 and "no weights at" in capsys.readouterr().err
+    for text in (
+        '{"settings": null, "weights": [], "scans": []}',
+        '{"settings": {}, "weights": [], "scans": [{"case": 1}]}',
+    ):
+        (output / "manifest.json").write_text(text)
+        assert main(words) == 2 and "is not of an earlier run" in capsys.readouterr().err
     (output / "manifest.json").unlink()
     assert main(words) == 2 and "results of an earlier run" in capsys.readouterr().err

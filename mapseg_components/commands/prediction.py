@@ -1,0 +1,98 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What became of each scan of ``mapseg predict``, as its manifest says, and what an earlier run's manifest says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mapseg_components.data.volumes import read_volumes_csv
+from mapseg_components.errors import ConfigError, DataError
+
+__all__ = ["Earlier", "Prediction", "read_earlier"]
+
+
+REMEDY = "choose another output folder, or overwrite"
+
+
+@dataclass
+class Prediction:
+    """What became of one scan.
+
+    Args:
+        case: its id. scan: its file; of a DICOM series what it is, without its path.
+        status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
+        label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
+        seconds: of reading, network and writing, without waiting. message: why it, or its picture, failed.
+        series: number, modality, number of files and the UID's sha256 of a DICOM series.
+        stamp: size in bytes and time of change in ns when the run began; of a series, their sum and the latest.
+        claimed: the files of this scan in the output are, or may be, this command's, whatever became of the scan.
+        kind: class of the error. place: folder of a series below the input; both are in no file.
+    """
+
+    case: str
+    scan: str
+    status: str = "not done"
+    label_map: str | None = None
+    probabilities: str | None = None
+    preview: str | None = None
+    segmentation: str | None = None
+    seconds: float | None = None
+    message: str = ""
+    series: dict[str, Any] | None = None
+    stamp: list[int] | None = None
+    claimed: bool = False
+    kind: type[BaseException] = field(default=Exception, repr=False)
+    place: str = field(default="", repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, for the manifest."""
+        return {name: value for name, value in asdict(self).items() if name not in ("kind", "place")}
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run left.
+
+    Args:
+        scans: case id to what became of it. volumes: case id to its rows of the table.
+    """
+
+    scans: dict[str, Prediction]
+    volumes: dict[str, list[dict[str, Any]]]
+
+
+def read_earlier(
+    manifest: Path, table: Path, settings: Mapping[str, Any], weights: Sequence[Mapping[str, Any]]
+) -> Earlier:
+    """Scans and volumes of an earlier run of the same settings and weights.
+
+    Args:
+        manifest: its file. table: its volumes; there may be none.
+        settings, weights: of this run, as its manifest will have them. Weights that cannot be read are not compared.
+
+    Raises:
+        ConfigError: the earlier run had other settings or weights, or the files are of no such run.
+    """
+    volumes: dict[str, list[dict[str, Any]]] = {}
+    known = {one.name for one in fields(Prediction)}
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        before, members = dict(found["settings"]), [one["sha256"] for one in found["weights"]]
+        records = [{key: value for key, value in scan.items() if key in known} for scan in found["scans"]]
+        scans = {str(record["case"]): Prediction(**record) for record in records}
+        for row in read_volumes_csv(table) if table.is_file() else []:
+            volumes.setdefault(row["case"], []).append(row)
+    except (DataError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{manifest} or {table.name} is not of an earlier run ({error!r}): {REMEDY}") from error
+    changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
+    now = [one["sha256"] for one in weights]
+    changed += ["weights"] if None not in now and members != now else []
+    if changed:
+        named = ", ".join(changed[:5])
+        raise ConfigError(f"{manifest.parent} holds results of other settings ({named}): repeat them, {REMEDY}")
+    return Earlier(scans, volumes)
