@@ -591,7 +591,7 @@ class Run:
         strangers = []
         for number, one in enumerate(self.predictions):
             place, before = self.places[one.case], earlier.scans.get(one.case)
-            if before is None or not before.claimed:
+            if before is None or not (before.claimed or before.status == "done"):
                 strangers += [path for path in place.files(one.series is not None) if os.path.lexists(path)]
                 continue
             one.claimed = True

@@ -147,6 +147,19 @@ def test_what_is_done_again_can_be_interrupted_too(first, folder, tmp_path, monk
     assert go_on(folder, output, no_preview=True).kept == 2 and done_of(output) == CASES
 
 
+def test_scans_of_which_a_manifest_does_not_say_when_they_were_read_are_done_again(folder, tmp_path):
+    output = tmp_path / "out"
+    for case in "cd":
+        (folder / f"{case}.nii.gz").unlink()
+    whole = go_on(folder, output, no_preview=True)
+    manifest = json.loads((output / "manifest.json").read_text())
+    for scan in manifest["scans"]:  # as earlier versions wrote it
+        del scan["stamp"], scan["claimed"]
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    done = go_on(folder, output, no_preview=True)
+    assert (done.kept, done.exit_code) == (0, 0) and done.volumes == whole.volumes
+
+
 def test_a_full_disk_fails_the_scan_before_its_files_are_written(folder, tmp_path, monkeypatch):
     output, finish = tmp_path / "out", Run.finish
 
