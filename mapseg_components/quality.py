@@ -4,6 +4,7 @@
 
 A model that knows a scan gives the same label map when the scan is shown a little differently; one that guesses does
 not. `consistency` measures that, `Calibration` turns it into a Dice by what was seen on labelled scans of the source.
+A model can be consistent and wrong: `Positions` bounds the Dice of structures that lie where no labelled scan has them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Calibration", "consistency", "label_agreement"]
+__all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positions_of"]
 
 # monotone curves of the intensities in [0, 1], as between scanners and protocols
 GAMMAS = (0.7, 1.4)
+# of the foreground's voxels along an axis: what lies beyond is noise
+BOX_SHARES = (0.01, 0.99)
+SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that is taken for natural
+LEAST_SPREAD = 0.05  # of the box
 
 
 def label_agreement(first: torch.Tensor, second: torch.Tensor, classes: int) -> torch.Tensor:
@@ -109,6 +114,79 @@ class Calibration:
     def covers(self, consistency: float) -> bool:
         """Whether such a consistency was seen on the labelled scans."""
         return self.lowest <= consistency <= self.highest
+
+
+def positions_of(image: torch.Tensor, label_map: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the structures lie in a scan's foreground, and how large they are.
+
+    The foreground is what is brighter than the scan's mean; its box leaves out 1 % of it at each end of an axis.
+
+    Args:
+        image: (C, X, Y, Z). label_map: (X, Y, Z). classes: number of classes, background included.
+
+    Returns:
+        centres (classes - 1, 3), 0 and 1 at the ends of the box; volumes (classes - 1,) in shares of the box. Both NaN
+        for a structure that the label map lacks.
+    """
+    grey = image.float().mean(dim=0)
+    mask = grey > grey.mean()
+    low, high = torch.zeros(3), torch.zeros(3)
+    for axis in range(3):
+        counts = mask.sum(dim=[other for other in range(3) if other != axis]).double()
+        shares = counts.cumsum(0) / counts.sum().clamp(min=1)
+        low[axis], high[axis] = (torch.searchsorted(shares, share) for share in BOX_SHARES)
+    size = high + 1 - low
+    centres, volumes = torch.full((classes - 1, 3), torch.nan), torch.full((classes - 1,), torch.nan)
+    for number in range(1, classes):
+        found = (label_map == number).nonzero()
+        if len(found):
+            centres[number - 1] = (found.float().mean(dim=0) - low) / size
+            volumes[number - 1] = len(found) / size.prod()
+    return centres, volumes
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where labelled scans have each structure. Scans must show the same part of the body.
+
+    Args:
+        centres: (structures, 3), means of `positions_of`. spread: (structures,), distance from them that is natural.
+        radii: (structures,), of balls of the structures' mean volume. always: (structures,), whether all scans have it.
+    """
+
+    centres: torch.Tensor
+    spread: torch.Tensor
+    radii: torch.Tensor
+    always: torch.Tensor
+
+    @classmethod
+    def fit(cls, found: Sequence[tuple[torch.Tensor, torch.Tensor]], anywhere: bool = False) -> Positions:
+        """From results of `positions_of` for labelled scans. anywhere: let every distance pass for natural."""
+        centres, volumes = (torch.stack(parts) for parts in zip(*found))
+        distances = torch.zeros(len(centres), centres.shape[1])
+        for number in range(len(centres)):
+            others = torch.cat([centres[:number], centres[number + 1 :]])
+            distances[number] = (centres[number] - others.nanmean(dim=0)).norm(dim=1).nan_to_num(0.0)
+        spread = (SPREAD * distances.amax(dim=0)).clamp(min=LEAST_SPREAD)
+        radii = (0.75 / torch.pi * volumes.nanmean(dim=0)) ** (1 / 3)
+        always = ~volumes.isnan().any(dim=0)
+        return cls(centres.nanmean(dim=0), spread + torch.inf if anywhere else spread, radii, always)
+
+    def highest_dice(self, centres: torch.Tensor) -> torch.Tensor:
+        """Dice that a structure at such a place can have: that of two balls, as far apart as it is off its place.
+
+        Args:
+            centres: of a label map, by `positions_of`.
+
+        Returns:
+            (structures,) between 0 and 1; 0 for a structure that is missing and that all labelled scans have, NaN for
+            another one that is missing.
+        """
+        off = ((centres - self.centres).norm(dim=1) - self.spread).clamp(min=0)
+        share = (off / (2 * self.radii)).clamp(max=1)
+        bound = torch.where(self.radii.isnan(), 1.0, 1 - 1.5 * share + 0.5 * share**3)
+        missing = torch.where(self.always, 0.0, torch.nan)
+        return torch.where(centres.isnan().any(dim=1), missing, bound)
 
 
 def line(points: np.ndarray) -> tuple[float, float]:

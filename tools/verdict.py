@@ -64,9 +64,9 @@ def true_dice(seed: Path, name: str) -> dict[str, float]:
     }
 
 
-def compare(seed: Path, bundle: str, symmetric: bool) -> list[dict[str, Any]]:
+def compare(seed: Path, bundle: str, symmetric: bool, only: list[str]) -> list[dict[str, Any]]:
     """A row for each model of a seed: its scans' estimates and truth and, beside the source-only model, the verdict."""
-    names = [SOURCE, *(name for name in COMPARED if (seed / "evaluation" / name / "metrics.json").is_file())]
+    names = [SOURCE, *(name for name in only if (seed / "evaluation" / name / "metrics.json").is_file())]
     models = assess(bundle, {name: str(weights_of(seed, name)) for name in names}, symmetric)["models"]
     rows: list[dict[str, Any]] = []
     for name in names:
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--more", action="append", default=[], help="a further overlay, such as fine.yaml")
     parser.add_argument("--measured", type=Path, required=True, help="the --output of measure.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", choices=COMPARED, default=COMPARED, help="judge these models")
     parser.add_argument("--amp", help="bf16, fp16 or None; else bf16, as in small_data.yaml")
     parser.add_argument("--symmetric", action="store_true", help="as of mapseg adapt: mirrored scans are compared too")
     parser.add_argument("--tiny", action="store_true", help="if measure.py had it")
@@ -133,7 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(Path(folder), arguments.datalist.absolute(), overlays, changes)
         for seed in arguments.seeds:
-            rows += compare(arguments.measured / f"seed{seed}", folder, arguments.symmetric)
+            rows += compare(arguments.measured / f"seed{seed}", folder, arguments.symmetric, arguments.only)
             write_json(rows, arguments.measured / "verdict.json")
     print(tables(rows))
 

@@ -75,6 +75,7 @@ def adapt(
     random_contrasts: bool = True,
     validation_share: float = 0.2,
     symmetric: bool = False,
+    any_position: bool = False,
     settings: str | Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -104,6 +105,8 @@ def adapt(
         validation_share: of the source's cases, one at least, where it names none.
         symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
             sure a model is.
+        any_position: source and target show different parts of the body: then the place of a structure in a scan says
+            nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has.
         seed: of everything random.
@@ -137,6 +140,7 @@ def adapt(
         "random_contrasts": random_contrasts,
         "validation_share": validation_share,
         "symmetric": symmetric,
+        "any_position": any_position,
         "settings": read_mapping("settings", settings),
         "seed": seed,
         "device": device,
@@ -205,6 +209,7 @@ class Adaptation:
                 {name: str(path) for name, path in weights.items()},
                 self.request["symmetric"],
                 self.quiet,
+                self.request["any_position"],
             )
             self._save()
         chosen = self.record["assessment"]["verdict"]["ship"]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data import load_datalist
 from mapseg_components.metrics import bootstrap_interval
-from mapseg_components.quality import Calibration, consistency, label_agreement
+from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
 
 __all__ = ["assess", "verdict_of"]
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONFIDENT = 0.95
 LEAST_GAIN = 0.01
+MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
 # the labelled scans, made worse in ways whose truth is still known: they widen the range of the calibration
 DEGRADATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -38,17 +39,20 @@ DEGRADATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, quiet: bool = False) -> dict[str, Any]:
+def assess(
+    bundle: str, weights: Mapping[str, str], symmetric: bool = False, quiet: bool = False, any_position: bool = False
+) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
     For each model a calibration from consistency to Dice is fitted to the labelled validation scans, as they are and in
-    four degraded versions. On each target scan, consistency gives an estimate of Dice. It cannot know errors that a
-    model makes alike however a scan is shown.
+    four degraded versions. On each target scan, consistency gives an estimate of Dice, and the place of a structure
+    in the scan's foreground an upper bound, by where the source's training scans have it. Both cannot know errors that
+    a model makes alike however a scan is shown, and at the right place.
 
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
         weights: model name to file; "source_only" and "adapted" for a verdict.
-        symmetric: see `mapseg_components.commands.adapt.adapt`. quiet: no progress bar.
+        symmetric, any_position: see `mapseg_components.commands.adapt.adapt`. quiet: no progress bar.
 
     Returns:
         ``models`` (per model: ``validation_dice``, ``calibration``, ``prior``, ``cases``), ``between`` (Dice between
@@ -74,6 +78,14 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, qui
 
     def segment(image: torch.Tensor) -> torch.Tensor:
         return probabilities(image).argmax(dim=0)
+
+    prior, places = [], []
+    for case in load_datalist(datalist, "source_training"):
+        image = preprocessing({"image": case["image"]})["image"].as_subclass(torch.Tensor)
+        truth, ml = load_labels(case["label"])
+        prior.append(volumes_ml(truth, ml, names))
+        places.append(positions_of(image, truth, classes))
+    positions = Positions.fit(places, any_position)
 
     flip = 0 if symmetric else None
     models: dict[str, Any] = {}
@@ -106,13 +118,11 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, qui
                 image = preprocessing({"image": case["image"]})["image"]
                 found = probabilities(image.as_subclass(torch.Tensor))
                 confidence, label_map = found.max(dim=0)
-                stable = consistency(image.as_subclass(torch.Tensor), label_map, segment, classes, flip)
-                cases.append(
-                    {
-                        "case": case["case_id"],
-                        **case_figures(label_map, confidence, stable, calibration, voxel_ml(image), names),
-                    }
-                )
+                scan = image.as_subclass(torch.Tensor)
+                stable = consistency(scan, label_map, segment, classes, flip)
+                bound = positions.highest_dice(positions_of(scan, label_map, classes)[0])
+                figures = case_figures(label_map, confidence, stable, bound, calibration, voxel_ml(image), names)
+                cases.append({"case": case["case_id"], **figures})
                 label_maps[model].append(label_map.to(torch.int16))
                 bar.update()
             models[model] = {
@@ -120,8 +130,6 @@ def assess(bundle: str, weights: Mapping[str, str], symmetric: bool = False, qui
                 "calibration": None if calibration is None else vars(calibration),
                 "cases": cases,
             }
-    training = load_datalist(datalist, "source_training")
-    prior = [volumes_ml(*load_labels(case["label"]), names) for case in training]
     result: dict[str, Any] = {
         "models": models,
         "prior_ml": {name: sorted(one[name] for one in prior) for name in names},
@@ -171,6 +179,7 @@ def case_figures(
     label_map: torch.Tensor,
     confidence: torch.Tensor,
     stable: torch.Tensor,
+    bound: torch.Tensor,
     calibration: Calibration | None,
     ml: float,
     names: Sequence[str],
@@ -178,11 +187,14 @@ def case_figures(
     """What is known of one scan's segmentation."""
     structure = confidence[label_map > 0]
     mean = float(stable.nanmean()) if not stable.isnan().all() else 0.0
-    estimates = [] if calibration is None else [calibration.dice(v) for v in stable.tolist() if np.isfinite(v)]
+    estimates = np.full(len(names), np.nan)
+    if calibration is not None:
+        estimates = np.fmin([calibration.dice(value) for value in stable.tolist()], bound.numpy())
     return {
         "consistency": rounded(mean),
         "consistency_by_structure": {name: rounded(value) for name, value in zip(names, stable.tolist())},
-        "estimated_dice": rounded(float(np.mean(estimates))) if estimates else None,
+        "estimated_dice": rounded(float(np.nanmean(estimates))) if np.isfinite(estimates).any() else None,
+        "misplaced": [name for name, value in zip(names, bound.tolist()) if value < MISPLACED_BELOW],
         "within_calibration": calibration is not None and calibration.covers(mean),
         "confidence": rounded(float(structure.mean())) if len(structure) else 0.0,
         "confident_share": rounded(float((structure > CONFIDENT).float().mean())) if len(structure) else 0.0,
@@ -227,6 +239,12 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[st
     before, after = source["validation_dice"]["mean"], adapted["validation_dice"]["mean"]
     if before is not None and after is not None:
         why.append(f"Dice on the labelled validation scans of the source: {before:.3f} before, {after:.3f} after.")
+    off = [sum(bool(case.get("misplaced")) for case in model["cases"]) for model in (source, adapted)]
+    if any(off):
+        why.append(
+            f"Structures are missing, or lie where no labelled scan has them, in {off[0]} of {len(source['cases'])} "
+            f"target scans by the source-only model, in {off[1]} by the adapted one."
+        )
     outside = sum(not case["within_calibration"] for case in adapted["cases"])
     if outside:
         why.append(

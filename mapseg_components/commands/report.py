@@ -137,7 +137,7 @@ def worst_first(assessment: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], 
 
 
 def case_table(assessment: Mapping[str, Any]) -> str:
-    """Per target scan: both estimates, whether they are guesses, confidence, agreement."""
+    """Per target scan: both estimates, whether they are guesses; confidence, agreement, structures off their place."""
     head = ["scan"]
     for name, title in MODELS.items():
         calibration = assessment["models"][name]["calibration"]
@@ -150,10 +150,12 @@ def case_table(assessment: Mapping[str, Any]) -> str:
             "" if a["within_calibration"] and b["within_calibration"] else "a guess",
             b["confident_share"],
             assessment["between"][a["case"]],
+            ", ".join(b.get("misplaced", [])),
         ]
         for a, b in worst_first(assessment)
     ]
-    return sortable_table([*head, "estimate", "share above 0.95 probability", "agreement of both, Dice"], rows)
+    head += ["estimate", "share above 0.95 probability", "agreement of both, Dice", "missing or off their place"]
+    return sortable_table(head, rows)
 
 
 def volume_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:

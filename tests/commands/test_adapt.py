@@ -15,12 +15,14 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from mapseg_components.commands.adapt import adapt, read_mapping, source_cases, structure_names, target_cases
-from mapseg_components.commands.assess import verdict_of
+from mapseg_components.commands.assess import case_figures, verdict_of
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
 
@@ -231,6 +233,31 @@ def test_verdicts():
     assert failing["verdict"] == "adapted" and "look at its label maps before any use" in failing["why"][-1]
     assert "guesses" in " ".join(verdict_of(figures(base), figures(better, within=False))["why"])
     assert verdict_of(figures([None]), figures([None]))["ship"] == "source_only"
+
+
+def test_an_estimate_is_no_higher_than_the_places_of_the_structures_allow():
+    label_map, confidence = torch.ones(2, 3, 4, dtype=torch.long), torch.ones(2, 3, 4)
+    line = Calibration(slope=0.5, intercept=0.4, points=9, error=0.1, lowest=0.0, highest=1.0)
+
+    def estimate(stable, bound, calibration=line):
+        found = case_figures(
+            label_map, confidence, torch.tensor(stable), torch.tensor(bound), calibration, 1.0, ["a", "b", "c"]
+        )
+        return found["estimated_dice"], found["misplaced"]
+
+    assert estimate([0.8, 0.6, 0.4], [1.0, 1.0, 1.0]) == (pytest.approx(0.7), [])
+    assert estimate([0.8, 0.6, 0.4], [1.0, 0.1, 1.0]) == (pytest.approx((0.8 + 0.1 + 0.6) / 3), ["b"])
+    assert estimate([0.8, torch.nan, torch.nan], [1.0, 0.0, torch.nan]) == (pytest.approx(0.4), ["b"])
+    assert estimate([0.8, 0.6, 0.4], [1.0, 1.0, 1.0], None)[0] is None
+
+
+def test_the_verdict_counts_scans_with_structures_off_their_place():
+    source, adapted = figures([0.5, 0.6, 0.7]), figures([0.6, 0.7, 0.8])
+    for case, names in zip(source["cases"], (["a"], ["a", "b"], [])):
+        case["misplaced"] = names
+    why = " ".join(verdict_of(source, adapted)["why"])
+    assert "in 2 of 3 target scans by the source-only model, in 0 by the adapted one" in why
+    assert "no labelled scan has them" not in " ".join(verdict_of(adapted, adapted)["why"])
 
 
 def test_slices_stand_upright_with_the_right_side_on_the_left():

@@ -12,7 +12,7 @@ import torch
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
-from mapseg_components.quality import Calibration, consistency, label_agreement
+from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
 
 
 def test_agreement_is_monais_dice():
@@ -85,3 +85,52 @@ def test_too_few_points_make_no_calibration():
     assert Calibration.fit([[0.5, math.nan]], [[0.5, 0.5]]) is None
     assert Calibration.fit([], []) is None
     assert np.isnan(Calibration(1, 0, 3, 0, 0, 1).dice(math.nan))
+
+
+def head(size=20, at=(8, 10, 12), shape=(40, 44, 48), start=6, radius=3.0):
+    """A bright box, and in it a ball of one structure at a place given in voxels of the box."""
+    image = torch.zeros(1, *shape)
+    image[0, start : start + size, start : start + size, start : start + size] = 1
+    grid = torch.stack(torch.meshgrid(*(torch.arange(float(side)) for side in shape), indexing="ij"), dim=-1)
+    return image, ((grid - torch.tensor(at, dtype=torch.float32) - start).norm(dim=-1) <= radius).long()
+
+
+def test_positions_are_those_in_the_foreground_wherever_it_lies_and_however_large_it_is():
+    first = positions_of(*head(), 3)
+    torch.testing.assert_close(first[0][0], torch.tensor([8.0, 10.0, 12.0]) / 20, atol=0.03, rtol=0)
+    assert first[0][1].isnan().all() and first[1][1].isnan()
+    moved = positions_of(*head(start=15), 3)
+    torch.testing.assert_close(moved, first, equal_nan=True, atol=1e-5, rtol=0)
+    larger = positions_of(*head(size=30, at=(12, 15, 18), radius=4.5), 3)
+    torch.testing.assert_close(larger[0], first[0], equal_nan=True, atol=0.03, rtol=0)
+    torch.testing.assert_close(larger[1], first[1], equal_nan=True, atol=0.005, rtol=0)
+
+
+def test_the_bound_of_a_displaced_structure_is_the_dice_of_two_balls():
+    places = [positions_of(*head(at=at), 2) for at in ((8, 10, 12), (8.4, 10, 12), (8, 10.4, 12))]
+    positions = Positions.fit(places)
+    for at in ((8, 10, 12), (8, 10, 12.8), (8, 10.8, 12)):  # natural
+        assert positions.highest_dice(positions_of(*head(at=at), 2)[0]).item() == 1
+    spread = 20 * positions.spread.item()
+    for off in (1.0, 2.0, 4.0):
+        image, moved = head(at=(8.13, 10.13, 12 - spread - off), radius=3.0)
+        _, there = head(at=(8.13, 10.13, 12 - spread), radius=3.0)
+        true = label_agreement(moved, there, 2).item()
+        assert positions.highest_dice(positions_of(image, moved, 2)[0]).item() == pytest.approx(true, abs=0.08)
+    far = positions.highest_dice(positions_of(*head(at=(8, 10, 1)), 2)[0]).item()
+    assert far == 0 and Positions.fit(places, anywhere=True).highest_dice(places[0][0] + 0.4).item() == 1
+
+
+def test_a_structure_that_is_missing_counts_as_0_where_all_labelled_scans_have_it():
+    image, label = head()
+    both = label.clone()
+    both[20:24, 20:24, 20:24] = 2
+    positions = Positions.fit([positions_of(image, one, 4) for one in (both, label)])
+    none = torch.zeros_like(label)
+    bound = positions.highest_dice(positions_of(image, none, 4)[0])
+    assert bound[0] == 0 and bound[1:].isnan().all()
+    third = label.clone()
+    third[20:24, 8:12, 8:12] = 3  # no labelled scan has it: nothing is known of its place
+    assert positions.highest_dice(positions_of(image, third, 4)[0]).tolist()[2] == 1
+    single = Positions.fit([positions_of(image, label, 4)])
+    assert single.spread.tolist() == pytest.approx([0.05] * 3)
