@@ -34,6 +34,7 @@ from mapseg_components.files import write_json
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.stages import ADAPTATION, PRETRAINING, run_bundle
 
+SOURCE = "source-only"  # that every model starts from
 MODELS = ["continued", "adapted", "test-time", "federated", "oracle"]
 # A site's few steps of a round must show in the teacher that it sends: 34 steps at 0.95 take it four fifths of the way.
 FEDERATED: dict[str, Any] = {"ema_schedule": [[None, 0.95]], "last_learning_rate": 1e-5}
@@ -61,7 +62,7 @@ class Experiment:
     @property
     def source_only(self) -> Path:
         """Weights that every model starts from."""
-        return self.output / "source" / "source_only.pt"
+        return weights_of(self.output, SOURCE)
 
     def train(self, name: str, files: list[str], bundle: Path = ADAPTATION, **settings: Any) -> None:
         """One stage, in a folder of its name."""
@@ -94,7 +95,7 @@ class Experiment:
             self.train(name, [*self.goes_on, "source_only.yaml"], datalist=self.oracle, **start)
         else:
             return None
-        return self.output / name / ("source_only.pt" if name in ("continued", "oracle") else "model.pt")
+        return weights_of(self.output, name)
 
     def scans(self, section: str) -> list[dict[str, str]]:
         """Files of a section, by absolute paths."""
@@ -143,6 +144,12 @@ class Experiment:
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
 
 
+def weights_of(seed: Path, name: str) -> Path:
+    """File of a model below the folder of its seed."""
+    file = "source_only.pt" if name in (SOURCE, "continued", "oracle") else "model.pt"
+    return seed / ("source" if name == SOURCE else name) / file
+
+
 def value_of(text: str) -> str:
     """A value for a bundle's command line, which takes ``None`` for "not given" and leaves the config's own."""
     return "$None" if text in ("None", "null") else text
@@ -151,7 +158,7 @@ def value_of(text: str) -> str:
 def evaluated(output: Path, seeds: list[int]) -> dict[str, dict[int, dict[str, Any]]]:
     """Metrics of the models that every seed has, those of other commands as well."""
     results = {}
-    for name in ["source-only", *MODELS]:
+    for name in [SOURCE, *MODELS]:
         files = {seed: output / f"seed{seed}" / "evaluation" / name / "metrics.json" for seed in seeds}
         if all(file.is_file() for file in files.values()):
             results[name] = {seed: json.loads(file.read_text()) for seed, file in files.items()}
@@ -196,7 +203,7 @@ def main() -> None:
         print(f"seed {seed}")
         experiment = Experiment(arguments, seed, output / f"seed{seed}")
         experiment.start()
-        models = {"source-only": experiment.source_only, **{name: experiment.make(name) for name in arguments.only}}
+        models = {SOURCE: experiment.source_only, **{name: experiment.make(name) for name in arguments.only}}
         for name, weights in models.items():
             if weights is not None:
                 experiment.evaluate(name, weights)

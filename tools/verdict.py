@@ -28,10 +28,9 @@ from mapseg_components.data import load_datalist
 from mapseg_components.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.measure import MODELS, value_of
+from tools.measure import MODELS, SOURCE, value_of, weights_of
 from tools.stages import ADAPTATION
 
-SOURCE = "source-only"
 COMPARED = [name for name in MODELS if name != "oracle"]
 
 
@@ -47,12 +46,6 @@ def write_bundle(folder: Path, datalist: Path, overlays: list[str], changes: dic
     sections = {name: load_datalist(datalist, name) for name in ("source_training", "source_validation")}
     scans = [{key: case[key] for key in ("image", "case_id")} for case in load_datalist(datalist, "target_test")]
     write_json({**sections, "target_training": scans}, folder / "datalist.json")
-
-
-def weights_of(seed: Path, name: str) -> Path:
-    """File of a model of measure.py."""
-    file = "source_only.pt" if name in (SOURCE, "continued") else "model.pt"
-    return seed / ("source" if name == SOURCE else name) / file
 
 
 def true_dice(seed: Path, name: str) -> dict[str, float]:

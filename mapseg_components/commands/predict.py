@@ -301,7 +301,7 @@ def predict(
             run = Run(parser, names, places, drawn, quiet, series, dicom_seg, nameless, not no_overlap)
             run.use(members)
             if goes_on:
-                run.earlier = read_earlier(folder / MANIFEST, folder / TABLE, run.recipe(), run.weights)
+                run.earlier = read_earlier(folder / MANIFEST, folder / TABLE, run.recipe, run.weights)
             sweep(folder, places)
             with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
                 run.write_to(folder, Path(staging))
@@ -310,17 +310,13 @@ def predict(
                 def write_manifest() -> None:
                     run.finish(folder, [predict.__name__, str(source), str(folder)], began, started, source)
 
-                def save() -> None:
-                    write_volumes_csv(run.rows(), folder / TABLE)
-                    write_manifest()  # last: what it calls done has its rows
-
-                run.save = save
+                run.write_manifest = write_manifest
                 try:
                     write_manifest()  # first of all: there is a run to go on with
                     write_lookups(run, names, source if derivative else None, folder)
                     run.all()
                 finally:  # also of a run that was interrupted
-                    save()
+                    run.save()
         finally:
             unlock_folders([folder])
         seconds = round(time.monotonic() - started, 1)
@@ -513,7 +509,7 @@ class Run:
         self.overlap = overlap
         self.predictions: list[Prediction] = []
         self.volumes: list[dict[str, Any]] = []
-        self.save: Callable[[], None] = lambda: None  # writes manifest and table
+        self.write_manifest: Callable[[], None] = lambda: None
         self.earlier: Earlier | None = None
         self.kept: list[str] = []
         self._todo: list[Todo] = []
@@ -527,7 +523,7 @@ class Run:
 
     def write_to(self, folder: Path, staging: Path) -> None:
         """Where results go, and a folder on the same disk where they are made."""
-        self.staging = staging
+        self.folder, self.staging = folder, staging
         self.parser["output_dir"] = str(staging)
         # a converted series is read once, and gone after this run
         self.parser["audit_file"] = None if self.nameless else str(folder / "audit.json")
@@ -547,7 +543,7 @@ class Run:
         scans.progress = lambda items: progress(items, "reading", self.quiet)
         self.parser.get_parsed_content("initialize")
         load_weights(self.parser.get_parsed_content("network_def"), self.parser.get_parsed_content("weights"))
-        todo = [pair for pair in zip(self.predictions, cases) if pair[0].case not in self.kept]
+        todo = [pair for pair in zip(self.predictions, cases) if pair[0].status != "done"]  # by an earlier run
         for one, case in progress([pair for pair in todo if pair[0].series], "converting", self.quiet):
             self.convert(one, case)
         scans.cases = [case for one, case in todo if one.status != "failed"]
@@ -611,6 +607,11 @@ class Run:
         self.kept += gone
         self.volumes = [row for case in self.kept for row in earlier.volumes[case]]
         logger.info(f"{len(self.kept)} scans are kept as an earlier run finished them.")
+
+    def save(self) -> None:
+        """Write table and manifest, the manifest last: what it calls done has its rows."""
+        write_volumes_csv(self.rows(), self.folder / TABLE)
+        self.write_manifest()
 
     def rows(self) -> list[dict[str, Any]]:
         """Volumes in the order of the scans."""
@@ -698,7 +699,7 @@ class Run:
         if output is not None:
             with self.own(todo):
                 one.claimed = True
-                self.save()
+                self.write_manifest()
                 self.keep(one, case, self.places[one.case], self._saving(output))
                 one.status = "done"
             with contextlib.suppress(ResourceError):  # a full disk is reported by the next claim, or at the end
@@ -812,6 +813,7 @@ class Run:
         digests = "+".join((one["sha256"] or "unknown")[:16] for one in self.weights)
         return Algorithm(name, str(meta.get("version") or "unknown"), __version__, digests)
 
+    @cached_property
     def recipe(self) -> dict[str, Any]:
         """The settings that decide what is computed, as plain values."""
         recipe = {key: value for key, value in self.parser.config.items() if key not in NOT_RECIPE and key != "_meta_"}
@@ -821,7 +823,6 @@ class Run:
 
     def finish(self, folder: Path, command: Sequence[str], began: datetime, started: float, source: Path) -> None:
         """Write ``manifest.json``."""
-        recipe = self.recipe()
         line = list(sys.argv) if Path(sys.argv[0]).name in ("mapseg", "__main__.py") else list(command)
         content = {
             "mapseg": __version__,
@@ -833,8 +834,8 @@ class Run:
             "device": str(self.parser.get_parsed_content("device")),
             "bundle": str(self.parser.get_parsed_content("bundle_root")),
             "bundle_version": (self.parser.config.get("_meta_") or {}).get("version"),
-            "settings_sha256": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-            "settings": recipe,
+            "settings_sha256": hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest(),
+            "settings": self.recipe,
             "weights": self.weights,
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
