@@ -76,8 +76,8 @@ def expand_block_mask(mask: torch.Tensor, spatial_shape: Sequence[int]) -> torch
 
 def check_mask_value(value: float | str) -> float | str:
     """What a hidden voxel shows, unchanged. Raises `ConfigError` if it is neither a finite number nor "mean"."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != MEAN and not (is_number and math.isfinite(value)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number and value != MEAN:
         raise ConfigError(f"mask_value is {value!r}, expected a number (0 in the paper) or {MEAN!r}")
     return value
 
@@ -88,8 +88,8 @@ def hide(image: torch.Tensor, mask: torch.Tensor, value: float | str = 0.0) -> t
     Args:
         image: (..., X, Y, Z), in [0, 1] with background 0.
         mask: boolean, of the image's shape or broadcast to it, ``True`` = hidden.
-        value: what a hidden voxel shows. A number: 0, as in the paper, is what background shows as well. ``"mean"``: the
-            mean of the sample's own channel over all of its voxels.
+        value: what a hidden voxel shows: a number (0, as in the paper, is what background shows as well), or
+            ``"mean"``, the mean of the sample's own channel over all of its voxels.
     """
     if value == MEAN:
         return torch.where(mask, image.mean(dim=(-3, -2, -1), keepdim=True), image)

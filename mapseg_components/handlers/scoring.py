@@ -61,8 +61,8 @@ class ScoreCheckpoint:
     segmentation term of the masked pass, as in the paper's section 3.7, also where the loss has clean target terms. The
     Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
     better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with
-    the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and never
-    becomes the best.
+    the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
+    never becomes the best.
 
     On a trainer without that output, such as MONAI's ``SupervisedTrainer``, there is no target loss: the Score is the
     evaluator's key metric, larger is better.

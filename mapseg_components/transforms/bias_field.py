@@ -55,8 +55,8 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         local_key: which of the keys is the patch; the others are views of the whole box.
         global_key: the image whose voxels ``box_key`` counts.
         box_key: (3, 2), the patch in voxels of the global view.
-        maximum: largest intensity afterwards. Where the field lifts an image above it, all images are divided by the same
-            number, which is a change of the field's constant term; nothing is cut off. By default there is none.
+        maximum: largest intensity afterwards. Where the field lifts an image above it, all images are divided by the
+            same number, which is a change of the field's constant term; nothing is cut off. By default there is none.
 
     Raises:
         ConfigError: the maximum is not above 0.

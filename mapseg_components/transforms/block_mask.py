@@ -42,7 +42,7 @@ class RandBlockMask(Randomizable):
         self.mask = expand_block_mask(mask, data)
 
     def __call__(self, img: torch.Tensor, randomize: bool = True) -> torch.Tensor:
-        """Image (C, X, Y, Z) with hidden voxels replaced; the mask (1, X, Y, Z), ``True`` = hidden, is in ``self.mask``.
+        """Image (C, X, Y, Z), hidden voxels replaced; the mask (1, X, Y, Z), ``True`` = hidden, is in ``self.mask``.
 
         Raises:
             ConfigError: a block does not divide the image, or the ratio is outside [0, 1].

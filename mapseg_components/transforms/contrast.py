@@ -38,7 +38,7 @@ class RandGlobalLocalAdjustContrastd(RandAdjustContrastd):
 
 
 class RandGlobalLocalHistogramShiftd(RandHistogramShiftd):
-    """MONAI's ``RandHistogramShiftd`` (a random monotone curve) with one curve for all keys: equal intensities stay equal.
+    """MONAI's ``RandHistogramShiftd`` with one random monotone curve for all keys: equal intensities stay equal.
 
     Draws, arguments and the curve are MONAI's; the extremes are those of all keys together.
     """

@@ -202,8 +202,8 @@ class RandGlobalLocalCropd(Randomizable, MapTransform):
     """Dictionary version of `RandGlobalLocalCrop`.
 
     Reads the entries ``<image_key>_extremes`` (`AxisExtremesd`), ``<label_key>_voxels`` (`ClassVoxelsd`) and
-    ``<image_key>_limits`` (`RandPercentileClipd`, deferred) if they are there. The whole volumes and these entries are left out of the result, so that samples collate; all
-    other entries stay.
+    ``<image_key>_limits`` (`RandPercentileClipd`, deferred) if they are there. The whole volumes and these entries are
+    left out of the result, so that samples collate; all other entries stay.
 
     Args:
         image_key: the scan. label_key: its label; may be absent from the data, as it is on the target side.

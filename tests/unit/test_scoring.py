@@ -198,7 +198,7 @@ def test_patience_ends_monais_trainer(tmp_path):
 
 
 def test_an_evaluator_without_a_key_metric_is_refused_before_training(tmp_path):
-    with pytest.raises(ConfigError, match="'student' has no key metric.*key_val_metric"):
+    with pytest.raises(ConfigError, match=r"'student' has no key metric.*key_val_metric"):
         supervised(tmp_path, [0.5], metric=False)
     assert not list(tmp_path.iterdir())
 
