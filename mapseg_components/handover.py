@@ -96,6 +96,7 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     "target_scale_range": is_range,
     "target_rotation_deg": is_number(0, 180),
     "mask_ratio": is_number(0, 1),
+    "mask_value": lambda value: value in (None, "mean") or is_number(-1e6, 1e6)(value),
     "local_block_size": is_sized(1, 1024),
     "global_block_size": is_sized(1, 1024),
 }
@@ -261,7 +262,10 @@ class HandoverPackage:
     @property
     def settings(self) -> dict[str, Any]:
         """Values of all of `SETTINGS`."""
-        return dict(self.content["settings"])
+        settings = dict(self.content["settings"])
+        if settings.get("mask_value") is None:  # a package of an earlier version
+            settings["mask_value"] = 0.0
+        return settings
 
     @cached_property
     def weights(self) -> str:

@@ -20,19 +20,30 @@ __all__ = ["AxisExtremesd", "ClassVoxelsd"]
 
 
 class AxisExtremesd(MapTransform):
-    """Store the ``boxes.axis_extremes`` of the non-zero voxels of a volume (C, X, Y, Z) as ``<key>_extremes``.
+    """Store the ``boxes.axis_extremes`` of the foreground of a volume (C, X, Y, Z) as ``<key>_extremes``.
+
+    Args:
+        keys: whole volumes.
+        above_minimum: foreground is what lies above its channel's minimum, which are the voxels that are not 0 once the
+            volume is scaled to [0, 1] (`PercentileClip`). By default it is what is not 0.
 
     Raises:
-        DataError: the scan has no non-zero voxel; the message names the file.
+        DataError: the scan has no foreground; the message names the file.
     """
+
+    def __init__(self, keys: KeysCollection, above_minimum: bool = False, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.above_minimum = above_minimum
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
         for key in self.key_iterator(result):
-            foreground = np.asarray(result[key].detach().cpu() != 0).any(axis=0)
-            extremes = axis_extremes(foreground)
+            image = torch.as_tensor(result[key]).as_subclass(torch.Tensor)
+            background = image.amin(dim=(1, 2, 3), keepdim=True) if self.above_minimum else 0
+            extremes = axis_extremes((image != background).any(dim=0).cpu().numpy())
             if len(extremes) == 0:
-                raise DataError(f"{scan_name(result[key])}: no voxel above 0, no foreground: leave the scan out")
+                above = "its minimum" if self.above_minimum else "0"
+                raise DataError(f"{scan_name(result[key])}: no voxel above {above}, no foreground: leave the scan out")
             result[f"{key}_extremes"] = torch.from_numpy(extremes)
         return result
 

@@ -26,7 +26,7 @@ from mapseg_components.keys import (
     LOCAL_LABEL,
     VALID_BOX,
 )
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.intensity import LIMITS_POSTFIX, scan_name
 from mapseg_components.transforms.sampling import sample
 
 __all__ = ["RandGlobalLocalCrop", "RandGlobalLocalCropd"]
@@ -120,15 +120,18 @@ class RandGlobalLocalCrop(Randomizable):
         extremes: torch.Tensor | None = None,
         class_voxels: torch.Tensor | None = None,
         randomize: bool = True,
+        limits: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """One sample.
 
         Args:
-            img: (C, X, Y, Z); foreground is what is not 0.
+            img: (C, X, Y, Z); foreground is what is not 0, or with limits what is above them.
             label: (1, X, Y, Z), class indices.
             extremes: ``boxes.axis_extremes`` of the foreground, found here if not given.
             class_voxels: see `randomize`.
             randomize: draw anew, or repeat the last draw.
+            limits: (C, 2), what becomes 0 and what becomes 1 in each channel: the image is clipped and scaled by them
+                before it is sampled, see `RandPercentileClipd`.
 
         Returns:
             ``local_image`` (C, *patch_size), ``global_image`` (C, *global_size) and, with a label,
@@ -145,7 +148,10 @@ class RandGlobalLocalCrop(Randomizable):
                 f"{tuple(label.shape[1:])}: resample one to the other's grid"
             )
         if randomize:
-            points = axis_extremes(np.asarray(img.cpu() != 0).any(0)) if extremes is None else np.asarray(extremes)
+            if extremes is None:
+                lowest = 0 if limits is None else limits[:, 0].view(-1, 1, 1, 1).to(img.device)
+                extremes = axis_extremes(np.asarray((img.as_subclass(torch.Tensor) != lowest).any(0).cpu()))
+            points = np.asarray(extremes)
             if len(points) == 0:
                 raise DataError(f"{scan_name(img)}: no voxel above 0, no foreground: leave the scan out")
             voxels = None if class_voxels is None else np.asarray(class_voxels)
@@ -161,7 +167,8 @@ class RandGlobalLocalCrop(Randomizable):
         result: dict[str, torch.Tensor] = {}
         for keys, (box, size) in grids.items():
             affine = unwarp @ index_affine(box, size)
-            samples = sample([volume.as_subclass(torch.Tensor) for volume in volumes], affine, size, MODES)
+            plain = [volume.as_subclass(torch.Tensor) for volume in volumes]
+            samples = sample(plain, affine, size, MODES, [limits, None][: len(plain)])
             result.update({key: placed(*pair, affine) for key, *pair in zip(keys, samples, volumes)})
         valid = np.clip(self.foreground - self.window[:, :1], 0, np.asarray(self.patch_size)[:, None])
         result[LOCAL_BOX] = torch.from_numpy(relative_box(self.window, self.box, self.global_size)).float()
@@ -194,9 +201,9 @@ def placed(data: torch.Tensor, volume: torch.Tensor, affine: np.ndarray) -> torc
 class RandGlobalLocalCropd(Randomizable, MapTransform):
     """Dictionary version of `RandGlobalLocalCrop`.
 
-    Reads the cached entries ``<image_key>_extremes`` (`AxisExtremesd`) and ``<label_key>_voxels`` (`ClassVoxelsd`) if
-    they are there. The whole volumes and these entries are left out of the result, so that samples collate; all
-    other entries stay.
+    Reads the entries ``<image_key>_extremes`` (`AxisExtremesd`), ``<label_key>_voxels`` (`ClassVoxelsd`) and
+    ``<image_key>_limits`` (`RandPercentileClipd`, deferred) if they are there. The whole volumes and these entries are
+    left out of the result, so that samples collate; all other entries stay.
 
     Args:
         image_key: the scan. label_key: its label; may be absent from the data, as it is on the target side.
@@ -233,5 +240,6 @@ class RandGlobalLocalCropd(Randomizable, MapTransform):
         image, label = result.pop(self.image_key), result.pop(self.label_key, None)
         extremes = result.pop(f"{self.image_key}_extremes", None)
         class_voxels = result.pop(f"{self.label_key}_voxels", None)
-        result.update(self.transform(image, label, extremes, class_voxels))
+        limits = result.pop(f"{self.image_key}_{LIMITS_POSTFIX}", None)
+        result.update(self.transform(image, label, extremes, class_voxels, limits=limits))
         return result
