@@ -49,20 +49,22 @@ def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimiz
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     teacher = EMATeacher(network, warmup, [[None, 0.9]]) if teacher else None
-    loss = options.pop("loss", AdaptationLoss())
-    trainer = UDATrainer(
-        device="cpu",
-        max_epochs=epochs,
-        train_data_loader=data,
-        network=network,
-        optimizer=optimizer(network.parameters(), lr=lr),
-        loss_function=loss,
-        teacher=teacher,
-        **BLOCKS,
-        **options,
-    )
+    trainer = trainer_of(network, data, teacher, optimizer(network.parameters(), lr=lr), max_epochs=epochs, **options)
     trainer.run()
     return trainer
+
+
+def trainer_of(network, data, teacher, optimizer, loss=None, max_epochs=1, **options):
+    return UDATrainer(
+        device="cpu",
+        max_epochs=max_epochs,
+        train_data_loader=data,
+        network=network,
+        optimizer=optimizer,
+        loss_function=AdaptationLoss() if loss is None else loss,
+        teacher=teacher,
+        **{**BLOCKS, **options},
+    )
 
 
 def same_weights(first, second, **tolerance):
@@ -142,6 +144,11 @@ def test_accumulation_equals_a_larger_batch_without_masks(tiny_network):
     assert one.optimizer.state_dict()["state"][0]["step"] == 1  # two iterations, one step
     two = adaptation(tiny_network, halves, accumulate_steps=1, **options)
     assert two.optimizer.state_dict()["state"][0]["step"] == 2
+
+
+def test_a_network_without_its_training_pass_is_refused(tiny_network):
+    with pytest.raises(ConfigError, match=r"GlobalLocalDeepLabV3 returns one tensor.*GlobalLocalPass"):
+        trainer_of(tiny_network, [{"source": pair()}], None, torch.optim.SGD(tiny_network.parameters(), 0.1)).run()
 
 
 def test_nan_names_term_and_case(tiny_network):
