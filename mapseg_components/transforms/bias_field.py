@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import RandBiasFieldd
 
 from mapseg_components.errors import DataError
 from mapseg_components.keys import GLOBAL_IMAGE, LOCAL_BOX, LOCAL_IMAGE
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["RandGlobalLocalBiasFieldd", "legendre_field"]
 
@@ -92,10 +92,9 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         coefficients = self.coefficients()
         for key in self.key_iterator(result):
             box = self.relative_box(result) if key == self.local_key else np.array([[-1.0, 1.0]] * 3)
-            image = result[key]
+            image = as_volume(result[key])
             field = legendre_field(coefficients, box, image.shape[1:]).exp_().to(image.device)
-            shaded = image.as_subclass(torch.Tensor) * field
-            result[key] = MetaTensor(shaded, meta=image.meta) if isinstance(image, MetaTensor) else shaded
+            result[key] = image * field  # keeps what a MetaTensor knows of its scan
         return result
 
     def relative_box(self, data: Mapping[Hashable, Any]) -> np.ndarray:

@@ -15,6 +15,7 @@ from monai.transforms import MapTransform, Randomizable, RandomizableTransform, 
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = [
     "FillNonFinite",
@@ -52,7 +53,7 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
     Raises:
         DataError: the scan is constant, or holds NaN or infinite values; the message names the file.
     """
-    values = np.asarray(image.detach().cpu(), dtype=np.float32).ravel()
+    values = np.asarray(as_volume(image).detach().cpu(), dtype=np.float32).ravel()
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
         raise DataError(f"{scan_name(image)}: {bad} voxels are NaN or infinite: repair the scan or leave it out")
@@ -76,7 +77,7 @@ def clip_and_scale(image: torch.Tensor, table: torch.Tensor, percentile: float) 
             f"{scan_name(image)}: its percentile {percentile:g} equals its minimum ({lowest:g}), nearly all voxels "
             "are background: crop the scan, or take the percentiles over the foreground"
         )
-    scaled = image - lowest  # keeps what a MetaTensor knows of its scan
+    scaled = as_volume(image) - lowest  # keeps what a MetaTensor knows of its scan
     scaled.as_subclass(torch.Tensor).div_(top - lowest).clamp_(0.0, 1.0)
     return scaled
 
@@ -98,6 +99,7 @@ class FillNonFinite(Transform):
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
+        img = as_volume(img)
         finite = torch.isfinite(img)
         if self.policy is None or finite.all() or not finite.any():
             return img
@@ -135,6 +137,7 @@ class NegativeValues(Transform):
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
+        img = as_volume(img)
         if self.policy == "keep":
             return img
         if self.policy is None:
