@@ -99,7 +99,8 @@ class UDATrainer(Trainer):
         of its masked pass, which the Score reads (section 3.7), whether or not there is a clean pass as well.
 
     Raises:
-        ConfigError: the mask value is unknown; or, while running, the batch has neither side that can be trained on.
+        ConfigError: the mask value is unknown; or, while running, the batch has neither side that can be trained on, or
+            the network returns logits alone.
         NonFiniteError: while running, if a loss is NaN or infinite; the message names the term and the cases.
     """
 
@@ -214,6 +215,11 @@ class UDATrainer(Trainer):
                 torch.cat([one.local_image for one in group]),
                 torch.cat([one.global_image for one in group]),
                 torch.cat([one.local_box for one in group]),
+            )
+        if isinstance(output, torch.Tensor):
+            raise ConfigError(
+                f"network {type(self.network).__name__} returns one tensor, expected local logits, global logits, "
+                "local features and context features: wrap it in mapseg_components.networks.GlobalLocalPass"
             )
         sizes = [len(one.local_image) for one in group]
         losses: dict[str, torch.Tensor] = {}

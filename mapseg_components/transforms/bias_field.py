@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import RandBiasFieldd
-from monai.utils import convert_to_dst_type
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import GLOBAL_IMAGE, LOCAL_BOX, LOCAL_IMAGE
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["RandGlobalLocalBiasFieldd", "legendre_field"]
 
@@ -102,14 +102,13 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         shaded = {}
         for key in self.key_iterator(result):
             box = self.relative_box(result) if key == self.local_key else np.array([[-1.0, 1.0]] * 3)
-            image = result[key]
+            image = as_volume(result[key])
             field = legendre_field(coefficients, box, image.shape[1:]).exp_().to(image.device)
-            shaded[key] = image.as_subclass(torch.Tensor) * field
+            shaded[key] = image * field  # keeps what a MetaTensor knows of its scan
         highest = max((float(image.max()) for image in shaded.values()), default=0.0)
-        for key, image in shaded.items():
-            if self.maximum is not None and highest > self.maximum:
-                image = (image / (highest / self.maximum)).clamp_(max=self.maximum)  # rounding
-            result[key] = convert_to_dst_type(image, dst=result[key])[0]
+        if self.maximum is not None and highest > self.maximum:
+            shaded = {key: (image / (highest / self.maximum)).clamp(max=self.maximum) for key, image in shaded.items()}
+        result.update(shaded)
         return result
 
     def relative_box(self, data: Mapping[Hashable, Any]) -> np.ndarray:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, Randomizable
+from monai.transforms import MapTransform, Randomizable, Transform
 
 from mapseg_components.masking import block_grid, check_mask_value, draw_block_mask, expand_block_mask, hide
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["RandBlockMask", "RandBlockMaskd"]
 
 
-class RandBlockMask(Randomizable):
+class RandBlockMask(Randomizable, Transform):
     """Hide an exact share of an image's blocks (MAPSeg, section 3.2).
 
     Args:
@@ -47,6 +48,7 @@ class RandBlockMask(Randomizable):
         Raises:
             ConfigError: a block does not divide the image, or the ratio is outside [0, 1].
         """
+        img = as_volume(img)
         if randomize or self.mask is None:
             self.randomize(img.shape[1:])
         assert self.mask is not None  # drawn above

@@ -17,6 +17,8 @@ import torch
 from monai.transforms import RandAdjustContrastd, RandHistogramShiftd
 from monai.utils import convert_to_dst_type
 
+from mapseg_components.transforms.inputs import as_volume
+
 __all__ = ["RandGlobalLocalAdjustContrastd", "RandGlobalLocalHistogramShiftd"]
 
 
@@ -55,8 +57,10 @@ class RandGlobalLocalHistogramShiftd(RandHistogramShiftd):
 
 def change_together(data: dict[Hashable, Any], keys: Sequence[Hashable], change: Callable[..., Any]) -> None:
     """Change the images of these keys as one image, with the draw that ``change`` already has."""
-    images = [torch.as_tensor(data[key]).as_subclass(torch.Tensor) for key in keys]
-    joined = torch.cat([image.flatten() for image in images])
+    if not keys:
+        return
+    images = [as_volume(data[key]) for key in keys]
+    joined = torch.cat([image.as_subclass(torch.Tensor).flatten().float() for image in images])
     changed = torch.as_tensor(change(joined, randomize=False)).as_subclass(torch.Tensor)
     for key, image, part in zip(keys, images, changed.split([image.numel() for image in images])):
-        data[key] = convert_to_dst_type(part.view(image.shape), dst=data[key])[0]
+        data[key] = convert_to_dst_type(part.view(image.shape), dst=image)[0]

@@ -15,6 +15,7 @@ from monai.transforms import MapTransform, Randomizable, RandomizableTransform, 
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = [
     "FillNonFinite",
@@ -60,7 +61,7 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
     Raises:
         DataError: a channel is constant, or holds NaN or infinite values; the message names file and channel.
     """
-    values = np.asarray(torch.as_tensor(image).detach().cpu(), dtype=np.float32).reshape(len(image), -1)
+    values = np.asarray(as_volume(image).detach().cpu(), dtype=np.float32).reshape(len(image), -1)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
         raise DataError(f"{scan_name(image)}: {bad} voxels are NaN or infinite: repair the scan or leave it out")
@@ -115,7 +116,7 @@ def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> 
 def clipped(image: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """Image (C, ...) scaled so that each channel's limits, (C, 2), become 0 and 1, and clipped there."""
     lowest, top = limits.to(image.device).view(len(image), 2, *[1] * (image.ndim - 1)).unbind(1)
-    scaled = image - lowest  # keeps what a MetaTensor knows of its scan
+    scaled = as_volume(image) - lowest  # keeps what a MetaTensor knows of its scan
     scaled.as_subclass(torch.Tensor).div_(top - lowest).clamp_(0.0, 1.0)
     return scaled
 
@@ -137,7 +138,7 @@ class FillNonFinite(Transform):
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
-        img = torch.as_tensor(img)
+        img = as_volume(img)
         finite = torch.isfinite(img)
         if self.policy is None or finite.all() or not finite.any():
             return img
@@ -175,7 +176,7 @@ class NegativeValues(Transform):
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
-        img = torch.as_tensor(img)
+        img = as_volume(img)
         if self.policy == "keep":
             return img
         if self.policy is None:
@@ -247,7 +248,7 @@ class PercentileClip(Transform):
         Raises:
             DataError: a channel has no contrast or non-finite values.
         """
-        img = torch.as_tensor(img)
+        img = as_volume(img)
         return clipped(img, self.limits(img, table))
 
     def limits(self, img: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:

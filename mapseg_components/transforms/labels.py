@@ -12,6 +12,7 @@ from monai.transforms import MapLabelValue, Transform
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
 from mapseg_components.transforms.intensity import scan_name
 
 __all__ = ["SelectLabels", "SelectLabelsd"]
@@ -45,6 +46,7 @@ class SelectLabels(Transform):
         Raises:
             DataError: a value is neither kept nor dropped (fractions included); the message names the file.
         """
+        img = as_volume(img)
         found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)
         unknown = ~torch.isin(found.double(), self.known.double())  # a uint8 map must not wrap 300 to 44
         if unknown.any():
