@@ -34,6 +34,7 @@ from mapseg_components.data.datalist import has_section, labels_file, read_json,
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.sides import refuse_sides
 
 __all__ = ["adapt"]
 
@@ -104,7 +105,7 @@ def adapt(
             have the same contrast.
         validation_share: of the source's cases, one at least, where it names none.
         symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
-            sure a model is.
+            sure a model is. Refused where a name has a side.
         any_position: source and target show different parts of the body: then the place of a structure in a scan says
             nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
@@ -275,6 +276,8 @@ class Adaptation:
         training, validation = source_cases(source, request["validation_share"], request["seed"])
         target = target_cases(self._scans("target"))
         structures = structure_names(request["labels"], source, [*training, *validation])
+        if request["symmetric"]:
+            refuse_sides("symmetric", structures)
         grids = [grid_of(case["image"]) for case in [*training, *validation, *target]]
         preset, reason = request["preset"], "asked for"
         if preset == "auto":

@@ -20,6 +20,7 @@ from mapseg_components.checkpoints import load_weights
 from mapseg_components.data import load_datalist
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
+from mapseg_components.sides import refuse_sides
 
 __all__ = ["assess", "verdict_of"]
 
@@ -87,6 +88,8 @@ def assess(
         places.append(positions_of(image, truth, classes))
     positions = Positions.fit(places, any_position)
 
+    if symmetric:
+        refuse_sides("symmetric", names)
     flip = 0 if symmetric else None
     models: dict[str, Any] = {}
     label_maps: dict[str, list[torch.Tensor]] = {}
