@@ -19,6 +19,7 @@ from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.nifti import corner_distance
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
+from mapseg_components.structures import structures_of, unknown_values
 
 __all__ = [
     "Audit",
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 GEOMETRY_TOLERANCE_MM = 1e-3  # between a scan and its label map
 FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
-LISTED_VALUES = 8  # unknown label values that a message names
 CT_SHIFT = 1024.0
 # a scan may be in both: evaluating on the scans that the adaptation saw, without their labels, is common
 SHARED = {"target_training", "target_test"}
@@ -184,17 +184,9 @@ class Audit:
             return facts
         if image is not None:
             self.pair(path, facts, image)
-        allowed = {0, *known}
-        unknown = [(value, count) for value, count in facts.values if value not in allowed]
-        if unknown:
-            listed = ", ".join(f"{value:g} ({count} voxels)" for value, count in unknown[:LISTED_VALUES])
-            more = len(unknown) - LISTED_VALUES + facts.more_values
-            self.add(
-                path,
-                f"label map has unknown values {listed}{f' and {more} more' if more > 0 else ''}, "
-                f"known are {sorted(allowed)}",
-                "name them in labels or in dropped_labels",
-            )
+        unknown = unknown_values(facts.values, known, facts.more_values)
+        if unknown is not None:
+            self.add(path, *unknown)
         elif all(value == 0 for value, _ in facts.values) and not facts.not_finite:
             self.warn(path, "label map is blank", "leave the case out if that is not meant")
         return facts
@@ -247,7 +239,7 @@ class Audit:
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()
         self.content(images)
-        names = labels if isinstance(labels, Mapping) else {str(value): value for value in labels}
+        names = structures_of(labels) if isinstance(labels, Mapping) else {str(value): value for value in labels}
         absent = [f"{name} ({value})" for name, value in names.items() if value not in seen]
         if absent and found.get("source_training") and not unread:
             self.warn(
@@ -302,8 +294,8 @@ class Audit:
 
 
 def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int]) -> list[int]:
-    """Label values that a task names."""
-    return [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels]
+    """Label values that a task names. Raises `ConfigError` as `structures_of`."""
+    return [*(structures_of(labels).values() if isinstance(labels, Mapping) else labels), *dropped_labels]
 
 
 def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:

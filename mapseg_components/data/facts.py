@@ -16,12 +16,13 @@ import numpy as np
 
 from mapseg_components.data.nifti import Scan, corner_distance, read_nifti
 from mapseg_components.files import write_json
+from mapseg_components.structures import to_whole
 
 __all__ = ["AuditRecord", "Facts", "facts_of", "facts_of_scan"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the record; raise it when a check below changes
+FORMAT = 2  # of the record; raise it when a check below changes
 MOST_VALUES = 1000  # distinct label values kept
 LARGEST = float(np.finfo(np.float32).max)  # MONAI reads scans as float32
 
@@ -96,7 +97,7 @@ def facts_of_scan(scan: Scan, with_values: bool) -> Facts:
 
 
 def value_counts(voxels: np.ndarray) -> tuple[list[tuple[float, int]], int]:
-    """Distinct values with their counts, at most `MOST_VALUES`, and how many were left out."""
+    """Distinct values, by `to_whole`, with their counts, at most `MOST_VALUES`, and how many were left out."""
     if not voxels.size:
         return [], 0
     low, high = voxels.min(), voxels.max()
@@ -106,6 +107,8 @@ def value_counts(voxels: np.ndarray) -> tuple[list[tuple[float, int]], int]:
         counts, values = counts[values], values + int(low)
     else:
         values, counts = np.unique(voxels, return_counts=True)
+        values, where = np.unique(to_whole(values), return_inverse=True)
+        counts = np.bincount(where, counts).astype(np.int64)
     listed = [(float(v), int(n)) for v, n in zip(values[:MOST_VALUES], counts[:MOST_VALUES])]
     return listed, max(len(values) - MOST_VALUES, 0)
 

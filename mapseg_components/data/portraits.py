@@ -13,6 +13,7 @@ import numpy as np
 
 from mapseg_components.data.facts import AuditRecord, Facts, facts_of_scan
 from mapseg_components.data.nifti import Scan, read_nifti
+from mapseg_components.structures import are_whole, to_whole
 
 __all__ = ["Portrait", "PortraitRecord", "portrait_of"]
 
@@ -77,8 +78,8 @@ def portrait_of(scan: Scan) -> Portrait | None:
         axcodes="".join(nib.aff2axcodes(scan.affine)),
         background_share=float(1 - above.mean()),
         border_share=float(1 - faces.mean()),
-        whole_numbers=bool(np.array_equal(drawn, np.rint(drawn))),
-        different_values=len(np.unique(drawn)),
+        whole_numbers=bool(are_whole(drawn).all()),
+        different_values=len(np.unique(to_whole(drawn))),
         soft_tissue_hu=float(((drawn > -150) & (drawn < 250)).mean()),
         soft_tissue_shifted=float(((drawn > 874) & (drawn < 1274)).mean()),
         quantiles=np.quantile(scaled, np.linspace(0, 1, QUANTILES)),
