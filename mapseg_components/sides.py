@@ -50,8 +50,8 @@ def sided_names(names: Iterable[str]) -> list[str]:
 
     Looked for are left and right as words or parts of words, as abbreviations (``Lung_L``, ``Kidney_Rt``, ``lh``,
     ``LV`` of the heart), in Latin and some other languages, and names of the set that differ by l and r alone at an end
-    of a part (``kidneyl``, ``kidneyr``). ``L3`` is a vertebra, unless the rest of the name tells otherwise or the set has
-    ``R3`` as well.
+    of a part (``kidneyl``, ``kidneyr``). ``L3`` is a vertebra, unless the rest of the name tells otherwise or the set
+    has ``R3`` as well.
 
     Args:
         names: of all structures of one task.
@@ -75,8 +75,8 @@ def refuse_sides(option: str, labels: Iterable[str] | Mapping[str, int]) -> None
     if sided:
         more = f" and {len(sided) - 4} more" if len(sided) > 4 else ""
         raise ConfigError(
-            f"{option} mirrors left and right, but by their names structures have a side ({', '.join(sided[:4])}{more}): "
-            f"leave {option} out; if none has a side, rename them in labels"
+            f"{option} mirrors left and right, but by their names structures have a side "
+            f"({', '.join(sided[:4])}{more}): leave {option} out; if none has a side, rename them in labels"
         )
 
 

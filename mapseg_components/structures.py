@@ -18,6 +18,7 @@ __all__ = [
     "LARGEST_EXACT",
     "are_whole",
     "ignored_value",
+    "listed_values",
     "number_text",
     "structures_of",
     "to_whole",
@@ -152,8 +153,8 @@ def value_fault(
     """What of the distinct values of a file no label map has, and the remedy; ``None`` if all may be labels.
 
     Args:
-        counts: each distinct value, by `to_whole`, with its number of voxels. exact: values are read as integers; else as
-            float32, which ends at `LARGEST_EXACT`. more_values: distinct values that are not in ``counts``.
+        counts: each distinct value, by `to_whole`, with its number of voxels. exact: values are read as integers; else
+            as float32, which ends at `LARGEST_EXACT`. more_values: distinct values that are not in ``counts``.
     """
     pairs = list(counts)
     faults = (

@@ -83,6 +83,7 @@ from mapseg_components.keys import CASE_ID, CONFIDENCE, IMAGE, PRED, PROBABILITI
 from mapseg_components.memory import memory_of
 from mapseg_components.reports import can_draw, draw_preview, text_table
 from mapseg_components.sides import refuse_sides
+from mapseg_components.structures import structures_of
 from mapseg_components.transforms import save_probabilities
 
 __all__ = ["Prediction", "Predictions", "predict"]
@@ -266,7 +267,7 @@ def predict(
             **({"non_finite": non_finite} if non_finite else {}),
         }
         parser = read_bundle(home, listed(overlays), settings)
-        names = list(parser.get_parsed_content("labels"))
+        names = list(structures_of(parser.get_parsed_content("labels")))
         members = listed(weights) or [str(parser.get_parsed_content("weights"))]
         extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
         drawn = not no_preview and can_draw()

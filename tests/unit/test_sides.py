@@ -12,9 +12,32 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.sides import refuse_sides, sided_names
 
 ORGANS = ("kidney", "Lung", "FEMUR", "hippocampus", "FemurHead", "optic_nerve", "ventricle", "Lens", "clavicula")
-SIDES = ("left", "Right", "L", "R", "Lt", "Rt", "lh", "RH", "links", "rechts", "gauche", "droit", "sin", "dex", "sinister")
+SIDES = (
+    "left",
+    "Right",
+    "L",
+    "R",
+    "Lt",
+    "Rt",
+    "lh",
+    "RH",
+    "links",
+    "rechts",
+    "gauche",
+    "droit",
+    "sin",
+    "dex",
+    "sinister",
+)
 SIDES += ("dextra", "izquierdo", "derecha", "direito", "sinistro", "destro")
-SPELLINGS = ("{side}_{organ}", "{organ}_{side}", "{organ}-{side}", "{side} {organ}", "{organ} ({side})", "{side}.{organ}")
+SPELLINGS = (
+    "{side}_{organ}",
+    "{organ}_{side}",
+    "{organ}-{side}",
+    "{side} {organ}",
+    "{organ} ({side})",
+    "{side}.{organ}",
+)
 CAMEL = ("left", "right", "l", "r", "lt", "rt", "lh", "rh", "sin", "dex")
 PUBLISHED = """
     Lung_L Lung_Lt FemurHeadL Kidney_R Parotid_Lt OpticNrv_L Glnd_Submand_R A_LAD Lobe_LUL
@@ -25,14 +48,22 @@ PUBLISHED = """
     rechteNiere linkeNiere rein_gauche Kidney_sin renDexter 左肾 левая_почка lung_L1 KidneyL2
 """.split()
 WITHOUT = """
-    cerebellum ventricles liver cleft bright rectum pelvis spleen brainstem myocardium lateral_ventricles cleftpalate
-    LateralVentricles Myocardium Tumour GTV CTV PTV prostate bladder stomach aorta cortex thalamus pallidum putamen Rectum
-    SpinalCord Lungs Kidneys Larynx Lips Lens WholeBrain CSF GM WM trachea lymph_nodes contralateral_lung bilateral_lungs
-    L1 L5 vertebrae_L1 VertebraL3 L4L5 S1 T12 disc_L5 LGE ET TC MYO lumen wall lobule RNFL RPE retina linkage sinus upright
-    pulmonary_artery postcava dexamethasone rectus_abdominis global rostral ventral dorsal renal lamina
+    cerebellum ventricles liver cleft bright rectum pelvis spleen brainstem myocardium lateral_ventricles
+    cleftpalate LateralVentricles Myocardium Tumour GTV CTV PTV prostate bladder stomach aorta cortex thalamus
+    pallidum putamen Rectum SpinalCord Lungs Kidneys Larynx Lips Lens WholeBrain CSF GM WM trachea lymph_nodes
+    contralateral_lung bilateral_lungs L1 L5 vertebrae_L1 VertebraL3 L4L5 S1 T12 disc_L5 LGE ET TC MYO lumen wall
+    lobule RNFL RPE retina linkage sinus upright pulmonary_artery postcava dexamethasone rectus_abdominis global
+    rostral ventral dorsal renal lamina
 """.split()
 WITHOUT += ["white matter", "extra-ventricular CSF", "lateral ventricles", "4th ventricle", "L-spine", "L4/L5 disc"]
-WITHOUT += ["cortical grey matter", "deep grey matter", "corpus callosum", "bright spot", "Wright's area", "vertebra L2"]
+WITHOUT += [
+    "cortical grey matter",
+    "deep grey matter",
+    "corpus callosum",
+    "bright spot",
+    "Wright's area",
+    "vertebra L2",
+]
 
 
 @pytest.mark.parametrize("side, spelling", itertools.product(SIDES, SPELLINGS))
