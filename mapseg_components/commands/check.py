@@ -25,7 +25,8 @@ from mapseg_components.data import (
     refuse_existing,
 )
 from mapseg_components.data.audit import names_of
-from mapseg_components.data.datalist import has_section, labels_file, scans_below
+from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist, scans_below
+from mapseg_components.data.layouts import image_folders
 from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.portraits import PortraitRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
@@ -122,7 +123,8 @@ def check(
     1024 added, skull-stripped or not, orientation by content, left and right, histograms of source and target.
 
     Args:
-        input: a scan, a folder of scans, a BIDS dataset, a datalist (JSON), or a folder with source/ and target/.
+        input: a scan, a folder of scans, a BIDS dataset, a datalist (JSON), a folder with source/ and target/, or a
+            dataset of nnU-Net or the Medical Segmentation Decathlon (folder or dataset.json).
         datalist: take a folder as one with source/ and target/, even if source/ is missing.
         labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default
             what the datalist says.
@@ -154,7 +156,7 @@ def check(
         audit, record = Audit(None, "full", assume_orientation, non_finite), PortraitRecord()
         audit.record = record
         policy = negative_values or "keep"
-        if datalist or source.suffix == ".json" or (source / SECTIONS["source_training"]).is_dir():
+        if datalist or source.suffix == ".json" or is_datalist_folder(source):
             files = of_datalist(audit, record, source, labels, listed(dropped_labels), policy, quiet)
         else:
             files = of_scans(audit, record, source, modality, policy, quiet)
@@ -169,6 +171,11 @@ def check(
         if output is not None:
             write(result, Path(output))
         return result
+
+
+def is_datalist_folder(folder: Path) -> bool:
+    """Whether a folder has ``source``, or is a dataset of nnU-Net or the Decathlon."""
+    return folder.is_dir() and ((folder / SECTIONS["source_training"]).is_dir() or open_datalist(folder) is not None)
 
 
 def of_scans(
@@ -218,6 +225,10 @@ def of_datalist(
         values = ", ".join(sorted(known)) or "none"
         text = f"no structures are named: all values of the label maps are taken as known ({values})"
         audit.findings.append(Finding("note", str(source), text, "name them in labels of the datalist, or by labels"))
+    for folder in image_folders(source) if source.is_dir() else ():
+        if not any(Path(path).parent == folder.absolute() for path in files) and (others := list_scans(folder)):
+            text = f"{len(others)} scans without a use in training were not read"
+            audit.findings.append(Finding("note", str(folder), text, f"mapseg check {folder}"))
     return {**files, **{path: (side, True) for path, side in maps.items()}}
 
 

@@ -82,6 +82,8 @@ from mapseg_components.files import (
 from mapseg_components.keys import CASE_ID, CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.memory import memory_of
 from mapseg_components.reports import can_draw, draw_preview, text_table
+from mapseg_components.sides import refuse_sides
+from mapseg_components.structures import structures_of
 from mapseg_components.transforms import save_probabilities
 
 __all__ = ["Prediction", "Predictions", "predict"]
@@ -97,7 +99,6 @@ LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesu
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
 OWN_HANDLERS = ("WeightsLoader", "VolumesTable", "ProgressBar")
-SIDED = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 # settings that say where and how fast, not what is computed
 NOT_RECIPE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "cases", "weights", "device", "overwrite", "audit"),
@@ -266,7 +267,7 @@ def predict(
             **({"non_finite": non_finite} if non_finite else {}),
         }
         parser = read_bundle(home, listed(overlays), settings)
-        names = list(parser.get_parsed_content("labels"))
+        names = list(structures_of(parser.get_parsed_content("labels")))
         members = listed(weights) or [str(parser.get_parsed_content("weights"))]
         extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
         drawn = not no_preview and can_draw()
@@ -403,11 +404,8 @@ def extend(
     if not isinstance(handlers, list) or not isinstance(postprocessing, dict) or "transforms" not in postprocessing:
         raise ConfigError("the bundle's handlers are no list, or its postprocessing has no list of transforms")
     parser["handlers"] = [one for one in handlers if not target_of(one).endswith(OWN_HANDLERS)]
-    sided = [name for name in names if SIDED.search(name)]
-    if flip_tta and sided:
-        raise ConfigError(
-            f"flip_tta mirrors left and right, but structures have a side ({', '.join(sided[:4])}): leave it out"
-        )
+    if flip_tta:
+        refuse_sides("flip_tta", names)
     if flip_tta or len(members) > 1:
         parser["inferer"] = {
             "_target_": "mapseg_components.inferers.AveragingInferer",

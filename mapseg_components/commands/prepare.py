@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 from mapseg_components.commands.session import versions, working
-from mapseg_components.data.audit import Audit
+from mapseg_components.data.audit import LABEL_LIKE, Audit
 from mapseg_components.data.dicom import Series, read_series
-from mapseg_components.data.facts import Facts, facts_of_scan
+from mapseg_components.data.facts import Facts, facts_of_scan, looks_like_labels
 from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.data.sidecars import Grid, Sidecar, digest_of, read_sidecar, write_sidecar
@@ -39,6 +39,7 @@ from mapseg_components.files import (
     unlock_folders,
 )
 from mapseg_components.memory import naming_memory_errors
+from mapseg_components.structures import to_whole, value_fault
 from mapseg_components.transforms.hounsfield import CT_SHIFT, ct_scale
 from mapseg_components.transforms.n4 import MASKS, bias_field
 from mapseg_components.transforms.orientation import assumed_affine, check_axcodes
@@ -432,6 +433,11 @@ def prepared(job: Job) -> tuple[Sidecar, np.ndarray, np.ndarray | None, list[str
     steps: list[dict[str, Any]] = []
     scan = read_series(source.image) if isinstance(source.image, Series) else read_nifti(source.image)
     label_scan = None if source.label is None else read_nifti(source.label)
+    if source.label is None and looks_like_labels(scan.voxels):
+        remedy = (
+            "name the folder of label maps by labels, or put them into labels beside images; rescale it if it is a scan"
+        )
+        raise fault(name, LABEL_LIKE, remedy)
     notes = check(name, scan, source.label, label_scan, settings)
     affine = scan.affine
     if scan.sform is None and scan.qform is None and settings.assume_orientation is not None:
@@ -440,7 +446,7 @@ def prepared(job: Job) -> tuple[Sidecar, np.ndarray, np.ndarray | None, list[str
     native = Grid(scan.voxels.shape, affine.tolist())
 
     voxels, canonical = to_canonical(as_float32(scan.voxels, steps), affine)
-    label = None if label_scan is None else to_canonical(label_scan.voxels.astype(np.int16), affine)[0]
+    label = None if label_scan is None else to_canonical(to_whole(label_scan.voxels).astype(np.int16), affine)[0]
     steps.append({"step": "reorient", "from": letters(affine), "to": letters(canonical)})
     is_ct = declared_ct(source.image, settings)
     voxels = ct_intensities(name, voxels, is_ct, steps, notes)
@@ -490,20 +496,26 @@ def check(name: str, scan: Scan, label_path: Path | None, label: Scan | None, se
     elif facts.lowest == facts.highest:
         audit.add(name, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
     if label is not None:
-        found = facts_of_scan(label, with_values=False)
+        found = facts_of_scan(label, with_values=True)
         audit.geometry(str(label_path), found)
         audit.pair(str(label_path), found, facts)
-        check_values(audit, str(label_path), label, found)
+        check_values(audit, str(label_path), found)
     raise_findings(finding for finding in audit.findings if finding.severity == "error")
     return [f"{finding.what}: {finding.remedy}" for finding in audit.findings]
 
 
-def check_values(audit: Audit, path: str, label: Scan, facts: Facts) -> None:
+def check_values(audit: Audit, path: str, facts: Facts) -> None:
     """A label map has whole numbers that NIfTI's int16 holds."""
-    whole = not facts.not_finite and np.array_equal(label.voxels, np.rint(label.voxels))
-    if not whole or facts.lowest < 0 or facts.highest > LARGEST_LABEL:
-        span = f"values from {facts.lowest:g} to {facts.highest:g}{'' if whole else ', some of them fractions'}"
-        audit.add(path, f"{span}, expected whole numbers from 0 to {LARGEST_LABEL}", "is it a label map? repair it")
+    if facts.not_finite:
+        what = f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}"
+        audit.add(path, what, "repair it or leave the scan out")
+        return
+    wrong = value_fault(facts.values or (), more_values=facts.more_values)
+    if wrong is not None:
+        audit.add(path, *wrong)
+    elif facts.highest > LARGEST_LABEL:
+        span = f"values from {facts.lowest:g} to {facts.highest:g}"
+        audit.add(path, f"{span}, expected whole numbers from 0 to {LARGEST_LABEL}", "number structures anew")
 
 
 def as_float32(voxels: np.ndarray, steps: list[dict[str, Any]]) -> np.ndarray:

@@ -23,6 +23,7 @@ from mapseg_components.data.lookup import dseg_tsv, freesurfer_table, itksnap_la
 from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
 from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
+from mapseg_components.structures import structures_of
 
 __all__ = [
     "SECTIONS",
@@ -62,5 +63,6 @@ __all__ = [
     "structure_sizes",
     "result_stem",
     "structure_volumes",
+    "structures_of",
     "write_volumes_csv",
 ]

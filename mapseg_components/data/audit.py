@@ -16,9 +16,11 @@ import numpy as np
 from mapseg_components.data.datalist import LONGEST_NAME_BYTES, SECTIONS, has_section, read_section, stem
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.layouts import misplaced
 from mapseg_components.data.nifti import corner_distance
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
+from mapseg_components.structures import structures_of, unknown_values
 
 __all__ = [
     "Audit",
@@ -36,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 GEOMETRY_TOLERANCE_MM = 1e-3  # between a scan and its label map
 FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
-LISTED_VALUES = 8  # unknown label values that a message names
 CT_SHIFT = 1024.0
+LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: looks like a label map"
 # a scan may be in both: evaluating on the scans that the adaptation saw, without their labels, is common
 SHARED = {"target_training", "target_test"}
 # sections whose scans must differ in content as well
@@ -160,6 +162,9 @@ class Audit:
 
     def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
         """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
+        reason = misplaced(path)
+        if reason is not None:
+            self.add(path, *reason)
         facts = self.facts(path)
         if facts is None or (facts.not_finite and self.non_finite is None):
             return facts
@@ -175,6 +180,8 @@ class Audit:
             )
         elif facts.highest + (CT_SHIFT if policy == "shift" else 0) <= 0 and policy != "keep":
             self.add(path, f"no voxel is above 0 under {knob} {policy!r} ({span})", "correct it, or leave the scan out")
+        if facts.label_like and reason is None:
+            self.warn(path, LABEL_LIKE, "name the folder of the scans instead, or take it out")
         return facts
 
     def label(self, path: str, known: Iterable[int], image: Facts | None) -> Facts | None:
@@ -184,17 +191,9 @@ class Audit:
             return facts
         if image is not None:
             self.pair(path, facts, image)
-        allowed = {0, *known}
-        unknown = [(value, count) for value, count in facts.values if value not in allowed]
-        if unknown:
-            listed = ", ".join(f"{value:g} ({count} voxels)" for value, count in unknown[:LISTED_VALUES])
-            more = len(unknown) - LISTED_VALUES + facts.more_values
-            self.add(
-                path,
-                f"label map has unknown values {listed}{f' and {more} more' if more > 0 else ''}, "
-                f"known are {sorted(allowed)}",
-                "name them in labels or in dropped_labels",
-            )
+        unknown = unknown_values(facts.values, known, facts.more_values)
+        if unknown is not None:
+            self.add(path, *unknown)
         elif all(value == 0 for value, _ in facts.values) and not facts.not_finite:
             self.warn(path, "label map is blank", "leave the case out if that is not meant")
         return facts
@@ -247,7 +246,7 @@ class Audit:
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()
         self.content(images)
-        names = labels if isinstance(labels, Mapping) else {str(value): value for value in labels}
+        names = structures_of(labels) if isinstance(labels, Mapping) else {str(value): value for value in labels}
         absent = [f"{name} ({value})" for name, value in names.items() if value not in seen]
         if absent and found.get("source_training") and not unread:
             self.warn(
@@ -302,8 +301,8 @@ class Audit:
 
 
 def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int]) -> list[int]:
-    """Label values that a task names."""
-    return [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels]
+    """Label values that a task names. Raises `ConfigError` as `structures_of`."""
+    return [*(structures_of(labels).values() if isinstance(labels, Mapping) else labels), *dropped_labels]
 
 
 def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -482,6 +481,9 @@ class ScanAudit:
                 before = len(self.findings)
                 self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
                 errors = [f for f in self.findings[before:] if f.severity == "error"]
+                for finding in self.findings[before:]:
+                    if finding.severity == "warning":
+                        logger.warning(str(finding))
                 if not errors:
                     usable.append(case)
                 for finding in errors:
@@ -498,4 +500,5 @@ class ScanAudit:
         Raises:
             ConfigError, DataError or ResourceError: the scans that were left out, one finding a line.
         """
-        self.audit.close()
+        self.audit.record.save()
+        raise_findings(finding for finding in self.findings if finding.severity == "error")

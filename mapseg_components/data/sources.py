@@ -14,6 +14,14 @@ from pathlib import Path
 from mapseg_components.data.datalist import LONGEST_NAME_BYTES, list_scans, stem
 from mapseg_components.data.dicom import Series, has_dicom, list_series
 from mapseg_components.data.findings import Finding, findings_of
+from mapseg_components.data.layouts import (
+    images_beside,
+    label_of,
+    labels_among,
+    labels_beside,
+    labels_of_scans,
+    misplaced,
+)
 from mapseg_components.data.nifti import ENDINGS
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 
@@ -46,9 +54,11 @@ def find_sources(
 ) -> tuple[list[Source], list[Finding]]:
     """Scans of a folder and all folders below it, or of one file; voxels are not read.
 
-    Label maps are the files of equal name in ``labels`` beside ``images``; all other NIfTI files are scans. A DICOM
-    series is named ``<its folder>_<series number>``; what the header says about a person is not looked at. Hidden
-    files and folders are left out.
+    Label maps are the files of equal name in ``labels`` beside ``images``, those of nnU-Net's and the Decathlon's
+    ``labelsTr``, and what is named as one beside its scan (``a_dseg``); all other NIfTI files are scans. The findings
+    name a label map without its scan, or of one of several scans, and a scan of several channels. A DICOM series is
+    named ``<its folder>_<series number>``; what the header says about a person is not looked at. Hidden files and
+    folders are left out.
 
     Args:
         folder: folder or NIfTI file.
@@ -136,15 +146,22 @@ def walk(top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] |
     """Scans below a folder."""
     for here, files in walk_folders(top, findings, leave_out):
         relative = here.relative_to(top)
-        if here.name == LABELS and here != top and (here.parent / IMAGES).is_dir():
-            scans = {scan.name for scan in list_scans(here.parent / IMAGES)}
-            findings += [orphan(path) for path in list_scans(here) if path.name not in scans]
+        images = images_beside(here) if here != top else None
+        if images is not None:
+            used = set(labels_of_scans(list_scans(images), list_scans(here)).values())
+            findings += [orphan(path) for path in list_scans(here) if path not in used]
             continue
-        paired = here.name == IMAGES and here != top
-        for scan in list_scans(here):
-            label = here.parent / LABELS / scan.name
-            if paired and os.path.lexists(label):
-                yield Source(posix(relative, stem(scan)), scan, label, posix(relative.parent / LABELS, stem(scan)))
+        scans, others = list_scans(here), labels_beside(here) if here != top else None
+        maps = labels_among(scans) if others is None else labels_of_scans(scans, list_scans(others))
+        place = relative if others is None else relative.parent / others.name
+        for scan in scans:
+            if scan in maps.values():
+                continue
+            reason = misplaced(scan)
+            if reason is not None:
+                findings.append(Finding("error", str(scan), *reason))
+            elif scan in maps:
+                yield Source(posix(relative, stem(scan)), scan, maps[scan], posix(place, stem(maps[scan])))
             else:
                 yield Source(posix(relative, stem(scan)), scan)
         yield from dicom_sources(here, relative, series_of(here, files, findings))
@@ -177,16 +194,18 @@ def with_labels(sources: list[Source], labels: Path, findings: list[Finding]) ->
         raise ConfigError(f"{labels}: no such folder: correct labels")
     known = {path.resolve() for path in list_scans(labels)}
     maps = {stem(path): path for path in list_scans(labels)}
+    findings[:] = [finding for finding in findings if Path(finding.file).resolve() not in known]
     result, used = [], set()
     for source in sources:
         if isinstance(source.image, Path) and source.image.resolve() in known:
             continue  # labels lie below the input
-        label = maps.get(Path(source.name).name)
+        label = label_of(Path(source.name).name, maps)
         if label is None:
             result.append(Source(f"{IMAGES}/{source.name}", source.image))
         else:
             used.add(label)
-            result.append(Source(f"{IMAGES}/{source.name}", source.image, label, f"{LABELS}/{source.name}"))
+            name = (Path(source.name).parent / stem(label)).as_posix()
+            result.append(Source(f"{IMAGES}/{source.name}", source.image, label, f"{LABELS}/{name}"))
     findings += [orphan(path) for path in maps.values() if path not in used]
     return result
 

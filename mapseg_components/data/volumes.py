@@ -16,6 +16,7 @@ import numpy as np
 from mapseg_components.errors import DataError
 from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
+from mapseg_components.structures import structures_of, to_whole
 
 __all__ = ["class_weights", "read_volumes_csv", "structure_sizes", "structure_volumes", "write_volumes_csv"]
 
@@ -36,9 +37,10 @@ def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int],
     """
     if power == 0:
         return None
+    labels = structures_of(labels)
     counts = np.zeros(len(labels) + 1)
     for case in cases:
-        voxels = np.asarray(nib.load(case[LABEL]).dataobj)
+        voxels = to_whole(np.asarray(nib.load(case[LABEL]).dataobj))
         found = [int((voxels == value).sum()) for value in labels.values()]
         counts += [voxels.size - sum(found), *found]
     weights = np.where(counts > 0, (counts[0] / np.maximum(counts, 1)) ** power, 1.0)
@@ -54,10 +56,10 @@ def structure_sizes(
         cases: with ``label``, a file.
         labels: structure name to value.
     """
-    sizes = []
+    labels, sizes = structures_of(labels), []
     for case in cases:
         scan = nib.load(case[LABEL])
-        voxels, voxel_mm3 = np.asarray(scan.dataobj), abs(float(np.linalg.det(scan.affine[:3, :3])))
+        voxels, voxel_mm3 = to_whole(np.asarray(scan.dataobj)), abs(float(np.linalg.det(scan.affine[:3, :3])))
         counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
         sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
     return sizes
