@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
@@ -31,6 +30,7 @@ from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
 from mapseg_components.data.datalist import has_section, labels_file, read_json, scans_below, stem
+from mapseg_components.data.nifti import read_geometry, read_nifti
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
@@ -527,7 +527,7 @@ def structure_names(
             raise ConfigError(f'{named}: \'labels\' must map values to names, such as {{"1": "liver"}}') from None
     values: set[float] = set()
     for case in cases:
-        values |= set(np.unique(np.asarray(nib.load(case["label"]).dataobj)).tolist())
+        values |= set(np.unique(read_nifti(case["label"]).voxels).tolist())
     values.discard(0.0)
     if not values or len(values) > MOST_LABELS or any(value != int(value) for value in values):
         raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
@@ -536,11 +536,8 @@ def structure_names(
 
 def grid_of(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and mm per axis of a scan, from its header. Raises `DataError`."""
-    try:
-        scan = nib.load(path)
-        return canonical_grid(scan.shape[:3], scan.affine)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): run mapseg check on it") from error
+    found = read_geometry(path)
+    return canonical_grid(found.shape, found.affine)
 
 
 def gpu_gib(device: str) -> float:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from monai.bundle import ConfigParser
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.commands.session import progress, working
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
 from mapseg_components.data.datalist import list_scans, stem
 from mapseg_components.data.findings import Finding, raise_findings
-from mapseg_components.data.nifti import corner_distance
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of

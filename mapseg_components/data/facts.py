@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.nifti import Scan, corner_distance, read_nifti
+from mapseg_components.boxes import corner_distance
+from mapseg_components.data.headers import Remark
+from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.files import write_json
 
 __all__ = ["AuditRecord", "Facts", "facts_of", "facts_of_scan"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the record; raise it when a check below changes
+FORMAT = 2  # of the record; raise it when a check below changes
 MOST_VALUES = 1000  # distinct label values kept
 LARGEST = float(np.finfo(np.float32).max)  # MONAI reads scans as float32
 
@@ -41,6 +43,7 @@ class Facts:
         digest: see `Scan`.
         values: of a label map, each value with its number of voxels, at most 1000; ``None`` for an image.
         more_values: distinct values left out of ``values``.
+        remarks: of the header, see `Geometry`.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +58,7 @@ class Facts:
     digest: str
     values: list[tuple[float, int]] | None = None
     more_values: int = 0
+    remarks: tuple[Remark, ...] = ()
 
 
 def facts_of(path: str | Path, with_values: bool) -> Facts:
@@ -92,6 +96,7 @@ def facts_of_scan(scan: Scan, with_values: bool) -> Facts:
         digest=scan.digest,
         values=values,
         more_values=more,
+        remarks=scan.remarks,
     )
 
 
@@ -208,6 +213,7 @@ def facts_from(content: Any) -> Facts | None:
             digest=str(content["digest"]),
             values=None if values is None else [(float(value), int(count)) for value, count in values],
             more_values=int(content["more_values"]),
+            remarks=tuple((str(severity), str(what), str(remedy)) for severity, what, remedy in content["remarks"]),
         )
     except (TypeError, ValueError, LookupError, OverflowError):
         return None
