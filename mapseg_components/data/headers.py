@@ -19,7 +19,7 @@ __all__ = ["Geometry", "Remark", "geometry_of", "volume_shape"]
 # columns of an affine may be this far from orthogonal (resampling by float32 headers leaves far less)
 SHEAR_TOLERANCE_DEG = 0.5
 SHORTEST_MM, FARTHEST_MM = 1e-6, 1e9  # above 0 and finite in a header, but nothing in an affine is beyond
-LARGEST_MM = 3000.0  # no scanner has a larger field of view
+SMALLEST_MM, LARGEST_MM = 1.0, 3000.0  # longest side of a field of view; beyond, a unit other than mm is an error
 SAME_SPACING = 1e-3  # relative; some writers round pixdim to three digits
 LONGER, SHORTER = 0.01, 1e-4  # a quaternion may be this much longer or shorter than 1 by rounding (to 16 bits)
 UNITS = {0: ("unknown", 1.0), 1: ("metre", 1000.0), 2: ("mm", 1.0), 3: ("micron", 0.001)}  # of xyzt_units, in mm
@@ -76,7 +76,7 @@ def geometry_of(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int
         path: for messages. header: as it stands in the file, unrepaired. shape: (3,).
 
     Raises:
-        DataError: the affine is not finite, not invertible or sheared, or the unit makes it larger than a scanner.
+        DataError: the affine is not finite, not invertible or sheared, or by its unit the scan has an impossible size.
     """
     remarks: list[Remark] = []
     unit, scale = unit_of(header, remarks)
@@ -104,9 +104,9 @@ def geometry_of(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int
     if affine is None:
         affine = guess(path, header, scale, remarks)
     extent = np.linalg.norm(affine[:3, :3], axis=0) * shape
-    if scale != 1 and extent.max() > LARGEST_MM:
-        what = f"by its unit, {unit}, its field of view is {numbers(extent / 1000)} m"
-        raise fault(path, what, "set xyzt_units to 2 if its lengths are mm, or correct them")
+    if scale != 1 and not SMALLEST_MM <= extent.max() <= LARGEST_MM:
+        what = f"by its unit, {unit} (xyzt_units), its field of view is {numbers(extent)} mm"
+        raise fault(path, what, "set xyzt_units to 2 if its lengths are mm, or to 0 to take them as they stand")
     return Geometry(shape, affine, sform, qform, tuple(remarks))
 
 

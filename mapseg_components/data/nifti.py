@@ -200,11 +200,13 @@ def parse_header(path: Path, start: bytes) -> tuple[nib.Nifti1Header, Geometry]:
         with np.errstate(all="ignore"):
             raw = kind(start[: kind.template_dtype.itemsize], "<" if order == "little" else ">", check=False)
             dims, offset = [int(side) for side in raw["dim"]], float(raw["vox_offset"])
-            if not 1 <= dims[0] <= 7 or any(side < 1 for side in dims[1 : dims[0] + 1]):
+            sides = dims[1 : dims[0] + 1]
+            sides[3:] = [side or 1 for side in sides[3:]]  # some writers leave 0 where an axis is not in use
+            if not 1 <= dims[0] <= 7 or any(side < 1 for side in sides):
                 raise fault(path, f"its header has dimensions {dims}, expected positive ones", "repair the header")
             if not least <= offset <= 2**31:
                 raise fault(path, f"its header puts the voxels at byte {offset:g}", COPY_AGAIN)
-            shape = volume_shape(path, tuple(dims[1 : dims[0] + 1]))
+            shape = volume_shape(path, tuple(sides))
             try:
                 dtype = raw.get_data_dtype()
             except (nib.spatialimages.HeaderDataError, KeyError):

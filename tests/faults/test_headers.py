@@ -185,12 +185,17 @@ def test_every_length_is_in_mm_whatever_the_unit(tmp_path, code, mm):
     assert row["hd95_mm"] == pytest.approx(2.3, rel=1e-4)
 
 
-def test_mm_that_a_header_calls_metre_are_refused(tmp_path):
-    path = write_raw(tmp_path / "a.nii.gz", image(), xyzt_units=1)
-    with refused(tmp_path, "by its unit, metre, its field of view is 22 x 38.4 x 64.4 m", "set xyzt_units to 2"):
+@pytest.mark.parametrize(
+    "code, unit, size", [(1, "metre", "2.2e+04 x 3.84e+04 x 6.44e+04"), (3, "micron", "0.022 x 0.0384 x 0.0644")]
+)
+def test_mm_that_a_header_calls_something_else_are_refused(tmp_path, code, unit, size):
+    path = write_raw(tmp_path / "a.nii.gz", image(), xyzt_units=code)
+    words = f"by its unit, {unit} (xyzt_units), its field of view is {size} mm"
+    with refused(tmp_path, words, "set xyzt_units to 2 if its lengths are mm"):
         read_nifti(path)
-    with pytest.raises(DataError, match="metre"):
+    with pytest.raises(DataError, match=unit):
         load(path)
+    np.testing.assert_allclose(read_nifti(write_raw(path, image(), xyzt_units=2)).affine, AFFINE, atol=1e-5)
 
 
 @pytest.mark.parametrize("code", [4, 5, 6, 7, 12, 255])
@@ -245,6 +250,11 @@ def test_further_axes_of_length_1_are_left_out_of_scans_and_label_maps(dataset, 
         assert found.shape == (1, *damage.SHAPE) and found.meta["spatial_shape"].tolist() == list(damage.SHAPE)
         np.testing.assert_array_equal(found[0].numpy(), voxels)
     check_training_data(dataset / "datalist.json", LABELS)
+
+
+def test_an_axis_of_length_0_after_the_third_is_not_in_use(tmp_path):
+    path = write_raw(tmp_path / "a.nii.gz", image(), dim=[5, *damage.SHAPE, 0, 0, 0, 0])
+    np.testing.assert_array_equal(load(path)[0].numpy(), damage.image())
 
 
 @pytest.mark.parametrize(
