@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
@@ -34,6 +33,7 @@ from mapseg_components.data.datalist import has_section, labels_file, open_datal
 from mapseg_components.data.facts import facts_of
 from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.layouts import image_folders, misplaced
+from mapseg_components.data.nifti import read_geometry
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
@@ -556,11 +556,8 @@ def structure_names(
 
 def grid_of(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and mm per axis of a scan, from its header. Raises `DataError`."""
-    try:
-        scan = nib.load(path)
-        return canonical_grid(scan.shape[:3], scan.affine)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): run mapseg check on it") from error
+    found = read_geometry(path)
+    return canonical_grid(found.shape, found.affine)
 
 
 def gpu_gib(device: str) -> float:

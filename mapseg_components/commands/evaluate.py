@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from monai.bundle import ConfigParser
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.commands.session import progress, working
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
@@ -25,7 +26,6 @@ from mapseg_components.data.datalist import labels_file, list_scans, scans_below
 from mapseg_components.data.facts import facts_of_scan
 from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.layouts import DATASET, case_name, images_beside
-from mapseg_components.data.nifti import corner_distance
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of

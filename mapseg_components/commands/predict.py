@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Events
@@ -56,6 +55,7 @@ from mapseg_components.data import (
     is_bids,
     itksnap_labels,
     load_scans,
+    read_nifti,
     refuse_existing,
     result_path,
     result_stem,
@@ -68,6 +68,7 @@ from mapseg_components.data.datalist import scans_below
 from mapseg_components.data.dicom import Series
 from mapseg_components.data.facts import stamp_of
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.nifti import read_geometry
 from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError, user_error
 from mapseg_components.files import (
@@ -90,7 +91,7 @@ __all__ = ["Prediction", "Predictions", "predict"]
 
 logger = logging.getLogger(__name__)
 
-SAVING = "SaveLabelMapd"
+SAVING, READER = "SaveLabelMapd", "mapseg_components.data.NiftiReader"
 # of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST, STAGING = "volumes.csv", "manifest.json", ".unfinished-"
@@ -413,6 +414,7 @@ def extend(
             "weights": list(members[1:]),
             "flip_axes": [0] if flip_tta else [],
         }
+    parser["preprocessing"] = with_reader(parser.config.get("preprocessing"))
     steps = list(postprocessing["transforms"])
     saving = next((i for i, one in enumerate(steps) if target_of(one).endswith(SAVING)), None)
     if saving is None:
@@ -427,6 +429,17 @@ def extend(
     if kept:
         after.append({"_target_": "KeepLargestConnectedComponentd", "keys": [PRED], "applied_labels": list(kept)})
     parser["postprocessing#transforms"] = [*before, *steps[:saving], *after, *steps[saving:]]
+
+
+def with_reader(preprocessing: Any) -> Any:
+    """Preprocessing that reads a scan where its audit saw it; bundles of earlier versions name no reader."""
+    if not isinstance(preprocessing, dict) or not isinstance(preprocessing.get("transforms"), list):
+        return preprocessing
+    steps = [
+        {"reader": READER, **step} if target_of(step).rpartition(".")[2] == "LoadImaged" else step
+        for step in preprocessing["transforms"]
+    ]
+    return {**preprocessing, "transforms": steps}
 
 
 def target_of(component: Any) -> str:
@@ -550,6 +563,8 @@ class Run:
         except MAPSegError as error:
             logger.debug(f"no scan is usable: {error}")
             usable = set()
+        for warning in (finding for finding in scans.findings if finding.severity == "warning"):
+            logger.warning(str(warning))
         for one, case in todo:
             if one.status != "failed" and one.case not in usable:
                 self.refused(one, case, scans.findings)
@@ -763,7 +778,9 @@ class Run:
         picture = self.staging / "picture.png"
         try:
             if self.drawn:
-                draw_preview(case[IMAGE], label_map, self.names, picture)
+                labels = read_nifti(label_map)  # on the scan's grid
+                grey = read_nifti(case[IMAGE]).voxels
+                draw_preview(grey, labels.voxels, labels.affine, self.names, Path(case[IMAGE]).name, picture)
                 return picture
         except Exception as error:
             self.without_picture(one, error)
@@ -844,8 +861,8 @@ class Run:
 def voxels_of(scan: str) -> int:
     """Number of voxels by a scan's header; 0 if that cannot be read, of which its reading will tell."""
     try:
-        return math.prod(nib.load(scan).shape[:3])
-    except Exception:  # of a damaged file anything; reading it will tell what
+        return math.prod(read_geometry(scan).shape)
+    except MAPSegError:
         return 0
 
 

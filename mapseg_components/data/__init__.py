@@ -21,6 +21,7 @@ from mapseg_components.data.findings import Finding
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.lookup import dseg_tsv, freesurfer_table, itksnap_labels
 from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
+from mapseg_components.data.reader import NiftiReader
 from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
 from mapseg_components.structures import structures_of
@@ -34,6 +35,7 @@ __all__ = [
     "Facts",
     "Finding",
     "MappedCacheDataset",
+    "NiftiReader",
     "Scan",
     "ScanAudit",
     "SeededDataset",

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.data.datalist import LONGEST_NAME_BYTES, SECTIONS, has_section, read_section, stem
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.layouts import misplaced
-from mapseg_components.data.nifti import corner_distance
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
 from mapseg_components.structures import structures_of, unknown_values
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 GEOMETRY_TOLERANCE_MM = 1e-3  # between a scan and its label map
 FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
+FIELD_OF_VIEW_MM = 10.0, 3000.0  # the longest side of a scan is rarely shorter, never longer
 CT_SHIFT = 1024.0
 LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: looks like a label map"
 # a scan may be in both: evaluating on the scans that the adaptation saw, without their labels, is common
@@ -144,7 +145,12 @@ class Audit:
         return facts
 
     def geometry(self, path: str, facts: Facts) -> None:
-        """An orientation must be known, and the header's two ways to say it must agree."""
+        """An orientation must be known, the header's two ways to say it must agree, and the size be a body's."""
+        self.findings += [Finding(severity, str(path), what, remedy) for severity, what, remedy in facts.remarks]
+        extent = np.linalg.norm(np.array(facts.affine)[:3, :3], axis=0) * facts.shape
+        if not FIELD_OF_VIEW_MM[0] <= extent.max() <= FIELD_OF_VIEW_MM[1]:
+            text = f"its field of view is {' x '.join(f'{side:.3g}' for side in extent)} mm"
+            self.warn(path, text, "if that is wrong, correct the voxel sides, or their unit (xyzt_units of NIfTI)")
         if not facts.has_orientation and self.assume_orientation is None:
             self.add(
                 path,

@@ -17,7 +17,8 @@ import numpy as np
 from monai.utils import optional_import
 
 from mapseg_components.data.findings import fault
-from mapseg_components.data.nifti import SHEAR_TOLERANCE_DEG, Scan, check_affine
+from mapseg_components.data.headers import SHEAR_TOLERANCE_DEG, check_affine
+from mapseg_components.data.nifti import Scan
 from mapseg_components.errors import DataError, MAPSegError
 from mapseg_components.memory import require_memory
 

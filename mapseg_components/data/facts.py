@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.nifti import Scan, corner_distance, read_nifti
+from mapseg_components.boxes import corner_distance
+from mapseg_components.data.headers import Remark
+from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.files import write_json
 from mapseg_components.structures import are_whole, to_whole
 
@@ -45,6 +47,7 @@ class Facts:
         values: of a label map, each value with its number of voxels, at most 1000; ``None`` for an image.
         more_values: distinct values left out of ``values``.
         label_like: of an image, it looks like a label map, see `looks_like_labels`.
+        remarks: of the header, see `Geometry`.
     """
 
     shape: tuple[int, ...]
@@ -60,6 +63,7 @@ class Facts:
     values: list[tuple[float, int]] | None = None
     more_values: int = 0
     label_like: bool = False
+    remarks: tuple[Remark, ...] = ()
 
 
 def facts_of(path: str | Path, with_values: bool) -> Facts:
@@ -98,6 +102,7 @@ def facts_of_scan(scan: Scan, with_values: bool) -> Facts:
         values=values,
         more_values=more,
         label_like=not with_values and not not_finite and looks_like_labels(voxels),
+        remarks=scan.remarks,
     )
 
 
@@ -238,6 +243,7 @@ def facts_from(content: Any) -> Facts | None:
             values=None if values is None else [(float(value), int(count)) for value, count in values],
             more_values=int(content["more_values"]),
             label_like=bool(content["label_like"]),
+            remarks=tuple((str(severity), str(what), str(remedy)) for severity, what, remedy in content["remarks"]),
         )
     except (TypeError, ValueError, LookupError, OverflowError):
         return None

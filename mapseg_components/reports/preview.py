@@ -27,11 +27,14 @@ def can_draw() -> bool:
     return bool(optional_import("matplotlib.figure")[1])
 
 
-def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], path: str | Path) -> None:
+def draw_preview(
+    scan: np.ndarray, label_map: np.ndarray, affine: np.ndarray, names: Sequence[str], title: str, path: str | Path
+) -> None:
     """Write a PNG: sagittal, coronal and axial slice through the middle of the structures, colours and legend beside.
 
     Args:
-        scan, label_map: NIfTI files on one grid. names: structures in the order of their value. path: of the PNG.
+        scan: (X, Y, Z). label_map: integers of the same shape. affine: (4, 4), voxel to mm, of both.
+        names: structures in the order of their value. title: above the picture. path: of the PNG.
 
     Raises:
         ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
@@ -41,9 +44,9 @@ def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], 
         raise ConfigError("pictures need matplotlib, which is not installed: pip install 'mapseg-monai[report]'")
     patches, _ = optional_import("matplotlib.patches")
     colours, _ = optional_import("matplotlib.colors")
-    grey_scan, labels = (nib.as_closest_canonical(nib.squeeze_image(nib.load(file))) for file in (scan, label_map))
-    grey, label = np.asarray(grey_scan.dataobj, dtype=np.float32), np.asarray(labels.dataobj)
-    spacing = grey_scan.header.get_zooms()[:3]
+    turn = nib.orientations.io_orientation(affine)
+    grey, label = (nib.orientations.apply_orientation(voxels, turn) for voxels in (scan.astype(np.float32), label_map))
+    spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
     centre = middle(label > 0)
     finite = grey[np.isfinite(grey)]
     low, high = float(finite.min()), float(np.percentile(finite, BRIGHTEST, overwrite_input=True))
@@ -63,7 +66,7 @@ def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], 
             axis.text(place, 0.5, text, transform=axis.transAxes, color="white", ha=side, va="center", fontsize=9)
     handles = [patches.Patch(color=colour, label=n) for n, colour in zip(names, structure_colours(len(names)))]
     figure.legend(handles=handles, loc="outside lower center", ncol=min(len(names), 6), frameon=False, fontsize=9)
-    figure.suptitle(Path(scan).name, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 

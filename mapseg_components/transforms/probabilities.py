@@ -19,6 +19,7 @@ from mapseg_components.errors import ResourceError
 from mapseg_components.files import replacing
 from mapseg_components.keys import CONFIDENCE, PROBABILITIES
 from mapseg_components.transforms.inputs import as_volume
+from mapseg_components.transforms.saving import nifti_image
 
 __all__ = ["Confidenced", "Probabilitiesd", "largest_probability", "save_probabilities"]
 
@@ -97,7 +98,7 @@ def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) 
     Raises:
         ResourceError: the disk is full, cannot be written, or does not give back what was written.
     """
-    volume = nib.Nifti1Image(np.moveaxis(np.asarray(steps, dtype=np.uint8), 0, -1), np.asarray(affine, dtype=float))
+    volume = nifti_image(np.moveaxis(np.asarray(steps, dtype=np.uint8), 0, -1), np.asarray(affine, dtype=float))
     volume.header.set_slope_inter(1 / STEPS, 0)
     with replacing(path) as temporary:
         nib.save(volume, temporary)
