@@ -22,7 +22,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, sweep_temporaries, unlock_folders
 
-__all__ = ["begin_run", "check_settings", "end_run", "require_same_settings", "running_settings"]
+__all__ = ["begin_run", "check_settings", "end_run", "given_lists", "require_same_settings", "running_settings"]
 
 # what `monai.bundle run --tracking` adds by itself
 TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
@@ -45,7 +45,11 @@ SAFE_TO_CHANGE = {
     *TRACKING,
 }
 # lists of what is reported and when
-SAFE_LISTS = ("train#handlers", "validate#handlers")
+HANDLERS = (
+    *("load_encoder", "load_initial_weights", "checkpoint", "student_validation", "teacher_validation"),
+    *("score", "diagnostics", "history"),
+)
+SAFE_LISTS = ("train#handlers", "validate#handlers", *HANDLERS)
 
 
 def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
@@ -159,6 +163,23 @@ def hint(where: str, key: str, known: set[str]) -> str:
     """An unknown key, and the nearest known one."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"{where!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def given_lists() -> dict[str, list[dict[str, Any]]]:
+    """Cases that stand in the running bundle's config themselves, where a datalist's are read by an expression.
+
+    MONAI Label trains in this way: it replaces ``train#dataset#data`` and ``validate#dataset#data`` by lists.
+
+    Returns:
+        ``source_training`` and ``source_validation``, as far as they were given; empty if the first was not.
+    """
+    workflow = running_workflow()
+    if workflow is None:
+        return {}
+    places = {"source_training": "train#dataset#data", "source_validation": "validate#dataset#data"}
+    lists = {section: workflow.parser.get(place) for section, place in places.items()}
+    found = {section: list(cases) for section, cases in lists.items() if isinstance(cases, (list, tuple))}
+    return found if "source_training" in found else {}
 
 
 def running_settings() -> dict[str, Any]:
