@@ -71,7 +71,10 @@ def read_checked(path: str | os.PathLike[str], map_location: torch.device | str 
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no weights at {path}: run the stage that writes this file, or correct the path")
+        elsewhere = "" if path.is_absolute() else f" (in {Path.cwd()}; from there, a bundle's own need --bundle_root)"
+        raise CheckpointError(
+            f"no weights at {path}{elsewhere}: run the stage that writes this file, or correct the path"
+        )
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the records with their checksums
             damaged = archive.testzip()

@@ -33,6 +33,7 @@ MONAI_KEYS = {"finalize", "displayable_configs"}  # known to MONAI and MONAI Lab
 # easily mistaken for a setting of the other stage, where they would do nothing
 TRAINING_ONLY = {"initial_weights", "encoder_weights", "resume", "save_steps"}
 INFERENCE_ONLY = {"weights", "cases", "section", "results", "overwrite", "output_postfix", "scans"}
+EVALUATION_ONLY = {"section", "results"}  # of evaluate.json alone
 # what may differ when a run is resumed, by the last part of its name: where things are, how fast they go, not
 # what is trained (`network` and `backend` wrap `network_def` for several processes)
 SAFE_TO_CHANGE = {
@@ -70,6 +71,12 @@ def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
     workflow = running_workflow()
     if workflow is not None:
         check_settings(workflow.parser.config, Path(str(workflow.config_root_path)))
+        if given_lists() and "labels" not in workflow.parser:
+            raise ConfigError(
+                "train#dataset#data is a list of labelled scans, and this bundle learns from the images of a datalist "
+                "alone: MONAI Label offers its training and cannot run it; serve a bundle with labels, such as "
+                "mapseg_adaptation"
+            )
     if int(os.environ.get("RANK", 0)) == 0:
         for folder in folders:
             require_writable(folder)
@@ -97,6 +104,12 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
     known = known_keys(config_folder)
     if not known[""]:
         return
+    if "train" in settings and EVALUATION_ONLY <= set(settings):
+        raise ConfigError(
+            "evaluate.json goes on inference.json: \"['configs/inference.json','configs/evaluate.json']\", with the "
+            "overlays that the weights were trained with after these, --weights and --dataset_dir; train.json holds no "
+            "inference"
+        )
     found = [("", key) for key in settings] + [
         (section, key) for section in SECTIONS if isinstance(settings.get(section), dict) for key in settings[section]
     ]

@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 
 import pytest
 import torch
 from monai.bundle import ConfigParser, load, onnx_export, run, verify_net_in_out
 from monai.data import partition_dataset
+from monai.fl.client import MonaiAlgo
+from monai.fl.utils.constants import ExtraItems, WeightType
+from monai.fl.utils.exchange_object import ExchangeObject
 
 from mapseg_components.errors import MAPSegError
-from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, same, weights
-from tests.bundles.test_packing import python_without_the_package
+from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, command, same, weights
+from tests.bundles.test_packing import SCAN, python_without_the_package
 from tests.conftest import make_scan, write_nifti
 from tools.pack_bundle import pack
 
@@ -245,3 +249,104 @@ def test_target_dir_beside_a_datalist_is_refused(dataset, tmp_path):
     with pytest.raises(Exception) as caught:
         run(run_id="run", config_file=files, target_dir=str(tmp_path), **settings)
     assert "name the unlabelled ones there, as target_training" in str(cause(caught.value))
+
+
+# ---- MonaiAlgo ------------------------------------------------------------------------------------------------------
+
+
+def algo_of(folder, data, **more):
+    """A site of plain federated averaging, supervised, at tiny size, on a bundle's folder of its own."""
+    settings = merged(ADAPTATION, "tiny.yaml") | {"labels": LABELS, "amp": None, "dataset_dir": str(data)}
+    settings |= {"device": CPU, "resume": False, "val_interval": 1}
+    shutil.copytree(ADAPTATION / "configs", folder / "configs")
+    algo = MonaiAlgo(
+        bundle_root=str(folder),
+        config_train_filename=["configs/train.json", "configs/source_only.yaml"],
+        train_kwargs=dict(settings),
+        eval_kwargs=dict(settings),
+        send_weight_diff=False,
+        **more,
+    )
+    algo.initialize(extra={ExtraItems.CLIENT_NAME: "site"})
+    return algo
+
+
+def test_monai_algo_trains_evaluates_and_takes_each_rounds_weights(dataset, tmp_path):
+    algo = algo_of(tmp_path / "bundle", dataset)
+    content = merged(ADAPTATION, "train.json", "tiny.yaml") | {"labels": LABELS}
+    shared = ConfigParser(content).get_parsed_content("network_def").state_dict()
+    metrics = algo.evaluate(ExchangeObject(weights=shared)).metrics
+    assert 0 <= metrics["source_dice"] <= 1
+    algo.train(ExchangeObject(weights=shared))
+    first = algo.get_weights()
+    assert first.weight_type == WeightType.WEIGHTS and first.weights.keys() == shared.keys()  # names of model.pt
+    assert any(not torch.equal(first.weights[name], shared[name]) for name in shared)
+    # a round without a step gives back what the server sent, not what the site had or its files hold
+    for group in algo.trainer.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = 0.0
+    algo.trainer.optimization.optimizer.step = lambda *_, **__: None
+    algo.train(ExchangeObject(weights=shared))
+    same(algo.get_weights().weights, shared)
+    assert algo.trainer.state.epoch == 2
+
+
+# ---- several configs, another folder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [["train.json", "evaluate.json"], ["evaluate.json", "train.json"]])
+def test_evaluate_json_on_train_json_says_which_config_it_goes_on(order, dataset, tmp_path):
+    files = str([f"configs/{name}" for name in order])
+    out = ["--ckpt_dir", str(tmp_path / "out"), "--output_dir", str(tmp_path / "out")]
+    done = command(ADAPTATION, "--config_file", files, "--dataset_dir", str(dataset), *out)
+    assert done.returncode != 0
+    expected = "ConfigError: evaluate.json goes on inference.json: "
+    assert done.stderr.strip().splitlines()[-1].startswith(expected), done.stderr[-1500:]
+    assert "['configs/inference.json','configs/evaluate.json']" in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def inference_elsewhere(folder, bundle, *more, without_package=False):
+    """The bundle's inference, started in a folder that is not the bundle's."""
+    (folder / "scans").mkdir()
+    shutil.copy(SCAN, folder / "scans")
+    line = ["--config_file", str(bundle / "configs" / "inference.json"), "--dataset_dir", str(folder / "scans")]
+    line += ["--output_dir", str(folder / "out"), "--device", CPU, *more]
+    if without_package:
+        return python_without_the_package("-m", "monai.bundle", "run", "run", *line, cwd=folder)
+    return command(bundle, *line, cwd=folder, run_id="run")
+
+
+@BOTH
+def test_inference_from_another_folder_with_bundle_root(bundle, tmp_path):
+    done = inference_elsewhere(tmp_path, bundle, "--bundle_root", str(bundle))
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 1
+
+
+def test_inference_from_another_folder_without_bundle_root_says_what_is_missing(tmp_path):
+    done = inference_elsewhere(tmp_path, ADAPTATION)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("CheckpointError: no weights at ") and "a bundle's own need --bundle_root" in last
+
+
+@pytest.mark.parametrize("path", [False, True], ids=["bundle_root alone", "PYTHONPATH"])
+def test_a_release_from_another_folder_needs_its_folder_on_the_path_and_says_so(path, tmp_path, monkeypatch):
+    with zipfile.ZipFile(pack(ADAPTATION, tmp_path)) as archive:
+        archive.extractall(tmp_path)
+    bundle = tmp_path / ADAPTATION.name
+    if path:
+        monkeypatch.setattr("sys.path", [*sys.path, str(bundle / "site-packages")])
+        (bundle / "site-packages").symlink_to(bundle)  # a name that `python_without_the_package` passes on
+    done = inference_elsewhere(tmp_path, bundle, "--bundle_root", str(bundle), without_package=True)
+    if path:
+        assert done.returncode == 0 and len(list((tmp_path / "out").glob("*.nii.gz"))) == 1, done.stderr[-1500:]
+    else:
+        assert done.returncode != 0 and "or set PYTHONPATH to it" in done.stderr.strip().splitlines()[-1]
+
+
+def test_monai_label_is_told_that_pretraining_does_not_learn_from_labels(tmp_path, dataset):
+    pairs = [{"image": str(dataset / "source_training" / "0.nii.gz"), "label": "unread"}]
+    lists = {"train#dataset#data": pairs, "validate#dataset#data": pairs, "bundle_root": str(tmp_path)}
+    with pytest.raises(Exception) as caught:
+        run(run_id="run", config_file=str(PRETRAINING / "configs" / "train.json"), device="cpu", **lists)
+    assert "MONAI Label offers its training and cannot run it" in str(cause(caught.value))
