@@ -88,7 +88,7 @@ def main() -> None:
         shutil.rmtree(output)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
-    train = ["train.json", "small_data.yaml", "fetal_age.yaml"]
+    train = ["train.json"]  # holds the sample's labels, sizes and schedule
     common = {"seed": arguments.seed, "dataset_dir": SAMPLE}
     folders = {name: output / name for name in ("pretraining", "source_only", "adaptation")}
     seconds = {

@@ -582,7 +582,7 @@ def describe(plan: Mapping[str, Any]) -> str:
 def described(metadata: dict[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the new bundle."""
     channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
-    sizes = [f"{step}*n" for step in plan["settings"]["stride"]]
+    sizes = [f"{2 * step}*n" for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
     metadata = {
         **metadata,
         "name": "Adapted segmentation model",

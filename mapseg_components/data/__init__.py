@@ -18,6 +18,7 @@ from mapseg_components.data.cache import MappedCacheDataset
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding
+from mapseg_components.data.given import given_cases
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.lookup import dseg_tsv, freesurfer_table, itksnap_labels
 from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
@@ -53,6 +54,7 @@ __all__ = [
     "dataset_description",
     "dseg_tsv",
     "freesurfer_table",
+    "given_cases",
     "is_bids",
     "itksnap_labels",
     "load_datalist",

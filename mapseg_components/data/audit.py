@@ -232,10 +232,15 @@ class Audit:
         source_negative_values: str | None = None,
         target_negative_values: str | None = None,
         sections: Sequence[str] = APART,
+        given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     ) -> Audit:
         """All that a training run will read; see `check_training_data`."""
         known = known_values(labels, dropped_labels)
-        found = self.datalist(datalist, sections)
+        found = {name: list(cases) for name, cases in (given or {}).items()}
+        if given is None:
+            found = self.datalist(datalist, sections)
+        else:
+            self.duplicates(found)
         images: dict[str, list[tuple[str, Facts | None]]] = {}
         seen: set[float] = set()
         unread = self.skip
@@ -379,6 +384,7 @@ def check_training_data(
     source_negative_values: str | None = None,
     target_negative_values: str | None = None,
     sections: Sequence[str] = APART,
+    given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     **options: Any,
 ) -> None:
     """Check all that a training run will read, before it starts; target labels are not read.
@@ -388,14 +394,15 @@ def check_training_data(
         labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
         source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
         sections: what is looked at, by default both sides; a stage that reads one side names its sections.
+        given: cases in place of the datalist's, see `given_cases`.
         options: see `Audit`.
 
     Raises:
         ConfigError, DataError or ResourceError: what is wrong, one finding a line, each with its file and remedy;
             `DataError` if the findings are of several kinds.
     """
-    run = Audit(**options)
-    run.training(datalist, labels, dropped_labels, source_negative_values, target_negative_values, sections).close()
+    policies = source_negative_values, target_negative_values
+    Audit(**options).training(datalist, labels, dropped_labels, *policies, sections, given).close()
 
 
 def check_pretraining_data(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from monai.engines import Trainer
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
@@ -63,7 +63,7 @@ class PairPass:
     labels: tuple[torch.Tensor, ...]
 
 
-class UDATrainer(Trainer):
+class UDATrainer(SupervisedTrainer):
     """Source pairs with labels, target pairs with the teacher's pseudo labels, one weighted sum.
 
     A batch has the entries ``source`` and ``target``, or only one of them. While the teacher is not active (the
@@ -128,16 +128,16 @@ class UDATrainer(Trainer):
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            data_loader=train_data_loader,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
             epoch_length=epoch_length,
-            handlers=[*(train_handlers or ()), *([] if teacher is None else [teacher])],
+            train_handlers=[*(train_handlers or ()), *([] if teacher is None else [teacher])],
             decollate=False,
         )
         if compile:
             network.compile()
-        self.network = network
-        self.optimizer = optimizer
-        self.loss_function = loss_function
         self.teacher = teacher
         self.mask_ratio = mask_ratio
         self.mask_value = check_mask_value(mask_value)

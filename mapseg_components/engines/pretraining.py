@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.engines import Trainer
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
@@ -19,7 +19,7 @@ from mapseg_components.masking import block_grid, check_mask_value, draw_block_m
 __all__ = ["MAETrainer"]
 
 
-class MAETrainer(Trainer):
+class MAETrainer(SupervisedTrainer):
     """Hide blocks of a local patch and of its global view, reconstruct both, sum the two errors.
 
     Args:
@@ -73,16 +73,16 @@ class MAETrainer(Trainer):
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            data_loader=train_data_loader,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
             epoch_length=epoch_length,
-            handlers=train_handlers,
+            train_handlers=train_handlers,
             decollate=False,
         )
         if compile:
             network.compile()
-        self.network = network
-        self.optimizer = optimizer
-        self.loss_function = loss_function
         self.mask_ratio = mask_ratio
         self.mask_value = check_mask_value(mask_value)
         self.block_sizes = {LOCAL_IMAGE: local_block_size, GLOBAL_IMAGE: global_block_size}
