@@ -17,6 +17,7 @@ import numpy as np
 from monai.bundle import ConfigParser
 
 from mapseg_components.commands.session import progress, working
+from mapseg_components.commands.shipped import bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
@@ -100,13 +101,14 @@ def evaluate(
 
     Distances are in mm. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
     scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth. Means come with 95 % bootstrap intervals over
-    cases (seed 0, 10,000 resamples). Needs scipy (extra stats).
+    cases (seed 0, 10,000 resamples).
 
     Args:
         pred: a label map, or a folder of them (also a BIDS derivative).
         truth: the same for the true label maps.
-        labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default every
-            value of the truth is a structure. With a bundle, predictions hold class indices and the truth the values.
+        labels: a JSON object of structure name to value, as text or a file, or a bundle (a folder, or
+            shipped, as in mapseg predict); by default every value of the truth is a structure. With a bundle,
+            predictions hold class indices and the truth the values.
         versus: other predictions of the same scans, for a paired comparison (Wilcoxon signed rank test).
         tolerance_mm: surfaces nearer than this agree, for the surface Dice.
         common: evaluate the cases that all folders have; otherwise a file without its partner is an error.
@@ -206,7 +208,7 @@ def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
     """Structure name to its value in predictions and in the truth; empty if none are named. Raises `ConfigError`."""
     if labels is None:
         return {}
-    path = Path(labels)
+    path = bundle_of(labels)
     if path.is_dir():
         config = path / "configs" / "inference.json"
         if not config.is_file():

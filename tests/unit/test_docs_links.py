@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mapseg_components.commands.main import COMMANDS
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -24,8 +25,13 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
 
 def test_every_room_of_the_package_has_its_section():
     rooms = {path.stem for path in (ROOT / "mapseg_components").iterdir() if not path.name.startswith(("_", "py."))}
-    listed = set(re.findall(r"^::: mapseg_components\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^::: mapseg_components\.(\w+)", (DOCS / "api.md").read_text(), re.MULTILINE))
     assert listed == rooms
+
+
+def test_every_command_is_documented_as_a_function():
+    listed = re.findall(r"^::: mapseg_components\.commands\.(.+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert listed == [f"{name}.{name}" for name in COMMANDS]
 
 
 def test_links_out_of_the_docs_lead_to_files():
