@@ -277,7 +277,7 @@ def sdist(tmp_path_factory):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
     with tarfile.open(build("sdist", tree, output)) as archive:
-        archive.extractall(output, filter="data")
+        archive.extractall(output)
     return next(path for path in output.iterdir() if path.is_dir())
 
 
