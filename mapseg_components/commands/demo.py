@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.commands.evaluate import evaluate
-from mapseg_components.commands.planning import PRESETS
 from mapseg_components.commands.predict import predict
 from mapseg_components.commands.report import require_matplotlib
 from mapseg_components.commands.session import choose_device, working
@@ -27,6 +26,7 @@ from mapseg_components.reports import draw_comparison
 
 __all__ = ["demo"]
 
+TRAINING = ("train.json", "small_data.yaml", "fetal_age.yaml")  # of the shipped weights, for both bundles
 STAGES = ("pretraining", "source_only", "adaptation")
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 OWN = {*STAGES, PREDICTIONS, SCORES, FIGURES, PICTURE, ".run.lock", ".run.lock.json"}
@@ -156,8 +156,7 @@ def train_and_compare(folder: Path, bundles: Path, sample: Path, seed: int, opti
     """Every stage of the method, each as a user types it; source-only beside adapted on the held-out scans."""
     threads(options["num_threads"])
     pretraining, adaptation = bundles / "mapseg_pretraining", bundles / "mapseg_adaptation"
-    small = [name for name in PRESETS["small-data-cpu"]["overlays"] if name != "fine.yaml"]
-    configs = ["train.json", *small, "fetal_age.yaml"]
+    configs = list(TRAINING)
     common: dict[str, Any] = {"dataset_dir": sample}
     if options["device"] != "auto":
         common["device"] = f"$torch.device('{options['device']}')"

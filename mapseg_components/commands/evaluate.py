@@ -17,7 +17,7 @@ import numpy as np
 from monai.bundle import ConfigParser
 
 from mapseg_components.commands.session import progress, working
-from mapseg_components.commands.shipped import bundle_of
+from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
@@ -127,6 +127,8 @@ def evaluate(
     """
     with working(num_threads, quiet, verbose):
         require_scipy()
+        if labels == SHIPPED:
+            labels = str(bundle_of(labels))
         if not tolerance_mm >= 0:
             raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected 0 or more")
         sets = {"pred": label_maps(pred), "truth": label_maps(truth)}
@@ -208,7 +210,7 @@ def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
     """Structure name to its value in predictions and in the truth; empty if none are named. Raises `ConfigError`."""
     if labels is None:
         return {}
-    path = bundle_of(labels)
+    path = Path(labels)
     if path.is_dir():
         config = path / "configs" / "inference.json"
         if not config.is_file():
