@@ -9,7 +9,6 @@ import json
 import logging
 import random
 import shutil
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.session import choose_device, versions, working
+from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
 from mapseg_components.data.datalist import has_section, labels_file, open_datalist, read_json, scans_below, stem
@@ -457,18 +457,6 @@ def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     if unknown:
         raise ConfigError(f"prepare has {unknown}, expected options among {sorted(known)}")
     return options
-
-
-def bundles_folder() -> Path:
-    """Where the bundles are: beside the package in a clone, below the prefix after an installation."""
-    candidates = [
-        Path(__file__).parents[2] / "bundles",
-        Path(sysconfig.get_path("data")) / "share" / "mapseg" / "bundles",
-    ]
-    for candidate in candidates:
-        if (candidate / "mapseg_adaptation" / "configs" / "train.json").is_file():
-            return candidate
-    raise ConfigError(f"the bundles are in neither of {[str(c) for c in candidates]}: install the package again")
 
 
 def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:

@@ -19,6 +19,7 @@ from monai.bundle import ConfigParser
 
 from mapseg_components.boxes import corner_distance
 from mapseg_components.commands.session import progress, working
+from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
@@ -105,16 +106,15 @@ def evaluate(
 
     Distances are in mm. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
     scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth; nnU-Net's number of the channel (scan_0000) may
-    be there or not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples). Needs scipy (extra
-    stats).
+    be there or not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples).
 
     Args:
         pred: a label map, or a folder of them (also a BIDS derivative).
         truth: the same for the true label maps.
         labels: a JSON object of structure name to value, as text or a file (also a datalist, or dataset.json of nnU-Net
-            or the Decathlon), or the folder of a bundle; by default the dataset.json beside labelsTr, or every value of
-            the truth is a structure. Background is none; voxels of nnU-Net's ignore are left out of the comparison.
-            With a bundle, predictions hold class indices and the truth the values.
+            or the Decathlon), or a bundle (a folder, or shipped, as in mapseg predict); by default the dataset.json
+            beside labelsTr, or every value of the truth is a structure. Background is none; voxels of nnU-Net's ignore
+            are left out of the comparison. With a bundle, predictions hold class indices and the truth the values.
         versus: other predictions of the same scans, for a paired comparison (Wilcoxon signed rank test).
         tolerance_mm: surfaces nearer than this agree, for the surface Dice.
         common: evaluate the cases that all folders have; otherwise a file without its partner is an error.
@@ -133,6 +133,8 @@ def evaluate(
     """
     with working(num_threads, quiet, verbose):
         require_scipy()
+        if labels == SHIPPED:
+            labels = str(bundle_of(labels))
         if not tolerance_mm >= 0:
             raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected 0 or more")
         sets = {"pred": label_maps(pred), "truth": label_maps(truth)}

@@ -23,7 +23,7 @@ from mapseg_components.errors import ConfigError, ResourceError, user_error
 
 __all__ = ["main"]
 
-COMMANDS = ("check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
+COMMANDS = ("demo", "check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
 WIDTH = 100
 EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usage or setting, 3 data, 4 weights,
 5 a result is not finite, 6 disk, memory or permission, 130 interrupted, 143 stopped (SIGTERM)."""
@@ -131,7 +131,8 @@ def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
     if missing:
         named = ", ".join(name.upper() if name in places else f"--{name}" for name in missing)
-        raise ConfigError(f"{named} is missing: {see(command)}")
+        meaning = f" ({described(command)[2].get(missing[0], '').rstrip('.')})" if len(missing) == 1 else ""
+        raise ConfigError(f"{named} is missing{meaning}: {see(command)}")
     return [f"--{name}={value}" for name, value in values.items()]
 
 

@@ -45,6 +45,7 @@ from mapseg_components.commands.session import (
     versions,
     working,
 )
+from mapseg_components.commands.shipped import SEGMENTS, SHIPPED, bundle_of
 from mapseg_components.configs import check_settings
 from mapseg_components.data import (
     bids_scans,
@@ -210,7 +211,8 @@ def predict(
         input: a .nii or .nii.gz file, a folder of them, a BIDS dataset (it has dataset_description.json), or a folder
             with DICOM series at any depth.
         output: folder of the results.
-        bundle: folder of the bundle.
+        bundle: folder of the bundle, such as mapseg adapt writes; or shipped, the one that comes with the package: it
+            segments T2w MRI of the fetal brain at 1.6 mm, nothing else.
         weights: file of weights, by default what the bundle names; several, with commas between them, are averaged.
         overlays: config files on top of inference.json, with commas between them; names without a folder are the
             bundle's.
@@ -218,12 +220,11 @@ def predict(
         negative_values: clip (MR), shift (CT in HU: adds 1024) or keep; by default what the bundle says.
         assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default such are refused.
         non_finite: background takes NaN and infinite voxels as background; by default such scans are refused.
-        keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept
-            (needs scikit-image).
+        keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept.
         flip_tta: average with the result of the left-right mirrored scan; refused if a structure's name has a side.
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
         dicom_seg: write a DICOM Segmentation of each DICOM series, too (needs highdicom); it holds patient data.
-        no_preview: draw no pictures; they need matplotlib.
+        no_preview: draw no pictures.
         no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
             where several scans at once would take more than half of the memory.
         overwrite: replace results of an earlier run; with a label map go the probabilities, picture and segmentation
@@ -244,7 +245,9 @@ def predict(
     """
     with working(num_threads, quiet, verbose), stoppable():
         started, began = time.monotonic(), datetime.now(timezone.utc)
-        source, folder, home = Path(input), Path(output), Path(bundle)
+        source, folder, home = Path(input), Path(output), bundle_of(bundle)
+        if bundle == SHIPPED:
+            logger.warning(f"the shipped weights segment {SEGMENTS}; of other scans their label maps mean nothing.")
         derivative = is_bids(source)
         found = (bids_scans(source, modality), {}, []) if derivative else folder_scans(source, modality, folder)
         cases, series, findings = found
@@ -273,7 +276,7 @@ def predict(
         extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
         drawn = not no_preview and can_draw()
         if not no_preview and not drawn:
-            logger.warning("no pictures: matplotlib is not installed (pip install 'mapseg-monai[report]').")
+            logger.warning("no pictures: matplotlib is not installed (pip install matplotlib).")
         postfix = str(parser.get_parsed_content("output_postfix"))
         places = places_of(cases, folder, source if derivative else None, postfix)
         wanted = [p.label_map for p in places.values()]
@@ -453,7 +456,7 @@ def kept_structures(keep_largest: str | None, names: Sequence[str]) -> list[int]
     if not wanted:
         return []
     if not optional_import("skimage.measure")[1]:
-        raise ConfigError("keep_largest needs scikit-image, which is not installed: pip install 'mapseg-monai[stats]'")
+        raise ConfigError("keep_largest needs scikit-image, which is not installed: pip install scikit-image")
     wanted = list(names) if wanted == ["all"] else wanted
     unknown = [name for name in wanted if name not in names]
     if unknown:

@@ -79,7 +79,7 @@ chooser.addEventListener("change", show); show();
 def require_matplotlib() -> None:
     """Raises `ConfigError` if a report could not be drawn."""
     if not can_draw():
-        raise ConfigError("the report needs matplotlib: pip install 'mapseg-monai[report]'")
+        raise ConfigError("the report needs matplotlib: pip install matplotlib")
 
 
 def report(directory: str, output: str | None = None) -> str:

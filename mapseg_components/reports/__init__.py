@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person looks at: tables of text, pages of HTML, pictures."""
 
+from mapseg_components.reports.comparison import draw_comparison
 from mapseg_components.reports.curves import curves
 from mapseg_components.reports.page import page, sortable_table
 from mapseg_components.reports.preview import can_draw, draw_preview
@@ -13,6 +14,7 @@ __all__ = [
     "SLICES_STYLE",
     "can_draw",
     "curves",
+    "draw_comparison",
     "draw_preview",
     "page",
     "slice_viewer",

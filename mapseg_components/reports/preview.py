@@ -23,7 +23,7 @@ BRIGHTEST = 99.5  # percentile shown as white
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed (extra ``report``)."""
+    """Whether matplotlib is installed; a packed bundle may run without."""
     return bool(optional_import("matplotlib.figure")[1])
 
 
@@ -41,7 +41,7 @@ def draw_preview(
     """
     figure_module, drawable = optional_import("matplotlib.figure")
     if not drawable:
-        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'mapseg-monai[report]'")
+        raise ConfigError("pictures need matplotlib, which is not installed: pip install matplotlib")
     patches, _ = optional_import("matplotlib.patches")
     colours, _ = optional_import("matplotlib.colors")
     turn = nib.orientations.io_orientation(affine)
