@@ -22,7 +22,7 @@ from mapseg_components.data.findings import fault
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.memory import require_memory
 
-__all__ = ["ENDINGS", "Scan", "corner_distance", "median_spacing", "read_nifti"]
+__all__ = ["ENDINGS", "Scan", "corner_distance", "is_nifti", "median_spacing", "read_nifti"]
 
 ENDINGS = (".nii.gz", ".nii")
 PIECE = 1 << 20  # bytes read or decompressed at a time
@@ -52,6 +52,11 @@ class Scan:
     sform: np.ndarray | None
     qform: np.ndarray | None
     digest: str
+
+
+def is_nifti(name: str) -> bool:
+    """Whether a file's name ends as one that is read, ``.nii`` or ``.nii.gz``, in capitals or not."""
+    return name.lower().endswith(ENDINGS)
 
 
 def read_nifti(path: str | Path) -> Scan:
@@ -100,7 +105,7 @@ def check_kind(path: Path) -> None:
         raise fault(path, "a folder, expected a .nii or .nii.gz file", CONVERT)
     if not stat.S_ISREG(mode):
         raise fault(path, "no regular file", "copy the scan there")
-    if not path.name.endswith(ENDINGS):
+    if not is_nifti(path.name):
         raise fault(path, "expected a file named .nii or .nii.gz", CONVERT)
 
 
@@ -108,7 +113,7 @@ def decode(path: Path, stream: BinaryIO, size: int) -> Scan:
     """Header, then voxels, from an open file of ``size`` bytes."""
     if not size:
         raise fault(path, "cannot be read as NIfTI (the file is empty)", COPY_AGAIN)
-    packed = path.name.endswith(".gz")
+    packed = path.name.lower().endswith(".gz")
     start = stream.read(4)
     stream.seek(0)
     if (start[:2] == b"\x1f\x8b") != packed:
