@@ -178,7 +178,9 @@ def look_into(folder: Path, names: Sequence[str] | None = None) -> Contents:
         owners = possible_owners(found, images)
         for uid in owners:
             members[uid].append(file)
-        orphans += [] if owners else [file]
+        if not owners:
+            orphans.append(file)
+            left_out[file] = f"cannot be read as DICOM (damaged: {found.reason}): export the series again"
     findings = list(findings_of(damaged(orphans[0], lost[orphans[0]].reason, len(orphans)))) if orphans else []
     series = []
     for uid, files in members.items():

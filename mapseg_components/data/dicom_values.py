@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the values of a DICOM slice mean: grey or colour, padding, and which end of the scale is dark (PS3.3 C.7.6.3)."""
+"""What the values of a DICOM slice mean: grey or colour, padding, and which end is dark (DICOM PS3.3 C.7.6.3)."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ def values_of_tissue(voxels: np.ndarray, headers: Sequence[DicomObject], modalit
     if inverted and (hounsfield or modality in QUANTITIES):
         notes.append(f"{DARK_IS_HIGH} says how it is displayed; its values have a unit and stay as they are")
     elif inverted:
-        darkest = voxels[..., inverted].max(
-            initial=-np.inf, where=True if padded is None else ~padded[..., inverted]
-        )
+        darkest = voxels[..., inverted].max(initial=-np.inf, where=True if padded is None else ~padded[..., inverted])
         voxels[..., inverted] = darkest - voxels[..., inverted]
         notes.append(f"{DARK_IS_HIGH}, low values are bright: its values were taken from {darkest:g}")
     if padded is not None:
