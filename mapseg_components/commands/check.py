@@ -13,20 +13,18 @@ from typing import Any
 from tqdm import tqdm
 
 from mapseg_components.commands.evaluate import read_labels
+from mapseg_components.commands.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.commands.session import listed, working
 from mapseg_components.data import (
     SECTIONS,
     Audit,
     Finding,
-    bids_scans,
-    is_bids,
     load_datalist,
-    load_scans,
     refuse_existing,
 )
-from mapseg_components.data.audit import names_of
-from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist, scans_below
+from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist
 from mapseg_components.data.layouts import image_folders
+from mapseg_components.data.left_out import left_out, notes_of
 from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.portraits import PortraitRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
@@ -159,7 +157,7 @@ def check(
         if datalist or source.suffix == ".json" or is_datalist_folder(source):
             files = of_datalist(audit, record, source, labels, listed(dropped_labels), policy, quiet)
         else:
-            files = of_scans(audit, record, source, modality, policy, quiet)
+            files = of_scans(audit, record, source, modality, policy, quiet, None if output is None else Path(output))
         facts = {path: found for (path, with_values), found in record.known.items() if not with_values}
         groups: dict[str, list[str]] = {}
         for path, (side, is_label) in files.items():
@@ -179,16 +177,18 @@ def is_datalist_folder(folder: Path) -> bool:
 
 
 def of_scans(
-    audit: Audit, record: PortraitRecord, source: Path, modality: str | None, policy: str, quiet: bool
+    audit: Audit,
+    record: PortraitRecord,
+    source: Path,
+    modality: str | None,
+    policy: str,
+    quiet: bool,
+    output: Path | None = None,
 ) -> dict[str, tuple[str, bool]]:
     """Check scans without labels; returns file to its set, and whether it is a label map."""
-    cases = bids_scans(source, modality) if is_bids(source) else load_scans(source)
-    if not cases:
-        raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz){scans_below(source)}: correct the path (mapseg prepare "
-            "converts DICOM)"
-        )
-    audit.findings += names_of(cases)
+    found = nifti_inputs(source, modality, output)
+    cases = found.cases
+    audit.findings += [*found.findings, *notes_of(found.left_out, source)]
     with bar(len(cases), record, quiet):
         for case in cases:
             audit.scan(case[IMAGE], policy, "negative_values")
@@ -221,6 +221,11 @@ def of_datalist(
                 audit.labelled(load_datalist(source, "target_test"), known, ignored, policy)
             except MAPSegError:  # found above
                 pass
+    if source.is_dir():
+        named = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
+        taken = [*files, *maps, *(file for file in named if file)]
+        left = left_out(source, taken, nifti="no scan or label map of the datalist", dicom=NO_DICOM)
+        audit.findings += notes_of(left, source)
     if not named and maps:
         values = ", ".join(sorted(known)) or "none"
         text = f"no structures are named: all values of the label maps are taken as known ({values})"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import re
 import sys
@@ -31,6 +32,9 @@ EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mapseg`` with arguments (by default those of the process); returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the command
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     wants_help = any(word in ("-h", "--help") for word in arguments)
     words = [word for word in arguments if word not in ("-h", "--help")]

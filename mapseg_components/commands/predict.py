@@ -33,9 +33,10 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.inputs import inputs_of
 from mapseg_components.commands.overlap import in_stages
 from mapseg_components.commands.prediction import Earlier, Prediction, read_earlier
-from mapseg_components.commands.series import convert, series_cases, series_record, without_path
+from mapseg_components.commands.series import convert, series_record, without_path
 from mapseg_components.commands.session import (
     choose_device,
     exit_code_of,
@@ -48,14 +49,12 @@ from mapseg_components.commands.session import (
 from mapseg_components.commands.shipped import SEGMENTS, SHIPPED, bundle_of
 from mapseg_components.configs import check_settings
 from mapseg_components.data import (
-    bids_scans,
     check_results,
     dataset_description,
     dseg_tsv,
     freesurfer_table,
     is_bids,
     itksnap_labels,
-    load_scans,
     read_nifti,
     refuse_existing,
     result_path,
@@ -63,13 +62,13 @@ from mapseg_components.data import (
     structure_volumes,
     write_volumes_csv,
 )
-from mapseg_components.data.audit import names_of
 from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
-from mapseg_components.data.datalist import scans_below
+from mapseg_components.data.datalist import stem as stem_of
 from mapseg_components.data.dicom import Series
 from mapseg_components.data.facts import stamp_of
-from mapseg_components.data.findings import Finding, findings_of, raise_findings
-from mapseg_components.data.nifti import read_geometry
+from mapseg_components.data.findings import Finding, findings_of
+from mapseg_components.data.left_out import records_of, summary
+from mapseg_components.data.nifti import is_nifti, read_geometry
 from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError, user_error
 from mapseg_components.files import (
@@ -114,7 +113,7 @@ class Predictions:
 
     Args:
         output: folder. predictions: one per scan. volumes: rows of ``volumes.csv``. seconds: in all.
-        kept: how many were finished by an earlier run.
+        kept: how many were finished by an earlier run. left_out: what else lies in the input, for the screen.
     """
 
     output: str
@@ -122,6 +121,7 @@ class Predictions:
     volumes: list[dict[str, Any]]
     seconds: float
     kept: int = 0
+    left_out: str = ""
 
     @property
     def failed(self) -> list[Prediction]:
@@ -148,7 +148,7 @@ class Predictions:
         count = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s"
         count += f", {self.kept} of them by an earlier run" if self.kept else ""
         end = f"{count}; tables and manifest in {self.output}"
-        return f"{text_table(head, rows, wrap_last=True)}\n\n{end}"
+        return "\n\n".join([text_table(head, rows, wrap_last=True), *filter(None, (self.left_out, end))])
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,8 @@ def predict(
         if bundle == SHIPPED:
             logger.warning(f"the shipped weights segment {SEGMENTS}; of other scans their label maps mean nothing.")
         derivative = is_bids(source)
-        found = (bids_scans(source, modality), {}, []) if derivative else folder_scans(source, modality, folder)
-        cases, series, findings = found
+        found = inputs_of(source, modality, folder, derivative)
+        cases, series, findings = found.cases, found.series, found.findings
         if folder.suffix in (".nii", ".gz"):
             raise ConfigError(f"output is {folder}, expected a folder")
         if os.path.realpath(folder) == os.path.realpath(source):
@@ -259,7 +259,6 @@ def predict(
             raise ConfigError("overwrite and continue_prediction exclude each other: choose one")
         if dicom_seg:
             check_dicom_seg(source, cases, series)
-        raise_findings(names_of(cases) if cases else [])
         settings = {
             "bundle_root": str(home.absolute()),
             "dataset_dir": str(source.absolute()),
@@ -302,7 +301,7 @@ def predict(
         try:
             goes_on = check_folder()  # again, for another run may have ended meanwhile
             parser["overwrite"] = overwrite or goes_on  # what is done again; files of others are refused
-            nameless = bool(series or findings)
+            nameless = found.has_dicom
             run = Run(parser, names, places, drawn, quiet, series, dicom_seg, nameless, not no_overlap)
             run.use(members)
             if goes_on:
@@ -310,6 +309,7 @@ def predict(
             sweep(folder, places)
             with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
                 run.write_to(folder, Path(staging))
+                run.left_out = records_of(found.left_out, source, named=not nameless)
                 run.prepare(cases, findings, source)
 
                 def write_manifest() -> None:
@@ -325,7 +325,8 @@ def predict(
         finally:
             unlock_folders([folder])
         seconds = round(time.monotonic() - started, 1)
-        return Predictions(str(folder), run.predictions, run.rows(), seconds, len(run.kept))
+        left = summary(found.left_out, source)
+        return Predictions(str(folder), run.predictions, run.rows(), seconds, len(run.kept), left)
 
 
 def sweep(folder: Path, places: Mapping[str, Place]) -> None:
@@ -336,23 +337,6 @@ def sweep(folder: Path, places: Mapping[str, Place]) -> None:
     for left in folder.glob(f"{STAGING}*"):
         if re.fullmatch(rf"{re.escape(STAGING)}[a-z0-9_]{{8}}", left.name) and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
-
-
-def folder_scans(
-    source: Path, modality: str | None, output: Path
-) -> tuple[list[dict[str, Any]], dict[str, Series], list[Finding]]:
-    """Cases of a file or folder, which of them are DICOM series, and what cannot be used. Raises `ConfigError`."""
-    if modality is not None:
-        raise ConfigError(f"modality is {modality!r}, but {source} is no BIDS dataset: leave it out")
-    if not source.exists():
-        raise ConfigError(f"{source} does not exist: correct the path of the scans")
-    cases, series, findings = series_cases(source, output)
-    cases = [*load_scans(source), *cases]
-    if not cases and not findings:
-        raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz){scans_below(source)}, and no DICOM series: correct the path"
-        )
-    return cases, series, findings
 
 
 def check_dicom_seg(source: Path, cases: Sequence[Mapping[str, Any]], series: Mapping[str, Series]) -> None:
@@ -469,10 +453,9 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
     places: dict[str, Place] = {}
     for case in cases:
         if dataset is None:
-            path = result_path(case[IMAGE], folder, postfix)
-            stem = path.name.removesuffix(f"_{postfix}.nii.gz")
+            stem = stem_of(Path(case[IMAGE]))
             place = Place(
-                path,
+                folder / f"{stem}_{postfix}.nii.gz",
                 folder / f"{stem}_probabilities.nii.gz",
                 folder / "previews" / f"{stem}.png",
                 segmentation=folder / f"{stem}_{postfix}.dcm",
@@ -526,6 +509,7 @@ class Run:
         self.write_manifest: Callable[[], None] = lambda: None
         self.earlier: Earlier | None = None
         self.kept: list[str] = []
+        self.left_out: list[dict[str, Any]] = []
         self._todo: list[Todo] = []
         self.members: list[str] = []
         self._output: dict[str, Any] = {}
@@ -640,7 +624,9 @@ class Run:
         try:
             if self.dicom_seg:
                 reference_headers(series)
-            convert(series, Path(case[IMAGE]))
+            one.notes = convert(series, Path(case[IMAGE]))
+            for note in one.notes:
+                logger.warning(f"{one.place}, {one.scan}: {note}")
         except MAPSegError as error:
             self.failed(one, error, str(series))
 
@@ -857,6 +843,7 @@ class Run:
             "weights": self.weights,
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
+            "left_out": self.left_out,
         }
         write_json(content, folder / MANIFEST)
 
@@ -884,9 +871,11 @@ def split(postprocessing: Compose) -> Compose:
 
 
 def unreadable(number: int, finding: Finding, source: Path) -> Prediction:
-    """What becomes of a folder, or file, that could not be read as scans; its path is in no file."""
+    """What becomes of a folder, or file, that could not be read as scans; but for NIfTI its path is in no file."""
     message = f"{finding.what}: {finding.remedy}"
     place = os.path.relpath(finding.file or source, source)
+    if is_nifti(finding.file):
+        return Prediction(stem_of(Path(finding.file)), place, "failed", message=message, kind=finding.kind)
     return Prediction(
         f"unreadable_{number}", "part of the input", "failed", message=message, kind=finding.kind, place=place
     )

@@ -23,15 +23,17 @@ from tqdm import tqdm
 
 from mapseg_components.commands.session import versions, working
 from mapseg_components.data.audit import LABEL_LIKE, Audit
-from mapseg_components.data.dicom import Series, read_series
+from mapseg_components.data.dicom import Series, SeriesScan, read_series
 from mapseg_components.data.facts import Facts, facts_of_scan, looks_like_labels
 from mapseg_components.data.findings import Finding, fault, raise_findings
+from mapseg_components.data.left_out import summary
 from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.data.sidecars import Grid, Sidecar, digest_of, read_sidecar, write_sidecar
 from mapseg_components.data.sources import Source, find_sources
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
 from mapseg_components.files import (
     lock_folder,
+    readable,
     replacing,
     require_writable,
     sha256_of,
@@ -97,9 +99,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What became of each scan, by name."""
+    """What became of each scan, by name; ``left_out`` is what else lies in the input, for the screen."""
 
     outcomes: tuple[Outcome, ...]
+    left_out: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -112,7 +115,8 @@ class PrepareResult:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{len(self.named(status))} {status}" for status in ("done", "skipped", "failed"))
-        return "\n".join([f"{len(self.outcomes)} scans: {counts}", *(o.message for o in self.named("failed"))])
+        failures = [readable(o.message) for o in self.named("failed")]
+        return "\n".join([f"{len(self.outcomes)} scans: {counts}", *failures, *filter(None, [self.left_out])])
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def prepare(
     folder = Path(output)
     if os.path.realpath(folder) == os.path.realpath(input):
         raise ConfigError(f"output is the input, {folder}: choose another folder, a scan is never replaced")
-    sources, findings = find_sources(input, labels, series, leave_out=folder)
+    sources, findings, left = find_sources(input, labels, series, leave_out=folder)
     jobs = [Job(source, folder, settings) for source in sources]
     refuse_replacing(jobs)
     require_writable(folder)
@@ -236,7 +240,7 @@ def prepare(
                     outcomes.append(outcome)
     finally:
         unlock_folders([folder])
-    return PrepareResult(tuple(sorted(outcomes, key=lambda outcome: outcome.name)))
+    return PrepareResult(tuple(sorted(outcomes, key=lambda outcome: outcome.name)), summary(left, input))
 
 
 def checked_settings(
@@ -439,6 +443,9 @@ def prepared(job: Job) -> tuple[Sidecar, np.ndarray, np.ndarray | None, list[str
         )
         raise fault(name, LABEL_LIKE, remedy)
     notes = check(name, scan, source.label, label_scan, settings)
+    if isinstance(scan, SeriesScan) and scan.notes:
+        steps.append({"step": "DICOM values", "done": list(scan.notes)})
+        notes += scan.notes
     affine = scan.affine
     if scan.sform is None and scan.qform is None and settings.assume_orientation is not None:
         affine = assumed_affine(settings.assume_orientation, spacing_of(scan.affine), scan.voxels.shape)

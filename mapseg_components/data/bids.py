@@ -11,7 +11,7 @@ from typing import Any
 
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.layouts import says_label_map
-from mapseg_components.data.nifti import ENDINGS
+from mapseg_components.data.nifti import is_nifti
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE
 
@@ -41,7 +41,7 @@ def bids_scans(folder: str | Path, modality: str | None = None) -> list[dict[str
         path
         for pattern in ("sub-*/anat/sub-*", "sub-*/ses-*/anat/sub-*")
         for path in Path(folder).glob(pattern)
-        if path.name.endswith(ENDINGS) and not says_label_map(stem(path))
+        if is_nifti(path.name) and not says_label_map(stem(path))
     )
     found = sorted({suffix(path) for path in files})
     if modality is None and len(found) > 1:

@@ -36,7 +36,7 @@ from typing import Any
 
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content
-from mapseg_components.data.nifti import ENDINGS
+from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
 
@@ -164,22 +164,17 @@ def scans_below(folder: str | Path) -> str:
     """For the error of a folder without scans: in which sub-folder some are, if it is quickly found; else nothing."""
     for place, folders, files in itertools.islice(os.walk(folder), MOST_FOLDERS):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        count = sum(name.endswith(ENDINGS) and not name.startswith(".") for name in files)
+        count = sum(is_nifti(name) and not name.startswith(".") for name in files)
         if count and place != str(folder):
             return f" itself, but its sub-folder {os.path.relpath(place, folder)} has {count}"
     return ""
-
-
-def stem(scan: Path) -> str:
-    """File name without its NIfTI ending."""
-    return re.sub(r"\.nii(\.gz)?$", "", scan.name)
 
 
 def list_scans(folder: Path) -> list[Path]:
     """NIfTI files of a folder by name; hidden ones are left out."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if is_nifti(p.name) and not p.name.startswith("."))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.nifti import ENDINGS
+from mapseg_components.data.nifti import is_nifti
+from mapseg_components.data.nifti import stem as stem_of
 
 __all__ = [
     "DATASET",
@@ -61,7 +62,7 @@ def stems_of(folder: Path) -> dict[str, Path]:
         names = sorted(os.listdir(folder))
     except OSError:
         return {}
-    names = [name for name in names if name.endswith(ENDINGS) and not name.startswith(".")]
+    names = [name for name in names if is_nifti(name) and not name.startswith(".")]
     return {stem_of(Path(name)): folder / name for name in names}
 
 
@@ -125,11 +126,6 @@ def labels_among(files: Sequence[Path]) -> dict[Path, Path]:
         if len(scans) == 1:
             found.setdefault(scans[0], []).append(stem)
     return {stems[scan]: stems[labels[0]] for scan, labels in found.items() if len(labels) == 1}
-
-
-def stem_of(path: Path) -> str:
-    """Name of a file without a NIfTI ending."""
-    return next((path.name.removesuffix(ending) for ending in ENDINGS if path.name.endswith(ending)), path.name)
 
 
 def channels_of(path: Path) -> list[str]:

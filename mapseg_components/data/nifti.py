@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from mapseg_components.data.headers import Geometry, Remark, geometry_of, volume
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.memory import require_memory
 
-__all__ = ["ENDINGS", "Scan", "median_spacing", "read_geometry", "read_nifti"]
+__all__ = ["ENDINGS", "Scan", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
 
 ENDINGS = (".nii.gz", ".nii")
 PIECE = 1 << 20  # bytes read or decompressed at a time
@@ -51,6 +52,16 @@ class Scan:
     qform: np.ndarray | None
     digest: str
     remarks: tuple[Remark, ...] = ()
+
+
+def is_nifti(name: str) -> bool:
+    """Whether a file's name ends as one that is read, ``.nii`` or ``.nii.gz``, in capitals or not."""
+    return name.lower().endswith(ENDINGS)
+
+
+def stem(scan: Path) -> str:
+    """File name without its NIfTI ending, in capitals or not."""
+    return re.sub(r"\.nii(\.gz)?\Z", "", scan.name, flags=re.IGNORECASE)
 
 
 def read_nifti(path: str | Path) -> Scan:
@@ -113,7 +124,7 @@ def check_kind(path: Path) -> None:
         raise fault(path, "a folder, expected a .nii or .nii.gz file", CONVERT)
     if not stat.S_ISREG(mode):
         raise fault(path, "no regular file", "copy the scan there")
-    if not path.name.endswith(ENDINGS):
+    if not is_nifti(path.name):
         raise fault(path, "expected a file named .nii or .nii.gz", CONVERT)
 
 
@@ -123,7 +134,7 @@ def pieces_of(path: Path, stream: BinaryIO) -> Iterator[bytes]:
     stream.seek(0)
     if not start:
         raise fault(path, "cannot be read as NIfTI (the file is empty)", COPY_AGAIN)
-    packed = path.name.endswith(".gz")
+    packed = path.name.lower().endswith(".gz")
     if (start[:2] == b"\x1f\x8b") != packed:
         found = "not compressed" if packed else "compressed with gzip"
         other = ".nii" if packed else ".nii.gz"
@@ -146,7 +157,7 @@ def decode(path: Path, stream: BinaryIO, size: int) -> Scan:
     header, geometry = parse_header(path, start)
     shape, dtype, offset = geometry.shape, header.get_data_dtype(), int(header["vox_offset"])
     promised = offset + math.prod(shape) * dtype.itemsize
-    most = size * DEFLATE_MOST if path.name.endswith(".gz") else size
+    most = size * DEFLATE_MOST if path.name.lower().endswith(".gz") else size
     if promised > most:
         raise fault(
             path,

@@ -13,7 +13,7 @@ from monai.utils import optional_import
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.errors import ConfigError
-from mapseg_components.files import replacing
+from mapseg_components.files import readable, replacing
 
 __all__ = ["can_draw", "draw_preview"]
 
@@ -66,7 +66,7 @@ def draw_preview(
             axis.text(place, 0.5, text, transform=axis.transAxes, color="white", ha=side, va="center", fontsize=9)
     handles = [patches.Patch(color=colour, label=n) for n, colour in zip(names, structure_colours(len(names)))]
     figure.legend(handles=handles, loc="outside lower center", ncol=min(len(names), 6), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(readable(title), fontsize=10, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
