@@ -46,7 +46,10 @@ def table(results: dict[str, dict]) -> str:
 
 
 def picture(folders: dict[str, Path], path: Path, names: list[str]) -> None:
-    """Scan, truth, source-only and adapted, one row a held-out scan, axial slice with the most structures."""
+    """Scan, truth, source-only and adapted, one row a held-out scan, axial slice with the most structures.
+
+    The right side of the body is on the left; a bar shows 20 mm.
+    """
     cases = load_datalist(SAMPLE, "target_test")
     colours = matplotlib.colors.ListedColormap(COLOURS)
     figure, axes = plt.subplots(len(cases), 4, figsize=(11, 3.2 * len(cases)), squeeze=False)
@@ -57,20 +60,27 @@ def picture(folders: dict[str, Path], path: Path, names: list[str]) -> None:
             maps.append(
                 np.asarray(nib.as_closest_canonical(nib.load(folder / f"{case['case_id']}_seg.nii.gz")).dataobj)
             )
-        grey = np.asarray(scan.dataobj)
+        grey, spacing = np.asarray(scan.dataobj), scan.header.get_zooms()[:3]
+        aspect = spacing[1] / spacing[0]
         slices = [maps[0][..., z] for z in range(grey.shape[2])]
         level = max(range(len(slices)), key=lambda z: (len(np.unique(slices[z])), np.count_nonzero(slices[z])))
         for column, (axis, title) in enumerate(zip(row, ["scan", "truth", *folders])):
-            axis.imshow(grey[..., level].T, cmap="gray", origin="lower")
+            axis.imshow(grey[::-1, :, level].T, cmap="gray", origin="lower", aspect=aspect)
             if column:
                 overlay = {"cmap": colours, "vmin": 0, "vmax": len(COLOURS) - 1, "interpolation": "nearest"}
-                axis.imshow(maps[column - 1][..., level].T, origin="lower", alpha=0.7, **overlay)
-            axis.set_title("" if number else title)
+                shown = maps[column - 1][::-1, :, level].T
+                axis.imshow(shown, origin="lower", alpha=0.7, aspect=aspect, **overlay)
+            axis.set_title("" if number else title, fontsize=12)
             axis.set_xticks([])
             axis.set_yticks([])
-        row[0].set_ylabel(case["case_id"].replace("_", " "))
+        row[0].set_ylabel(f"{case['case_id'].replace('_', ' ')}\nslice {level + 1} of {grey.shape[2]}", fontsize=11)
+        ends = row[0].get_xlim()
+        row[0].plot([ends[0] + 2, ends[0] + 2 + 20 / spacing[0]], [2, 2], color="white", linewidth=3)
+        row[0].text(ends[0] + 2, 3, "20 mm", color="white", va="bottom", fontsize=10)
+        for text, place, side in (("R", 0.03, "left"), ("L", 0.97, "right")):
+            row[0].text(place, 0.5, text, transform=row[0].transAxes, color="white", ha=side, va="center", fontsize=10)
     handles = [matplotlib.patches.Patch(color=colour, label=name) for colour, name in zip(COLOURS[1:], names)]
-    figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False, fontsize=11)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)
 
