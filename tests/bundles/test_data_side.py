@@ -312,11 +312,9 @@ def test_each_evaluator_runs_the_network_that_it_is_named_for(tmp_path):
         called.clear()
         evaluator.run()
         assert set(called) == {name}
-    handlers = parser.get_parsed_content("train#handlers")
-    handlers = list(handlers.values()) if isinstance(handlers, dict) else handlers
-    score = next(one for one in handlers if isinstance(one, ScoreCheckpoint))
+    score, waiting = parser.get_parsed_content("score"), parser.get_parsed_content("teacher_validation")
+    assert isinstance(score, ScoreCheckpoint) and isinstance(waiting, TeacherValidation)
     networks = {"student": student, "teacher": teacher.network.network}
     for name, (network, evaluator) in score.candidates.items():
         assert network is networks[name] and evaluator is evaluators[name]
-    waiting = next(one for one in handlers if isinstance(one, TeacherValidation))
     assert waiting.validator is evaluators["teacher"] and waiting.teacher is teacher
