@@ -88,7 +88,7 @@ class TargetDiagnostics:
         confident = structure = 0
         voxels = torch.zeros(classes)
         for number in range(len(self.scans)):
-            image = self.scans[number][IMAGE].to(self.device)[None]
+            image = torch.as_tensor(self.scans[number][IMAGE]).to(self.device)[None]
             probability, label_map = self._segment(image, self.teacher_network).softmax(dim=0).max(dim=0)
             other = self._segment(image, self.student).argmax(dim=0)
             both.append(label_agreement(label_map, other, classes))
