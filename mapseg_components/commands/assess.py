@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.data import MetaTensor
 from monai.transforms import Compose, Orientationd
 from tqdm import tqdm
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data import load_datalist
+from mapseg_components.data.volumes import voxel_ml
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
 from mapseg_components.sides import refuse_sides
@@ -166,11 +166,6 @@ class LabelLoader:
         for index, value in enumerate(self.values, start=1):
             result[values == value] = index
         return result, voxel_ml(loaded)
-
-
-def voxel_ml(image: torch.Tensor) -> float:
-    """Volume of a voxel in ml; 0 without an affine."""
-    return abs(float(np.linalg.det(np.asarray(image.affine)[:3, :3]))) / 1000 if isinstance(image, MetaTensor) else 0.0
 
 
 def volumes_ml(label_map: torch.Tensor, ml: float, names: Sequence[str]) -> dict[str, float]:

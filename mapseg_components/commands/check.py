@@ -30,12 +30,17 @@ from mapseg_components.data.portraits import PortraitRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.keys import IMAGE, LABEL
-from mapseg_components.reports import page, sortable_table, text_table
+from mapseg_components.reports import answer, page, sortable_table, text_table
 
 __all__ = ["CheckReport", "check"]
 
 SEVERITIES = ("error", "warning", "note")
 JSON, HTML = "check.json", "check.html"
+HEADS = {"shape": "shape (voxels)", "spacing_mm": "spacing (mm)", "lowest": "lowest value", "highest": "highest value"}
+GUESSES = (
+    "Errors stop a run. Warnings and notes are guesses from the set as a whole: an unusual scan may be right, and a "
+    "usual one wrong."
+)
 SIDE = {
     "source_training": "source",
     "source_validation": "source",
@@ -88,12 +93,15 @@ class CheckReport:
         files = [
             [below(row["file"], self.input) if n == "file" else shown(row[n]) for n in names] for row in self.files
         ]
+        counts = self.counts
+        kind = next((severity for severity in SEVERITIES[:2] if counts[severity]), "good")
+        headline = "A run would refuse these data." if counts["error"] else "No blocking finding."
+        figures = [("files read", f"{len(self.files)}", ""), *((f"{one}s", f"{counts[one]}", "") for one in SEVERITIES)]
+        head = [HEADS.get(name, name) for name in names]
         return page(
             f"Check of {Path(self.input).name}",
-            f"<p>{self.verdict()}</p>\n<h2>Findings</h2>\n{findings_table(self.rows())}\n"
-            f"<h2>Files</h2>\n{sortable_table([n.replace('_mm', ' (mm)') for n in names], files, SEVERITIES)}\n"
-            "<p>Errors stop a run. Warnings and notes are guesses from the set as a whole: an unusual scan may be "
-            "right, and a usual one wrong.</p>",
+            f"{answer(kind, headline, figures, [GUESSES])}\n<h2>Findings</h2>\n{findings_table(self.rows())}\n"
+            f"<h2>Files</h2>\n{sortable_table(head, files, SEVERITIES)}\n",
         )
 
 
@@ -295,7 +303,9 @@ def write(result: CheckReport, folder: Path) -> None:
 
 def findings_table(rows: Sequence[Sequence[str]]) -> str:
     """HTML table of `CheckReport.rows`."""
-    return sortable_table(("severity", "where", "what", "remedy"), rows, SEVERITIES)
+    if not rows:
+        return "<p>None.</p>"
+    return sortable_table(("severity", "where", "what", "remedy"), rows, SEVERITIES, name=1)
 
 
 def below(file: str, place: str) -> str:
@@ -306,5 +316,7 @@ def below(file: str, place: str) -> str:
 
 
 def shown(value: Any) -> Any:
-    """A list as text."""
+    """A list as text, a whole number without decimals."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return " x ".join(f"{one:g}" for one in value) if isinstance(value, list) else value

@@ -20,12 +20,15 @@ from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
 from mapseg_components.reports import (
+    FIGURES_STYLE,
     SLICES_SCRIPT,
     SLICES_STYLE,
+    answer,
     can_draw,
     curves,
     page,
     slice_viewer,
+    small_multiples,
     sortable_table,
 )
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
@@ -35,6 +38,7 @@ __all__ = ["report"]
 MOST_SCANS = 12  # shown slice by slice; all are in the tables
 MODELS = {"source_only": "source-only", "adapted": "adapted"}
 MANIFEST = ("request", "plan", "seconds", "versions")
+KINDS = {"adapted": "good", "no gain": "warning", "worse than source": "error"}
 VERDICTS = {
     "adapted": "Adapted: use the adapted model.",
     "no gain": "No gain: the adapted model is not better; the bundle uses the source-only model.",
@@ -42,13 +46,19 @@ VERDICTS = {
 }
 QUALITY_NOTE = (
     "Estimated Dice: how alike a scan's segmentation stays when its intensities change, turned into a Dice by the "
-    "labelled validation scans of the source, as they are and degraded. ± is the error on validation scans that were "
-    "left out of the fit. A guess: no labelled scan was as consistent, or as inconsistent."
+    "labelled validation scans of the source, as they are and degraded; its error is that on validation scans that "
+    "were left out of the fit. A guess: no labelled scan was as consistent, or as inconsistent. Confident share: of "
+    "the voxels that the adapted model labels, those with a probability above 0.95. Agreement: Dice between the label "
+    "maps of both models."
 )
 VOLUMES_NOTE = (
     "Median over the target scans, in ml, and the range over the source's label maps. Another age or disease may well "
     "lie outside of it; a model that fails does too."
 )
+SIZES_NOTE = (
+    "Mean over the target scans that were looked at during training. Each structure has an axis of its own from 0."
+)
+BAND_NOTE = " Shaded: the range over the source's label maps, as far as the axis has it."
 CANNOT_KNOW = (
     "No label of the target was read. The estimates rest on how a model behaves on labelled scans of the source; "
     "errors that it makes alike however a scan is shown do not count against it.",
@@ -57,22 +67,20 @@ CANNOT_KNOW = (
     "The model is for research, not for clinical use.",
 )
 STYLE = """
-.verdict { border-left: 6px solid; padding: .6rem 1rem; background: var(--soft); }
-.verdict strong { font-size: 1.2rem; } .verdict p { margin: .3rem 0; }
-.adapted { border-color: #009E73; } .no-gain { border-color: #E69F00; } .worse-than-source { border-color: #D55E00; }
-.quiet { font-size: .9rem; } figure { margin: 1rem 0; } svg { max-width: 100%; height: auto; }
-figcaption { font-size: .9rem; }
-.key { display: flex; flex-wrap: wrap; gap: .3rem 1rem; padding: 0; list-style: none; font-size: .9rem; }
-.key i { display: inline-block; width: .9em; height: .9em; margin-right: .35em; border: 1px solid var(--line);
-  vertical-align: -.1em; }
-pre { overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .8rem; } select { font: inherit; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 4rem; } .tables > div { max-width: 100%; min-width: 0; }
+.choice { display: flex; flex-wrap: wrap; gap: .5rem 2rem; align-items: center; }
+select { font: inherit; max-width: 100%; } label { max-width: 100%; }
+pre { overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .8rem; }
+@media (max-width: 30rem) { .tables > div { width: 100%; } }
 """
 SCRIPT = """
-var chooser = document.getElementById("scan");
+var chooser = document.getElementById("scan"), painted = document.getElementById("painted");
 var show = function () {
-  document.querySelectorAll(".viewer").forEach(function (one) { one.hidden = one.dataset.case !== chooser.value; });
+  document.querySelectorAll(".viewer").forEach(function (one) {
+    one.hidden = one.dataset.case !== chooser.value; one.classList.toggle("plain", !painted.checked);
+  });
 };
-chooser.addEventListener("change", show); show();
+chooser.addEventListener("change", show); painted.addEventListener("change", show); show();
 """
 
 
@@ -109,24 +117,27 @@ def report(directory: str, output: str | None = None) -> str:
         raise ConfigError(f"{path} has no assessment yet: repeat the mapseg adapt command, it goes on")
     plan, assessment = run["plan"], run["assessment"]
     names, verdict = list(plan["labels"]), assessment["verdict"]
-    reasons = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict["why"])
+    shown = key_figures(assessment)
+    reasons = [text for text in verdict["why"] if not (shown and text.startswith("Estimated Dice on"))]
     body = [
         f'<p class="quiet">{plan["target"]} target scans, {plan["source_training"]} + {plan["source_validation"]} '
         f"source scans, {len(names)} structures, preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
-        f'<section class="verdict {verdict["verdict"].replace(" ", "-")}" id="verdict">'
-        f"<strong>{escape(VERDICTS[verdict['verdict']])}</strong>{reasons}</section>",
-        f'<h2>Each target scan</h2><p class="quiet">{escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
+        answer(KINDS[verdict["verdict"]], VERDICTS[verdict["verdict"]], shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
-        f"<h2>Training</h2>{figures(folder)}",
-        f'<h2>Volumes</h2><p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}',
-        f"<h2>Dice on the source's validation scans</h2>{validation_table(assessment, names)}",
+        f'<h2>Each target scan</h2><p class="quiet">{escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
+        f'<h2>Each structure</h2><div class="tables"><div><h3>Volume on the target</h3>'
+        f'<p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}</div>'
+        f"<div><h3>Dice on the source's validation scans</h3>{validation_table(assessment, names)}</div></div>",
+        f"<h2>Training</h2>{figures(folder, assessment, names)}",
         f"<h2>What this cannot know</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in CANNOT_KNOW)}</ul>",
         f"<h2>Check of the scans</h2>{check_section(run.get('check'))}",
         "<h2>Settings</h2><details><summary>Arguments, plan, seconds, versions</summary><pre>"
         f"{escape(json.dumps({key: run[key] for key in MANIFEST}, indent=2))}</pre></details>",
     ]
     target = Path(output) if output else folder / "report.html"
-    write_text(page("Adaptation report", "\n".join(body), SLICES_STYLE + STYLE, SCRIPT + SLICES_SCRIPT), target)
+    write_text(
+        page("Adaptation report", "\n".join(body), FIGURES_STYLE + SLICES_STYLE + STYLE, SCRIPT + SLICES_SCRIPT), target
+    )
     return str(target)
 
 
@@ -136,26 +147,47 @@ def worst_first(assessment: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], 
     return sorted(pairs, key=lambda pair: -1.0 if pair[1]["estimated_dice"] is None else pair[1]["estimated_dice"])
 
 
+def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The few figures that the verdict rests on: both estimates, how far apart, how sure."""
+    verdict = assessment["verdict"]
+    if verdict["gain"] is None:
+        return []
+    pairs = [
+        (a["estimated_dice"], b["estimated_dice"])
+        for a, b in worst_first(assessment)
+        if a["estimated_dice"] is not None and b["estimated_dice"] is not None
+    ]
+    low, high = verdict["interval"]
+    result = []
+    for (name, title), own in zip(MODELS.items(), zip(*pairs)):
+        used = "this model is used" if verdict["ship"] == name else ""
+        result.append((f"Estimated Dice, {title}", f"{np.mean(own):.3f}", used))
+    result.append(("Difference", f"{verdict['gain']:+.3f}", f"95 % interval {low:+.3f} to {high:+.3f}"))
+    calibration = assessment["models"][verdict["ship"]]["calibration"]
+    if calibration:
+        result.append(("Error of an estimate", f"± {calibration['error']:.2f}", "of one structure in one scan"))
+    return result
+
+
 def case_table(assessment: Mapping[str, Any]) -> str:
     """Per target scan: both estimates, whether they are guesses; confidence, agreement, structures off their place."""
-    head = ["scan"]
-    for name, title in MODELS.items():
-        calibration = assessment["models"][name]["calibration"]
-        head.append(f"{title} (± {calibration['error']:.2f})" if calibration else title)
-    rows = [
-        [
-            a["case"],
-            a["estimated_dice"],
-            b["estimated_dice"],
-            "" if a["within_calibration"] and b["within_calibration"] else "a guess",
-            b["confident_share"],
-            assessment["between"][a["case"]],
-            ", ".join(b.get("misplaced", [])),
-        ]
-        for a, b in worst_first(assessment)
-    ]
-    head += ["estimate", "share above 0.95 probability", "agreement of both, Dice", "missing or off their place"]
-    return sortable_table(head, rows)
+    rows = []
+    for a, b in worst_first(assessment):
+        estimates = a["estimated_dice"], b["estimated_dice"]
+        rows.append(
+            [
+                a["case"],
+                *estimates,
+                None if None in estimates else estimates[1] - estimates[0],
+                "" if a["within_calibration"] and b["within_calibration"] else "a guess",
+                b["confident_share"],
+                assessment["between"][a["case"]],
+                ", ".join(b.get("misplaced", [])),
+            ]
+        )
+    head = ["scan", *MODELS.values(), "difference", "estimate", "confident share", "agreement"]
+    caption = "Estimated Dice by both models, the lowest of the adapted one first"
+    return sortable_table([*head, "missing or off their place"], rows, caption=caption)
 
 
 def volume_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -168,9 +200,10 @@ def volume_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
             for model in MODELS
         ]
         outside = [title for title, value in zip(MODELS.values(), medians) if not prior[0] <= value <= prior[-1]]
-        rows.append([name, *medians, f"{prior[0]:.3f} to {prior[-1]:.3f}", ", ".join(outside)])
+        rows.append([name, *medians, float(prior[0]), float(prior[-1]), ", ".join(outside)])
     titles = [f"{title}, ml" for title in MODELS.values()]
-    return sortable_table(["structure", *titles, "source's labels, ml", "outside"], rows)
+    head = ["structure", *titles, "source lowest, ml", "source highest, ml", "outside"]
+    return sortable_table(head, rows, compact=True)
 
 
 def validation_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -178,7 +211,7 @@ def validation_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str
     both = [assessment["models"][name]["validation_dice"] for name in MODELS]
     rows = [[name, *(one["structures"][name] for one in both)] for name in names]
     rows.append(["mean", *(one["mean"] for one in both)])
-    return sortable_table(["structure", *MODELS.values()], rows)
+    return sortable_table(["structure", *MODELS.values()], rows, compact=True)
 
 
 def check_section(found: Mapping[str, Any] | None) -> str:
@@ -188,29 +221,32 @@ def check_section(found: Mapping[str, Any] | None) -> str:
     return f"<p>{escape(found['verdict'])}</p>{findings_table(found['findings']) if found['findings'] else ''}"
 
 
-def figures(folder: Path) -> str:
+def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -> str:
     """Curves of the stages."""
     source, adapted = (read_history(folder / "stages" / name) for name in ("source", "adaptation"))
-    score = {
-        "Score": "score",
-        "source validation Dice, teacher": "source_dice_teacher",
-        "source validation Dice, student": "source_dice_student",
-        "target loss": "target_loss",
-    }
+    dice = {"teacher": "source_dice_teacher", "student": "source_dice_student"}
     stability = {
-        "teacher and student agree": "target_agreement_teacher_student",
-        "teacher agrees with its last look": "target_agreement_previous",
-        "voxels above 0.95 probability": "target_confident_share",
+        "teacher and student agree (Dice)": "target_agreement_teacher_student",
+        "teacher agrees with its last look (Dice)": "target_agreement_previous",
+        "voxels above 0.95 probability (share)": "target_confident_share",
     }
-    prefix = "target_voxels_"
-    sizes = {key.removeprefix(prefix): key for line in adapted for key in line if key.startswith(prefix)}
     parts = [
-        curves(source, {"student": "source_dice_student"}, "Source-only training", "Dice, source validation"),
-        curves(adapted, score, "Adaptation: the Score and its two parts", "value"),
-        curves(adapted, stability, "Pseudo labels on target scans", "Dice, or share of voxels"),
-        curves(adapted, sizes, "Size of the teacher's structures", "voxels per scan"),
+        curves(source, {"student": "source_dice_student"}, "Source-only training, source validation", "Dice (0 to 1)"),
+        curves(adapted, dice, "Adaptation, source validation", "Dice (0 to 1)"),
+        curves(adapted, {"Score": "score", "target loss": "target_loss"}, "Adaptation: the Score", "Value (no unit)"),
+        curves(adapted, stability, "Pseudo labels on target scans", "Dice or share (0 to 1)"),
     ]
-    return "".join(parts) or "<p>No epoch was validated.</p>"
+    if not any(parts):
+        return "<p>No epoch was validated.</p>"
+    return f'<div class="figures">{"".join(parts)}</div>{sizes(adapted, assessment["prior_ml"], names)}'
+
+
+def sizes(history: Sequence[Mapping[str, Any]], prior: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
+    """Volume of each of the teacher's structures over the epochs; in voxels if an earlier version wrote the history."""
+    ml = small_multiples(history, {name: f"target_ml_{name}" for name in names}, "Volume", "ml", prior)
+    shown = ml or small_multiples(history, {name: f"target_voxels_{name}" for name in names}, "Size", "voxels")
+    note = SIZES_NOTE + (BAND_NOTE if ml else "")
+    return f'<h3>Size of the teacher\'s structures</h3><p class="quiet">{note}</p>{shown}' if shown else ""
 
 
 def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -218,15 +254,15 @@ def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -
     cases = {case["case_id"]: case for case in load_datalist(folder / "datalist.json", "target_training")}
     shown = [cases[pair[1]["case"]] for pair in worst_first(assessment)[:MOST_SCANS]]
     key = "".join(
-        f'<li><i style="background:{colour}"></i>{escape(name)}</li>'
+        f'<li><i class="swatch" style="background:{colour}"></i>{escape(name)}</li>'
         for name, colour in zip(names, structure_colours(len(names)))
     )
     options = "".join(f"<option>{escape(case['case_id'])}</option>" for case in shown)
     more = f" {len(cases) - len(shown)} more are in the tables only." if len(cases) > len(shown) else ""
     note = f"The least certain first.{more} Coronal and axial slices show the right side of the body on the left."
     head = (
-        f'<p><label>Scan <select id="scan">{options}</select></label> <span class="quiet">{note}</span></p>'
-        f'<ul class="key">{key}</ul>'
+        f'<p class="quiet">{note}</p><p class="choice"><label>Scan <select id="scan">{options}</select></label>'
+        f'<label><input type="checkbox" id="painted" checked> label maps</label></p><ul class="key">{key}</ul>'
     )
     return head + "".join(viewer(folder, case, len(names) + 1) for case in shown)
 

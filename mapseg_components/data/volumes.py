@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from monai.data import MetaTensor
 
 from mapseg_components.data.nifti import read_nifti
 from mapseg_components.errors import DataError
@@ -18,7 +20,14 @@ from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
 from mapseg_components.structures import structures_of, to_whole
 
-__all__ = ["class_weights", "read_volumes_csv", "structure_sizes", "structure_volumes", "write_volumes_csv"]
+__all__ = [
+    "class_weights",
+    "read_volumes_csv",
+    "structure_sizes",
+    "structure_volumes",
+    "voxel_ml",
+    "write_volumes_csv",
+]
 
 PIECE = 1 << 22  # voxels at a time: counting takes 64-bit numbers
 COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
@@ -63,6 +72,11 @@ def structure_sizes(
         counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
         sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
     return sizes
+
+
+def voxel_ml(image: torch.Tensor) -> float:
+    """Volume of a voxel in ml, from the affine in mm that a scan travels with; 0 without one."""
+    return abs(float(np.linalg.det(np.asarray(image.affine)[:3, :3]))) / 1000 if isinstance(image, MetaTensor) else 0.0
 
 
 def structure_volumes(

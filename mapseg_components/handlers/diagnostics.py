@@ -13,6 +13,7 @@ from ignite.engine import Engine, Events
 from monai.inferers import Inferer
 from torch import nn
 
+from mapseg_components.data.volumes import voxel_ml
 from mapseg_components.handlers.scoring import Activity
 from mapseg_components.keys import IMAGE
 from mapseg_components.quality import label_agreement
@@ -31,7 +32,8 @@ class TargetDiagnostics:
       labels still move. Absent at the first look.
     - ``target_confident_share``: share of the voxels that the teacher labels as a structure with a probability
       above ``confidence``.
-    - ``target_voxels_<structure>``: mean number of voxels per scan in the teacher's label maps.
+    - ``target_ml_<structure>``: mean volume per scan in the teacher's label maps, in ml. ``target_voxels_<structure>``,
+      in voxels, if a scan has no affine.
 
     None of them is a Dice: a model can be stable, confident and wrong. Attach it before ``EpochHistory``.
 
@@ -86,9 +88,10 @@ class TargetDiagnostics:
         classes = len(self.names) + 1
         label_maps, both, moved = [], [], []
         confident = structure = 0
-        voxels = torch.zeros(classes)
+        counts, ml = [], []
         for number in range(len(self.scans)):
-            image = torch.as_tensor(self.scans[number][IMAGE]).to(self.device)[None]
+            scan = torch.as_tensor(self.scans[number][IMAGE])
+            image = scan.to(self.device)[None]
             probability, label_map = self._segment(image, self.teacher_network).softmax(dim=0).max(dim=0)
             other = self._segment(image, self.student).argmax(dim=0)
             both.append(label_agreement(label_map, other, classes))
@@ -96,7 +99,8 @@ class TargetDiagnostics:
                 moved.append(label_agreement(label_map, self._previous[number].to(self.device), classes))
             confident += int((probability[label_map > 0] > self.confidence).sum())
             structure += int((label_map > 0).sum())
-            voxels += torch.bincount(label_map.flatten(), minlength=classes).cpu()
+            counts.append(torch.bincount(label_map.flatten(), minlength=classes).cpu())
+            ml.append(voxel_ml(scan))
             label_maps.append(label_map.to(torch.uint8 if classes < 256 else torch.int16).cpu())
         self._previous = label_maps
         metrics = engine.state.metrics
@@ -104,8 +108,10 @@ class TargetDiagnostics:
         if moved:
             metrics["target_agreement_previous"] = float(torch.stack(moved).nanmean())
         metrics["target_confident_share"] = confident / max(structure, 1)
-        for name, count in zip(self.names, voxels[1:].tolist()):
-            metrics[f"target_voxels_{name}"] = count / len(self.scans)
+        unit, factors = ("ml", torch.tensor(ml)) if all(ml) else ("voxels", torch.ones(len(ml)))
+        sizes = (torch.stack(counts) * factors[:, None]).mean(dim=0)
+        for name, size in zip(self.names, sizes[1:].tolist()):
+            metrics[f"target_{unit}_{name}"] = size
 
     @torch.no_grad()
     def _segment(self, image: torch.Tensor, network: nn.Module) -> torch.Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,9 +18,17 @@ from mapseg_components.files import readable, replacing
 
 __all__ = ["can_draw", "draw_preview"]
 
-# plane: fixed axis, horizontal axis, vertical axis of a RAS volume, and what stands left and right of the picture
-PLANES = {"sagittal": (0, 1, 2, "P", "A"), "coronal": (1, 0, 2, "L", "R"), "axial": (2, 0, 1, "L", "R")}
+# plane: fixed axis, horizontal axis, vertical axis of a RAS volume, and what stands left, right, below and above
+PLANES = {"sagittal": (0, 1, 2, "PAIS"), "coronal": (1, 0, 2, "RLIS"), "axial": (2, 0, 1, "RLPA")}
+PLACES = (  # of these letters, in shares of the picture
+    (0.02, 0.5, "left", "center"),
+    (0.98, 0.5, "right", "center"),
+    (0.5, 0.02, "center", "bottom"),
+    (0.5, 0.98, "center", "top"),
+)
+BARS_MM = (5, 10, 20, 50, 100, 200)  # the longest below a third of the picture is drawn
 BRIGHTEST = 99.5  # percentile shown as white
+WIDEST_LEGEND, WIDEST_TITLE = 130, 110  # characters of 10 points on 11 inches
 
 
 def can_draw() -> bool:
@@ -30,7 +39,11 @@ def can_draw() -> bool:
 def draw_preview(
     scan: np.ndarray, label_map: np.ndarray, affine: np.ndarray, names: Sequence[str], title: str, path: str | Path
 ) -> None:
-    """Write a PNG: sagittal, coronal and axial slice through the middle of the structures, colours and legend beside.
+    """Write a PNG: sagittal, coronal and axial slice through the middle of the structures.
+
+    Titles have the number of the slice, the pictures letters of the sides and a bar of a length in mm, the legend the
+    colour and the volume in ml of each structure. Coronal and axial slices show the right side of the body on the left,
+    as the report of `mapseg adapt` does.
 
     Args:
         scan: (X, Y, Z). label_map: integers of the same shape. affine: (4, 4), voxel to mm, of both.
@@ -39,6 +52,15 @@ def draw_preview(
     Raises:
         ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
     """
+    figure = preview_figure(scan, label_map, affine, names, title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def preview_figure(
+    scan: np.ndarray, label_map: np.ndarray, affine: np.ndarray, names: Sequence[str], title: str
+) -> Any:
+    """The matplotlib figure of `draw_preview`. Raises `ConfigError` without matplotlib."""
     figure_module, drawable = optional_import("matplotlib.figure")
     if not drawable:
         raise ConfigError("pictures need matplotlib, which is not installed: pip install matplotlib")
@@ -51,24 +73,50 @@ def draw_preview(
     finite = grey[np.isfinite(grey)]
     low, high = float(finite.min()), float(np.percentile(finite, BRIGHTEST, overwrite_input=True))
     listed = colours.ListedColormap(["#00000000", *structure_colours(len(names))])
-    widths = [label.shape[across] * spacing[across] for _, across, _, _, _ in PLANES.values()]
-    figure = figure_module.Figure(figsize=(11, 4.2), layout="constrained")
+    sides = [size * float(step) for size, step in zip(label.shape, spacing)]  # mm
+    counts = [np.count_nonzero(label == value) for value in range(1, len(names) + 1)]
+    voxel_ml = float(np.prod(spacing)) / 1000
+    texts = [f"{name}, {count * voxel_ml:.3g} ml" for name, count in zip(names, counts)]
+    columns = max(min(len(names), int(WIDEST_LEGEND / (max(map(len, texts), default=0) + 5)), 6), 1)
+    widths = [sides[across] for _, across, _, _ in PLANES.values()]
+    # each picture in its own proportions, and room for the legend
+    tallest = 11 / sum(widths) * max(sides[up] for _, _, up, _ in PLANES.values())
+    figure = figure_module.Figure(
+        figsize=(11, min(tallest, 7) + 0.9 + 0.22 * -(-len(names) // columns)), layout="constrained", facecolor="white"
+    )
     axes = figure.subplots(1, len(PLANES), width_ratios=widths)
-    for axis, (plane, (fixed, across, up, left, right)) in zip(axes, PLANES.items()):
+    for axis, (plane, (fixed, across, up, letters)) in zip(axes, PLANES.items()):
         shape = {"origin": "lower", "aspect": spacing[up] / spacing[across]}
-        axis.imshow(np.take(grey, centre[fixed], fixed).T, cmap="gray", vmin=low, vmax=high, **shape)
-        overlay = np.take(label, centre[fixed], fixed).T
+        axis.imshow(plane_of(grey, fixed, centre[fixed]), cmap="gray", vmin=low, vmax=high, **shape)
+        overlay = plane_of(label, fixed, centre[fixed])
         axis.imshow(overlay, cmap=listed, vmin=0, vmax=len(names), interpolation="nearest", alpha=0.6, **shape)
-        axis.set_title(f"{plane}, slice {centre[fixed] + 1} of {label.shape[fixed]}", fontsize=9)
+        axis.set_title(f"{plane}, slice {centre[fixed] + 1} of {label.shape[fixed]}", fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])
-        for text, place, side in ((left, 0.02, "left"), (right, 0.98, "right")):
-            axis.text(place, 0.5, text, transform=axis.transAxes, color="white", ha=side, va="center", fontsize=9)
-    handles = [patches.Patch(color=colour, label=n) for n, colour in zip(names, structure_colours(len(names)))]
-    figure.legend(handles=handles, loc="outside lower center", ncol=min(len(names), 6), frameon=False, fontsize=9)
-    figure.suptitle(readable(title), fontsize=10, parse_math=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        ground = {"color": "white", "fontsize": 10, "bbox": {"facecolor": "#000000A0", "edgecolor": "none", "pad": 1.5}}
+        for text, (x, y, ha, va) in zip(letters, PLACES):
+            axis.text(x, y, text, transform=axis.transAxes, ha=ha, va=va, **ground)
+        length = max((mm for mm in BARS_MM if mm < sides[across] / 3), default=0)
+        if length:
+            start, height = 0.04 * label.shape[across], 0.05 * label.shape[up]
+            axis.plot([start, start + length / spacing[across]], [height] * 2, color="white", linewidth=3)
+            axis.text(start, 2 * height, f"{length} mm", ha="left", va="bottom", **ground)
+    handles = [patches.Patch(color=colour, label=text) for text, colour in zip(texts, structure_colours(len(names)))]
+    figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=10)
+    voxel = " x ".join(f"{side:.3g}" for side in spacing)
+    figure.suptitle(f"{shortened(readable(title))}\nvoxels of {voxel} mm", fontsize=10, parse_math=False)
+    return figure
+
+
+def plane_of(volume: np.ndarray, fixed: int, index: int) -> np.ndarray:
+    """A slice (up, across) of a volume (X, Y, Z) on RAS axes, the right side of the body on the left."""
+    shown = np.take(volume, index, fixed).T
+    return shown[:, ::-1] if fixed else shown
+
+
+def shortened(name: str) -> str:
+    """A name that fits the picture's width."""
+    return name if len(name) <= WIDEST_TITLE else f"{name[: WIDEST_TITLE // 2]} ... {name[-WIDEST_TITLE // 2 :]}"
 
 
 def middle(mask: np.ndarray) -> list[int]:

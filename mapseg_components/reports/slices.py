@@ -18,21 +18,29 @@ from mapseg_components.colours import channels, structure_colours
 __all__ = ["SLICES_SCRIPT", "SLICES_STYLE", "slice_viewer"]
 
 MOST_SLICES = 32
-PANE_WIDTH = 220  # pixels
 OPACITY = 170  # of 255
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
+# plane: fixed axis, and what stands left and right of the picture
+PLANES = {"sagittal": (0, "P", "A"), "coronal": (1, "R", "L"), "axial": (2, "R", "L")}
 SLICES_STYLE = """
-.viewer { margin: 1rem 0 2rem; } .plane { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; }
-.pane { background-color: #000; background-repeat: no-repeat; image-rendering: pixelated; position: relative; }
-.pane span { position: absolute; left: 4px; top: 2px; color: #fff; font-size: .75rem; text-shadow: 0 0 3px #000; }
-input[type=range] { width: min(100%, 26rem); display: block; }
+.viewer { margin: 1rem 0 2rem; } .planes { margin: 0 0 1.5rem; max-width: 56rem; }
+.plane { display: grid; grid-template-columns: repeat(var(--panes), minmax(0, 1fr)); gap: .5rem; margin: 0 0 .25rem; }
+.plane figure { margin: 0; max-width: none; } .plane figcaption { font-size: .8125rem; line-height: 1.3; }
+.pane { background-color: #000; background-repeat: no-repeat; background-position: 0 0; image-rendering: pixelated;
+  position: relative; width: 100%; }
+.pane span { position: absolute; top: 50%; transform: translateY(-50%); padding: 0 .2em; color: #fff; font-size: .75rem;
+  line-height: 1.3; background: #000a; } .pane span:first-child { left: 0; } .pane span:last-child { right: 0; }
+.plain .pane { background-image: var(--scan) !important; }
+.planes output { font-size: .875rem; font-variant-numeric: tabular-nums; }
+input[type=range] { width: 100%; max-width: 26rem; display: block; accent-color: var(--series-1); }
+@media (max-width: 30rem) { .plane { gap: .25rem; } }
 """
 SLICES_SCRIPT = """
-document.querySelectorAll("input[type=range]").forEach(function (slider) {
-  var panes = slider.parentElement.querySelectorAll(".pane"), text = slider.parentElement.querySelector("output");
+document.querySelectorAll(".planes input[type=range]").forEach(function (slider) {
+  var place = slider.parentElement, panes = place.querySelectorAll(".pane"), text = place.querySelector("output");
+  var numbers = slider.dataset.numbers.split(" ");
   var move = function () {
-    panes.forEach(function (pane) { pane.style.backgroundPositionY = -slider.value * pane.dataset.height + "px"; });
-    text.textContent = slider.dataset.name + ", slice " + (+slider.value + 1) + " of " + (+slider.max + 1);
+    panes.forEach(function (pane) { pane.style.backgroundPositionY = 100 * slider.value / (+slider.max || 1) + "%"; });
+    text.textContent = slider.dataset.name + ", slice " + numbers[slider.value] + " of " + slider.dataset.count;
   };
   slider.addEventListener("input", move); move();
 });
@@ -44,7 +52,8 @@ def slice_viewer(
 ) -> str:
     """HTML of one scan; the page needs `SLICES_STYLE` and `SLICES_SCRIPT`.
 
-    Coronal and axial slices show the right side of the body on the left. At most 32 slices per plane are kept.
+    The panes of a plane stand side by side in windows of any width. Coronal and axial slices show the right side of the
+    body on the left. At most 32 slices per plane are kept.
 
     Args:
         scan: (X, Y, Z) on axes to the right, to the front and up. spacing: mm per axis.
@@ -54,19 +63,21 @@ def slice_viewer(
     grey = np.clip(scan / max(float(np.percentile(scan, 99.5)), 1e-6), 0, 1)
     image_type, _ = optional_import("PIL", name="Image")
     planes = []
-    for plane, axis in PLANES.items():
+    for plane, (axis, left, right) in PLANES.items():
         chosen = slices_of(grey, axis)
         across, up = (grey.shape[other] * float(spacing[other]) for other in range(3) if other != axis)
-        height = max(round(PANE_WIDTH * up / across), 1)
         strip = png(image_type.fromarray((stack(grey, axis, chosen) * 255).astype(np.uint8)))
-        panes = [pane("scan", [strip], height, len(chosen))]
+        size = f"aspect-ratio:{across:g}/{up:g};background-size:100% {100 * len(chosen)}%"
+        ends = f"<span>{left}</span><span>{right}</span>"
+        panes = [pane("scan", "var(--scan)", size, plane, ends)]
         for title, label_map in label_maps.items():
             coloured = png(overlay(stack(label_map, axis, chosen), classes))
-            panes.append(pane(title, [coloured, strip], height, len(chosen)))
+            panes.append(pane(title, f"url({coloured}),var(--scan)", size, plane, ends))
         last = len(chosen) - 1
         planes.append(
-            f'<div><div class="plane">{"".join(panes)}</div><output></output>'
-            f'<input type="range" min="0" max="{last}" value="{last // 2}" data-name="{plane}"'
+            f'<div class="planes"><div class="plane" style="--panes:{len(panes)};--scan:url({strip})">{"".join(panes)}'
+            f'</div><output></output><input type="range" min="0" max="{last}" value="{last // 2}" data-name="{plane}"'
+            f' data-numbers="{" ".join(str(number + 1) for number in chosen)}" data-count="{grey.shape[axis]}"'
             f' aria-label="{plane} slice"></div>'
         )
     return f'<div class="viewer" data-case="{escape(case)}">{"".join(planes)}</div>'
@@ -105,9 +116,9 @@ def png(image: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def pane(title: str, pictures: Sequence[str], height: int, count: int) -> str:
-    """A window of one slice on picture strips, the first on top."""
-    images = ", ".join(f"url({picture})" for picture in pictures)
-    size = f"{PANE_WIDTH}px {height * count}px"
-    style = f"width:{PANE_WIDTH}px;height:{height}px;background-image:{images};background-size:{size}"
-    return f'<div class="pane" data-height="{height}" style="{style}"><span>{escape(title)}</span></div>'
+def pane(title: str, image: str, size: str, plane: str, ends: str) -> str:
+    """A window of one slice on picture strips, the first on top, as wide as its column."""
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><div class="pane" role="img"'
+        f' aria-label="{escape(title)}, {plane}" style="background-image:{image};{size}">{ends}</div></figure>'
+    )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -102,7 +101,7 @@ def test_the_report_needs_nothing_else(finished):
     assert "default-src 'none'" in page
     for text in ("structure 1", "structure 2", "7", "8", "Score", "teacher agrees with its last look"):
         assert text in page
-    assert page.count('class="viewer"') == 2 and page.count('type="range"') == 6
+    assert page.count('class="viewer"') == 2 and page.count('type="range" min') == 6
     assert record["report"] == str(output / "report.html")
 
 
@@ -146,7 +145,7 @@ def test_the_history_has_what_the_report_shows(finished):
     lines = [json.loads(line) for line in (output / "stages" / "adaptation" / "history.jsonl").read_text().splitlines()]
     assert all(0 <= line["target_agreement_teacher_student"] <= 1 for line in lines)
     assert "target_agreement_previous" not in lines[0] and 0 <= lines[1]["target_agreement_previous"] <= 1
-    assert {"target_voxels_structure 1", "target_voxels_structure 2"} <= set(lines[0])
+    assert {"target_ml_structure 1", "target_ml_structure 2"} <= set(lines[0])
 
 
 def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
@@ -168,6 +167,8 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"prepare": {}, "target": "t2/7.nii.gz"}, "prepare needs target as a folder"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
         ({"settings": {"widht": 3}, "prepare": {}}, "settings \\['widht'\\] are in no bundle"),
+        ({"symmetric": True, "labels": {"Lung_Lt": 1, "liver": 2}}, "symmetric mirrors left and right.*Lung_Lt"),
+        ({"labels": {"background": 0, "all": [1, 2]}}, "labels: 'all' is a region"),
         ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )
@@ -298,35 +299,3 @@ def test_a_stage_that_fails_says_why(tmp_path):
     bundle = ROOT / "bundles" / "mapseg_adaptation"
     with pytest.raises(ConfigError, match="no datalist at"):
         run_stage("source", bundle, ["configs/train.json", "configs/tiny.yaml"], tmp_path, {"dataset_dir": tmp_path})
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium browser")
-def test_the_report_in_a_browser(finished, tmp_path):
-    """The page's own script sorts, chooses scans and moves slices, with its content policy in force."""
-    output, _ = finished
-    probe = """<script>{
-    const first = () => document.querySelector("tbody tr").cells[0].textContent;
-    const head = document.querySelector("th button"), seen = [];
-    head.click(); seen.push(first()); head.click(); seen.push(first());
-    const chooser = document.getElementById("scan");
-    chooser.value = chooser.options[1].value; chooser.dispatchEvent(new Event("change"));
-    seen.push([...document.querySelectorAll(".viewer")].filter(v => !v.hidden).map(v => v.dataset.case).join());
-    seen.push(chooser.value);
-    const slider = document.querySelector(".viewer:not([hidden]) input");
-    const pane = slider.parentElement.querySelector(".pane");
-    slider.value = 3; slider.dispatchEvent(new Event("input"));
-    seen.push(pane.style.backgroundPositionY === -3 * pane.dataset.height + "px");
-    seen.push(slider.parentElement.innerText.trim());
-    seen.push(document.documentElement.scrollWidth <= window.innerWidth);
-    document.title = JSON.stringify(seen);
-    }</script></body>"""
-    page = tmp_path / "page.html"
-    page.write_text((output / "report.html").read_text().replace("</body>", probe))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=400,900", "--dump-dom"]
-    home = {**os.environ, "HOME": str(tmp_path)}
-    dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, env=home).stdout
-    title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL).group(1)
-    ascending, descending, shown, chosen, moved, text, narrow = json.loads(title.replace("&quot;", '"'))
-    assert (ascending, descending) == ("7", "8") and shown == chosen and moved and narrow
-    assert "sagittal, slice 4 of" in text
