@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mapseg_components.commands.evaluate import read_labels
 from mapseg_components.commands.session import listed, working
 from mapseg_components.data import (
     SECTIONS,
@@ -26,6 +25,7 @@ from mapseg_components.data import (
 )
 from mapseg_components.data.audit import names_of
 from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist, scans_below
+from mapseg_components.data.labels import read_labels
 from mapseg_components.data.layouts import image_folders
 from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.portraits import PortraitRecord
