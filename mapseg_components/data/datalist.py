@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
 from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.files import readable
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
 
 __all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans"]
@@ -259,8 +261,12 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
         raise DataError(f"{origin}: {case[IMAGE]} is named as image and as label: name its label map")
     case_id = entry.get(CASE_ID)
     case[CASE_ID] = stem(Path(entry[IMAGE])) if case_id in (None, "") else str(case_id)
-    if not re.fullmatch(r"[\w][\w.\- ]*", case[CASE_ID]) or ".." in case[CASE_ID]:
-        raise DataError(f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-'")
+    composed = unicodedata.normalize("NFC", case[CASE_ID])  # a letter and its accent may come as two characters
+    if not re.fullmatch(r"[\w][\w.\- ]*", composed) or ".." in composed:
+        raise DataError(
+            f"{origin}: case id {readable(case[CASE_ID])!r} cannot name a file: use letters, digits, '.', '_', '-' "
+            "(rename the file, or set case_id)"
+        )
     if len(os.fsencode(case[CASE_ID])) > LONGEST_NAME_BYTES:
         raise DataError(
             f"{origin}: case id {case[CASE_ID]!r} has {len(os.fsencode(case[CASE_ID]))} bytes, "
