@@ -25,12 +25,13 @@ WORKDIR /opt/mapseg
 COPY constraints.txt ./
 RUN python3 -m venv venv \
     && pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "$(grep '^torch==' constraints.txt)"
-COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY setup.cfg setup.py pyproject.toml README.md LICENSE ./
 COPY mapseg_components ./mapseg_components
 COPY bundles ./bundles
-RUN pip install -c constraints.txt '.[yaml]'
+COPY sample ./sample
+RUN pip install -c constraints.txt .
 
 USER 10001
 WORKDIR /opt/mapseg/bundles/mapseg_adaptation
-ENTRYPOINT ["python", "-m", "monai.bundle"]
-CMD ["--help"]
+# no entry point: mapseg and python -m monai.bundle are both in the path
+CMD ["mapseg", "--help"]

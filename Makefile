@@ -16,7 +16,7 @@ help:
 	@echo "make weights  train the weights that the bundles ship, on the shipped scans"
 	@echo "make clean    remove the environment and everything the demo wrote"
 
-$(STAMP): setup.cfg constraints.txt Makefile
+$(STAMP): setup.cfg setup.py constraints.txt Makefile
 	@command -v $(PYTHON) > /dev/null || { \
 	  echo "$(PYTHON) not found: install Python 3.10 or newer, or name it: make PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -28,7 +28,7 @@ $(STAMP): setup.cfg constraints.txt Makefile
 	@echo "  PyTorch ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@echo "  MONAI and the rest ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[yaml,report,test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 demo: $(STAMP)

@@ -63,7 +63,7 @@ def write_datalist(
 
 
 def bundle(name: str, datalist: Path, settings: Mapping[str, Any], config: str = "train.json") -> ConfigParser:
-    """A shipped config with other settings; those that it does not have are left out.
+    """A shipped config with other settings, a training's on top of ``paper.yaml``; those that it has not are left out.
 
     Args:
         name: "adaptation" or "pretraining".
@@ -71,7 +71,8 @@ def bundle(name: str, datalist: Path, settings: Mapping[str, Any], config: str =
         config: file name.
     """
     folder = BUNDLES / f"mapseg_{name}"
-    content = ConfigParser.load_config_file(folder / "configs" / config)
+    files = [config, "paper.yaml"] if config == "train.json" else [config]
+    content = ConfigParser.load_config_files([str(folder / "configs" / file) for file in files])
     parser = ConfigParser(content)
     known = {key: value for key, value in settings.items() if key.partition("#")[0] in content}
     parser.update({"bundle_root": str(folder), "datalist": str(datalist), **known})

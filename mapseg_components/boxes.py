@@ -17,6 +17,7 @@ import torch
 __all__ = [
     "axis_extremes",
     "box_of_mask",
+    "corner_distance",
     "expand_box",
     "index_affine",
     "interpolation_matrices",
@@ -106,6 +107,12 @@ def index_affine(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
     affine[:3, :3] = np.diag(step)
     affine[:3, 3] = box[:, 0] + 0.5 * step - 0.5
     return affine
+
+
+def corner_distance(shape: tuple[int, ...], one: np.ndarray, two: np.ndarray) -> float:
+    """Largest distance in mm between where two affines (4, 4) put a corner of a grid."""
+    corners = np.array(np.meshgrid(*[(0, side - 1) for side in shape], [1])).reshape(4, -1)
+    return float(np.linalg.norm(((one - two) @ corners)[:3], axis=0).max())
 
 
 def interpolation_matrices(start: torch.Tensor, stop: torch.Tensor, size_in: int, size_out: int) -> torch.Tensor:

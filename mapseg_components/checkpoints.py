@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import random
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from torch import nn
@@ -23,12 +25,15 @@ from mapseg_components.files import free_space_error, replacing
 __all__ = [
     "fingerprint",
     "load_weights",
+    "publish",
     "random_state",
     "read_checked",
     "restore_random_state",
     "weights_of",
     "write_atomic",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomic(
@@ -66,7 +71,10 @@ def read_checked(path: str | os.PathLike[str], map_location: torch.device | str 
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no weights at {path}: run the stage that writes this file, or correct the path")
+        elsewhere = "" if path.is_absolute() else f" (in {Path.cwd()}; from there, a bundle's own need --bundle_root)"
+        raise CheckpointError(
+            f"no weights at {path}{elsewhere}: run the stage that writes this file, or correct the path"
+        )
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not compare the records with their checksums
             damaged = archive.testzip()
@@ -135,6 +143,32 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], prefix: str =
         )
     network.load_state_dict(found, strict=not prefix)
     return len(found)
+
+
+def publish(
+    trained: str | os.PathLike[str], folder: str | os.PathLike[str], network: nn.Module, name: str = "model.pt"
+) -> None:
+    """Put the weights of a finished training where the bundle's inference reads them; the earlier ones are kept.
+
+    Args:
+        trained: folder of the training: its ``model.pt`` is taken, else ``source_only.pt``, else, where no epoch was
+            validated, the weights that the network has now. Nothing is done if it is ``folder`` itself.
+        folder: receives ``name``; what stood there is kept as ``previous_<name>``.
+        network: as it was trained.
+
+    Raises:
+        CheckpointError: the chosen file is damaged. ResourceError: the disk is full.
+    """
+    trained, folder = Path(trained), Path(folder)
+    if trained.resolve() == folder.resolve() or idist.get_rank() != 0:
+        return
+    chosen = next((path for path in (trained / "model.pt", trained / "source_only.pt") if path.is_file()), None)
+    if chosen is None:
+        logger.warning("No epoch was validated, or every figure was NaN: the weights of the last epoch are taken.")
+    write_atomic(
+        weights_of(network) if chosen is None else read_checked(chosen), folder / name, folder / f"previous_{name}"
+    )
+    logger.info(f"{folder / name} holds {chosen or 'the weights of the last epoch'}; earlier ones: previous_{name}.")
 
 
 def random_state() -> dict[str, Any]:

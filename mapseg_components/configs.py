@@ -22,7 +22,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, sweep_temporaries, unlock_folders
 
-__all__ = ["begin_run", "check_settings", "end_run", "require_same_settings", "running_settings"]
+__all__ = ["begin_run", "check_settings", "end_run", "given_lists", "require_same_settings", "running_settings"]
 
 # what `monai.bundle run --tracking` adds by itself
 TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
@@ -33,6 +33,7 @@ MONAI_KEYS = {"finalize", "displayable_configs"}  # known to MONAI and MONAI Lab
 # easily mistaken for a setting of the other stage, where they would do nothing
 TRAINING_ONLY = {"initial_weights", "encoder_weights", "resume", "save_steps"}
 INFERENCE_ONLY = {"weights", "cases", "section", "results", "overwrite", "output_postfix", "scans"}
+EVALUATION_ONLY = {"section", "results"}  # of evaluate.json alone
 # what may differ when a run is resumed, by the last part of its name: where things are, how fast they go, not
 # what is trained (`network` and `backend` wrap `network_def` for several processes)
 SAFE_TO_CHANGE = {
@@ -45,7 +46,11 @@ SAFE_TO_CHANGE = {
     *TRACKING,
 }
 # lists of what is reported and when
-SAFE_LISTS = ("train#handlers", "validate#handlers")
+HANDLERS = (
+    *("load_encoder", "load_initial_weights", "checkpoint", "student_validation", "teacher_validation"),
+    *("score", "diagnostics", "history"),
+)
+SAFE_LISTS = ("train#handlers", "validate#handlers", *HANDLERS)
 
 
 def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
@@ -66,6 +71,12 @@ def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
     workflow = running_workflow()
     if workflow is not None:
         check_settings(workflow.parser.config, Path(str(workflow.config_root_path)))
+        if given_lists() and "labels" not in workflow.parser:
+            raise ConfigError(
+                "train#dataset#data is a list of labelled scans, and this bundle learns from the images of a datalist "
+                "alone: MONAI Label offers its training and cannot run it; serve a bundle with labels, such as "
+                "mapseg_adaptation"
+            )
     if int(os.environ.get("RANK", 0)) == 0:
         for folder in folders:
             require_writable(folder)
@@ -93,6 +104,12 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
     known = known_keys(config_folder)
     if not known[""]:
         return
+    if "train" in settings and EVALUATION_ONLY <= set(settings):
+        raise ConfigError(
+            "evaluate.json goes on inference.json: \"['configs/inference.json','configs/evaluate.json']\", with the "
+            "overlays that the weights were trained with after these, --weights and --dataset_dir; train.json holds no "
+            "inference"
+        )
     found = [("", key) for key in settings] + [
         (section, key) for section in SECTIONS if isinstance(settings.get(section), dict) for key in settings[section]
     ]
@@ -159,6 +176,23 @@ def hint(where: str, key: str, known: set[str]) -> str:
     """An unknown key, and the nearest known one."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"{where!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+def given_lists() -> dict[str, list[dict[str, Any]]]:
+    """Cases that stand in the running bundle's config themselves, where a datalist's are read by an expression.
+
+    MONAI Label trains in this way: it replaces ``train#dataset#data`` and ``validate#dataset#data`` by lists.
+
+    Returns:
+        ``source_training`` and ``source_validation``, as far as they were given; empty if the first was not.
+    """
+    workflow = running_workflow()
+    if workflow is None:
+        return {}
+    places = {"source_training": "train#dataset#data", "source_validation": "validate#dataset#data"}
+    lists = {section: workflow.parser.get(place) for section, place in places.items()}
+    found = {section: list(cases) for section, cases in lists.items() if isinstance(cases, (list, tuple))}
+    return found if "source_training" in found else {}
 
 
 def running_settings() -> dict[str, Any]:

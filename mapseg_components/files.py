@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from filelock import FileLock, Timeout
 from mapseg_components.errors import ResourceError
 
 __all__ = [
+    "as_written",
     "free_space_error",
     "lock_folder",
+    "readable",
     "replacing",
     "require_writable",
     "sha256_of",
@@ -40,6 +43,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates and line separators
 LOCK_NAME = ".run.lock"
 TEMPORARY_SUFFIX = ".tmp"
 # what `replacing` names its files: a hidden name, eight random characters of tempfile, the suffix
@@ -130,10 +134,27 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def readable(text: str | os.PathLike[str]) -> str:
+    """A file name as text on one line: bytes that are no text, line breaks and other control characters as escapes."""
+    return "".join(
+        f"\\x{ord(one) - 0xDC00:02x}"
+        if "\udc80" <= one <= "\udcff"
+        else one.encode("unicode_escape").decode()
+        if unicodedata.category(one) in UNREADABLE
+        else one
+        for one in os.fspath(text)
+    )
+
+
+def as_written(text: str) -> str:
+    """Text as `write_text` keeps it: what UTF-8 does not have, as in a file name of other bytes, becomes an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a text file, all of it or nothing, with the line ends that it has. Raises as `replacing`."""
+    """Write a text file in UTF-8, all of it or nothing, with the line ends that it has. Raises as `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(as_written(text), encoding="utf-8", newline="")
 
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:

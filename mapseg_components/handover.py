@@ -38,6 +38,7 @@ from mapseg_components.data import median_spacing, structure_sizes
 from mapseg_components.errors import CheckpointError, ConfigError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.keys import IMAGE, LABEL
+from mapseg_components.structures import structures_of
 
 __all__ = ["HandoverPackage", "SourceOnlyWeights", "volume_priors", "write_handover"]
 
@@ -96,6 +97,7 @@ SETTINGS: dict[str, Callable[[Any], bool]] = {
     "target_scale_range": is_range,
     "target_rotation_deg": is_number(0, 180),
     "mask_ratio": is_number(0, 1),
+    "mask_value": lambda value: value in (None, "mean") or is_number(-1e6, 1e6)(value),
     "local_block_size": is_sized(1, 1024),
     "global_block_size": is_sized(1, 1024),
 }
@@ -139,6 +141,7 @@ def write_handover(
     if min_scans < 2:
         raise ConfigError(f"handover_min_scans is {min_scans}: figures of one scan must not leave, set 2 or more")
     load_weights(network, weights)
+    labels = structures_of(labels)
     content = {
         "schema": SCHEMA,
         "weights": {"fingerprint": fingerprint(network)},
@@ -261,7 +264,10 @@ class HandoverPackage:
     @property
     def settings(self) -> dict[str, Any]:
         """Values of all of `SETTINGS`."""
-        return dict(self.content["settings"])
+        settings = dict(self.content["settings"])
+        if settings.get("mask_value") is None:  # a package of an earlier version
+            settings["mask_value"] = 0.0
+        return settings
 
     @cached_property
     def weights(self) -> str:
@@ -286,7 +292,7 @@ class HandoverPackage:
             CheckpointError: the networks' fingerprints differ all the same.
         """
         path = self.folder / MANIFEST
-        pairs = [("labels", list(labels.items()), list(self.labels.items()))]
+        pairs = [("labels", list(structures_of(labels).items()), list(self.labels.items()))]
         pairs += [(name, plain(settings.get(name)), self.settings[name]) for name in BINDING]
         differing = [
             f"{name} is {found}, the package has {expected}" for name, found, expected in pairs if found != expected

@@ -8,13 +8,16 @@ global view are hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["block_grid", "draw_block_mask", "expand_block_mask", "hide"]
+__all__ = ["block_grid", "check_mask_value", "draw_block_mask", "expand_block_mask", "hide"]
+
+MEAN = "mean"
 
 
 def block_grid(spatial_shape: Sequence[int], block_size: Sequence[int] | int) -> tuple[int, ...]:
@@ -71,6 +74,23 @@ def expand_block_mask(mask: torch.Tensor, spatial_shape: Sequence[int]) -> torch
     return mask
 
 
-def hide(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Image with hidden voxels set to 0; the mask has the image's shape or broadcasts to it."""
-    return image.masked_fill(mask, 0.0)
+def check_mask_value(value: float | str) -> float | str:
+    """What a hidden voxel shows, unchanged. Raises `ConfigError` if it is neither a finite number nor "mean"."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number and value != MEAN:
+        raise ConfigError(f"mask_value is {value!r}, expected a number (0 in the paper) or {MEAN!r}")
+    return value
+
+
+def hide(image: torch.Tensor, mask: torch.Tensor, value: float | str = 0.0) -> torch.Tensor:
+    """Image with hidden voxels replaced.
+
+    Args:
+        image: (..., X, Y, Z), in [0, 1] with background 0.
+        mask: boolean, of the image's shape or broadcast to it, ``True`` = hidden.
+        value: what a hidden voxel shows: a number (0, as in the paper, is what background shows as well), or
+            ``"mean"``, the mean of the sample's own channel over all of its voxels.
+    """
+    if value == MEAN:
+        return torch.where(mask, image.mean(dim=(-3, -2, -1), keepdim=True), image)
+    return image.masked_fill(mask, float(value))

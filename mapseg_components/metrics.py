@@ -36,7 +36,7 @@ FEWEST_CASES = 6  # five pairs cannot reach p < 0.05 in a two-sided signed rank 
 def require_scipy() -> None:
     """Raise `ConfigError` without scipy, which MONAI's surface metrics and the rank test need."""
     if not optional_import("scipy.ndimage")[1]:
-        raise ConfigError("surface distances need scipy, which is not installed: pip install 'mapseg-monai[stats]'")
+        raise ConfigError("surface distances need scipy, which is not installed: pip install scipy")
 
 
 def agreement(

@@ -11,7 +11,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from mapseg_components.federated import Plan
-from tests.conftest import ROOT, make_dataset, make_scan, write_nifti
+from tests.scans import ROOT, make_dataset, make_scan, write_nifti
 
 CONFIGS = ROOT / "bundles" / "mapseg_adaptation" / "configs"
 LABELS = {"first": 1, "second": 2}

@@ -15,14 +15,21 @@ from mapseg_components.configs import STANDALONE, check_settings
 from mapseg_components.errors import ConfigError
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
+NETWORK = "in_channels patch_size width depth stride percentile percentile_foreground"
 # ids that must be the same text in both files
 EQUAL = [
-    ("mapseg_adaptation/configs/train.json", "mapseg_adaptation/configs/inference.json", ["network_def"]),
-    ("mapseg_pretraining/configs/train.json", "mapseg_pretraining/configs/inference.json", ["network_def"]),
+    # what a client makes a network of, whichever of the two it opens
+    *(
+        (f"{bundle}/configs/train.json", f"{bundle}/configs/inference.json", f"network_def {NETWORK} {names}".split())
+        for bundle, names in (
+            ("mapseg_adaptation", "labels dilations head_channels dropout window_stride window_weighting"),
+            ("mapseg_pretraining", "decoder_channels mask_ratio local_block_size"),
+        )
+    ),
     (
         "mapseg_adaptation/configs/train.json",
         "mapseg_pretraining/configs/train.json",
-        # one encoder, one reading of scans; the paper's sizes stand in both
+        # one encoder, one reading of scans
         "in_channels patch_size width depth stride percentile percentile_range mask_ratio local_block_size "
         "global_block_size datalist device assume_orientation audit audit_file".split(),
     ),

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ["train.json", "small_data.yaml", "fetal_age.yaml", "federated.json"]
+FILES = ["train.json", "federated.json"]
 SITES = ["--sites", "younger", "--source-site", "older"]
 
 

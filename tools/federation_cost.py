@@ -31,7 +31,8 @@ from mapseg_components.federated.site import parser_of  # noqa: E402
 from tests.federation import CONFIGS, make_federation, make_site, small_plan, small_settings  # noqa: E402
 
 SIZES = {
-    "train.json (paper)": ["train.json"],
+    "train.json (the sample)": ["train.json"],
+    "paper.yaml": ["train.json", "paper.yaml"],
     "small_data.yaml": ["train.json", "small_data.yaml"],
     "tiny.yaml (tests)": ["train.json", "tiny.yaml"],
 }

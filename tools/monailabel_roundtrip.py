@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a real MONAI Label server for one scan, and compare with ``monai.bundle run`` voxel by voxel.
+"""Ask a real MONAI Label server for one scan, compare with ``monai.bundle run`` voxel by voxel, and train through it.
 
-python tools/monailabel_roundtrip.py --label-env ENV --bundle bundles/mapseg_adaptation --scan SCAN.nii.gz
+python tools/monailabel_roundtrip.py --label-env ENV --bundle bundles/mapseg_adaptation --scan SCAN.nii.gz \\
+    --labelled FOLDER
 
 ENV is a virtual environment with ``tools/monailabel_requirements.txt``; ``mapseg_components`` need not be installed in
-it, the bundle is served as packed by ``pack_bundle.py``. The server listens on this machine alone and is ended with the
-script. Exit code 0 only if label map and affine are equal.
+it, the bundle is served as packed by ``pack_bundle.py``. FOLDER has ``images`` and ``labels`` by the same names: its
+label maps are saved through the server, which is then told to train, twice, and asked again. Without it nothing is
+trained. The server listens on this machine alone and is ended with the script. Exit code 0 only if label map and affine
+are equal, both trainings end, the weights that are served change, and the ones before are kept.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import json
 import os
 import shutil
 import socket
@@ -58,11 +62,11 @@ def monailabel(environment: Path, *arguments: object) -> list[str]:
 
 
 @contextlib.contextmanager
-def server(environment: Path, bundle: Path, scan: Path, folder: Path, timeout_s: float) -> Iterator[str]:
-    """A running server with one bundle and one scan; yields its address.
+def server(environment: Path, bundle: Path, scans: list[Path], folder: Path, timeout_s: float) -> Iterator[str]:
+    """A running server with one bundle and some scans; yields its address.
 
     Args:
-        environment: of MONAI Label. bundle: zip of `pack_bundle.py`. scan: NIfTI. folder: for the app and the log.
+        environment: of MONAI Label. bundle: zip of `pack_bundle.py`. scans: NIfTI. folder: for the app and the log.
         timeout_s: seconds to wait for the first answer.
     """
     settings = {**os.environ, "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"}
@@ -80,7 +84,8 @@ def server(environment: Path, bundle: Path, scan: Path, folder: Path, timeout_s:
         archive.extractall(app / "model")
         name = archive.namelist()[0].split("/")[0]
     studies.mkdir()
-    shutil.copy(scan, studies)
+    for scan in scans:
+        shutil.copy(scan, studies)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -112,24 +117,58 @@ def tail(log: Path) -> str:
     return "\n".join(log.read_text().splitlines()[-20:])
 
 
+def send(url: str, method: str, content: bytes, kind: str, timeout_s: float) -> bytes:
+    """An HTTP request; returns the answer's content."""
+    headers = {"Content-Type": kind, "Accept": "application/json"}
+    request = urllib.request.Request(url, data=content, method=method, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        return answer.read()
+
+
+def form(parameters: dict[str, object], label: Path | None = None) -> tuple[bytes, str]:
+    """A form with ``params`` and, with a file, ``label``; its content and kind."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="params"\r\n\r\n{json.dumps(parameters)}\r\n'
+    content = head.encode()
+    if label is not None:
+        head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="label"; filename="{label.name}"\r\n'
+        content += head.encode() + b"Content-Type: application/octet-stream\r\n\r\n" + label.read_bytes() + b"\r\n"
+    return content + f"--{BOUNDARY}--\r\n".encode(), f"multipart/form-data; boundary={BOUNDARY}"
+
+
+def study(scan: Path) -> str:
+    """Name of a scan in the server's store."""
+    return scan.name.removesuffix(".gz").removesuffix(".nii")
+
+
 def ask(address: str, name: str, scan: Path, label_map: Path, timeout_s: float) -> None:
     """Have the server segment a scan that it holds; writes the label map that it answers with."""
-    query = urllib.parse.urlencode({"image": scan.name.removesuffix(".gz").removesuffix(".nii"), "output": "image"})
-    lines = [
-        f"--{BOUNDARY}",
-        'Content-Disposition: form-data; name="params"',
-        "",
-        '{"device": "cpu"}',
-        f"--{BOUNDARY}--",
-    ]
-    request = urllib.request.Request(
-        f"{address}/infer/{name}?{query}",
-        data="\r\n".join([*lines, ""]).encode(),
-        headers={"Content-Type": f"multipart/form-data; boundary={BOUNDARY}", "Accept": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-        content = answer.read()
+    query = urllib.parse.urlencode({"image": study(scan), "output": "image"})
+    content = send(f"{address}/infer/{name}?{query}", "POST", *form({"device": "cpu"}), timeout_s)
     label_map.write_bytes(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+
+
+def train(address: str, name: str, labelled: Path, models: Path, epochs: int, timeout_s: float) -> str:
+    """Save label maps through the server and train twice; returns what is wrong, or nothing.
+
+    Args:
+        labelled: folder with ``images``, which the server holds, and ``labels``. models: of the bundle that is served.
+    """
+    offered = json.loads(urllib.request.urlopen(f"{address}/info/", timeout=10).read())["trainers"]
+    if name not in offered:
+        return f"the server offers training for {sorted(offered)}, not for {name}"
+    for label in sorted((labelled / "labels").glob("*.nii*")):
+        query = urllib.parse.urlencode({"image": study(label), "tag": "final"})
+        send(f"{address}/datastore/label?{query}", "PUT", *form({}, label), timeout_s)
+    request = json.dumps({"device": "cpu", "max_epochs": epochs, "val_split": 0.34}).encode()
+    for number in (1, 2):
+        before = (models / "model.pt").read_bytes()
+        send(f"{address}/train/{name}?run_sync=true", "POST", request, "application/json", timeout_s)
+        if (models / "model.pt").read_bytes() == before:
+            return f"training {number} ended, but model.pt is as before"
+        if (models / "previous_model.pt").read_bytes() != before:
+            return f"training {number} did not keep the weights before it"
+    print(f"Trained twice, {epochs} epochs each; model.pt has changed, previous_model.pt has the weights before.")
+    return ""
 
 
 def main() -> None:
@@ -138,16 +177,24 @@ def main() -> None:
     parser.add_argument("--label-env", type=Path, required=True, help="virtual environment with MONAI Label")
     parser.add_argument("--bundle", type=Path, required=True, help="folder of the bundle")
     parser.add_argument("--scan", type=Path, required=True, help="one NIfTI scan")
+    parser.add_argument("--labelled", type=Path, help="folder with images and labels: train through the server, too")
+    parser.add_argument("--epochs", type=int, default=5, help="of each training")
     parser.add_argument("--timeout_s", type=float, default=300, help="longest wait for the server and for its answer")
     arguments = parser.parse_args()
     # the folder of the environment is not resolved: its python is a link
     bundle, scan, environment = arguments.bundle.resolve(), arguments.scan.resolve(), arguments.label_env.absolute()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        served = folder / "served.nii"
-        with server(environment, pack(bundle, folder), scan, folder, arguments.timeout_s) as address:
+        served, after = folder / "served.nii", folder / "after_training.nii"
+        labelled, wrong = arguments.labelled, ""
+        scans = [scan, *(sorted((labelled / "images").glob("*.nii*")) if labelled else ())]
+        with server(environment, pack(bundle, folder), scans, folder, arguments.timeout_s) as address:
             try:
                 ask(address, bundle.name, scan, served, arguments.timeout_s)
+                if labelled:
+                    models = folder / "apps" / "monaibundle" / "model" / bundle.name / "models"
+                    wrong = train(address, bundle.name, labelled, models, arguments.epochs, arguments.timeout_s)
+                    ask(address, bundle.name, scan, after, arguments.timeout_s)
             except urllib.error.HTTPError as error:
                 sys.exit(f"the server answered {error.code}; its log ends with\n{tail(folder / 'server.log')}")
         (folder / "scans").mkdir()
@@ -165,6 +212,12 @@ def main() -> None:
         differing, shift = int((one != other).sum()), float(np.abs(first.affine - second.affine).max())
         values = np.unique(one).astype(int).tolist()
         print(f"{differing} of {one.size} voxels differ, values {values}, affine by {shift:.1g}")
+        if labelled and not wrong:
+            changed = int((one != np.asarray(nib.load(after).dataobj)).sum())
+            print(f"After training {changed} of {one.size} voxels are labelled otherwise.")
+            wrong = "" if changed else "the label map is the same after training"
+        if wrong:
+            sys.exit(wrong)
         sys.exit(0 if differing == 0 and shift < 1e-4 else 1)
 
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mapseg_components.commands.adapt import adapt
     from mapseg_components.commands.check import check
+    from mapseg_components.commands.demo import demo
     from mapseg_components.commands.evaluate import evaluate
     from mapseg_components.commands.predict import predict
     from mapseg_components.commands.prepare import prepare
     from mapseg_components.commands.report import report
     from mapseg_components.commands.restore import restore
 
-__all__ = ["adapt", "check", "evaluate", "predict", "prepare", "report", "restore"]
+__all__ = ["adapt", "check", "demo", "evaluate", "predict", "prepare", "report", "restore"]
 
 
 class Commands(ModuleType):

@@ -9,13 +9,11 @@ import json
 import logging
 import random
 import shutil
-import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
@@ -28,12 +26,19 @@ from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.session import choose_device, versions, working
+from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
-from mapseg_components.data.datalist import has_section, labels_file, read_json, scans_below, stem
+from mapseg_components.data.datalist import has_section, labels_file, open_datalist, read_json, scans_below, stem
+from mapseg_components.data.facts import facts_of
+from mapseg_components.data.findings import Finding, fault, raise_findings
+from mapseg_components.data.layouts import image_folders, misplaced
+from mapseg_components.data.nifti import read_geometry
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.sides import refuse_sides
+from mapseg_components.structures import structures_of, value_fault
 
 __all__ = ["adapt"]
 
@@ -89,12 +94,13 @@ def adapt(
     works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read.
 
     Args:
-        source: labelled scans: a datalist (JSON), a folder in the convention of docs/data.md, or a folder with
-            ``images`` and ``labels``. Without a section of validation, some cases are held out (`validation_share`).
+        source: labelled scans: a datalist (JSON), a folder in the convention of docs/data.md, a folder with
+            ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
+            ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
         output: folder to write, new or of an earlier call with the same arguments.
-        labels: structures and their values, as a mapping, JSON text or a JSON file. By default the datalist's; without,
-            the values found in the source's label maps.
+        labels: structures and their values, as a mapping, JSON text or a JSON file such as ``dataset.json``. By default
+            those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
         preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
@@ -104,7 +110,7 @@ def adapt(
             have the same contrast.
         validation_share: of the source's cases, one at least, where it names none.
         symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
-            sure a model is.
+            sure a model is. Refused where a name has a side.
         any_position: source and target show different parts of the body: then the place of a structure in a scan says
             nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
@@ -274,7 +280,9 @@ class Adaptation:
         source = self._scans("source")
         training, validation = source_cases(source, request["validation_share"], request["seed"])
         target = target_cases(self._scans("target"))
-        structures = structure_names(request["labels"], source, [*training, *validation])
+        structures = structure_names(request["labels"], request["source"], [*training, *validation])
+        if request["symmetric"]:
+            refuse_sides("symmetric", structures)
         grids = [grid_of(case["image"]) for case in [*training, *validation, *target]]
         preset, reason = request["preset"], "asked for"
         if preset == "auto":
@@ -451,18 +459,6 @@ def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     return options
 
 
-def bundles_folder() -> Path:
-    """Where the bundles are: beside the package in a clone, below the prefix after an installation."""
-    candidates = [
-        Path(__file__).parents[2] / "bundles",
-        Path(sysconfig.get_path("data")) / "share" / "mapseg" / "bundles",
-    ]
-    for candidate in candidates:
-        if (candidate / "mapseg_adaptation" / "configs" / "train.json").is_file():
-            return candidate
-    raise ConfigError(f"the bundles are in neither of {[str(c) for c in candidates]}: install the package again")
-
-
 def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """Cases for training and validation. Raises `ConfigError`, `DataError`."""
     path = Path(source)
@@ -470,10 +466,12 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
         if not (path / "labels").is_dir():
             raise ConfigError(f"{path / 'labels'} does not exist: put the label maps there, named as their images")
         cases = labelled_folder(path)
-    elif path.is_dir() and not (path / "source").is_dir():
-        raise ConfigError(f"{path} has neither images/ and labels/ nor source/: see docs/data.md for the folders")
+    elif path.is_dir() and not (path / "source").is_dir() and open_datalist(path) is None:
+        expected = "images/ and labels/, imagesTr/ and labelsTr/ (nnU-Net, Decathlon), or source/"
+        raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/data.md for the folders")
     else:
         cases = load_datalist(path, "source_training")
+        refuse_misplaced(cases)
         if has_section(path, "source_validation"):
             return cases, load_datalist(path, "source_validation")
     if len(cases) < 2:
@@ -501,46 +499,53 @@ def target_cases(target: str) -> list[dict[str, Any]]:
     path = Path(target)
     if (path.is_file() and path.suffix == ".json") or (path / "target").is_dir():
         return load_datalist(path, "target_training")
-    folder = path / "images" if (path / "images").is_dir() else path
+    folders = image_folders(path)
+    if len(folders) > 1:
+        named = " and ".join(one.name for one in folders)
+        raise ConfigError(f"{path} has {named}: name the folder of the target's scans, such as {folders[-1]}")
+    folder = folders[0] if folders else path
     cases = load_scans(folder)
     if not cases:
         raise ConfigError(
             f"{folder} has no NIfTI file (.nii, .nii.gz){scans_below(folder)}: name the folder of the target's scans"
         )
+    refuse_misplaced(cases)
     return cases
+
+
+def refuse_misplaced(cases: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse label maps and several channels in the place of scans. Raises `DataError` with all of them."""
+    reasons = ((case["image"], misplaced(case["image"])) for case in cases)
+    raise_findings(Finding("error", str(path), *reason) for path, reason in reasons if reason is not None)
 
 
 def structure_names(
     labels: Mapping[str, int] | None, source: str, cases: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
-    """Structures to train for: as asked, as the datalist says, or as found in the label maps."""
+    """Structures to train for: as asked, as the datalist or ``dataset.json`` says, or as found in the label maps."""
     if labels:
-        if not all(isinstance(value, int) and value > 0 for value in labels.values()):
-            raise ConfigError(f"labels {dict(labels)} must map names to whole numbers above 0")
-        return dict(labels)
+        found = labels.get("labels")
+        return structures_of(found if isinstance(found, dict) else labels, "labels")
     named = labels_file(source)
     if named is not None:
-        listed_labels = read_json(named)["labels"]
-        try:
-            return {str(name): int(value) for value, name in listed_labels.items() if int(value) != 0}
-        except (TypeError, ValueError):
-            raise ConfigError(f'{named}: \'labels\' must map values to names, such as {{"1": "liver"}}') from None
-    values: set[float] = set()
+        return structures_of(read_json(named)["labels"], f"{named}, labels")
+    values: dict[float, int] = {}
     for case in cases:
-        values |= set(np.unique(np.asarray(nib.load(case["label"]).dataobj)).tolist())
-    values.discard(0.0)
-    if not values or len(values) > MOST_LABELS or any(value != int(value) for value in values):
+        facts = facts_of(case["label"], with_values=True)
+        wrong = value_fault(facts.values or (), more_values=facts.more_values)
+        if wrong is not None:
+            raise fault(case["label"], *wrong)
+        values |= {value: 0 for value, _ in facts.values or ()}
+    values.pop(0.0, None)
+    if not values or len(values) > MOST_LABELS:
         raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
     return {f"structure {int(value)}": int(value) for value in sorted(values)}
 
 
 def grid_of(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Voxels and mm per axis of a scan, from its header. Raises `DataError`."""
-    try:
-        scan = nib.load(path)
-        return canonical_grid(scan.shape[:3], scan.affine)
-    except (nib.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): run mapseg check on it") from error
+    found = read_geometry(path)
+    return canonical_grid(found.shape, found.affine)
 
 
 def gpu_gib(device: str) -> float:
@@ -565,7 +570,7 @@ def describe(plan: Mapping[str, Any]) -> str:
 def described(metadata: dict[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the new bundle."""
     channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
-    sizes = [f"{step}*n" for step in plan["settings"]["stride"]]
+    sizes = [f"{2 * step}*n" for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
     metadata = {
         **metadata,
         "name": "Adapted segmentation model",

@@ -20,6 +20,8 @@ from mapseg_components.data import load_datalist
 from mapseg_components.data.volumes import voxel_ml
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
+from mapseg_components.sides import refuse_sides
+from mapseg_components.structures import structures_of
 
 __all__ = ["assess", "verdict_of"]
 
@@ -61,7 +63,7 @@ def assess(
     parser = ConfigParser()
     parser.read_config(str(Path(bundle) / "configs" / "inference.json"))
     parser["bundle_root"] = str(bundle)
-    names = list(parser["labels"])
+    names = list(structures_of(parser["labels"]))
     network = parser.get_parsed_content("network")
     device = parser.get_parsed_content("device")
     preprocessing = parser.get_parsed_content("preprocessing")
@@ -87,6 +89,8 @@ def assess(
         places.append(positions_of(image, truth, classes))
     positions = Positions.fit(places, any_position)
 
+    if symmetric:
+        refuse_sides("symmetric", names)
     flip = 0 if symmetric else None
     models: dict[str, Any] = {}
     label_maps: dict[str, list[torch.Tensor]] = {}
@@ -151,7 +155,7 @@ class LabelLoader:
     """
 
     def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:
-        self.values = list(labels.values())
+        self.values = list(structures_of(labels).values())
         orientation = next(step for step in preprocessing.transforms if isinstance(step, Orientationd))
         self.loading = Compose([*preprocessing.transforms[:2], orientation])  # LoadImaged, AssumeOrientationd
 

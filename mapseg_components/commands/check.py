@@ -13,19 +13,18 @@ from typing import Any
 from tqdm import tqdm
 
 from mapseg_components.commands.evaluate import read_labels
+from mapseg_components.commands.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.commands.session import listed, working
 from mapseg_components.data import (
     SECTIONS,
     Audit,
     Finding,
-    bids_scans,
-    is_bids,
     load_datalist,
-    load_scans,
     refuse_existing,
 )
-from mapseg_components.data.audit import names_of
-from mapseg_components.data.datalist import has_section, labels_file, scans_below
+from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist
+from mapseg_components.data.layouts import image_folders
+from mapseg_components.data.left_out import left_out, notes_of
 from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.portraits import PortraitRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
@@ -130,7 +129,8 @@ def check(
     1024 added, skull-stripped or not, orientation by content, left and right, histograms of source and target.
 
     Args:
-        input: a scan, a folder of scans, a BIDS dataset, a datalist (JSON), or a folder with source/ and target/.
+        input: a scan, a folder of scans, a BIDS dataset, a datalist (JSON), a folder with source/ and target/, or a
+            dataset of nnU-Net or the Medical Segmentation Decathlon (folder or dataset.json).
         datalist: take a folder as one with source/ and target/, even if source/ is missing.
         labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default
             what the datalist says.
@@ -162,10 +162,10 @@ def check(
         audit, record = Audit(None, "full", assume_orientation, non_finite), PortraitRecord()
         audit.record = record
         policy = negative_values or "keep"
-        if datalist or source.suffix == ".json" or (source / SECTIONS["source_training"]).is_dir():
+        if datalist or source.suffix == ".json" or is_datalist_folder(source):
             files = of_datalist(audit, record, source, labels, listed(dropped_labels), policy, quiet)
         else:
-            files = of_scans(audit, record, source, modality, policy, quiet)
+            files = of_scans(audit, record, source, modality, policy, quiet, None if output is None else Path(output))
         facts = {path: found for (path, with_values), found in record.known.items() if not with_values}
         groups: dict[str, list[str]] = {}
         for path, (side, is_label) in files.items():
@@ -179,17 +179,24 @@ def check(
         return result
 
 
+def is_datalist_folder(folder: Path) -> bool:
+    """Whether a folder has ``source``, or is a dataset of nnU-Net or the Decathlon."""
+    return folder.is_dir() and ((folder / SECTIONS["source_training"]).is_dir() or open_datalist(folder) is not None)
+
+
 def of_scans(
-    audit: Audit, record: PortraitRecord, source: Path, modality: str | None, policy: str, quiet: bool
+    audit: Audit,
+    record: PortraitRecord,
+    source: Path,
+    modality: str | None,
+    policy: str,
+    quiet: bool,
+    output: Path | None = None,
 ) -> dict[str, tuple[str, bool]]:
     """Check scans without labels; returns file to its set, and whether it is a label map."""
-    cases = bids_scans(source, modality) if is_bids(source) else load_scans(source)
-    if not cases:
-        raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz){scans_below(source)}: correct the path (mapseg prepare "
-            "converts DICOM)"
-        )
-    audit.findings += names_of(cases)
+    found = nifti_inputs(source, modality, output)
+    cases = found.cases
+    audit.findings += [*found.findings, *notes_of(found.left_out, source)]
     with bar(len(cases), record, quiet):
         for case in cases:
             audit.scan(case[IMAGE], policy, "negative_values")
@@ -222,10 +229,19 @@ def of_datalist(
                 audit.labelled(load_datalist(source, "target_test"), known, ignored, policy)
             except MAPSegError:  # found above
                 pass
+    if source.is_dir():
+        named = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
+        taken = [*files, *maps, *(file for file in named if file)]
+        left = left_out(source, taken, nifti="no scan or label map of the datalist", dicom=NO_DICOM)
+        audit.findings += notes_of(left, source)
     if not named and maps:
         values = ", ".join(sorted(known)) or "none"
         text = f"no structures are named: all values of the label maps are taken as known ({values})"
         audit.findings.append(Finding("note", str(source), text, "name them in labels of the datalist, or by labels"))
+    for folder in image_folders(source) if source.is_dir() else ():
+        if not any(Path(path).parent == folder.absolute() for path in files) and (others := list_scans(folder)):
+            text = f"{len(others)} scans without a use in training were not read"
+            audit.findings.append(Finding("note", str(folder), text, f"mapseg check {folder}"))
     return {**files, **{path: (side, True) for path, side in maps.items()}}
 
 

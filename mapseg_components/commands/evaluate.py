@@ -8,33 +8,37 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from monai.bundle import ConfigParser
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.commands.session import progress, working
+from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
-from mapseg_components.data.datalist import list_scans, stem
-from mapseg_components.data.findings import Finding, raise_findings
-from mapseg_components.data.nifti import corner_distance
+from mapseg_components.data.datalist import labels_file, list_scans, scans_below, stem
+from mapseg_components.data.facts import facts_of_scan
+from mapseg_components.data.findings import Finding, fault, raise_findings
+from mapseg_components.data.layouts import DATASET, case_name, images_beside
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
 from mapseg_components.reports import text_table
 from mapseg_components.reports.tables import cell
+from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
 
 __all__ = ["Evaluation", "evaluate"]
 
 TABLE, SUMMARY = "evaluation.csv", "evaluation.json"
-ENDINGS_OF_RESULTS = re.compile(r"_(seg|dseg|pred|label|labels)$")
+ENDINGS_OF_RESULTS = re.compile(r"(_desc-[^_]+)?_(seg|dseg|pred|label|labels|mask|gt|segmentation)$")
 MEAN = "mean of structures"
-MOST_VALUES = 1000  # the largest atlases have some hundreds; a scan has more
 
 
 @dataclass
@@ -45,7 +49,7 @@ class Evaluation:
         rows: one per case and structure: the metrics of `METRICS`, ``truth_voxels``, ``predicted_voxels``.
         summary: structure to metric to ``n``, ``mean``, ``sd``, ``median``, ``ci95``; the mean of structures last.
         versus: structure to metric to what `paired_comparison` gives; empty without a second set.
-        tolerance_mm: of the surface Dice. cases: their number. exit_code: 0.
+        tolerance_mm: of the surface Dice. cases: their number. exit_code: 0. notes: what was not compared.
     """
 
     rows: list[dict[str, Any]]
@@ -54,6 +58,7 @@ class Evaluation:
     tolerance_mm: float
     cases: int
     exit_code: int = 0
+    notes: list[Finding] = field(default_factory=list)
 
     def __str__(self) -> str:
         head = ["structure", *(title for title, _ in METRICS.values()), "n", "missed"]
@@ -69,6 +74,7 @@ class Evaluation:
         )
         if self.cases < FEWEST_CASES:
             text += f" {self.cases} cases are too few for the intervals to mean much."
+        text += "".join(f"\n{note}" for note in self.notes)
         if not self.versus:
             return text
         rows = []
@@ -99,14 +105,16 @@ def evaluate(
     """Compare label maps with the truth: Dice, surface Dice, HD95 and ASSD per case and structure.
 
     Distances are in mm. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
-    scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth. Means come with 95 % bootstrap intervals over
-    cases (seed 0, 10,000 resamples). Needs scipy (extra stats).
+    scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth; nnU-Net's number of the channel (scan_0000) may
+    be there or not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples).
 
     Args:
         pred: a label map, or a folder of them (also a BIDS derivative).
         truth: the same for the true label maps.
-        labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default every
-            value of the truth is a structure. With a bundle, predictions hold class indices and the truth the values.
+        labels: a JSON object of structure name to value, as text or a file (also a datalist, or dataset.json of nnU-Net
+            or the Decathlon), or a bundle (a folder, or shipped, as in mapseg predict); by default the dataset.json
+            beside labelsTr, or every value of the truth is a structure. Background is none; voxels of nnU-Net's ignore
+            are left out of the comparison. With a bundle, predictions hold class indices and the truth the values.
         versus: other predictions of the same scans, for a paired comparison (Wilcoxon signed rank test).
         tolerance_mm: surfaces nearer than this agree, for the surface Dice.
         common: evaluate the cases that all folders have; otherwise a file without its partner is an error.
@@ -125,28 +133,44 @@ def evaluate(
     """
     with working(num_threads, quiet, verbose):
         require_scipy()
+        if labels == SHIPPED:
+            labels = str(bundle_of(labels))
         if not tolerance_mm >= 0:
             raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected 0 or more")
         sets = {"pred": label_maps(pred), "truth": label_maps(truth)}
         if versus is not None:
             sets["versus"] = label_maps(versus)
+        sets = without_channels(sets)
         cases = matched(sets, {"pred": pred, "truth": truth, "versus": str(versus)}, common)
         if output is not None:
             refuse_existing([Path(output) / TABLE, Path(output) / SUMMARY], output, overwrite)
             require_writable(output)
-        structures = read_labels(labels)
+        given = named_beside(Path(truth)) if labels is None else labels
+        mapping, named_by_bundle = label_mapping(given)
+        structures = {}
+        if given is not None:
+            structures = numbered(structures_of(mapping, f"labels is {given}", ignore=True), named_by_bundle)
+        ignored = ignored_value(mapping)
+        notes: list[Finding] = []
         rows: dict[str, list[dict[str, Any]]] = {key: [] for key in sets if key != "truth"}
         findings: list[Finding] = []
         for case in progress(cases, "comparing", quiet):
             try:
                 true, affine, spacing = whole(sets["truth"][case])
                 named = structures or {str(v): (int(v), int(v)) for v in np.unique(true) if v > 0}
+                if not (true[true != ignored] if ignored is not None else true).any():
+                    notes.append(Finding("warning", str(sets["truth"][case]), "the truth has background alone"))
                 for key, found in rows.items():
-                    found += compared(case, sets[key][case], true, affine, spacing, named, tolerance_mm)
+                    path = sets[key][case]
+                    prediction = on_grid(path, true, affine)
+                    notes += unnamed_values(path, prediction, [value for value, _ in named.values()])
+                    found += compared(case or stem(path), prediction, true, spacing, named, tolerance_mm, ignored)
             except DataError as error:
                 findings += error.findings or (Finding("error", case, str(error)),)
         raise_findings(findings)
-        result = Evaluation(rows["pred"], summarised(rows["pred"]), {}, tolerance_mm, len(cases))
+        if not rows["pred"]:
+            raise DataError(f"{truth}: no label map has a structure, all are background: name the folder of the truth")
+        result = Evaluation(rows["pred"], summarised(rows["pred"]), {}, tolerance_mm, len(cases), notes=notes)
         if versus is not None:
             result.versus = compared_sets(rows["pred"], rows["versus"])
         if output is not None:
@@ -170,8 +194,21 @@ def label_maps(place: str) -> dict[str, Path]:
             raise DataError(f"{found[name]} and {file} are both label maps of {name!r}: move one away")
         found[name] = file
     if not found:
-        raise ConfigError(f"{path} has no label map (*.nii, *.nii.gz): correct the path")
+        raise ConfigError(f"{path} has no label map (*.nii, *.nii.gz){scans_below(path)}: correct the path")
     return found
+
+
+def without_channels(sets: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, Path]]:
+    """The same, but a name with nnU-Net's number of the channel as that of its case, where another set has that."""
+    result: dict[str, dict[str, Path]] = {}
+    for key, found in sets.items():
+        others = set().union(*(other for name, other in sets.items() if name != key))
+        counts = Counter(map(case_name, found))
+        for name, path in found.items():
+            case = case_name(name)
+            alone = name not in others and case in others and counts[case] == 1
+            result.setdefault(key, {})[case if alone else name] = path
+    return result
 
 
 def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], common: bool) -> list[str]:
@@ -204,48 +241,63 @@ def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], c
 
 def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
     """Structure name to its value in predictions and in the truth; empty if none are named. Raises `ConfigError`."""
+    mapping, named_by_bundle = label_mapping(labels)
+    return {} if labels is None else numbered(structures_of(mapping, f"labels is {labels}"), named_by_bundle)
+
+
+def numbered(structures: Mapping[str, int], by_index: bool) -> dict[str, tuple[int, int]]:
+    """Structure name to its value in predictions, which may be its class index, and in the truth."""
+    indices = enumerate(structures.items(), start=1)
+    return {name: (index if by_index else value, value) for index, (name, value) in indices}
+
+
+def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
+    """A mapping of labels in any spelling, and whether it is a bundle's; empty without. Raises `ConfigError`."""
     if labels is None:
-        return {}
+        return {}, False
     path = Path(labels)
     if path.is_dir():
-        config = path / "configs" / "inference.json"
-        if not config.is_file():
+        config, named = path / "configs" / "inference.json", labels_file(path)
+        if config.is_file():
+            parser = ConfigParser()
+            parser.read_config(str(config))
+            return dict(parser.get_parsed_content("labels")), True
+        if named is None:
             raise ConfigError(f"no config at {config}: set labels to the folder of a bundle, or to a JSON file")
-        parser = ConfigParser()
-        parser.read_config(str(config))
-        named = dict(parser.get_parsed_content("labels"))
-        return {name: (index, int(value)) for index, (name, value) in enumerate(named.items(), start=1)}
+        path = named
     try:
-        content = json.loads(path.read_text(encoding="utf-8") if path.is_file() else labels)
-        if "labels" in content and isinstance(content["labels"], dict):  # a datalist: value to name
-            content = {name: int(value) for value, name in content["labels"].items() if int(value) != 0}
-        return {str(name): (int(value), int(value)) for name, value in content.items()}
+        content = json.loads(path.read_text(encoding="utf-8-sig") if path.is_file() else labels)
+        found = content.get("labels", content)  # a datalist or dataset.json
+        return (found if isinstance(found, dict) else dict(content)), False
     except (OSError, ValueError, TypeError, AttributeError) as error:
         expected = 'expected a bundle, or JSON such as {"hippocampus": 1}'
         raise ConfigError(f"labels is {labels!r}, {expected} ({error})") from error
 
 
+def named_beside(truth: Path) -> str | None:
+    """The ``dataset.json`` of a folder ``labelsTr`` and the like, which names its structures; ``None`` without."""
+    folder = truth.absolute() if truth.is_dir() else truth.absolute().parent
+    named = folder.parent / DATASET
+    return str(named) if images_beside(folder) is not None and labels_file(named) is not None else None
+
+
 def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Voxels (X, Y, Z) of whole numbers, affine and spacing in mm of a label map. Raises `DataError`."""
     scan = read_nifti(path)
-    if not np.array_equal(scan.voxels, np.rint(scan.voxels)):
-        raise DataError(f"{path}: it has fractional values, expected a label map: name the folder of label maps")
-    different = len(np.unique(scan.voxels))
-    if different > MOST_VALUES:
-        raise DataError(f"{path}: {different} different values, expected a label map: name the folder of label maps")
-    return np.asarray(scan.voxels).astype(np.int64), scan.affine, np.linalg.norm(scan.affine[:3, :3], axis=0).tolist()
+    facts = facts_of_scan(scan, with_values=True)
+    if facts.not_finite:
+        raise fault(path, f"{facts.not_finite} voxels are NaN or infinite", "repair it")
+    wrong = value_fault(facts.values or (), exact=scan.voxels.dtype.kind in "iu", more_values=facts.more_values)
+    if wrong is not None:
+        raise fault(path, wrong[0], f"{wrong[1]}; name the folder of label maps")
+    if facts.more_values:
+        different = len(facts.values or ()) + facts.more_values
+        raise fault(path, f"{different} different values, expected a label map", "name the folder of label maps")
+    return to_whole(scan.voxels).astype(np.int64), scan.affine, np.linalg.norm(scan.affine[:3, :3], axis=0).tolist()
 
 
-def compared(
-    case: str,
-    path: Path,
-    truth: np.ndarray,
-    affine: np.ndarray,
-    spacing: Sequence[float],
-    structures: Mapping[str, tuple[int, int]],
-    tolerance_mm: float,
-) -> list[dict[str, Any]]:
-    """Rows of one case. Raises `DataError` if the prediction lies on another grid."""
+def on_grid(path: Path, truth: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Voxels of a prediction on the grid of its truth. Raises `DataError` if it lies on another."""
     prediction, own, _ = whole(path)
     if prediction.shape != truth.shape:
         raise DataError(f"{path}: shape {prediction.shape}, its truth {truth.shape}: resample it to the scan's grid")
@@ -255,13 +307,37 @@ def compared(
             f"{path}: its affine puts a corner {distance:.3f} mm away from where its truth has it (tolerance "
             f"{GEOMETRY_TOLERANCE_MM} mm): resample it, or repair the header"
         )
+    return prediction
+
+
+def unnamed_values(path: Path, prediction: np.ndarray, named: Sequence[int]) -> list[Finding]:
+    """A warning about values of a prediction that no structure has, and that are compared with nothing."""
+    values, counts = np.unique(prediction, return_counts=True)
+    other = [(value, count) for value, count in zip(values.tolist(), counts.tolist()) if value not in {0, *named}]
+    if not other:
+        return []
+    what = f"its values {listed_values(other)} belong to no structure that is compared (background and {list(named)})"
+    return [Finding("warning", str(path), what, "name all structures by labels if that is not meant")]
+
+
+def compared(
+    case: str,
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: Sequence[float],
+    structures: Mapping[str, tuple[int, int]],
+    tolerance_mm: float,
+    ignored: int | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of one case; voxels whose true value is ``ignored`` count as background in both."""
     indices = np.zeros_like(truth)  # the truth in the values of the prediction
     for value, true_value in structures.values():
         indices[truth == true_value] = value
+    if ignored is not None:
+        prediction = np.where(truth == ignored, 0, prediction)
     rows = agreement(prediction, indices, [value for value, _ in structures.values()], spacing, tolerance_mm)
-    name = case or stem(path)
     return [
-        {"case": name, "structure": one, **row, "missed": bool(row["truth_voxels"] and not row["predicted_voxels"])}
+        {"case": case, "structure": one, **row, "missed": bool(row["truth_voxels"] and not row["predicted_voxels"])}
         for one, row in zip(structures, rows)
     ]
 
@@ -316,6 +392,7 @@ def write(result: Evaluation, folder: Path, places: Mapping[str, str | None]) ->
         "tolerance_mm": result.tolerance_mm,
         "interval": "percentile bootstrap of the mean over cases, 10000 resamples, seed 0",
         "structures": result.summary,
+        "notes": list(map(str, result.notes)),
         "versus_differences": result.versus,
     }
     write_json(content, folder / SUMMARY)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import re
 import sys
@@ -23,7 +24,7 @@ from mapseg_components.errors import ConfigError, ResourceError, user_error
 
 __all__ = ["main"]
 
-COMMANDS = ("check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
+COMMANDS = ("demo", "check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
 WIDTH = 100
 EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usage or setting, 3 data, 4 weights,
 5 a result is not finite, 6 disk, memory or permission, 130 interrupted, 143 stopped (SIGTERM)."""
@@ -31,6 +32,9 @@ EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mapseg`` with arguments (by default those of the process); returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal's encoding lacks must not end the command
+            stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     wants_help = any(word in ("-h", "--help") for word in arguments)
     words = [word for word in arguments if word not in ("-h", "--help")]
@@ -131,7 +135,8 @@ def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in values]
     if missing:
         named = ", ".join(name.upper() if name in places else f"--{name}" for name in missing)
-        raise ConfigError(f"{named} is missing: {see(command)}")
+        meaning = f" ({described(command)[2].get(missing[0], '').rstrip('.')})" if len(missing) == 1 else ""
+        raise ConfigError(f"{named} is missing{meaning}: {see(command)}")
     return [f"--{name}={value}" for name, value in values.items()]
 
 

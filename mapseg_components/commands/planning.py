@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # measured on newborns, docs/results.md: with random contrasts the finer features carry over
     "small-data-cpu": {"overlays": ["small_data.yaml", "fine.yaml"], "patch": 48, "stride": 2},
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
-    "paper": {"overlays": [], "patch": 96, "stride": 4},
+    "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
 THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
 PAPER_GIB, PAPER_SCANS = 70, 40

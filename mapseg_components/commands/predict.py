@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from ignite.engine import Events
@@ -34,9 +33,10 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.inputs import inputs_of
 from mapseg_components.commands.overlap import in_stages
 from mapseg_components.commands.prediction import Earlier, Prediction, read_earlier
-from mapseg_components.commands.series import convert, series_cases, series_record, without_path
+from mapseg_components.commands.series import convert, series_record, without_path
 from mapseg_components.commands.session import (
     choose_device,
     exit_code_of,
@@ -46,28 +46,29 @@ from mapseg_components.commands.session import (
     versions,
     working,
 )
+from mapseg_components.commands.shipped import SEGMENTS, SHIPPED, bundle_of
 from mapseg_components.configs import check_settings
 from mapseg_components.data import (
-    bids_scans,
     check_results,
     dataset_description,
     dseg_tsv,
     freesurfer_table,
     is_bids,
     itksnap_labels,
-    load_scans,
+    read_nifti,
     refuse_existing,
     result_path,
     result_stem,
     structure_volumes,
     write_volumes_csv,
 )
-from mapseg_components.data.audit import names_of
 from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
-from mapseg_components.data.datalist import scans_below
+from mapseg_components.data.datalist import stem as stem_of
 from mapseg_components.data.dicom import Series
 from mapseg_components.data.facts import stamp_of
-from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.findings import Finding, findings_of
+from mapseg_components.data.left_out import records_of, summary
+from mapseg_components.data.nifti import is_nifti, read_geometry
 from mapseg_components.data.segmentation import Algorithm, reference_headers, require_highdicom, write_segmentation
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError, user_error
 from mapseg_components.files import (
@@ -82,13 +83,15 @@ from mapseg_components.files import (
 from mapseg_components.keys import CASE_ID, CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.memory import memory_of
 from mapseg_components.reports import can_draw, draw_preview, text_table
+from mapseg_components.sides import refuse_sides
+from mapseg_components.structures import structures_of
 from mapseg_components.transforms import save_probabilities
 
 __all__ = ["Prediction", "Predictions", "predict"]
 
 logger = logging.getLogger(__name__)
 
-SAVING = "SaveLabelMapd"
+SAVING, READER = "SaveLabelMapd", "mapseg_components.data.NiftiReader"
 # of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST, STAGING = "volumes.csv", "manifest.json", ".unfinished-"
@@ -97,7 +100,6 @@ LOOKUPS = {"labels_itksnap.txt": itksnap_labels, "labels_freesurfer.txt": freesu
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
 OWN_HANDLERS = ("WeightsLoader", "VolumesTable", "ProgressBar")
-SIDED = re.compile(r"(^|[^a-z])(left|right|lh|rh|l|r)([^a-z]|$)", re.IGNORECASE)
 # settings that say where and how fast, not what is computed
 NOT_RECIPE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "cases", "weights", "device", "overwrite", "audit"),
@@ -111,7 +113,7 @@ class Predictions:
 
     Args:
         output: folder. predictions: one per scan. volumes: rows of ``volumes.csv``. seconds: in all.
-        kept: how many were finished by an earlier run.
+        kept: how many were finished by an earlier run. left_out: what else lies in the input, for the screen.
     """
 
     output: str
@@ -119,6 +121,7 @@ class Predictions:
     volumes: list[dict[str, Any]]
     seconds: float
     kept: int = 0
+    left_out: str = ""
 
     @property
     def failed(self) -> list[Prediction]:
@@ -145,7 +148,7 @@ class Predictions:
         count = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s"
         count += f", {self.kept} of them by an earlier run" if self.kept else ""
         end = f"{count}; tables and manifest in {self.output}"
-        return f"{text_table(head, rows, wrap_last=True)}\n\n{end}"
+        return "\n\n".join([text_table(head, rows, wrap_last=True), *filter(None, (self.left_out, end))])
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,8 @@ def predict(
         input: a .nii or .nii.gz file, a folder of them, a BIDS dataset (it has dataset_description.json), or a folder
             with DICOM series at any depth.
         output: folder of the results.
-        bundle: folder of the bundle.
+        bundle: folder of the bundle, such as mapseg adapt writes; or shipped, the one that comes with the package: it
+            segments T2w MRI of the fetal brain at 1.6 mm, nothing else.
         weights: file of weights, by default what the bundle names; several, with commas between them, are averaged.
         overlays: config files on top of inference.json, with commas between them; names without a folder are the
             bundle's.
@@ -216,12 +220,11 @@ def predict(
         negative_values: clip (MR), shift (CT in HU: adds 1024) or keep; by default what the bundle says.
         assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default such are refused.
         non_finite: background takes NaN and infinite voxels as background; by default such scans are refused.
-        keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept
-            (needs scikit-image).
+        keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept.
         flip_tta: average with the result of the left-right mirrored scan; refused if a structure's name has a side.
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
         dicom_seg: write a DICOM Segmentation of each DICOM series, too (needs highdicom); it holds patient data.
-        no_preview: draw no pictures; they need matplotlib.
+        no_preview: draw no pictures.
         no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
             where several scans at once would take more than half of the memory.
         overwrite: replace results of an earlier run; with a label map go the probabilities, picture and segmentation
@@ -242,10 +245,12 @@ def predict(
     """
     with working(num_threads, quiet, verbose), stoppable():
         started, began = time.monotonic(), datetime.now(timezone.utc)
-        source, folder, home = Path(input), Path(output), Path(bundle)
+        source, folder, home = Path(input), Path(output), bundle_of(bundle)
+        if bundle == SHIPPED:
+            logger.warning(f"the shipped weights segment {SEGMENTS}; of other scans their label maps mean nothing.")
         derivative = is_bids(source)
-        found = (bids_scans(source, modality), {}, []) if derivative else folder_scans(source, modality, folder)
-        cases, series, findings = found
+        found = inputs_of(source, modality, folder, derivative)
+        cases, series, findings = found.cases, found.series, found.findings
         if folder.suffix in (".nii", ".gz"):
             raise ConfigError(f"output is {folder}, expected a folder")
         if os.path.realpath(folder) == os.path.realpath(source):
@@ -254,7 +259,6 @@ def predict(
             raise ConfigError("overwrite and continue_prediction exclude each other: choose one")
         if dicom_seg:
             check_dicom_seg(source, cases, series)
-        raise_findings(names_of(cases) if cases else [])
         settings = {
             "bundle_root": str(home.absolute()),
             "dataset_dir": str(source.absolute()),
@@ -266,12 +270,12 @@ def predict(
             **({"non_finite": non_finite} if non_finite else {}),
         }
         parser = read_bundle(home, listed(overlays), settings)
-        names = list(parser.get_parsed_content("labels"))
+        names = list(structures_of(parser.get_parsed_content("labels")))
         members = listed(weights) or [str(parser.get_parsed_content("weights"))]
         extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
         drawn = not no_preview and can_draw()
         if not no_preview and not drawn:
-            logger.warning("no pictures: matplotlib is not installed (pip install 'mapseg-monai[report]').")
+            logger.warning("no pictures: matplotlib is not installed (pip install matplotlib).")
         postfix = str(parser.get_parsed_content("output_postfix"))
         places = places_of(cases, folder, source if derivative else None, postfix)
         wanted = [p.label_map for p in places.values()]
@@ -297,7 +301,7 @@ def predict(
         try:
             goes_on = check_folder()  # again, for another run may have ended meanwhile
             parser["overwrite"] = overwrite or goes_on  # what is done again; files of others are refused
-            nameless = bool(series or findings)
+            nameless = found.has_dicom
             run = Run(parser, names, places, drawn, quiet, series, dicom_seg, nameless, not no_overlap)
             run.use(members)
             if goes_on:
@@ -305,6 +309,7 @@ def predict(
             sweep(folder, places)
             with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
                 run.write_to(folder, Path(staging))
+                run.left_out = records_of(found.left_out, source, named=not nameless)
                 run.prepare(cases, findings, source)
 
                 def write_manifest() -> None:
@@ -320,7 +325,8 @@ def predict(
         finally:
             unlock_folders([folder])
         seconds = round(time.monotonic() - started, 1)
-        return Predictions(str(folder), run.predictions, run.rows(), seconds, len(run.kept))
+        left = summary(found.left_out, source)
+        return Predictions(str(folder), run.predictions, run.rows(), seconds, len(run.kept), left)
 
 
 def sweep(folder: Path, places: Mapping[str, Place]) -> None:
@@ -331,23 +337,6 @@ def sweep(folder: Path, places: Mapping[str, Place]) -> None:
     for left in folder.glob(f"{STAGING}*"):
         if re.fullmatch(rf"{re.escape(STAGING)}[a-z0-9_]{{8}}", left.name) and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
-
-
-def folder_scans(
-    source: Path, modality: str | None, output: Path
-) -> tuple[list[dict[str, Any]], dict[str, Series], list[Finding]]:
-    """Cases of a file or folder, which of them are DICOM series, and what cannot be used. Raises `ConfigError`."""
-    if modality is not None:
-        raise ConfigError(f"modality is {modality!r}, but {source} is no BIDS dataset: leave it out")
-    if not source.exists():
-        raise ConfigError(f"{source} does not exist: correct the path of the scans")
-    cases, series, findings = series_cases(source, output)
-    cases = [*load_scans(source), *cases]
-    if not cases and not findings:
-        raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz){scans_below(source)}, and no DICOM series: correct the path"
-        )
-    return cases, series, findings
 
 
 def check_dicom_seg(source: Path, cases: Sequence[Mapping[str, Any]], series: Mapping[str, Series]) -> None:
@@ -403,11 +392,8 @@ def extend(
     if not isinstance(handlers, list) or not isinstance(postprocessing, dict) or "transforms" not in postprocessing:
         raise ConfigError("the bundle's handlers are no list, or its postprocessing has no list of transforms")
     parser["handlers"] = [one for one in handlers if not target_of(one).endswith(OWN_HANDLERS)]
-    sided = [name for name in names if SIDED.search(name)]
-    if flip_tta and sided:
-        raise ConfigError(
-            f"flip_tta mirrors left and right, but structures have a side ({', '.join(sided[:4])}): leave it out"
-        )
+    if flip_tta:
+        refuse_sides("flip_tta", names)
     if flip_tta or len(members) > 1:
         parser["inferer"] = {
             "_target_": "mapseg_components.inferers.AveragingInferer",
@@ -415,6 +401,7 @@ def extend(
             "weights": list(members[1:]),
             "flip_axes": [0] if flip_tta else [],
         }
+    parser["preprocessing"] = with_reader(parser.config.get("preprocessing"))
     steps = list(postprocessing["transforms"])
     saving = next((i for i, one in enumerate(steps) if target_of(one).endswith(SAVING)), None)
     if saving is None:
@@ -431,6 +418,17 @@ def extend(
     parser["postprocessing#transforms"] = [*before, *steps[:saving], *after, *steps[saving:]]
 
 
+def with_reader(preprocessing: Any) -> Any:
+    """Preprocessing that reads a scan where its audit saw it; bundles of earlier versions name no reader."""
+    if not isinstance(preprocessing, dict) or not isinstance(preprocessing.get("transforms"), list):
+        return preprocessing
+    steps = [
+        {"reader": READER, **step} if target_of(step).rpartition(".")[2] == "LoadImaged" else step
+        for step in preprocessing["transforms"]
+    ]
+    return {**preprocessing, "transforms": steps}
+
+
 def target_of(component: Any) -> str:
     """Class that a part of a config names; empty for an expression."""
     return str(component.get("_target_", "")) if isinstance(component, dict) else ""
@@ -442,7 +440,7 @@ def kept_structures(keep_largest: str | None, names: Sequence[str]) -> list[int]
     if not wanted:
         return []
     if not optional_import("skimage.measure")[1]:
-        raise ConfigError("keep_largest needs scikit-image, which is not installed: pip install 'mapseg-monai[stats]'")
+        raise ConfigError("keep_largest needs scikit-image, which is not installed: pip install scikit-image")
     wanted = list(names) if wanted == ["all"] else wanted
     unknown = [name for name in wanted if name not in names]
     if unknown:
@@ -455,10 +453,9 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
     places: dict[str, Place] = {}
     for case in cases:
         if dataset is None:
-            path = result_path(case[IMAGE], folder, postfix)
-            stem = path.name.removesuffix(f"_{postfix}.nii.gz")
+            stem = stem_of(Path(case[IMAGE]))
             place = Place(
-                path,
+                folder / f"{stem}_{postfix}.nii.gz",
                 folder / f"{stem}_probabilities.nii.gz",
                 folder / "previews" / f"{stem}.png",
                 segmentation=folder / f"{stem}_{postfix}.dcm",
@@ -512,6 +509,7 @@ class Run:
         self.write_manifest: Callable[[], None] = lambda: None
         self.earlier: Earlier | None = None
         self.kept: list[str] = []
+        self.left_out: list[dict[str, Any]] = []
         self._todo: list[Todo] = []
         self.members: list[str] = []
         self._output: dict[str, Any] = {}
@@ -552,6 +550,8 @@ class Run:
         except MAPSegError as error:
             logger.debug(f"no scan is usable: {error}")
             usable = set()
+        for warning in (finding for finding in scans.findings if finding.severity == "warning"):
+            logger.warning(str(warning))
         for one, case in todo:
             if one.status != "failed" and one.case not in usable:
                 self.refused(one, case, scans.findings)
@@ -624,7 +624,9 @@ class Run:
         try:
             if self.dicom_seg:
                 reference_headers(series)
-            convert(series, Path(case[IMAGE]))
+            one.notes = convert(series, Path(case[IMAGE]))
+            for note in one.notes:
+                logger.warning(f"{one.place}, {one.scan}: {note}")
         except MAPSegError as error:
             self.failed(one, error, str(series))
 
@@ -765,7 +767,9 @@ class Run:
         picture = self.staging / "picture.png"
         try:
             if self.drawn:
-                draw_preview(case[IMAGE], label_map, self.names, picture)
+                labels = read_nifti(label_map)  # on the scan's grid
+                grey = read_nifti(case[IMAGE]).voxels
+                draw_preview(grey, labels.voxels, labels.affine, self.names, Path(case[IMAGE]).name, picture)
                 return picture
         except Exception as error:
             self.without_picture(one, error)
@@ -839,6 +843,7 @@ class Run:
             "weights": self.weights,
             "labels": {name: index for index, name in enumerate(self.names, start=1)},
             "scans": [one.record() for one in self.predictions],
+            "left_out": self.left_out,
         }
         write_json(content, folder / MANIFEST)
 
@@ -846,8 +851,8 @@ class Run:
 def voxels_of(scan: str) -> int:
     """Number of voxels by a scan's header; 0 if that cannot be read, of which its reading will tell."""
     try:
-        return math.prod(nib.load(scan).shape[:3])
-    except Exception:  # of a damaged file anything; reading it will tell what
+        return math.prod(read_geometry(scan).shape)
+    except MAPSegError:
         return 0
 
 
@@ -866,9 +871,11 @@ def split(postprocessing: Compose) -> Compose:
 
 
 def unreadable(number: int, finding: Finding, source: Path) -> Prediction:
-    """What becomes of a folder, or file, that could not be read as scans; its path is in no file."""
+    """What becomes of a folder, or file, that could not be read as scans; but for NIfTI its path is in no file."""
     message = f"{finding.what}: {finding.remedy}"
     place = os.path.relpath(finding.file or source, source)
+    if is_nifti(finding.file):
+        return Prediction(stem_of(Path(finding.file)), place, "failed", message=message, kind=finding.kind)
     return Prediction(
         f"unreadable_{number}", "part of the input", "failed", message=message, kind=finding.kind, place=place
     )

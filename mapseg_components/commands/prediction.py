@@ -12,6 +12,7 @@ from typing import Any
 
 from mapseg_components.data.volumes import read_volumes_csv
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.files import as_written
 
 __all__ = ["Earlier", "Prediction", "read_earlier"]
 
@@ -30,6 +31,7 @@ class Prediction:
         seconds: of reading, network and writing, without waiting. message: why it, or its picture, failed.
         series: number, modality, number of files and the UID's sha256 of a DICOM series.
         stamp: size in bytes and time of change in ns when the run began; of a series, their sum and the latest.
+        notes: what was done to the values of a DICOM series beyond rescaling.
         claimed: the files of this scan in the output are, or may be, this command's, whatever became of the scan.
         kind: class of the error. place: folder of a series below the input; both are in no file.
     """
@@ -45,6 +47,7 @@ class Prediction:
     message: str = ""
     series: dict[str, Any] | None = None
     stamp: list[int] | None = None
+    notes: list[str] = field(default_factory=list)
     claimed: bool = False
     kind: type[BaseException] = field(default=Exception, repr=False)
     place: str = field(default="", repr=False)
@@ -85,7 +88,9 @@ def read_earlier(
         before, members = dict(found["settings"]), [one["sha256"] for one in found["weights"]]
         records = [{key: value for key, value in scan.items() if key in known} for scan in found["scans"]]
         scans = {str(record["case"]): Prediction(**record) for record in records}
+        cases = {as_written(case): case for case in scans}
         for row in read_volumes_csv(table) if table.is_file() else []:
+            row["case"] = cases.get(row["case"], row["case"])
             volumes.setdefault(row["case"], []).append(row)
     except (DataError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{manifest} or {table.name} is not of an earlier run ({error!r}): {REMEDY}") from error

@@ -22,16 +22,18 @@ import torch
 from tqdm import tqdm
 
 from mapseg_components.commands.session import versions, working
-from mapseg_components.data.audit import Audit
-from mapseg_components.data.dicom import Series, read_series
-from mapseg_components.data.facts import Facts, facts_of_scan
+from mapseg_components.data.audit import LABEL_LIKE, Audit
+from mapseg_components.data.dicom import Series, SeriesScan, read_series
+from mapseg_components.data.facts import Facts, facts_of_scan, looks_like_labels
 from mapseg_components.data.findings import Finding, fault, raise_findings
+from mapseg_components.data.left_out import summary
 from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.data.sidecars import Grid, Sidecar, digest_of, read_sidecar, write_sidecar
 from mapseg_components.data.sources import Source, find_sources
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
 from mapseg_components.files import (
     lock_folder,
+    readable,
     replacing,
     require_writable,
     sha256_of,
@@ -39,6 +41,7 @@ from mapseg_components.files import (
     unlock_folders,
 )
 from mapseg_components.memory import naming_memory_errors
+from mapseg_components.structures import to_whole, value_fault
 from mapseg_components.transforms.hounsfield import CT_SHIFT, ct_scale
 from mapseg_components.transforms.n4 import MASKS, bias_field
 from mapseg_components.transforms.orientation import assumed_affine, check_axcodes
@@ -96,9 +99,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What became of each scan, by name."""
+    """What became of each scan, by name; ``left_out`` is what else lies in the input, for the screen."""
 
     outcomes: tuple[Outcome, ...]
+    left_out: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -111,7 +115,8 @@ class PrepareResult:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{len(self.named(status))} {status}" for status in ("done", "skipped", "failed"))
-        return "\n".join([f"{len(self.outcomes)} scans: {counts}", *(o.message for o in self.named("failed"))])
+        failures = [readable(o.message) for o in self.named("failed")]
+        return "\n".join([f"{len(self.outcomes)} scans: {counts}", *failures, *filter(None, [self.left_out])])
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def prepare(
     folder = Path(output)
     if os.path.realpath(folder) == os.path.realpath(input):
         raise ConfigError(f"output is the input, {folder}: choose another folder, a scan is never replaced")
-    sources, findings = find_sources(input, labels, series, leave_out=folder)
+    sources, findings, left = find_sources(input, labels, series, leave_out=folder)
     jobs = [Job(source, folder, settings) for source in sources]
     refuse_replacing(jobs)
     require_writable(folder)
@@ -235,7 +240,7 @@ def prepare(
                     outcomes.append(outcome)
     finally:
         unlock_folders([folder])
-    return PrepareResult(tuple(sorted(outcomes, key=lambda outcome: outcome.name)))
+    return PrepareResult(tuple(sorted(outcomes, key=lambda outcome: outcome.name)), summary(left, input))
 
 
 def checked_settings(
@@ -432,7 +437,15 @@ def prepared(job: Job) -> tuple[Sidecar, np.ndarray, np.ndarray | None, list[str
     steps: list[dict[str, Any]] = []
     scan = read_series(source.image) if isinstance(source.image, Series) else read_nifti(source.image)
     label_scan = None if source.label is None else read_nifti(source.label)
+    if source.label is None and looks_like_labels(scan.voxels):
+        remedy = (
+            "name the folder of label maps by labels, or put them into labels beside images; rescale it if it is a scan"
+        )
+        raise fault(name, LABEL_LIKE, remedy)
     notes = check(name, scan, source.label, label_scan, settings)
+    if isinstance(scan, SeriesScan) and scan.notes:
+        steps.append({"step": "DICOM values", "done": list(scan.notes)})
+        notes += scan.notes
     affine = scan.affine
     if scan.sform is None and scan.qform is None and settings.assume_orientation is not None:
         affine = assumed_affine(settings.assume_orientation, spacing_of(scan.affine), scan.voxels.shape)
@@ -440,7 +453,7 @@ def prepared(job: Job) -> tuple[Sidecar, np.ndarray, np.ndarray | None, list[str
     native = Grid(scan.voxels.shape, affine.tolist())
 
     voxels, canonical = to_canonical(as_float32(scan.voxels, steps), affine)
-    label = None if label_scan is None else to_canonical(label_scan.voxels.astype(np.int16), affine)[0]
+    label = None if label_scan is None else to_canonical(to_whole(label_scan.voxels).astype(np.int16), affine)[0]
     steps.append({"step": "reorient", "from": letters(affine), "to": letters(canonical)})
     is_ct = declared_ct(source.image, settings)
     voxels = ct_intensities(name, voxels, is_ct, steps, notes)
@@ -490,20 +503,26 @@ def check(name: str, scan: Scan, label_path: Path | None, label: Scan | None, se
     elif facts.lowest == facts.highest:
         audit.add(name, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
     if label is not None:
-        found = facts_of_scan(label, with_values=False)
+        found = facts_of_scan(label, with_values=True)
         audit.geometry(str(label_path), found)
         audit.pair(str(label_path), found, facts)
-        check_values(audit, str(label_path), label, found)
+        check_values(audit, str(label_path), found)
     raise_findings(finding for finding in audit.findings if finding.severity == "error")
     return [f"{finding.what}: {finding.remedy}" for finding in audit.findings]
 
 
-def check_values(audit: Audit, path: str, label: Scan, facts: Facts) -> None:
+def check_values(audit: Audit, path: str, facts: Facts) -> None:
     """A label map has whole numbers that NIfTI's int16 holds."""
-    whole = not facts.not_finite and np.array_equal(label.voxels, np.rint(label.voxels))
-    if not whole or facts.lowest < 0 or facts.highest > LARGEST_LABEL:
-        span = f"values from {facts.lowest:g} to {facts.highest:g}{'' if whole else ', some of them fractions'}"
-        audit.add(path, f"{span}, expected whole numbers from 0 to {LARGEST_LABEL}", "is it a label map? repair it")
+    if facts.not_finite:
+        what = f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}"
+        audit.add(path, what, "repair it or leave the scan out")
+        return
+    wrong = value_fault(facts.values or (), more_values=facts.more_values)
+    if wrong is not None:
+        audit.add(path, *wrong)
+    elif facts.highest > LARGEST_LABEL:
+        span = f"values from {facts.lowest:g} to {facts.highest:g}"
+        audit.add(path, f"{span}, expected whole numbers from 0 to {LARGEST_LABEL}", "number structures anew")
 
 
 def as_float32(voxels: np.ndarray, steps: list[dict[str, Any]]) -> np.ndarray:

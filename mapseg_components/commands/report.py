@@ -10,13 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.stages import read_history
-from mapseg_components.data import load_datalist
+from mapseg_components.data import load_datalist, read_nifti
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
@@ -32,6 +31,7 @@ from mapseg_components.reports import (
     small_multiples,
     sortable_table,
 )
+from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["report"]
 
@@ -87,7 +87,7 @@ chooser.addEventListener("change", show); painted.addEventListener("change", sho
 def require_matplotlib() -> None:
     """Raises `ConfigError` if a report could not be drawn."""
     if not can_draw():
-        raise ConfigError("the report needs matplotlib: pip install 'mapseg-monai[report]'")
+        raise ConfigError("the report needs matplotlib: pip install matplotlib")
 
 
 def report(directory: str, output: str | None = None) -> str:
@@ -269,10 +269,10 @@ def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -
 
 def viewer(folder: Path, case: Mapping[str, Any], classes: int) -> str:
     """One scan and its two label maps."""
-    scan = nib.as_closest_canonical(nib.load(case["image"]))
-    maps = {}
+    voxels, maps = read_nifti(case["image"]).voxels, {}
     for model, title in MODELS.items():
         path = result_path(case["image"], folder / "predictions" / model, "seg")
-        maps[title] = np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj).astype(np.int64)
-    voxels = np.asarray(scan.dataobj, dtype=np.float32)
-    return slice_viewer(voxels, scan.header.get_zooms()[:3], maps, classes, case["case_id"])
+        label_map = read_nifti(path)
+        maps[title], canonical = to_canonical(label_map.voxels.astype(np.int64), label_map.affine)
+    grey, _ = to_canonical(voxels.astype(np.float32), label_map.affine)  # the label maps are on the scan's grid
+    return slice_viewer(grey, spacing_of(canonical), maps, classes, case["case_id"])

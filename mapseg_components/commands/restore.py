@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.data.findings import fault
-from mapseg_components.data.nifti import ENDINGS, corner_distance, read_nifti
+from mapseg_components.data.nifti import ENDINGS, read_nifti
 from mapseg_components.data.sidecars import read_sidecar
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import require_writable

@@ -20,29 +20,34 @@ from mapseg_components.transforms.saving import write_verified
 __all__ = ["convert", "series_cases", "series_record", "without_path"]
 
 
-def series_cases(source: Path, output: Path) -> tuple[list[dict[str, Any]], dict[str, Series], list[Finding]]:
+def series_cases(
+    source: Path, output: Path
+) -> tuple[list[dict[str, Any]], dict[str, Series], list[Finding], dict[Path, str]]:
     """DICOM series at any depth of a folder as cases, whose files `convert` has yet to write.
 
     Args:
         source: the folder; of a NIfTI file there are none. output: is not looked into.
 
     Returns:
-        cases by name; case id to series; what was found and cannot be used.
+        cases by name; case id to series; what was found and cannot be used; files without a scan, with the reason.
 
     Raises:
-        ConfigError: ``source`` is one DICOM file. DataError: files of one series lie in two folders.
+        ConfigError: ``source`` is one DICOM file.
     """
     if source.is_file():
         if has_dicom(source):
             raise ConfigError(f"{source} is one DICOM file: name the folder of its series")
-        return [], {}, []
-    found, findings = find_series(source, leave_out=output)
+        return [], {}, [], {}
+    found, findings, known = find_series(source, leave_out=output)
     cases = [{IMAGE: f"{series.name}.nii", CASE_ID: series.name} for series in found]
-    return cases, {series.name: series for series in found}, findings
+    return cases, {series.name: series for series in found}, findings, known
 
 
-def convert(series: Series, path: Path) -> None:
+def convert(series: Series, path: Path) -> list[str]:
     """Write a series as NIfTI, in int16 if that holds its values, else in float32; it is read back and compared.
+
+    Returns:
+        what was done to its values beyond rescaling.
 
     Raises:
         DataError: the series is no volume, see `read_series`. ResourceError: memory or disk do not suffice.
@@ -52,6 +57,7 @@ def convert(series: Series, path: Path) -> None:
         whole = scan.voxels.astype(np.int16)
     voxels = whole if np.array_equal(whole, scan.voxels) else scan.voxels
     write_verified(path, voxels, scan.affine, path)
+    return list(scan.notes)
 
 
 def series_record(series: Series) -> dict[str, Any]:

@@ -18,11 +18,14 @@ from mapseg_components.data.cache import MappedCacheDataset
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding
+from mapseg_components.data.given import given_cases
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.lookup import dseg_tsv, freesurfer_table, itksnap_labels
 from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
+from mapseg_components.data.reader import NiftiReader
 from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
+from mapseg_components.structures import structures_of
 
 __all__ = [
     "SECTIONS",
@@ -33,6 +36,7 @@ __all__ = [
     "Facts",
     "Finding",
     "MappedCacheDataset",
+    "NiftiReader",
     "Scan",
     "ScanAudit",
     "SeededDataset",
@@ -50,6 +54,7 @@ __all__ = [
     "dataset_description",
     "dseg_tsv",
     "freesurfer_table",
+    "given_cases",
     "is_bids",
     "itksnap_labels",
     "load_datalist",
@@ -62,5 +67,6 @@ __all__ = [
     "structure_sizes",
     "result_stem",
     "structure_volumes",
+    "structures_of",
     "write_volumes_csv",
 ]

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.data.datalist import LONGEST_NAME_BYTES, SECTIONS, has_section, read_section, stem
 from mapseg_components.data.facts import AuditRecord, Facts
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
-from mapseg_components.data.nifti import corner_distance
+from mapseg_components.data.layouts import misplaced
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
+from mapseg_components.structures import structures_of, unknown_values
 
 __all__ = [
     "Audit",
@@ -36,8 +38,9 @@ logger = logging.getLogger(__name__)
 
 GEOMETRY_TOLERANCE_MM = 1e-3  # between a scan and its label map
 FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
-LISTED_VALUES = 8  # unknown label values that a message names
+FIELD_OF_VIEW_MM = 10.0, 3000.0  # the longest side of a scan is rarely shorter, never longer
 CT_SHIFT = 1024.0
+LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: looks like a label map"
 # a scan may be in both: evaluating on the scans that the adaptation saw, without their labels, is common
 SHARED = {"target_training", "target_test"}
 # sections whose scans must differ in content as well
@@ -142,7 +145,12 @@ class Audit:
         return facts
 
     def geometry(self, path: str, facts: Facts) -> None:
-        """An orientation must be known, and the header's two ways to say it must agree."""
+        """An orientation must be known, the header's two ways to say it must agree, and the size be a body's."""
+        self.findings += [Finding(severity, str(path), what, remedy) for severity, what, remedy in facts.remarks]
+        extent = np.linalg.norm(np.array(facts.affine)[:3, :3], axis=0) * facts.shape
+        if not FIELD_OF_VIEW_MM[0] <= extent.max() <= FIELD_OF_VIEW_MM[1]:
+            text = f"its field of view is {' x '.join(f'{side:.3g}' for side in extent)} mm"
+            self.warn(path, text, "if that is wrong, correct the voxel sides, or their unit (xyzt_units of NIfTI)")
         if not facts.has_orientation and self.assume_orientation is None:
             self.add(
                 path,
@@ -160,6 +168,9 @@ class Audit:
 
     def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
         """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
+        reason = misplaced(path)
+        if reason is not None:
+            self.add(path, *reason)
         facts = self.facts(path)
         if facts is None or (facts.not_finite and self.non_finite is None):
             return facts
@@ -175,6 +186,8 @@ class Audit:
             )
         elif facts.highest + (CT_SHIFT if policy == "shift" else 0) <= 0 and policy != "keep":
             self.add(path, f"no voxel is above 0 under {knob} {policy!r} ({span})", "correct it, or leave the scan out")
+        if facts.label_like and reason is None:
+            self.warn(path, LABEL_LIKE, "name the folder of the scans instead, or take it out")
         return facts
 
     def label(self, path: str, known: Iterable[int], image: Facts | None) -> Facts | None:
@@ -184,17 +197,9 @@ class Audit:
             return facts
         if image is not None:
             self.pair(path, facts, image)
-        allowed = {0, *known}
-        unknown = [(value, count) for value, count in facts.values if value not in allowed]
-        if unknown:
-            listed = ", ".join(f"{value:g} ({count} voxels)" for value, count in unknown[:LISTED_VALUES])
-            more = len(unknown) - LISTED_VALUES + facts.more_values
-            self.add(
-                path,
-                f"label map has unknown values {listed}{f' and {more} more' if more > 0 else ''}, "
-                f"known are {sorted(allowed)}",
-                "name them in labels or in dropped_labels",
-            )
+        unknown = unknown_values(facts.values, known, facts.more_values)
+        if unknown is not None:
+            self.add(path, *unknown)
         elif all(value == 0 for value, _ in facts.values) and not facts.not_finite:
             self.warn(path, "label map is blank", "leave the case out if that is not meant")
         return facts
@@ -227,10 +232,15 @@ class Audit:
         source_negative_values: str | None = None,
         target_negative_values: str | None = None,
         sections: Sequence[str] = APART,
+        given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     ) -> Audit:
         """All that a training run will read; see `check_training_data`."""
         known = known_values(labels, dropped_labels)
-        found = self.datalist(datalist, sections)
+        found = {name: list(cases) for name, cases in (given or {}).items()}
+        if given is None:
+            found = self.datalist(datalist, sections)
+        else:
+            self.duplicates(found)
         images: dict[str, list[tuple[str, Facts | None]]] = {}
         seen: set[float] = set()
         unread = self.skip
@@ -247,7 +257,7 @@ class Audit:
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()
         self.content(images)
-        names = labels if isinstance(labels, Mapping) else {str(value): value for value in labels}
+        names = structures_of(labels) if isinstance(labels, Mapping) else {str(value): value for value in labels}
         absent = [f"{name} ({value})" for name, value in names.items() if value not in seen]
         if absent and found.get("source_training") and not unread:
             self.warn(
@@ -302,8 +312,8 @@ class Audit:
 
 
 def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int]) -> list[int]:
-    """Label values that a task names."""
-    return [*(labels.values() if isinstance(labels, Mapping) else labels), *dropped_labels]
+    """Label values that a task names. Raises `ConfigError` as `structures_of`."""
+    return [*(structures_of(labels).values() if isinstance(labels, Mapping) else labels), *dropped_labels]
 
 
 def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -374,6 +384,7 @@ def check_training_data(
     source_negative_values: str | None = None,
     target_negative_values: str | None = None,
     sections: Sequence[str] = APART,
+    given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     **options: Any,
 ) -> None:
     """Check all that a training run will read, before it starts; target labels are not read.
@@ -383,14 +394,15 @@ def check_training_data(
         labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
         source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
         sections: what is looked at, by default both sides; a stage that reads one side names its sections.
+        given: cases in place of the datalist's, see `given_cases`.
         options: see `Audit`.
 
     Raises:
         ConfigError, DataError or ResourceError: what is wrong, one finding a line, each with its file and remedy;
             `DataError` if the findings are of several kinds.
     """
-    run = Audit(**options)
-    run.training(datalist, labels, dropped_labels, source_negative_values, target_negative_values, sections).close()
+    policies = source_negative_values, target_negative_values
+    Audit(**options).training(datalist, labels, dropped_labels, *policies, sections, given).close()
 
 
 def check_pretraining_data(
@@ -482,6 +494,9 @@ class ScanAudit:
                 before = len(self.findings)
                 self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
                 errors = [f for f in self.findings[before:] if f.severity == "error"]
+                for finding in self.findings[before:]:
+                    if finding.severity == "warning":
+                        logger.warning(str(finding))
                 if not errors:
                     usable.append(case)
                 for finding in errors:
@@ -498,4 +513,5 @@ class ScanAudit:
         Raises:
             ConfigError, DataError or ResourceError: the scans that were left out, one finding a line.
         """
-        self.audit.close()
+        self.audit.record.save()
+        raise_findings(finding for finding in self.findings if finding.severity == "error")

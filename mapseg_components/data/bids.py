@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.datalist import stem
-from mapseg_components.data.nifti import ENDINGS
+from mapseg_components.data.layouts import says_label_map
+from mapseg_components.data.nifti import is_nifti
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE
 
@@ -18,7 +19,6 @@ __all__ = ["bids_scans", "dataset_description", "is_bids", "result_stem"]
 
 DESCRIPTION = "dataset_description.json"
 VERSION = "1.9.0"
-NO_SCANS = {"dseg", "probseg", "mask"}  # results of others
 # what this package adds to a derivative and BIDS does not know
 IGNORED = ("audit.json", "manifest.json", "volumes.csv", "labels_itksnap.txt", "labels_freesurfer.txt", "figures/")
 
@@ -41,7 +41,7 @@ def bids_scans(folder: str | Path, modality: str | None = None) -> list[dict[str
         path
         for pattern in ("sub-*/anat/sub-*", "sub-*/ses-*/anat/sub-*")
         for path in Path(folder).glob(pattern)
-        if path.name.endswith(ENDINGS) and suffix(path) not in NO_SCANS
+        if is_nifti(path.name) and not says_label_map(stem(path))
     )
     found = sorted({suffix(path) for path in files})
     if modality is None and len(found) > 1:

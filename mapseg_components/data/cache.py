@@ -35,7 +35,7 @@ __all__ = ["MappedCacheDataset"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same settings make another entry
+FORMAT = 2  # raise it when the same settings make another entry
 RECORD = "entry.json"
 NAME = "filename_or_obj"  # the scan's file in MONAI's metadata
 NARROW = (torch.uint8, torch.int16)

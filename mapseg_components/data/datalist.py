@@ -19,7 +19,8 @@ Paths are relative to the file's folder. ``domain`` and ``case_id`` are optional
     target/images/...
     test/images/...             test/labels/...
 
-with one more level, ``source/<domain>/images``, for several domains; a case id is then ``<domain>_<name>``.
+with one more level, ``source/<domain>/images``, for several domains; a case id is then ``<domain>_<name>``. Folders and
+``dataset.json`` of nnU-Net and of the Medical Segmentation Decathlon are understood as a source, see `layouts`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
-from mapseg_components.data.nifti import ENDINGS
+from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content
+from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
 
@@ -110,26 +112,32 @@ def has_section(datalist: str | Path, section: str) -> bool:
 
 
 def open_datalist(datalist: str | Path) -> dict[str, Any] | None:
-    """Content of a datalist file, or ``None`` for a folder. Raises `ConfigError`."""
+    """Content of a datalist file, or of a folder of nnU-Net or the Decathlon; ``None`` for a folder of another layout.
+
+    Raises `ConfigError`.
+    """
     if not datalist:
         raise ConfigError("no datalist given: set datalist to a JSON file, or to a folder with source/ and target/")
     path = Path(datalist)
     try:
         if path.is_dir():
-            return None
+            own = any((path / folder).is_dir() for folder in SECTIONS.values())
+            return None if own else dataset_content(path)
         if path.is_file():
-            return read_json(path)
+            content = read_json(path)
+            if any(section in content for section in SECTIONS) or (path.name != DATASET and "training" not in content):
+                return content
+            return decathlon_content(content, path.parent) or content
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be opened ({error}): correct datalist, or allow reading it") from error
     raise ConfigError(f"no datalist at {path}: set datalist to a JSON file, or to a folder with source/ and target/")
 
 
 def labels_file(datalist: str | Path) -> Path | None:
-    """The file that names the structures: the datalist, or ``datalist.json`` of a folder; ``None`` if neither does."""
+    """The file that names structures: the datalist, or ``datalist.json`` or ``dataset.json`` of a folder; or none."""
     path = Path(datalist)
-    if path.is_dir():
-        path = path / "datalist.json"
-    return path if path.is_file() and isinstance(read_json(path).get("labels"), dict) else None
+    candidates = [path / "datalist.json", path / DATASET] if path.is_dir() else [path]
+    return next((one for one in candidates if one.is_file() and isinstance(read_json(one).get("labels"), dict)), None)
 
 
 def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str, Any]]:
@@ -156,22 +164,17 @@ def scans_below(folder: str | Path) -> str:
     """For the error of a folder without scans: in which sub-folder some are, if it is quickly found; else nothing."""
     for place, folders, files in itertools.islice(os.walk(folder), MOST_FOLDERS):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        count = sum(name.endswith(ENDINGS) and not name.startswith(".") for name in files)
+        count = sum(is_nifti(name) and not name.startswith(".") for name in files)
         if count and place != str(folder):
             return f" itself, but its sub-folder {os.path.relpath(place, folder)} has {count}"
     return ""
-
-
-def stem(scan: Path) -> str:
-    """File name without its NIfTI ending."""
-    return re.sub(r"\.nii(\.gz)?$", "", scan.name)
 
 
 def list_scans(folder: Path) -> list[Path]:
     """NIfTI files of a folder by name; hidden ones are left out."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.endswith(ENDINGS) and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if is_nifti(p.name) and not p.name.startswith("."))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.nifti import Scan, corner_distance, read_nifti
+from mapseg_components.boxes import corner_distance
+from mapseg_components.data.headers import Remark
+from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.files import write_json
+from mapseg_components.structures import are_whole, to_whole
 
-__all__ = ["AuditRecord", "Facts", "facts_of", "facts_of_scan"]
+__all__ = ["AuditRecord", "Facts", "facts_of", "facts_of_scan", "looks_like_labels"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the record; raise it when a check below changes
+FORMAT = 2  # of the record; raise it when a check below changes
 MOST_VALUES = 1000  # distinct label values kept
+DRAWN = 1 << 16  # voxels that are looked at before all of them are
+ALIKE = 0.7  # share of equal neighbours in a label map
 LARGEST = float(np.finfo(np.float32).max)  # MONAI reads scans as float32
 
 
@@ -41,6 +46,8 @@ class Facts:
         digest: see `Scan`.
         values: of a label map, each value with its number of voxels, at most 1000; ``None`` for an image.
         more_values: distinct values left out of ``values``.
+        label_like: of an image, it looks like a label map, see `looks_like_labels`.
+        remarks: of the header, see `Geometry`.
     """
 
     shape: tuple[int, ...]
@@ -55,6 +62,8 @@ class Facts:
     digest: str
     values: list[tuple[float, int]] | None = None
     more_values: int = 0
+    label_like: bool = False
+    remarks: tuple[Remark, ...] = ()
 
 
 def facts_of(path: str | Path, with_values: bool) -> Facts:
@@ -92,11 +101,34 @@ def facts_of_scan(scan: Scan, with_values: bool) -> Facts:
         digest=scan.digest,
         values=values,
         more_values=more,
+        label_like=not with_values and not not_finite and looks_like_labels(voxels),
+        remarks=scan.remarks,
     )
 
 
+def looks_like_labels(voxels: np.ndarray) -> bool:
+    """Whether voxels (X, Y, Z) are a label map by content: few whole numbers, and neighbours in a structure are equal.
+
+    So are at least `ALIKE` of the pairs of neighbours that lie above the lowest value; in scans noise sees to fewer.
+    """
+    drawn = np.unique(voxels.ravel(order="K")[:: max(voxels.size // DRAWN, 1)])
+    if len(drawn) > MOST_VALUES or not are_whole(drawn).all():
+        return False
+    counts, more = value_counts(voxels)
+    if more or len(counts) < 2 or not all(value.is_integer() for value, _ in counts):
+        return False
+    above, equal, pairs = voxels > voxels.min(), 0, 0
+    for axis in range(voxels.ndim):
+        one, two = (np.moveaxis(above, axis, 0)[part] for part in (slice(1, None), slice(None, -1)))
+        same = np.moveaxis(voxels, axis, 0)
+        both = one & two
+        pairs += int(both.sum())
+        equal += int((both & (same[1:] == same[:-1])).sum())
+    return equal >= ALIKE * pairs
+
+
 def value_counts(voxels: np.ndarray) -> tuple[list[tuple[float, int]], int]:
-    """Distinct values with their counts, at most `MOST_VALUES`, and how many were left out."""
+    """Distinct values, by `to_whole`, with their counts, at most `MOST_VALUES`, and how many were left out."""
     if not voxels.size:
         return [], 0
     low, high = voxels.min(), voxels.max()
@@ -106,6 +138,8 @@ def value_counts(voxels: np.ndarray) -> tuple[list[tuple[float, int]], int]:
         counts, values = counts[values], values + int(low)
     else:
         values, counts = np.unique(voxels, return_counts=True)
+        values, where = np.unique(to_whole(values), return_inverse=True)
+        counts = np.bincount(where, counts).astype(np.int64)
     listed = [(float(v), int(n)) for v, n in zip(values[:MOST_VALUES], counts[:MOST_VALUES])]
     return listed, max(len(values) - MOST_VALUES, 0)
 
@@ -208,6 +242,8 @@ def facts_from(content: Any) -> Facts | None:
             digest=str(content["digest"]),
             values=None if values is None else [(float(value), int(count)) for value, count in values],
             more_values=int(content["more_values"]),
+            label_like=bool(content["label_like"]),
+            remarks=tuple((str(severity), str(what), str(remedy)) for severity, what, remedy in content["remarks"]),
         )
     except (TypeError, ValueError, LookupError, OverflowError):
         return None

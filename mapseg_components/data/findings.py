@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.files import readable
 
 __all__ = ["Finding", "fault", "findings_of", "raise_findings"]
 
@@ -36,7 +37,7 @@ class Finding:
 
     def __str__(self) -> str:
         text = ": ".join(part for part in (self.file, self.what, self.remedy) if part)
-        return text.replace("\n", "\\n").replace("\r", "\\r")  # a file name may hold a line break
+        return readable(text)  # a file name may hold a line break, or bytes that are no text
 
     def error(self) -> MAPSegError:
         """The error to raise, with this record in its ``findings``."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,19 +21,17 @@ import numpy as np
 from nibabel.volumeutils import apply_read_scaling
 
 from mapseg_components.data.findings import fault
+from mapseg_components.data.headers import Geometry, Remark, geometry_of, volume_shape
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.memory import require_memory
 
-__all__ = ["ENDINGS", "Scan", "corner_distance", "median_spacing", "read_nifti"]
+__all__ = ["ENDINGS", "Scan", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
 
 ENDINGS = (".nii.gz", ".nii")
 PIECE = 1 << 20  # bytes read or decompressed at a time
 DEFLATE_MOST = 1032  # a deflate stream cannot expand more than this
 PADDING = 4096  # bytes after the last voxel that some writers add
 HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0", 352), 540: (nib.Nifti2Header, 4, b"n+2\0", 544)}
-# columns of an affine may be this far from orthogonal (resampling by float32 headers leaves far less)
-SHEAR_TOLERANCE_DEG = 0.5
-FARTHEST_MM = 1e9  # finite in a header, but nothing in an affine is as large
 COPY_AGAIN = "copy it again from its origin"
 CONVERT = "convert it to .nii.gz (dcm2niix for DICOM)"
 
@@ -42,8 +42,7 @@ class Scan:
 
     Args:
         voxels: (X, Y, Z), scaled as the header says.
-        affine: (4, 4), voxel to mm, as nibabel and MONAI take it: sform, else qform, else a guess from the spacing.
-        sform, qform: (4, 4), or ``None`` if the header says that there is none.
+        affine, sform, qform, remarks: see `Geometry`.
         digest: sha256 of shape, type, scaling and decoded voxels; names and headers do not enter.
     """
 
@@ -52,13 +51,25 @@ class Scan:
     sform: np.ndarray | None
     qform: np.ndarray | None
     digest: str
+    remarks: tuple[Remark, ...] = ()
+
+
+def is_nifti(name: str) -> bool:
+    """Whether a file's name ends as one that is read, ``.nii`` or ``.nii.gz``, in capitals or not."""
+    return name.lower().endswith(ENDINGS)
+
+
+def stem(scan: Path) -> str:
+    """File name without its NIfTI ending, in capitals or not."""
+    return re.sub(r"\.nii(\.gz)?\Z", "", scan.name, flags=re.IGNORECASE)
 
 
 def read_nifti(path: str | Path) -> Scan:
     """Read a 3D NIfTI file (``.nii`` or ``.nii.gz``) to its end, so that a gzip's checksum and length are tested.
 
-    A fourth axis of length 1 is squeezed. Links are followed. Before voxels are read, the header's promise is compared
-    with the file's size (for a gzip: with what deflate can reach at most) and with the machine's memory.
+    Where its voxels lie is decided by `geometry_of`. Axes of length 1 after the third are left out, extensions of the
+    header are not looked at. Links are followed. Before voxels are read, the header's promise is compared with the
+    file's size (for a gzip: with what deflate can reach at most) and with the machine's memory.
 
     Raises:
         DataError: no such file, no permission, another format, damaged, not 3D, no plain numbers, or an affine that is
@@ -66,11 +77,24 @@ def read_nifti(path: str | Path) -> Scan:
         ResourceError: the scan does not fit into memory.
     """
     path = Path(path)
+    with opened(path) as stream:
+        return decode(path, stream, os.fstat(stream.fileno()).st_size)
+
+
+def read_geometry(path: str | Path) -> Geometry:
+    """Shape and affine of a file, by its header alone. Errors as `read_nifti`, of the header."""
+    path = Path(path)
+    with opened(path) as stream:
+        return parse_header(path, begin(pieces_of(path, stream)))[1]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A file, open for reading; what goes wrong meanwhile is named. Errors as `read_nifti`."""
     check_kind(path)
     try:
         with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            return decode(path, stream, size)
+            yield stream
     except PermissionError as error:
         raise fault(path, "no permission to read it", "allow it (chmod u+r), or leave the scan out") from error
     except (EOFError, zlib.error) as error:
@@ -100,29 +124,40 @@ def check_kind(path: Path) -> None:
         raise fault(path, "a folder, expected a .nii or .nii.gz file", CONVERT)
     if not stat.S_ISREG(mode):
         raise fault(path, "no regular file", "copy the scan there")
-    if not path.name.endswith(ENDINGS):
+    if not is_nifti(path.name):
         raise fault(path, "expected a file named .nii or .nii.gz", CONVERT)
 
 
-def decode(path: Path, stream: BinaryIO, size: int) -> Scan:
-    """Header, then voxels, from an open file of ``size`` bytes."""
-    if not size:
-        raise fault(path, "cannot be read as NIfTI (the file is empty)", COPY_AGAIN)
-    packed = path.name.endswith(".gz")
+def pieces_of(path: Path, stream: BinaryIO) -> Iterator[bytes]:
+    """Content of a file that was just opened, unpacked, in pieces. Raises `DataError` if its name says another kind."""
     start = stream.read(4)
     stream.seek(0)
+    if not start:
+        raise fault(path, "cannot be read as NIfTI (the file is empty)", COPY_AGAIN)
+    packed = path.name.lower().endswith(".gz")
     if (start[:2] == b"\x1f\x8b") != packed:
         found = "not compressed" if packed else "compressed with gzip"
         other = ".nii" if packed else ".nii.gz"
         raise fault(path, f"cannot be read as NIfTI (it is {found})", f"rename it to {other}, or {COPY_AGAIN}")
-    pieces = inflate(stream) if packed else iter(lambda: stream.read(PIECE), b"")
+    return inflate(stream) if packed else iter(lambda: stream.read(PIECE), b"")
+
+
+def begin(pieces: Iterator[bytes]) -> bytes:
+    """The first pieces, so many that a header is whole, if there is one."""
     start = b""
     while len(start) < max(HEADERS) and (piece := next(pieces, None)) is not None:
         start += piece
-    header, shape = parse_header(path, start)
-    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+    return start
+
+
+def decode(path: Path, stream: BinaryIO, size: int) -> Scan:
+    """Header, then voxels, from an open file of ``size`` bytes."""
+    pieces = pieces_of(path, stream)
+    start = begin(pieces)
+    header, geometry = parse_header(path, start)
+    shape, dtype, offset = geometry.shape, header.get_data_dtype(), int(header["vox_offset"])
     promised = offset + math.prod(shape) * dtype.itemsize
-    most = size * DEFLATE_MOST if packed else size
+    most = size * DEFLATE_MOST if path.name.lower().endswith(".gz") else size
     if promised > most:
         raise fault(
             path,
@@ -140,7 +175,7 @@ def decode(path: Path, stream: BinaryIO, size: int) -> Scan:
             raise fault(path, f"goes on after the {promised:,} bytes that its header promises", COPY_AGAIN)
     if read < promised:
         raise fault(path, f"ends after {read:,} of the {promised:,} bytes that its header promises", COPY_AGAIN)
-    return build(path, header, shape, content)
+    return build(path, header, geometry, content)
 
 
 def inflate(stream: BinaryIO) -> Iterator[bytes]:
@@ -164,8 +199,8 @@ def inflate(stream: BinaryIO) -> Iterator[bytes]:
             pending = stream.read(PIECE)
 
 
-def parse_header(path: Path, start: bytes) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
-    """Header and its shape, as it stands (1 or more axes); only what nibabel would read without a guess."""
+def parse_header(path: Path, start: bytes) -> tuple[nib.Nifti1Header, Geometry]:
+    """Header, and where it puts its voxels; only what nibabel would read without a guess. Raises `DataError`."""
     order = next((o for o in ("little", "big") if int.from_bytes(start[:4], o) in HEADERS), None)
     if order is None:
         raise fault(path, "cannot be read as NIfTI (it does not begin with a NIfTI header)", CONVERT)
@@ -176,13 +211,13 @@ def parse_header(path: Path, start: bytes) -> tuple[nib.Nifti1Header, tuple[int,
         with np.errstate(all="ignore"):
             raw = kind(start[: kind.template_dtype.itemsize], "<" if order == "little" else ">", check=False)
             dims, offset = [int(side) for side in raw["dim"]], float(raw["vox_offset"])
-            if not 1 <= dims[0] <= 7 or any(side < 1 for side in dims[1 : dims[0] + 1]):
+            sides = dims[1 : dims[0] + 1]
+            sides[3:] = [side or 1 for side in sides[3:]]  # some writers leave 0 where an axis is not in use
+            if not 1 <= dims[0] <= 7 or any(side < 1 for side in sides):
                 raise fault(path, f"its header has dimensions {dims}, expected positive ones", "repair the header")
             if not least <= offset <= 2**31:
                 raise fault(path, f"its header puts the voxels at byte {offset:g}", COPY_AGAIN)
-            shape = tuple(dims[1 : dims[0] + 1])
-            if len(shape) != 3 and (len(shape) != 4 or shape[3] != 1):
-                raise fault(path, f"shape {shape}, expected 3D", "split a series into one file per volume")
+            shape = volume_shape(path, tuple(sides))
             try:
                 dtype = raw.get_data_dtype()
             except (nib.spatialimages.HeaderDataError, KeyError):
@@ -190,73 +225,39 @@ def parse_header(path: Path, start: bytes) -> tuple[nib.Nifti1Header, tuple[int,
             if dtype is None or dtype.fields is not None or dtype.kind not in "iuf":
                 name = f"code {int(raw['datatype'])}" if dtype is None else dtype
                 raise fault(path, f"voxels of type {name}, expected plain numbers", "convert to grey values")
-            sides = [float(side) for side in raw["pixdim"][1:4]]
-            if raw["sform_code"] <= 0 and not all(
-                0 < side < FARTHEST_MM for side in sides
-            ):  # nibabel would take 1 for 0
-                raise fault(path, f"its header gives voxel sides of {sides} mm", "repair the header")
-            header = kind(raw.binaryblock, raw.endianness, check=True)
+            geometry = geometry_of(path, raw, shape)
+            header = kind(raw.binaryblock, raw.endianness, check=False)
+            header["pixdim"], header["qform_code"], header["sform_code"] = 1, 0, 0  # judged, and not looked at again
+            header.check_fix()
             header.get_slope_inter()
     except Exception as error:  # nibabel fails in many ways on a damaged header, and none may escape without a name
         if isinstance(error, DataError):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise fault(path, f"cannot be read as NIfTI (damaged header: {reason})", COPY_AGAIN) from error
-    return header, shape
+    return header, geometry
 
 
-def build(path: Path, header: nib.Nifti1Header, shape: tuple[int, ...], content: bytearray) -> Scan:
+def build(path: Path, header: nib.Nifti1Header, geometry: Geometry, content: bytearray) -> Scan:
     """Scan from a judged header and all bytes of the file."""
-    offset, dtype = int(header["vox_offset"]), header.get_data_dtype()
+    shape, offset, dtype = geometry.shape, int(header["vox_offset"]), header.get_data_dtype()
     slope, inter = header.get_slope_inter()
-    raw = np.ndarray(shape[:3], dtype, buffer=content, offset=offset, order="F")
-    digest = hashlib.sha256(f"{shape[:3]} {dtype.str} {slope} {inter}".encode())
+    raw = np.ndarray(shape, dtype, buffer=content, offset=offset, order="F")
+    digest = hashlib.sha256(f"{shape} {dtype.str} {slope} {inter}".encode())
     digest.update(memoryview(content)[offset:])
     try:
         with np.errstate(all="ignore"):
-            sform = header.get_sform(coded=True)[0]
-            qform = header.get_qform(coded=True)[0]
-            affine = header.get_best_affine()
             voxels = raw if slope is None else apply_read_scaling(raw, slope, inter)
-    except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-        raise fault(path, f"its header's orientation cannot be decoded ({error})", "repair the header") from error
-    for name, matrix in (("sform", sform), ("qform", qform), ("voxel spacing", affine)):
-        if matrix is not None:
-            check_affine(path, matrix, name)
-    return Scan(voxels, affine, sform, qform, digest.hexdigest())
-
-
-def check_affine(path: Path, affine: np.ndarray, name: str) -> None:
-    """Refuse an affine (4, 4) that is not finite, not invertible, or sheared by more than `SHEAR_TOLERANCE_DEG`."""
-    if not np.abs(affine).max() < FARTHEST_MM:  # true for NaN as well
-        raise fault(path, f"its affine ({name}) is not finite", "repair the header")
-    axes = affine[:3, :3]
-    sides = np.linalg.norm(axes, axis=0)
-    if sides.min() < 1e-6 or abs(np.linalg.det(axes / sides)) < 1e-6:
-        raise fault(
-            path, f"its affine ({name}) is not invertible, voxel sides {sides.round(6)} mm", "repair the header"
-        )
-    cosines = (axes / sides).T @ (axes / sides) - np.eye(3)
-    angle = float(np.degrees(np.arcsin(min(np.abs(cosines).max(), 1.0))))
-    if angle > SHEAR_TOLERANCE_DEG:
-        raise fault(
-            path,
-            f"its affine ({name}) is sheared by {angle:.2f} degrees (tolerance {SHEAR_TOLERANCE_DEG})",
-            "resample it to an orthogonal grid",
-        )
+    except (ValueError, ArithmeticError) as error:
+        raise fault(path, f"its voxels cannot be scaled ({error})", "repair the header") from error
+    return Scan(voxels, geometry.affine, geometry.sform, geometry.qform, digest.hexdigest(), geometry.remarks)
 
 
 def median_spacing(paths: Sequence[str | Path]) -> list[float]:
     """Median voxel size in mm along the RAS axes over several scans, two decimals; only headers are read."""
     spacings = []
     for path in paths:
-        affine = nib.load(path).affine
+        affine = read_geometry(path).affine
         axes = nib.orientations.io_orientation(affine)[:, 0].astype(int)  # RAS axis of each voxel axis
         spacings.append(nib.affines.voxel_sizes(affine)[np.argsort(axes)])
     return [round(float(value), 2) for value in np.median(spacings, axis=0)]
-
-
-def corner_distance(shape: tuple[int, ...], one: np.ndarray, two: np.ndarray) -> float:
-    """Largest distance in mm between where two affines (4, 4) put a corner of a grid."""
-    corners = np.array(np.meshgrid(*[(0, side - 1) for side in shape], [1])).reshape(4, -1)
-    return float(np.linalg.norm(((one - two) @ corners)[:3], axis=0).max())

@@ -29,7 +29,6 @@ FEWEST_SCANS = 3  # to compare one with the others
 TURN_MARGIN = 0.02  # by which another orientation must fit better, as a correlation
 MIRROR_SHARE = 0.25  # of the reference's usual preference for its own side
 FAR, FAR_RATIO = 0.1, 4.0  # a histogram that far from its set's median, and so many times the usual distance
-FEW_VALUES = 50  # above the lowest: scans have more grey values, most label maps fewer
 AXES = ("left-right", "back-front", "bottom-top")
 Portraits = Mapping[str, Portrait]
 
@@ -51,7 +50,6 @@ def plausibility(
         findings += intensities(name, files, portraits, facts)
         findings += masking(name, files, portraits)
         findings += unusual_histograms(name, files, portraits)
-        findings += label_maps(files, portraits)
         findings += copies(files, facts)
     reference = known.get("source") or next(iter(known.values()), [])
     for files in known.values():
@@ -146,17 +144,6 @@ def masking(name: str, files: Sequence[str], portraits: Portraits) -> Iterator[F
             here = "is skull-stripped or masked" if file in masked else "is not skull-stripped or masked"
             share = f"{portraits[file].background_share:.0%} of its voxels have the lowest value"
             yield warning(file, f"{here} ({share}), unlike most of {name}", "prepare all scans in one way")
-
-
-def label_maps(files: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
-    """Label maps where scans are expected: whole numbers, and few different ones."""
-    for file in files:
-        portrait = portraits[file]
-        if portrait.whole_numbers and portrait.different_values <= FEW_VALUES:
-            text = (
-                f"its voxels have {portrait.different_values + 1} different values, all whole: looks like a label map"
-            )
-            yield warning(file, text, "name the folder of the scans instead, or take it out")
 
 
 def copies(files: Sequence[str], facts: Mapping[str, Facts]) -> Iterator[Finding]:

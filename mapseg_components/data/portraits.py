@@ -13,6 +13,7 @@ import numpy as np
 
 from mapseg_components.data.facts import AuditRecord, Facts, facts_of_scan
 from mapseg_components.data.nifti import Scan, read_nifti
+from mapseg_components.structures import are_whole
 
 __all__ = ["Portrait", "PortraitRecord", "portrait_of"]
 
@@ -32,7 +33,6 @@ class Portrait:
         background_share: share of voxels that have exactly the lowest value.
         border_share: the same on the six faces of the volume.
         whole_numbers: all values are whole numbers.
-        different_values: how many different ones there are above the lowest.
         soft_tissue_hu, soft_tissue_shifted: share of the voxels above the lowest value that lie in -150 to 250 and in
             874 to 1274.
         quantiles: (101,) of the voxels above the lowest value, scaled so that 0 is the lowest value and 1 the 99.5th
@@ -47,7 +47,6 @@ class Portrait:
     background_share: float
     border_share: float
     whole_numbers: bool
-    different_values: int
     soft_tissue_hu: float
     soft_tissue_shifted: float
     quantiles: np.ndarray
@@ -77,8 +76,7 @@ def portrait_of(scan: Scan) -> Portrait | None:
         axcodes="".join(nib.aff2axcodes(scan.affine)),
         background_share=float(1 - above.mean()),
         border_share=float(1 - faces.mean()),
-        whole_numbers=bool(np.array_equal(drawn, np.rint(drawn))),
-        different_values=len(np.unique(drawn)),
+        whole_numbers=bool(are_whole(drawn).all()),
         soft_tissue_hu=float(((drawn > -150) & (drawn < 250)).mean()),
         soft_tissue_shifted=float(((drawn > 874) & (drawn < 1274)).mean()),
         quantiles=np.quantile(scaled, np.linspace(0, 1, QUANTILES)),

@@ -12,14 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mapseg_components.data.datalist import LONGEST_NAME_BYTES, list_scans, stem
-from mapseg_components.data.dicom import Series, has_dicom, list_series
-from mapseg_components.data.findings import Finding, findings_of
-from mapseg_components.data.nifti import ENDINGS
-from mapseg_components.errors import ConfigError, DataError, MAPSegError
+from mapseg_components.data.dicom import Contents, Series, look_into
+from mapseg_components.data.findings import Finding
+from mapseg_components.data.layouts import (
+    images_beside,
+    label_of,
+    labels_among,
+    labels_beside,
+    labels_of_scans,
+    misplaced,
+)
+from mapseg_components.data.left_out import LeftOut, in_one_line, left_out
+from mapseg_components.data.nifti import is_nifti
+from mapseg_components.errors import ConfigError, DataError
 
 __all__ = ["Source", "find_series", "find_sources"]
 
 IMAGES, LABELS = "images", "labels"
+NOT_CHOSEN = "not the series that was chosen"
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,14 @@ def find_sources(
     labels: str | os.PathLike[str] | None = None,
     series: str | None = None,
     leave_out: str | os.PathLike[str] | None = None,
-) -> tuple[list[Source], list[Finding]]:
+) -> tuple[list[Source], list[Finding], list[LeftOut]]:
     """Scans of a folder and all folders below it, or of one file; voxels are not read.
 
-    Label maps are the files of equal name in ``labels`` beside ``images``; all other NIfTI files are scans. A DICOM
-    series is named ``<its folder>_<series number>``; what the header says about a person is not looked at. Hidden
-    files and folders are left out.
+    Label maps are the files of equal name in ``labels`` beside ``images``, those of nnU-Net's and the Decathlon's
+    ``labelsTr``, and what is named as one beside its scan (``a_dseg``); all other NIfTI files are scans. The findings
+    name a label map without its scan, or of one of several scans, and a scan of several channels. A DICOM series is
+    named ``<its folder>_<series number>``; what the header says about a person is not looked at. Hidden files and
+    folders are left out.
 
     Args:
         folder: folder or NIfTI file.
@@ -57,7 +69,7 @@ def find_sources(
         leave_out: a folder that is not looked into.
 
     Returns:
-        the scans by name, and what was found and cannot be used.
+        the scans by name, what was found and cannot be used, and what was left out.
 
     Raises:
         ConfigError: nothing to prepare, no such folder, or no series of this UID.
@@ -65,16 +77,23 @@ def find_sources(
     """
     folder = Path(folder)
     findings: list[Finding] = []
+    known: dict[Path, str] = {}
     try:
-        sources = list(walk(folder, findings, leave_out)) if folder.is_dir() else [one_file(folder)]
+        sources = list(walk(folder, findings, known, leave_out)) if folder.is_dir() else [one_file(folder)]
         if labels is not None:
             sources = with_labels(sources, Path(labels), findings)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be listed ({error}): allow reading it") from error
     if series is not None:
-        sources = chosen(sources, series)
+        every, sources = sources, chosen(sources, series)
+        known |= {file: NOT_CHOSEN for one in every if one not in sources for file in files_of(one)}
+    taken = [file for one in sources for file in files_of(one)] + [finding.file for finding in findings]
+    left = left_out(folder, taken, known, leave_out)
     if not sources and not findings:
-        raise ConfigError(f"{folder}: no NIfTI scan (*.nii, *.nii.gz) and no DICOM series found: correct the input")
+        raise ConfigError(
+            f"{folder}: no NIfTI scan (*.nii, *.nii.gz) and no DICOM series found: correct the input"
+            f"{in_one_line(left, folder)}"
+        )
     sources = sorted(sources, key=lambda source: source.name)
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
@@ -82,35 +101,39 @@ def find_sources(
             raise DataError(f"{' and '.join(images)} would have results of one name, {name}: rename one")
     for source in sources:
         if len(os.fsencode(Path(source.name).name)) > LONGEST_NAME_BYTES:
-            raise DataError(f"{source.image}: its result's name is longer than {LONGEST_NAME_BYTES} bytes: rename it")
-    return sources, findings
+            what = f"its result's name is longer than {LONGEST_NAME_BYTES} bytes"
+            findings.append(Finding("error", str(source.image), what, "rename it"))
+    named = {finding.file for finding in findings}
+    return [source for source in sources if str(source.image) not in named], findings, left
 
 
 def find_series(
     folder: str | os.PathLike[str], leave_out: str | os.PathLike[str] | None = None
-) -> tuple[list[Series], list[Finding]]:
+) -> tuple[list[Series], list[Finding], dict[Path, str]]:
     """DICOM series of a folder and all folders below it, by name; voxels are not read. Arguments as `find_sources`.
 
     Returns:
-        the series, and what was found and cannot be used.
-
-    Raises:
-        DataError: files of one series lie in two folders.
+        the series, what was found and cannot be used (a series whose files lie in two folders as well), and files
+        that hold no scan, with the reason.
     """
     findings: list[Finding] = []
-    series: dict[str, Series] = {}
+    known: dict[Path, str] = {}
+    series: dict[str, list[Series]] = {}
     for place, files in walk_folders(Path(folder), findings, leave_out):
-        for one in series_of(place, files, findings):
-            other = series.setdefault(one.name, one)
-            if other is not one:
-                what = f"{other.folder} and {one.folder} hold files of one series, number {one.number}"
-                raise DataError(f"{what}: move the slices into one folder, or take copies out")
-    return [series[name] for name in sorted(series)], findings
+        for one in series_of(place, files, findings, known).series:
+            series.setdefault(one.name, []).append(one)
+    for parts in series.values():
+        if len(parts) > 1:
+            what = f"files of one series, number {parts[0].number}, lie in {len(parts)} folders"  # names are a person's
+            remedy = "move the slices into one folder, or take copies out"
+            findings.append(Finding("error", str(parts[0].folder), what, remedy))
+            known |= {file: f"{what}: {remedy}" for one in parts for file in one.files}
+    return [series[name][0] for name in sorted(series) if len(series[name]) == 1], findings, known
 
 
 def one_file(path: Path) -> Source:
     """A single NIfTI file; that it can be read is seen later."""
-    if path.exists() and not path.name.endswith(ENDINGS):
+    if path.exists() and not is_nifti(path.name):
         raise ConfigError(f"{path}: expected a .nii or .nii.gz file, or a folder: for DICOM name the series' folder")
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: no such file or folder: correct the input")
@@ -132,33 +155,45 @@ def walk_folders(
         yield here, files
 
 
-def walk(top: Path, findings: list[Finding], leave_out: str | os.PathLike[str] | None) -> Iterator[Source]:
-    """Scans below a folder."""
+def walk(
+    top: Path, findings: list[Finding], known: dict[Path, str], leave_out: str | os.PathLike[str] | None
+) -> Iterator[Source]:
+    """Scans below a folder; what cannot be used, and files that hold no scan, are added to the arguments."""
     for here, files in walk_folders(top, findings, leave_out):
         relative = here.relative_to(top)
-        if here.name == LABELS and here != top and (here.parent / IMAGES).is_dir():
-            scans = {scan.name for scan in list_scans(here.parent / IMAGES)}
-            findings += [orphan(path) for path in list_scans(here) if path.name not in scans]
+        images = images_beside(here) if here != top else None
+        if images is not None:
+            used = set(labels_of_scans(list_scans(images), list_scans(here)).values())
+            findings += [orphan(path) for path in list_scans(here) if path not in used]
             continue
-        paired = here.name == IMAGES and here != top
-        for scan in list_scans(here):
-            label = here.parent / LABELS / scan.name
-            if paired and os.path.lexists(label):
-                yield Source(posix(relative, stem(scan)), scan, label, posix(relative.parent / LABELS, stem(scan)))
+        scans, others = list_scans(here), labels_beside(here) if here != top else None
+        maps = labels_among(scans) if others is None else labels_of_scans(scans, list_scans(others))
+        place = relative if others is None else relative.parent / others.name
+        for scan in scans:
+            if scan in maps.values():
+                continue
+            reason = misplaced(scan)
+            if reason is not None:
+                findings.append(Finding("error", str(scan), *reason))
+            elif scan in maps:
+                yield Source(posix(relative, stem(scan)), scan, maps[scan], posix(place, stem(maps[scan])))
             else:
                 yield Source(posix(relative, stem(scan)), scan)
-        yield from dicom_sources(here, relative, series_of(here, files, findings))
+        yield from dicom_sources(here, relative, series_of(here, files, findings, known).series)
 
 
-def series_of(folder: Path, files: list[str], findings: list[Finding]) -> list[Series]:
-    """DICOM series of a folder with these files; what is wrong with it is added to the findings."""
-    if not any(has_dicom(folder / file) for file in files if not file.startswith(".") and not file.endswith(ENDINGS)):
-        return []
-    try:
-        return list_series(folder)
-    except MAPSegError as error:
-        findings += findings_of(error)
-        return []
+def series_of(folder: Path, files: list[str], findings: list[Finding], known: dict[Path, str]) -> Contents:
+    """DICOM of a folder with these files; what is wrong with it, and what holds no scan, is added to the arguments."""
+    found = look_into(folder, files)
+    findings += found.findings
+    known |= found.left_out
+    return found
+
+
+def files_of(source: Source) -> list[Path]:
+    """All files of a scan."""
+    files = list(source.image.files) if isinstance(source.image, Series) else [source.image]
+    return files if source.label is None else [*files, source.label]
 
 
 def dicom_sources(folder: Path, relative: Path, found: list[Series]) -> Iterator[Source]:
@@ -177,16 +212,18 @@ def with_labels(sources: list[Source], labels: Path, findings: list[Finding]) ->
         raise ConfigError(f"{labels}: no such folder: correct labels")
     known = {path.resolve() for path in list_scans(labels)}
     maps = {stem(path): path for path in list_scans(labels)}
+    findings[:] = [finding for finding in findings if Path(finding.file).resolve() not in known]
     result, used = [], set()
     for source in sources:
         if isinstance(source.image, Path) and source.image.resolve() in known:
             continue  # labels lie below the input
-        label = maps.get(Path(source.name).name)
+        label = label_of(Path(source.name).name, maps)
         if label is None:
             result.append(Source(f"{IMAGES}/{source.name}", source.image))
         else:
             used.add(label)
-            result.append(Source(f"{IMAGES}/{source.name}", source.image, label, f"{LABELS}/{source.name}"))
+            name = (Path(source.name).parent / stem(label)).as_posix()
+            result.append(Source(f"{IMAGES}/{source.name}", source.image, label, f"{LABELS}/{name}"))
     findings += [orphan(path) for path in maps.values() if path not in used]
     return result
 

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 
+from mapseg_components.data.nifti import read_nifti
 from mapseg_components.errors import DataError
 from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
+from mapseg_components.structures import structures_of, to_whole
 
 __all__ = [
     "class_weights",
@@ -45,9 +46,10 @@ def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int],
     """
     if power == 0:
         return None
+    labels = structures_of(labels)
     counts = np.zeros(len(labels) + 1)
     for case in cases:
-        voxels = np.asarray(nib.load(case[LABEL]).dataobj)
+        voxels = to_whole(read_nifti(case[LABEL]).voxels)
         found = [int((voxels == value).sum()) for value in labels.values()]
         counts += [voxels.size - sum(found), *found]
     weights = np.where(counts > 0, (counts[0] / np.maximum(counts, 1)) ** power, 1.0)
@@ -63,10 +65,10 @@ def structure_sizes(
         cases: with ``label``, a file.
         labels: structure name to value.
     """
-    sizes = []
+    labels, sizes = structures_of(labels), []
     for case in cases:
-        scan = nib.load(case[LABEL])
-        voxels, voxel_mm3 = np.asarray(scan.dataobj), abs(float(np.linalg.det(scan.affine[:3, :3])))
+        scan = read_nifti(case[LABEL])
+        voxels, voxel_mm3 = to_whole(scan.voxels), abs(float(np.linalg.det(scan.affine[:3, :3])))
         counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
         sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
     return sizes

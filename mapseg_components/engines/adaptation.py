@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from monai.engines import Trainer
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
@@ -27,12 +27,14 @@ from mapseg_components.keys import (
     TARGET_SEGMENTATION,
     TOTAL_LOSS,
 )
-from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
+from mapseg_components.masking import block_grid, check_mask_value, draw_block_mask, expand_block_mask, hide
 
 if TYPE_CHECKING:
     from mapseg_components.losses import AdaptationLoss
 
 __all__ = ["PairPass", "Teacher", "UDATrainer"]
+
+SCORED_TERM = "target_local_masked"  # of the loss; the clean one falls when pseudo labels repeat themselves
 
 
 class Teacher(Protocol):
@@ -61,7 +63,7 @@ class PairPass:
     labels: tuple[torch.Tensor, ...]
 
 
-class UDATrainer(Trainer):
+class UDATrainer(SupervisedTrainer):
     """Source pairs with labels, target pairs with the teacher's pseudo labels, one weighted sum.
 
     A batch has the entries ``source`` and ``target``, or only one of them. While the teacher is not active (the
@@ -81,6 +83,7 @@ class UDATrainer(Trainer):
         mask_ratio: share of hidden blocks (0.7 in the paper).
         local_block_size: voxels per side of a hidden block of the local patch (8); global_block_size: of the
             global view (4). One number or one per axis.
+        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: run all passes of an iteration as one batch; otherwise one after the other, each with its
             own backward pass: the same gradients in a fraction of the memory.
@@ -92,11 +95,12 @@ class UDATrainer(Trainer):
 
     Output:
         ``engine.state.output[0]`` (a list, as MONAI's handlers expect it) holds ``loss``, every unweighted term by
-        name (see ``AdaptationLoss``) and, when there is a target, ``target_segmentation``: the mean of its local
-        segmentation terms.
+        name (see ``AdaptationLoss``) and, when there is a target, ``target_segmentation``: the local segmentation term
+        of its masked pass, which the Score reads (section 3.7), whether or not there is a clean pass as well.
 
     Raises:
-        ConfigError: the batch has neither side that can be trained on.
+        ConfigError: the mask value is unknown; or, while running, the batch has neither side that can be trained on, or
+            the network returns logits alone.
         NonFiniteError: while running, if a loss is NaN or infinite; the message names the term and the cases.
     """
 
@@ -119,22 +123,24 @@ class UDATrainer(Trainer):
         accumulate_steps: int = 1,
         compile: bool = False,
         train_handlers: Sequence | None = None,
+        mask_value: float | str = 0.0,
     ) -> None:
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            data_loader=train_data_loader,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
             epoch_length=epoch_length,
-            handlers=[*(train_handlers or ()), *([] if teacher is None else [teacher])],
+            train_handlers=[*(train_handlers or ()), *([] if teacher is None else [teacher])],
             decollate=False,
         )
         if compile:
             network.compile()
-        self.network = network
-        self.optimizer = optimizer
-        self.loss_function = loss_function
         self.teacher = teacher
         self.mask_ratio = mask_ratio
+        self.mask_value = check_mask_value(mask_value)
         self.local_block_size = local_block_size
         self.global_block_size = global_block_size
         self.batched_passes = batched_passes
@@ -168,9 +174,8 @@ class UDATrainer(Trainer):
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
 
         output = {TOTAL_LOSS: self.loss_function(terms), **terms}
-        target_terms = [term for name, term in terms.items() if name.startswith("target_local")]
-        if target_terms:
-            output[TARGET_SEGMENTATION] = torch.stack(target_terms).mean()
+        if SCORED_TERM in terms:
+            output[TARGET_SEGMENTATION] = terms[SCORED_TERM]
         return output
 
     def _plan(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> list[PairPass]:
@@ -211,6 +216,11 @@ class UDATrainer(Trainer):
                 torch.cat([one.global_image for one in group]),
                 torch.cat([one.local_box for one in group]),
             )
+        if isinstance(output, torch.Tensor):
+            raise ConfigError(
+                f"network {type(self.network).__name__} returns one tensor, expected local logits, global logits, "
+                "local features and context features: wrap it in mapseg_components.networks.GlobalLocalPass"
+            )
         sizes = [len(one.local_image) for one in group]
         losses: dict[str, torch.Tensor] = {}
         for one, parts in zip(group, zip(*(tensor.split(sizes) for tensor in output))):
@@ -219,7 +229,8 @@ class UDATrainer(Trainer):
 
     def _hide(self, image: torch.Tensor, block_size: Sequence[int] | int) -> torch.Tensor:
         mask = draw_block_mask(len(image), block_grid(image.shape[2:], block_size), self.mask_ratio)
-        return hide(image, expand_block_mask(mask.to(image.device, non_blocking=True), image.shape[2:]))
+        mask = expand_block_mask(mask.to(image.device, non_blocking=True), image.shape[2:])
+        return hide(image, mask, self.mask_value)
 
     @staticmethod
     def _on_device(engine: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.engines import Trainer
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from torch import nn
 
 from mapseg_components.engines.optimization import OptimizationStep
 from mapseg_components.keys import CASE_ID, GLOBAL_IMAGE, LOCAL_IMAGE, TOTAL_LOSS
-from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
+from mapseg_components.masking import block_grid, check_mask_value, draw_block_mask, expand_block_mask, hide
 
 __all__ = ["MAETrainer"]
 
 
-class MAETrainer(Trainer):
+class MAETrainer(SupervisedTrainer):
     """Hide blocks of a local patch and of its global view, reconstruct both, sum the two errors.
 
     Args:
@@ -32,6 +32,7 @@ class MAETrainer(Trainer):
         mask_ratio: share of hidden blocks (0.7 in the paper).
         local_block_size: voxels per side of a hidden block of the local patch (8); global_block_size: of the
             global view (4). One number or one per axis.
+        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: encode both scales as one batch (needs equal sizes); otherwise one after the other, in
             about half the memory.
@@ -45,6 +46,7 @@ class MAETrainer(Trainer):
         ``engine.state.output[0]`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.
 
     Raises:
+        ConfigError: the mask value is unknown.
         NonFiniteError: while running, if the loss is NaN or infinite; the message names the cases.
     """
 
@@ -66,21 +68,23 @@ class MAETrainer(Trainer):
         accumulate_steps: int = 1,
         compile: bool = False,
         train_handlers: Sequence | None = None,
+        mask_value: float | str = 0.0,
     ) -> None:
         super().__init__(
             device=device,
             max_epochs=max_epochs,
-            data_loader=train_data_loader,
+            train_data_loader=train_data_loader,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
             epoch_length=epoch_length,
-            handlers=train_handlers,
+            train_handlers=train_handlers,
             decollate=False,
         )
         if compile:
             network.compile()
-        self.network = network
-        self.optimizer = optimizer
-        self.loss_function = loss_function
         self.mask_ratio = mask_ratio
+        self.mask_value = check_mask_value(mask_value)
         self.block_sizes = {LOCAL_IMAGE: local_block_size, GLOBAL_IMAGE: global_block_size}
         self.batched_passes = batched_passes
         self.optimization = OptimizationStep(
@@ -108,7 +112,7 @@ class MAETrainer(Trainer):
         for number, group in enumerate(groups):
             with optimization.synchronisation(ends and number == len(groups) - 1):
                 with optimization.autocast():
-                    hidden = [hide(images[key], masks[key]) for key in group]
+                    hidden = [hide(images[key], masks[key], self.mask_value) for key in group]
                     outputs = self.network(torch.cat(hidden)).chunk(len(group))
                 losses = {
                     key.replace("image", "reconstruction"): self.loss_function(output, images[key], masks[key])

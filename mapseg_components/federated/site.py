@@ -32,6 +32,7 @@ from mapseg_components.federated.core import Broadcast, Update, local_names, sit
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.privacy import Ledger, Privacy, protect
 from mapseg_components.keys import IMAGE, SOURCE, TARGET
+from mapseg_components.structures import structures_of
 
 __all__ = ["Site", "class_names", "initial_weights"]
 
@@ -211,8 +212,9 @@ class Site:
         table = (open_datalist(self.datalist) or {}).get("labels")
         if not isinstance(table, Mapping):
             return
-        found = {str(value): name for value, name in table.items() if str(value) != "0" and int(value) not in dropped}
-        expected = {str(value): name for name, value in labels.items()}
+        named = structures_of(table, f"the label table of {self.datalist}").items()
+        found = {str(value): name for name, value in named if value not in dropped}
+        expected = {str(value): name for name, value in structures_of(labels).items()}
         if found != expected:
             raise FederationError(
                 f"the label table of {self.datalist} is {found}, expected {expected}: "
@@ -282,7 +284,7 @@ class LocalWeights:
 
 def class_names(settings: Mapping[str, Any]) -> list[str]:
     """Names of the classes in the order of their index, background left out."""
-    return list(parser_of(settings).get_parsed_content("labels"))
+    return list(structures_of(parser_of(settings).get_parsed_content("labels")))
 
 
 def initial_weights(settings: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:

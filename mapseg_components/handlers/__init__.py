@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ignite handlers of MAPSeg: teacher, selection by Score, checkpoints, weights, history, reports, progress."""
 
+from mapseg_components.handlers.chain import HandlerChain
 from mapseg_components.handlers.checkpointing import TrainingCheckpoint, WeightsLoader
 from mapseg_components.handlers.diagnostics import TargetDiagnostics
 from mapseg_components.handlers.ema_teacher import EMATeacher
@@ -13,6 +14,7 @@ __all__ = [
     "DiceReport",
     "EMATeacher",
     "EpochHistory",
+    "HandlerChain",
     "LossProgressBar",
     "ScoreCheckpoint",
     "TargetDiagnostics",

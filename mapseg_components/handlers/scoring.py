@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Label-free model selection on the target: the Score (MAPSeg, arXiv 2303.09373, section 3.5)."""
+"""Label-free model selection on the target: the Score (MAPSeg, arXiv 2303.09373, section 3.7)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from monai.handlers import ValidationHandler
 from torch import nn
 
 from mapseg_components.checkpoints import weights_of, write_atomic
+from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
 from mapseg_components.keys import TARGET_SEGMENTATION
 
@@ -56,11 +57,15 @@ class TeacherValidation(ValidationHandler):
 class ScoreCheckpoint:
     """Keep the best weights by ``Score = source validation Dice - loss_weight * mean target loss of the epoch``.
 
-    The target loss is the trainer's output ``target_segmentation``, so that no target label is needed. The Score
-    exists only from the epoch in which the teacher is active; student and teacher are both candidates and the better
-    one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with the
-    best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and never
-    becomes the best.
+    The target loss is the trainer's output ``target_segmentation``, so that no target label is needed: the local
+    segmentation term of the masked pass, as in the paper's section 3.7, also where the loss has clean target terms. The
+    Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
+    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with
+    the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
+    never becomes the best.
+
+    On a trainer without that output, such as MONAI's ``SupervisedTrainer``, there is no target loss: the Score is the
+    evaluator's key metric, larger is better.
 
     Attach it to the trainer after the handlers that validate.
 
@@ -69,12 +74,15 @@ class ScoreCheckpoint:
         candidates: name to ``(network, evaluator)``. The first one is the student. The evaluator is ``None`` where
             there is no validation data (test-time and federated): the Dice counts as 0, every candidate has the same
             Score, and the last one, the teacher, is written.
-        teacher: see `EMATeacher`; ``None`` for training on the source alone.
+        teacher: see `EMATeacher`; ``None`` if there is none: then every epoch that is validated has a Score.
         loss_weight: weight of the target loss (0.5 in the paper).
         patience: stop after so many epochs with a Score but no better one; ``None`` for never.
 
     Sets on the trainer's state:
         ``metrics["source_dice_<name>"]``, ``metrics["target_loss"]`` and ``metrics["score"]``.
+
+    Raises:
+        ConfigError: when the run starts, if an evaluator has no key metric.
     """
 
     differs_by_process = True  # each process sums the losses that it sees
@@ -101,6 +109,7 @@ class ScoreCheckpoint:
 
     def attach(self, engine: Engine) -> None:
         """Average the target loss over an epoch, score at its end; a resumed run may have no patience left."""
+        engine.add_event_handler(Events.STARTED, self._require_metrics)
         engine.add_event_handler(Events.STARTED, self._end_without_patience)
         engine.add_event_handler(Events.EPOCH_STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._accumulate)
@@ -116,11 +125,20 @@ class ScoreCheckpoint:
         for name in STATE:
             setattr(self, name, state[name])
 
+    def _require_metrics(self, engine: Engine) -> None:
+        for name, (_, evaluator) in self.candidates.items():
+            if evaluator is not None and getattr(evaluator.state, "key_metric_name", None) is None:
+                raise ConfigError(
+                    f"the evaluator of candidate {name!r} has no key metric to select weights by: give it "
+                    "key_val_metric, e.g. MONAI's MeanDice"
+                )
+
     def _warn_if_empty(self, engine: Engine) -> None:
         if not math.isfinite(max(self.best_score, self.best_source_dice)):
             logger.warning(
-                f"No weights were selected in {engine.state.epoch} epochs: no epoch was validated, or every figure was "
-                "NaN. Lower val_interval, or look at the losses in history.jsonl."
+                f"No weights were selected in {engine.state.epoch} epochs: no epoch was validated before the Score was "
+                "taken, or every figure was NaN. Lower val_interval, name the handlers that validate before "
+                "ScoreCheckpoint, or look at the losses in history.jsonl."
             )
 
     def _reset(self, engine: Engine) -> None:
@@ -128,8 +146,9 @@ class ScoreCheckpoint:
             self._loss_sum, self._loss_count = 0.0, 0
 
     def _accumulate(self, engine: Engine) -> None:
-        losses = engine.state.output[0]
-        if TARGET_SEGMENTATION in losses:
+        output = engine.state.output
+        losses = output[0] if isinstance(output, (list, tuple)) and output else output
+        if isinstance(losses, Mapping) and TARGET_SEGMENTATION in losses:
             self._loss_sum += float(losses[TARGET_SEGMENTATION])
             self._loss_count += 1
 
@@ -138,7 +157,7 @@ class ScoreCheckpoint:
         dice = {name: value for name, value in dice.items() if value is not None}
         for name, value in dice.items():
             engine.state.metrics[f"source_dice_{name}"] = value
-        if self.teacher is not None and self.teacher.active:
+        if self.teacher is None or self.teacher.active:
             self._select_by_score(engine, dice)
         else:
             self._keep_source_only(engine, dice)
@@ -153,23 +172,26 @@ class ScoreCheckpoint:
         loss_sum, loss_count = (
             float(idist.all_reduce(torch.tensor(float(value)))) for value in (self._loss_sum, self._loss_count)
         )
-        target_loss = loss_sum / loss_count if loss_count else math.nan
-        engine.state.metrics["target_loss"] = target_loss
-        measured = {f"source_dice_{name}": value for name, value in dice.items()}
+        figures = {f"source_dice_{name}": value for name, value in dice.items()}
+        if loss_count:
+            engine.state.metrics["target_loss"] = figures["target_loss"] = loss_sum / loss_count
         if not dice:
             if any(evaluator is not None for _, evaluator in self.candidates.values()):
                 return  # not an epoch of validation
             dice = dict.fromkeys(self.candidates, 0.0)
         # max() does not order NaN: a candidate without a finite Dice comes last, a tie goes to the later candidate
         name = max(reversed(dice), key=lambda key: dice[key] if math.isfinite(dice[key]) else -math.inf)
-        score = dice[name] - self.loss_weight * target_loss
+        score = dice[name]
+        if loss_count:
+            score -= self.loss_weight * figures["target_loss"]
+        elif not figures:
+            score = math.nan  # nothing was measured
         engine.state.metrics["score"] = score
         if not math.isfinite(score):
             logger.warning(f"Epoch {engine.state.epoch}: the Score is {score}; it cannot become the best.")
         elif score > self.best_score:
             self.best_score, self.best_name, self.epochs_without_gain = score, name, 0
-            figures = {"epoch": engine.state.epoch, "score": score, "target_loss": target_loss}
-            self._write("model", name, {**figures, **measured})
+            self._write("model", name, {"epoch": engine.state.epoch, "score": score, **figures})
             logger.info(f"Epoch {engine.state.epoch}: best Score so far, {score:.4f}, by the {name}.")
             return
         self.epochs_without_gain += 1

@@ -55,7 +55,8 @@ class AveragingInferer(Inferer):
             (B, classes, X, Y, Z), float32.
 
         Raises:
-            CheckpointError: weights do not fit the network. Else as the inferer.
+            CheckpointError: weights do not fit the network.
+            ConfigError: the network's output is no tensor of two channels or more. Else as the inferer.
         """
         if self._others is None:
             self._others = [self._member(network, path) for path in self.weights]
@@ -64,6 +65,7 @@ class AveragingInferer(Inferer):
         for member in (network, *self._others):
             for axes in views:
                 logits = self.inferer(torch.flip(inputs, axes) if axes else inputs, member, *args, **kwargs)
+                require_classes(logits)
                 probabilities = torch.softmax(torch.flip(logits, axes) if axes else logits, dim=1)
                 total = probabilities if total is None else total.add_(probabilities)
                 count += 1
@@ -74,3 +76,16 @@ class AveragingInferer(Inferer):
         member = copy.deepcopy(network)
         load_weights(member, path)
         return member.eval()
+
+
+def require_classes(logits: Any) -> None:
+    """Refuse what has no softmax to average. Raises `ConfigError`."""
+    if not isinstance(logits, torch.Tensor):
+        raise ConfigError(
+            f"the inferer returned a {type(logits).__name__}, and the mean is one of logits: wrap the network in a "
+            "function that returns its logits alone"
+        )
+    if logits.shape[1] < 2:
+        raise ConfigError(
+            "the network has one output channel, whose softmax is always 1: train it with two, background and structure"
+        )

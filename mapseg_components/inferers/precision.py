@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
+from torch import nn
 
 from mapseg_components.precision import autocast
 
@@ -16,7 +17,7 @@ __all__ = ["AutocastInferer"]
 
 
 class AutocastInferer(Inferer):
-    """Another inferer in mixed precision, on whatever device its inputs are.
+    """Another inferer in mixed precision, on whatever device the network is.
 
     The ``amp`` of MONAI 1.6.1's evaluators is ``torch.autocast("cuda")``, which does nothing on a CPU.
 
@@ -33,9 +34,9 @@ class AutocastInferer(Inferer):
         self.inferer = inferer
         self.amp = amp
 
-    def __call__(
-        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the inferer makes of ``inputs`` (B, C, X, Y, Z) and network under autocast; its errors are its own."""
-        with autocast(inputs.device, self.amp):
+        parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+        device = next((parameter.device for parameter in parameters), inputs.device)  # windows may be moved to it
+        with autocast(device, self.amp):
             return self.inferer(inputs, network, *args, **kwargs)

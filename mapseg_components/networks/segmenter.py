@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -128,8 +128,8 @@ class GlobalLocalDeepLabV3(nn.Module):
 class GlobalLocalPass(nn.Module):
     """The training pass of a segmenter: everything that the losses need, from one encoding of each image.
 
-    It owns no weights. Trainers call it, and distributed training wraps it, because gradients are synchronised
-    only in a module's ``forward``.
+    It owns no weights: its ``state_dict`` is the segmenter's, by the same names, and loads the segmenter's. Trainers
+    call it, and distributed training wraps it, because gradients are synchronised only in a module's ``forward``.
 
     Args:
         network: a `GlobalLocalDeepLabV3` or any module with its ``encode``, ``context`` and ``decode``.
@@ -138,6 +138,17 @@ class GlobalLocalPass(nn.Module):
     def __init__(self, network: GlobalLocalDeepLabV3) -> None:
         super().__init__()
         self.network = network
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The segmenter's; arguments as in PyTorch."""
+        return self.network.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the segmenter's own names as well as those of this module's tree."""
+        inner = f"{prefix}network."
+        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
+            state_dict[inner + name[len(prefix) :]] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person looks at: tables of text, pages of HTML, pictures."""
 
+from mapseg_components.reports.comparison import draw_comparison
 from mapseg_components.reports.curves import FIGURES_STYLE, curves, small_multiples
 from mapseg_components.reports.page import answer, page, sortable_table
 from mapseg_components.reports.preview import can_draw, draw_preview
@@ -15,6 +16,7 @@ __all__ = [
     "answer",
     "can_draw",
     "curves",
+    "draw_comparison",
     "draw_preview",
     "page",
     "slice_viewer",

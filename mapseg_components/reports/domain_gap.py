@@ -48,7 +48,7 @@ def draw_domain_gap(result: str | Path, path: str | Path, asked: Sequence[str] =
     """
     figure_module, drawable = optional_import("matplotlib.figure")
     if not drawable:
-        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'mapseg-monai[report]'")
+        raise ConfigError("pictures need matplotlib, which is not installed: pip install matplotlib")
     try:
         statistics = json.loads(Path(result).read_text(encoding="utf-8"))
         sites = sites_of(statistics)

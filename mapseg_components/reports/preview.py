@@ -14,7 +14,7 @@ from monai.utils import optional_import
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.errors import ConfigError
-from mapseg_components.files import replacing
+from mapseg_components.files import readable, replacing
 
 __all__ = ["can_draw", "draw_preview"]
 
@@ -32,11 +32,13 @@ WIDEST_LEGEND, WIDEST_TITLE = 130, 110  # characters of 10 points on 11 inches
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed (extra ``report``)."""
+    """Whether matplotlib is installed; a packed bundle may run without."""
     return bool(optional_import("matplotlib.figure")[1])
 
 
-def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], path: str | Path) -> None:
+def draw_preview(
+    scan: np.ndarray, label_map: np.ndarray, affine: np.ndarray, names: Sequence[str], title: str, path: str | Path
+) -> None:
     """Write a PNG: sagittal, coronal and axial slice through the middle of the structures.
 
     Titles have the number of the slice, the pictures letters of the sides and a bar of a length in mm, the legend the
@@ -44,26 +46,29 @@ def draw_preview(scan: str | Path, label_map: str | Path, names: Sequence[str], 
     as the report of `mapseg adapt` does.
 
     Args:
-        scan, label_map: NIfTI files on one grid. names: structures in the order of their value. path: of the PNG.
+        scan: (X, Y, Z). label_map: integers of the same shape. affine: (4, 4), voxel to mm, of both.
+        names: structures in the order of their value. title: above the picture. path: of the PNG.
 
     Raises:
         ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
     """
-    figure = preview_figure(scan, label_map, names)
+    figure = preview_figure(scan, label_map, affine, names, title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def preview_figure(scan: str | Path, label_map: str | Path, names: Sequence[str]) -> Any:
+def preview_figure(
+    scan: np.ndarray, label_map: np.ndarray, affine: np.ndarray, names: Sequence[str], title: str
+) -> Any:
     """The matplotlib figure of `draw_preview`. Raises `ConfigError` without matplotlib."""
     figure_module, drawable = optional_import("matplotlib.figure")
     if not drawable:
-        raise ConfigError("pictures need matplotlib, which is not installed: pip install 'mapseg-monai[report]'")
+        raise ConfigError("pictures need matplotlib, which is not installed: pip install matplotlib")
     patches, _ = optional_import("matplotlib.patches")
     colours, _ = optional_import("matplotlib.colors")
-    grey_scan, labels = (nib.as_closest_canonical(nib.squeeze_image(nib.load(file))) for file in (scan, label_map))
-    grey, label = np.asarray(grey_scan.dataobj, dtype=np.float32), np.asarray(labels.dataobj)
-    spacing = grey_scan.header.get_zooms()[:3]
+    turn = nib.orientations.io_orientation(affine)
+    grey, label = (nib.orientations.apply_orientation(voxels, turn) for voxels in (scan.astype(np.float32), label_map))
+    spacing = nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])]
     centre = middle(label > 0)
     finite = grey[np.isfinite(grey)]
     low, high = float(finite.min()), float(np.percentile(finite, BRIGHTEST, overwrite_input=True))
@@ -88,19 +93,28 @@ def preview_figure(scan: str | Path, label_map: str | Path, names: Sequence[str]
         axis.set_title(f"{plane}, slice {centre[fixed] + 1} of {label.shape[fixed]}", fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])
-        ground = {"color": "white", "fontsize": 10, "bbox": {"facecolor": "#000000A0", "edgecolor": "none", "pad": 1.5}}
-        for text, (x, y, ha, va) in zip(letters, PLACES):
-            axis.text(x, y, text, transform=axis.transAxes, ha=ha, va=va, **ground)
-        length = max((mm for mm in BARS_MM if mm < sides[across] / 3), default=0)
-        if length:
-            start, height = 0.04 * label.shape[across], 0.05 * label.shape[up]
-            axis.plot([start, start + length / spacing[across]], [height] * 2, color="white", linewidth=3)
-            axis.text(start, 2 * height, f"{length} mm", ha="left", va="bottom", **ground)
+        mark(axis, letters, overlay.shape, float(spacing[across]))
     handles = [patches.Patch(color=colour, label=text) for text, colour in zip(texts, structure_colours(len(names)))]
     figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=10)
     voxel = " x ".join(f"{side:.3g}" for side in spacing)
-    figure.suptitle(f"{shortened(Path(scan).name)}\nvoxels of {voxel} mm", fontsize=10)
+    figure.suptitle(f"{shortened(readable(title))}\nvoxels of {voxel} mm", fontsize=10, parse_math=False)
     return figure
+
+
+def mark(axis: Any, letters: str, shape: Sequence[int], spacing: float) -> None:
+    """Letters of the sides of a slice, and a bar of a length in mm.
+
+    Args:
+        axis: of matplotlib. letters: left, right, below, above. shape: (up, across) of the slice. spacing: mm across.
+    """
+    ground = {"color": "white", "fontsize": 10, "bbox": {"facecolor": "#000000A0", "edgecolor": "none", "pad": 1.5}}
+    for text, (x, y, ha, va) in zip(letters, PLACES):
+        axis.text(x, y, text, transform=axis.transAxes, ha=ha, va=va, **ground)
+    length = max((mm for mm in BARS_MM if mm < shape[1] * spacing / 3), default=0)
+    if length:
+        start, height = 0.04 * shape[1], 0.05 * shape[0]
+        axis.plot([start, start + length / spacing], [height] * 2, color="white", linewidth=3)
+        axis.text(start, 2 * height, f"{length} mm", ha="left", va="bottom", **ground)
 
 
 def plane_of(volume: np.ndarray, fixed: int, index: int) -> np.ndarray:

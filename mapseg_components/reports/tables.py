@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from mapseg_components.files import readable
+
 __all__ = ["cell", "text_table"]
 
 WIDEST = 160
@@ -30,7 +32,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[Any]], wrap_last: bo
     Args:
         head: names of the columns. rows: values. wrap_last: break the last column's text at the terminal's width.
     """
-    texts = [[cell(value).replace("\n", " ") for value in row] for row in rows]
+    texts = [[readable(cell(value).replace("\n", " ")) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts)]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) or row[i] is None for row in rows) for i in range(len(head))

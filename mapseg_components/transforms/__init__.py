@@ -4,6 +4,7 @@
 
 from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
+from mapseg_components.transforms.contrast import RandGlobalLocalAdjustContrastd, RandGlobalLocalHistogramShiftd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.intensity import (
     FillNonFinite,
@@ -38,9 +39,11 @@ __all__ = [
     "Probabilitiesd",
     "RandBlockMask",
     "RandBlockMaskd",
+    "RandGlobalLocalAdjustContrastd",
     "RandGlobalLocalBiasFieldd",
     "RandGlobalLocalCrop",
     "RandGlobalLocalCropd",
+    "RandGlobalLocalHistogramShiftd",
     "RandPercentileClip",
     "RandPercentileClipd",
     "SaveLabelMap",

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import RandBiasFieldd
 
-from mapseg_components.errors import DataError
+from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import GLOBAL_IMAGE, LOCAL_BOX, LOCAL_IMAGE
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["RandGlobalLocalBiasFieldd", "legendre_field"]
 
@@ -55,6 +55,11 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         local_key: which of the keys is the patch; the others are views of the whole box.
         global_key: the image whose voxels ``box_key`` counts.
         box_key: (3, 2), the patch in voxels of the global view.
+        maximum: largest intensity afterwards. Where the field lifts an image above it, all images are divided by the
+            same number, which is a change of the field's constant term; nothing is cut off. By default there is none.
+
+    Raises:
+        ConfigError: the maximum is not above 0.
     """
 
     def __init__(
@@ -66,9 +71,13 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         local_key: str = LOCAL_IMAGE,
         global_key: str = GLOBAL_IMAGE,
         box_key: str = LOCAL_BOX,
+        maximum: float | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, degree, coeff_range, prob=prob, allow_missing_keys=allow_missing_keys)
+        if maximum is not None and not maximum > 0:
+            raise ConfigError(f"maximum is {maximum}, expected a number above 0, or null for none")
+        self.maximum = maximum
         self.local_key, self.global_key, self.box_key = local_key, global_key, box_key
 
     def coefficients(self) -> np.ndarray:
@@ -90,12 +99,16 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
             return result
         self.rand_bias_field.randomize(img_size=(1, 1, 1))  # only the number of axes counts
         coefficients = self.coefficients()
+        shaded = {}
         for key in self.key_iterator(result):
             box = self.relative_box(result) if key == self.local_key else np.array([[-1.0, 1.0]] * 3)
-            image = result[key]
+            image = as_volume(result[key])
             field = legendre_field(coefficients, box, image.shape[1:]).exp_().to(image.device)
-            shaded = image.as_subclass(torch.Tensor) * field
-            result[key] = MetaTensor(shaded, meta=image.meta) if isinstance(image, MetaTensor) else shaded
+            shaded[key] = image * field  # keeps what a MetaTensor knows of its scan
+        highest = max((float(image.max()) for image in shaded.values()), default=0.0)
+        if self.maximum is not None and highest > self.maximum:
+            shaded = {key: (image / (highest / self.maximum)).clamp(max=self.maximum) for key, image in shaded.items()}
+        result.update(shaded)
         return result
 
     def relative_box(self, data: Mapping[Hashable, Any]) -> np.ndarray:

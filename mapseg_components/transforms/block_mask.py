@@ -10,24 +10,30 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, Randomizable
+from monai.transforms import MapTransform, Randomizable, Transform
 
-from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
+from mapseg_components.masking import block_grid, check_mask_value, draw_block_mask, expand_block_mask, hide
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["RandBlockMask", "RandBlockMaskd"]
 
 
-class RandBlockMask(Randomizable):
+class RandBlockMask(Randomizable, Transform):
     """Hide an exact share of an image's blocks (MAPSeg, section 3.2).
 
     Args:
         block_size: voxels per block side, one number or one per axis.
         mask_ratio: share of hidden blocks, in [0, 1].
+        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+
+    Raises:
+        ConfigError: the mask value is unknown.
     """
 
-    def __init__(self, block_size: Sequence[int] | int, mask_ratio: float) -> None:
+    def __init__(self, block_size: Sequence[int] | int, mask_ratio: float, mask_value: float | str = 0.0) -> None:
         self.block_size = block_size
         self.mask_ratio = mask_ratio
+        self.mask_value = check_mask_value(mask_value)
         self.mask: torch.Tensor | None = None
 
     def randomize(self, data: Sequence[int]) -> None:
@@ -37,15 +43,16 @@ class RandBlockMask(Randomizable):
         self.mask = expand_block_mask(mask, data)
 
     def __call__(self, img: torch.Tensor, randomize: bool = True) -> torch.Tensor:
-        """Image (C, X, Y, Z) with hidden voxels 0; the mask (1, X, Y, Z), ``True`` = hidden, is in ``self.mask``.
+        """Image (C, X, Y, Z), hidden voxels replaced; the mask (1, X, Y, Z), ``True`` = hidden, is in ``self.mask``.
 
         Raises:
             ConfigError: a block does not divide the image, or the ratio is outside [0, 1].
         """
+        img = as_volume(img)
         if randomize or self.mask is None:
             self.randomize(img.shape[1:])
         assert self.mask is not None  # drawn above
-        return hide(img, self.mask.to(img.device))
+        return hide(img, self.mask.to(img.device), self.mask_value)
 
 
 class RandBlockMaskd(Randomizable, MapTransform):
@@ -56,10 +63,11 @@ class RandBlockMaskd(Randomizable, MapTransform):
         keys: KeysCollection,
         block_size: Sequence[int] | int,
         mask_ratio: float,
+        mask_value: float | str = 0.0,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
-        self.transform = RandBlockMask(block_size, mask_ratio)
+        self.transform = RandBlockMask(block_size, mask_ratio, mask_value)
 
     def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> RandBlockMaskd:
         super().set_random_state(seed, state)

@@ -15,6 +15,7 @@ from monai.transforms import MapTransform, Randomizable, RandomizableTransform, 
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = [
     "FillNonFinite",
@@ -26,12 +27,15 @@ __all__ = [
     "PercentileTabled",
     "RandPercentileClip",
     "RandPercentileClipd",
+    "clip_limits",
+    "clipped",
     "percentile_table",
     "scan_name",
 ]
 
 TABLE_LOWEST, TABLE_STEPS = 90.0, 1001
 TABLE_POSTFIX = "percentiles"
+LIMITS_POSTFIX = "limits"
 
 
 def scan_name(image: Any) -> str:
@@ -39,44 +43,80 @@ def scan_name(image: Any) -> str:
     return str(image.meta.get("filename_or_obj", "a scan in memory")) if isinstance(image, MetaTensor) else "a scan"
 
 
+def channel_name(image: Any, channel: int) -> str:
+    """Name of a scan, and of its channel if it has several, for messages."""
+    return f"{scan_name(image)}, channel {channel}" if len(image) > 1 else scan_name(image)
+
+
 def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Tensor:
-    """Minimum of a volume, and its percentiles from 90 to 100 in steps of 0.01.
+    """Minimum of each channel of a volume, and its percentiles from 90 to 100 in steps of 0.01.
 
     Args:
-        image: any shape.
+        image: (C, ...).
         foreground: take the percentiles over the non-zero voxels only.
 
     Returns:
-        float32 (1 + 1001,): the minimum, then the percentiles.
+        float32 (C, 1 + 1001): the minimum, then the percentiles.
 
     Raises:
-        DataError: the scan is constant, or holds NaN or infinite values; the message names the file.
+        DataError: a channel is constant, or holds NaN or infinite values; the message names file and channel.
     """
-    values = np.asarray(image.detach().cpu(), dtype=np.float32).ravel()
+    values = np.asarray(as_volume(image).detach().cpu(), dtype=np.float32).reshape(len(image), -1)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
         raise DataError(f"{scan_name(image)}: {bad} voxels are NaN or infinite: repair the scan or leave it out")
-    lowest = values.min()
-    if lowest == values.max():
-        raise DataError(f"{scan_name(image)}: all voxels are {lowest:g}, no contrast to segment: leave the scan out")
-    table = np.percentile(values[values != 0] if foreground else values, np.linspace(TABLE_LOWEST, 100, TABLE_STEPS))
-    return torch.from_numpy(np.concatenate([[lowest], table]).astype(np.float32))
+    rows = []
+    for number, channel in enumerate(values):
+        lowest = channel.min()
+        if lowest == channel.max():
+            raise DataError(
+                f"{channel_name(image, number)}: all voxels are {lowest:g}, no contrast to segment: leave the scan out"
+            )
+        counted = channel[channel != 0] if foreground else channel
+        rows.append([lowest, *np.percentile(counted, np.linspace(TABLE_LOWEST, 100, TABLE_STEPS))])
+    return torch.tensor(np.asarray(rows), dtype=torch.float32)
 
 
-def clip_and_scale(image: torch.Tensor, table: torch.Tensor, percentile: float) -> torch.Tensor:
-    """Clip at a percentile and scale so that the scan's minimum is 0 and the percentile is 1."""
+def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> torch.Tensor:
+    """What becomes 0 and what becomes 1 in each channel: its minimum and its percentile.
+
+    Args:
+        image: (C, ...), the volume or a part of it.
+        table: `percentile_table` of the whole volume.
+        percentile: from 90 to 100; linear between the table's steps.
+
+    Returns:
+        float32 (C, 2), for `clipped`.
+
+    Raises:
+        ConfigError: the percentile is out of bounds.
+        DataError: a channel's percentile equals its minimum, or image and table differ in their channels.
+    """
     if not TABLE_LOWEST <= percentile <= 100:
         raise ConfigError(f"percentile {percentile} is outside [{TABLE_LOWEST:g}, 100]")
+    if table.ndim != 2 or len(table) != len(image):
+        raise DataError(
+            f"{scan_name(image)}: an image of {len(image)} channels, its percentile table has shape "
+            f"{tuple(table.shape)}, expected one row per channel: make it from the same image"
+        )
     position = (percentile - TABLE_LOWEST) / (100 - TABLE_LOWEST) * (TABLE_STEPS - 1)
     below = min(int(position), TABLE_STEPS - 2)
-    lowest, values = float(table[0]), table[1:]
-    top = float(torch.lerp(values[below], values[below + 1], position - below))
-    if top <= lowest:
+    lowest, values = table[:, 0], table[:, 1:]
+    top = torch.lerp(values[:, below], values[:, below + 1], position - below)
+    flat = torch.nonzero(top <= lowest).flatten().tolist()
+    if flat:
         raise DataError(
-            f"{scan_name(image)}: its percentile {percentile:g} equals its minimum ({lowest:g}), nearly all voxels "
-            "are background: crop the scan, or take the percentiles over the foreground"
+            f"{channel_name(image, flat[0])}: its percentile {percentile:g} equals its minimum "
+            f"({float(lowest[flat[0]]):g}), nearly all voxels are background: crop the scan, or take the percentiles "
+            "over the foreground"
         )
-    scaled = image - lowest  # keeps what a MetaTensor knows of its scan
+    return torch.stack([lowest, top], dim=1)
+
+
+def clipped(image: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+    """Image (C, ...) scaled so that each channel's limits, (C, 2), become 0 and 1, and clipped there."""
+    lowest, top = limits.to(image.device).view(len(image), 2, *[1] * (image.ndim - 1)).unbind(1)
+    scaled = as_volume(image) - lowest  # keeps what a MetaTensor knows of its scan
     scaled.as_subclass(torch.Tensor).div_(top - lowest).clamp_(0.0, 1.0)
     return scaled
 
@@ -98,6 +138,7 @@ class FillNonFinite(Transform):
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
+        img = as_volume(img)
         finite = torch.isfinite(img)
         if self.policy is None or finite.all() or not finite.any():
             return img
@@ -135,6 +176,7 @@ class NegativeValues(Transform):
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
+        img = as_volume(img)
         if self.policy == "keep":
             return img
         if self.policy is None:
@@ -167,7 +209,7 @@ class PercentileTabled(MapTransform):
     """Store the `percentile_table` of a volume as ``<key>_percentiles``: computed once, cached, used by every draw.
 
     Args:
-        keys: whole volumes.
+        keys: whole volumes (C, ...).
         foreground: take the percentiles over the non-zero voxels only (the paper takes the whole volume).
     """
 
@@ -183,7 +225,9 @@ class PercentileTabled(MapTransform):
 
 
 class PercentileClip(Transform):
-    """Clip a volume at a percentile and scale it to [0, 1] (99.5 at inference, MAPSeg section 4.1).
+    """Clip each channel at a percentile and scale it to [0, 1] (99.5 at inference, MAPSeg section 4.1).
+
+    A channel's minimum becomes 0, its percentile 1.
 
     Args:
         percentile: from 90 to 100.
@@ -198,14 +242,19 @@ class PercentileClip(Transform):
         """Image of the same shape in [0, 1].
 
         Args:
-            img: the volume, or a part of it if its table is given.
+            img: (C, ...), the volume, or a part of it if its table is given.
             table: `percentile_table` of the whole volume.
 
         Raises:
-            DataError: the scan has no contrast or non-finite values.
+            DataError: a channel has no contrast or non-finite values.
         """
+        img = as_volume(img)
+        return clipped(img, self.limits(img, table))
+
+    def limits(self, img: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """What becomes 0 and what becomes 1 in each channel, float32 (C, 2)."""
         table = percentile_table(img, self.foreground) if table is None else table
-        return clip_and_scale(img, table, self.percentile)
+        return clip_limits(img, table, self.percentile)
 
 
 class PercentileClipd(MapTransform):
@@ -259,15 +308,24 @@ class RandPercentileClip(RandomizableTransform):
         """Image of the same shape in [0, 1]; see `PercentileClip`."""
         if randomize:
             self.randomize()
-        return PercentileClip(self.percentile, self.foreground)(img, table)
+        return self.drawn(img, table)
+
+    @property
+    def drawn(self) -> PercentileClip:
+        """Clipping at the percentile of the last draw."""
+        return PercentileClip(self.percentile, self.foreground)
 
 
 class RandPercentileClipd(Randomizable, MapTransform):
     """Dictionary version of `RandPercentileClip`: one draw for all keys, and one table.
 
     Args:
-        keys: images that are parts of one volume, e.g. a local patch and its global view.
+        keys: the volume, or images that are parts of one volume.
         table_key: entry with the volume's `percentile_table`, removed afterwards; without it each image has its own.
+        deferred: leave the volume as it is and store what becomes 0 and 1, float32 (C, 2), as ``<key>_limits``.
+            `RandGlobalLocalCropd` clips with it what it reads of the volume, before it interpolates: the samples of a
+            clipped volume, without the cost of clipping all of it in every draw.
+        The others are those of `RandPercentileClip`.
     """
 
     def __init__(
@@ -279,11 +337,13 @@ class RandPercentileClipd(Randomizable, MapTransform):
         default: float = 99.5,
         foreground: bool = False,
         table_key: str = f"image_{TABLE_POSTFIX}",
+        deferred: bool = False,
         allow_missing_keys: bool = False,
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         self.transform = RandPercentileClip(lower, upper, prob, default, foreground)
         self.table_key = table_key
+        self.deferred = deferred
 
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
@@ -297,5 +357,8 @@ class RandPercentileClipd(Randomizable, MapTransform):
         table = result.pop(self.table_key, None)
         self.transform.randomize()
         for key in self.key_iterator(result):
-            result[key] = self.transform(result[key], table, randomize=False)
+            if self.deferred:
+                result[f"{key}_{LIMITS_POSTFIX}"] = self.transform.drawn.limits(result[key], table)
+            else:
+                result[key] = self.transform(result[key], table, randomize=False)
         return result

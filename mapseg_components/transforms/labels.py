@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapLabelValue, Transform
 
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.structures import structures_of, to_whole, unknown_values
 from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
 from mapseg_components.transforms.intensity import scan_name
 
 __all__ = ["SelectLabels", "SelectLabelsd"]
@@ -29,7 +32,8 @@ class SelectLabels(Transform):
     """
 
     def __init__(self, kept: Sequence[int] | Mapping[str, int], dropped: Sequence[int] = ()) -> None:
-        values = [int(value) for value in (kept.values() if isinstance(kept, Mapping) else kept)]
+        named_values = structures_of(kept).values() if isinstance(kept, Mapping) else kept
+        values = [int(value) for value in named_values]
         named = [*values, *(int(value) for value in dropped)]
         if len(set(named)) != len(named) or 0 in named:
             raise ConfigError(
@@ -43,17 +47,17 @@ class SelectLabels(Transform):
         """Label of class indices, uint8, of the same shape.
 
         Raises:
-            DataError: a value is neither kept nor dropped (fractions included); the message names the file.
+            DataError: a value is neither kept nor dropped (fractions included); the message names the file. What is
+                whole but for float32 rounding is that number.
         """
+        img = as_volume(img)
         found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)
-        unknown = ~torch.isin(found.double(), self.known.double())  # a uint8 map must not wrap 300 to 44
-        if unknown.any():
-            listed = ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(found[unknown].tolist(), counts[unknown].tolist()))
-            raise DataError(
-                f"{scan_name(img)}: label map has unknown values {listed}, known are {self.known.tolist()}: "
-                "name them in labels or in dropped_labels"
-            )
-        return self.mapping(img)
+        values = found.cpu().numpy()
+        exact = to_whole(values)
+        unknown = unknown_values(zip(exact.tolist(), counts.tolist()), self.known.tolist())
+        if unknown is not None:
+            raise DataError(f"{scan_name(img)}: {': '.join(unknown)}")
+        return self.mapping(img if np.array_equal(exact, values) else img.round())
 
 
 class SelectLabelsd(EachKey):

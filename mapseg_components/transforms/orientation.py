@@ -15,6 +15,7 @@ from monai.transforms import Transform
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
 from mapseg_components.transforms.intensity import scan_name
 
 __all__ = ["AssumeOrientation", "AssumeOrientationd"]
@@ -62,6 +63,7 @@ class AssumeOrientation(Transform):
         Raises:
             DataError: the header names no orientation and none is assumed.
         """
+        img = as_volume(img)
         if not isinstance(img, MetaTensor) or not {"sform_code", "qform_code"} <= set(img.meta):
             return img
         if int(img.meta["sform_code"]) > 0 or int(img.meta["qform_code"]) > 0:

@@ -9,32 +9,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable
+from monai.transforms import InvertibleTransform, LazyTrait, MapTransform, Randomizable, Transform
 from monai.transforms.utils import create_rotate
-from monai.utils import ensure_tuple_rep
+from monai.utils import ensure_tuple, ensure_tuple_rep
 
-from mapseg_components.boxes import axis_extremes, expand_box, index_affine, relative_box, transformed_box
+from mapseg_components.boxes import expand_box, index_affine, relative_box, transformed_box
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.keys import (
-    GLOBAL_IMAGE,
-    GLOBAL_LABEL,
-    IMAGE,
-    LABEL,
-    LOCAL_BOX,
-    LOCAL_IMAGE,
-    LOCAL_LABEL,
-    VALID_BOX,
-)
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.keys import IMAGE, LABEL, LOCAL_BOX, VALID_BOX
+from mapseg_components.transforms.foreground import foreground_extremes, voxels_of_classes
+from mapseg_components.transforms.inputs import as_volume, require_spatial
+from mapseg_components.transforms.intensity import LIMITS_POSTFIX, scan_name
 from mapseg_components.transforms.sampling import sample
 
 __all__ = ["RandGlobalLocalCrop", "RandGlobalLocalCropd"]
 
-MODES = ("bilinear", "nearest")  # of an image, of its label
+IMAGE_MODE, LABEL_MODE = MODES = ("bilinear", "nearest")
 
 
-class RandGlobalLocalCrop(Randomizable):
+class NotInvertibleError(ConfigError, NotImplementedError):
+    """An inverse was asked for that does not exist."""
+
+
+class RandGlobalLocalCrop(Randomizable, Transform):
     """Draw a random affine and a local patch; sample patch and global view from the scan, once each.
 
     The affine (isotropic scale, rotation about the centre of the foreground, flips) is drawn first. The foreground
@@ -51,7 +49,7 @@ class RandGlobalLocalCrop(Randomizable):
         rotate_range_deg: largest rotation about each axis, degrees.
         flip_prob: probability of a flip of each axis (0.5 in pretraining, 0 in adaptation).
         foreground_fraction: share of patches centred on a labelled voxel, its class drawn uniformly from the
-            classes of the scan. For labelled (source) scans only.
+            classes of the scan. For labelled (source) scans only: one without a label is refused.
 
     Raises:
         ConfigError: a range or share is out of bounds.
@@ -120,53 +118,83 @@ class RandGlobalLocalCrop(Randomizable):
         extremes: torch.Tensor | None = None,
         class_voxels: torch.Tensor | None = None,
         randomize: bool = True,
+        limits: torch.Tensor | None = None,
+        others: Mapping[str, tuple[torch.Tensor, str]] | None = None,
     ) -> dict[str, torch.Tensor]:
         """One sample.
 
         Args:
-            img: (C, X, Y, Z); foreground is what is not 0.
+            img: (C, X, Y, Z), tensor or array; foreground is what is not 0, or with limits what is above them.
             label: (1, X, Y, Z), class indices.
             extremes: ``boxes.axis_extremes`` of the foreground, found here if not given.
-            class_voxels: see `randomize`.
+            class_voxels: see `randomize`; found here if not given and needed.
             randomize: draw anew, or repeat the last draw.
+            limits: (C, 2), what becomes 0 and what becomes 1 in each channel: the image is clipped and scaled by them
+                before it is sampled, see `RandPercentileClipd`.
+            others: further volumes of the scan's grid by name, each with "bilinear" or "nearest".
 
         Returns:
             ``local_image`` (C, *patch_size), ``global_image`` (C, *global_size) and, with a label,
-            ``local_label`` and ``global_label`` on the same grids, all with their own affine if the scan has one;
+            ``local_label`` and ``global_label`` on the same grids, likewise ``local_<name>`` and ``global_<name>`` of
+            further volumes, all with their own affine if the scan has one;
             ``local_box`` (3, 2) float32, the patch in voxels of the global view; ``valid_box`` (3, 2) float32, the part
             of the patch that the foreground box covers, in voxels of the patch.
 
         Raises:
-            DataError: the scan has no foreground, or image and label differ in shape.
+            ConfigError: a volume has pending operations of lazy resampling, or ``foreground_fraction`` has no label.
+            DataError: the scan has no foreground, or volumes differ in shape.
         """
-        if label is not None and label.shape[1:] != img.shape[1:]:
-            raise DataError(
-                f"{scan_name(img)} has shape {tuple(img.shape[1:])}, its label map {scan_name(label)} "
-                f"{tuple(label.shape[1:])}: resample one to the other's grid"
-            )
+        volumes = {"image": (img, IMAGE_MODE), **({} if label is None else {"label": (label, LABEL_MODE)})}
+        volumes |= dict(others or {})
+        tensors = {name: as_volume(volume) for name, (volume, _) in volumes.items()}
+        img = tensors["image"]
+        self._require_fitting(tensors)
         if randomize:
-            points = axis_extremes(np.asarray(img.cpu() != 0).any(0)) if extremes is None else np.asarray(extremes)
+            lowest = None if limits is None else limits[:, 0]
+            points = foreground_extremes(img, lowest) if extremes is None else np.asarray(extremes)
             if len(points) == 0:
                 raise DataError(f"{scan_name(img)}: no voxel above 0, no foreground: leave the scan out")
+            if self.foreground_fraction > 0 and class_voxels is None:
+                if label is None:
+                    raise ConfigError(
+                        f"foreground_fraction is {self.foreground_fraction} and {scan_name(img)} has no label: "
+                        "give its label, or set foreground_fraction to 0"
+                    )
+                class_voxels = torch.from_numpy(voxels_of_classes(label))
             voxels = None if class_voxels is None else np.asarray(class_voxels)
             spacing = img.pixdim.numpy() if isinstance(img, MetaTensor) else None
             self.randomize(np.asfortranarray(points, dtype=np.float64), voxels, spacing)
         unwarp = np.linalg.inv(self.warp)
         unwarp = np.round(unwarp) if not np.any(self.warp % 1) else unwarp
-        grids = {
-            (LOCAL_IMAGE, LOCAL_LABEL): (self.window, self.patch_size),
-            (GLOBAL_IMAGE, GLOBAL_LABEL): (self.box, self.global_size),
-        }
-        volumes = [volume for volume in (img, label) if volume is not None]
+        modes = [mode for _, mode in volumes.values()]
         result: dict[str, torch.Tensor] = {}
-        for keys, (box, size) in grids.items():
+        for side, box, size in (("local", self.window, self.patch_size), ("global", self.box, self.global_size)):
             affine = unwarp @ index_affine(box, size)
-            samples = sample([volume.as_subclass(torch.Tensor) for volume in volumes], affine, size, MODES)
-            result.update({key: placed(*pair, affine) for key, *pair in zip(keys, samples, volumes)})
+            plain = [volume.as_subclass(torch.Tensor) for volume in tensors.values()]
+            samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)])
+            for (name, volume), data in zip(tensors.items(), samples):
+                result[f"{side}_{name}"] = placed(data, volume, affine)
         valid = np.clip(self.foreground - self.window[:, :1], 0, np.asarray(self.patch_size)[:, None])
         result[LOCAL_BOX] = torch.from_numpy(relative_box(self.window, self.box, self.global_size)).float()
         result[VALID_BOX] = torch.from_numpy(valid).float()
         return result
+
+    def _require_fitting(self, volumes: Mapping[str, torch.Tensor]) -> None:
+        """Refuse volumes that are not, or not yet, on one grid."""
+        img = volumes["image"]
+        require_spatial(img, scan_name(img))
+        for name, volume in volumes.items():
+            if isinstance(volume, MetaTensor) and volume.has_pending_operations:
+                raise ConfigError(
+                    f"{name} has pending operations of lazy resampling, and patches are drawn from what they will "
+                    "give: put ApplyPendingd before the crop, or set lazy to False"
+                )
+            if volume.ndim != 4 or volume.shape[1:] != img.shape[1:]:
+                what = "label map" if name == "label" else name
+                raise DataError(
+                    f"{scan_name(img)} has shape {tuple(img.shape[1:])}, its {what} {scan_name(volume)} "
+                    f"{tuple(volume.shape[1:])}: resample one to the other's grid"
+                )
 
     def _draw_warp(self, centre: np.ndarray, spacing: np.ndarray) -> np.ndarray:
         """Voxel index of the scan to voxel index of the warped scan; rotations turn millimetres, not voxels."""
@@ -191,16 +219,29 @@ def placed(data: torch.Tensor, volume: torch.Tensor, affine: np.ndarray) -> torc
     return MetaTensor(data, affine=volume.affine @ torch.from_numpy(affine).to(volume.affine), meta=meta)
 
 
-class RandGlobalLocalCropd(Randomizable, MapTransform):
+class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, LazyTrait):
     """Dictionary version of `RandGlobalLocalCrop`.
 
-    Reads the cached entries ``<image_key>_extremes`` (`AxisExtremesd`) and ``<label_key>_voxels`` (`ClassVoxelsd`) if
-    they are there. The whole volumes and these entries are left out of the result, so that samples collate; all
-    other entries stay.
+    Reads the entries ``<image_key>_extremes`` (`AxisExtremesd`), ``<label_key>_voxels`` (`ClassVoxelsd`) and
+    ``<image_key>_limits`` (`RandPercentileClipd`, deferred) if they are there. The whole volumes and these entries are
+    left out of the result, so that samples collate; all other entries stay. An entry on the scan's grid that is not
+    named would stay whole beside the patch, and is refused.
+
+    In a lazy ``Compose`` it refuses scans with pending operations: their foreground, by which patches are drawn,
+    depends on how they are resampled. It has no inverse: ``Invertd`` is refused.
 
     Args:
         image_key: the scan. label_key: its label; may be absent from the data, as it is on the target side.
+        other_keys: further volumes on the scan's grid, e.g. a mask or a second image; they become ``local_<key>`` and
+            ``global_<key>``.
+        other_modes: ``"bilinear"`` or ``"nearest"``, one for all of them or one for each.
+        allow_missing_keys: whether further volumes may be absent from the data.
         The others are those of `RandGlobalLocalCrop`.
+
+    Raises:
+        ConfigError: a mode is unknown; or, in a call, an entry on the scan's grid is not named, or one would be
+            overwritten.
+        KeyError: in a call, the scan or a further volume is missing.
     """
 
     def __init__(
@@ -214,12 +255,21 @@ class RandGlobalLocalCropd(Randomizable, MapTransform):
         foreground_fraction: float = 0.0,
         image_key: str = IMAGE,
         label_key: str = LABEL,
+        other_keys: KeysCollection = (),
+        other_modes: Sequence[str] | str = LABEL_MODE,
+        allow_missing_keys: bool = False,
     ) -> None:
-        MapTransform.__init__(self, [image_key, label_key], allow_missing_keys=True)
+        others = ensure_tuple(other_keys)
+        MapTransform.__init__(self, [image_key, label_key, *others], allow_missing_keys)
         self.transform = RandGlobalLocalCrop(
             patch_size, global_size, prob, scale_range, rotate_range_deg, flip_prob, foreground_fraction
         )
         self.image_key, self.label_key = image_key, label_key
+        self.other_modes = dict(zip(others, ensure_tuple_rep(other_modes, len(others)))) if others else {}
+        if not set(self.other_modes.values()) <= set(MODES):
+            raise ConfigError(f"other_modes is {other_modes}, expected {MODES[0]!r} or {MODES[1]!r}")
+        if {IMAGE, LABEL, image_key, label_key} & set(others):
+            raise ConfigError(f"other_keys {list(others)} name the scan or its label, which image_key and label_key do")
 
     def set_random_state(
         self, seed: int | None = None, state: np.random.RandomState | None = None
@@ -228,10 +278,58 @@ class RandGlobalLocalCropd(Randomizable, MapTransform):
         self.transform.set_random_state(seed, state)
         return self
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    @property
+    def lazy(self) -> bool:
+        """True: a lazy ``Compose`` leaves pending operations as they are, for this transform to refuse."""
+        return True
+
+    @lazy.setter
+    def lazy(self, enabled: bool) -> None:
+        """Ignored, there is one behaviour."""
+
+    @property
+    def requires_current_data(self) -> bool:
+        """False, see `lazy`."""
+        return False
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """The sample of a case; ``lazy`` is what a ``Compose`` passes on and changes nothing."""
         result = dict(data)
+        for key in (self.image_key, *self.other_modes):
+            if key not in result and (key == self.image_key or not self.allow_missing_keys):
+                raise KeyError(f"key {key!r} of {type(self).__name__} is missing in the data, which has {list(result)}")
         image, label = result.pop(self.image_key), result.pop(self.label_key, None)
         extremes = result.pop(f"{self.image_key}_extremes", None)
         class_voxels = result.pop(f"{self.label_key}_voxels", None)
-        result.update(self.transform(image, label, extremes, class_voxels))
+        limits = result.pop(f"{self.image_key}_{LIMITS_POSTFIX}", None)
+        others = {str(key): (result.pop(key), mode) for key, mode in self.other_modes.items() if key in result}
+        whole = [key for key, entry in result.items() if shares_grid(entry, image)]
+        if whole:
+            raise ConfigError(
+                f"entries {whole} lie on the grid of {self.image_key} and would stay whole beside the patch: name them "
+                "in other_keys, with other_modes 'nearest' for masks and 'bilinear' for images, or delete them "
+                "(DeleteItemsd)"
+            )
+        samples = self.transform(image, label, extremes, class_voxels, limits=limits, others=others)
+        taken = sorted(set(samples) & set(result))
+        if taken:
+            raise ConfigError(f"entries {taken} are there already and would be overwritten: rename them (CopyItemsd)")
+        result.update(samples)
         return result
+
+    def inverse(self, data: Any) -> dict[Hashable, Any]:
+        """Refused.
+
+        Raises:
+            NotInvertibleError: always, with what to do instead.
+        """
+        raise NotInvertibleError(
+            "RandGlobalLocalCropd has no inverse: invert only transforms that are not composed with it, and bring what "
+            "lies on a patch back by its affine, with ResampleToMatch onto the scan"
+        )
+
+
+def shares_grid(entry: Any, image: Any) -> bool:
+    """Whether an entry is a volume, with or without channels, on the grid of an image (C, X, Y, Z)."""
+    volumes = isinstance(entry, (torch.Tensor, np.ndarray)) and entry.ndim >= 3
+    return volumes and tuple(entry.shape[-3:]) == tuple(getattr(image, "shape", ())[-3:])

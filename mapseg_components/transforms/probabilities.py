@@ -18,6 +18,8 @@ from monai.transforms import MapTransform
 from mapseg_components.errors import ResourceError
 from mapseg_components.files import replacing
 from mapseg_components.keys import CONFIDENCE, PROBABILITIES
+from mapseg_components.transforms.inputs import as_volume
+from mapseg_components.transforms.saving import nifti_image
 
 __all__ = ["Confidenced", "Probabilitiesd", "largest_probability", "save_probabilities"]
 
@@ -51,7 +53,7 @@ class Confidenced(MapTransform):
         """Case with ``confidence``."""
         case = dict(data)
         for key in self.key_iterator(case):
-            case[CONFIDENCE] = MetaTensor(largest_probability(plain(case[key])))  # MONAI inverts no plain tensor
+            case[CONFIDENCE] = beside(largest_probability(plain(case[key])), case[key])
         return case
 
 
@@ -70,13 +72,18 @@ class Probabilitiesd(MapTransform):
                 (torch.softmax(piece.float(), dim=0) * STEPS).round().to(torch.uint8)
                 for piece in logits.flatten(1).split(PIECE, dim=1)
             ]
-            case[PROBABILITIES] = MetaTensor(torch.cat(pieces, dim=1).reshape(logits.shape))
+            case[PROBABILITIES] = beside(torch.cat(pieces, dim=1).reshape(logits.shape), case[key])
         return case
 
 
 def plain(logits: Any) -> torch.Tensor:
     """Tensor without metadata."""
-    return logits.as_tensor() if isinstance(logits, MetaTensor) else logits
+    return as_volume(logits).as_subclass(torch.Tensor)
+
+
+def beside(values: torch.Tensor, logits: Any) -> MetaTensor:
+    """Values with what logits on the same grid know of their scan; MONAI inverts no plain tensor."""
+    return MetaTensor(values).copy_meta_from(logits) if isinstance(logits, MetaTensor) else MetaTensor(values)
 
 
 def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
@@ -91,7 +98,7 @@ def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) 
     Raises:
         ResourceError: the disk is full, cannot be written, or does not give back what was written.
     """
-    volume = nib.Nifti1Image(np.moveaxis(np.asarray(steps, dtype=np.uint8), 0, -1), np.asarray(affine, dtype=float))
+    volume = nifti_image(np.moveaxis(np.asarray(steps, dtype=np.uint8), 0, -1), np.asarray(affine, dtype=float))
     volume.header.set_slope_inter(1 / STEPS, 0)
     with replacing(path) as temporary:
         nib.save(volume, temporary)

@@ -15,30 +15,42 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mapseg_components.transforms.intensity import clipped
+
 __all__ = ["sample"]
 
 SLAB = 16  # planes looked up at a time: what is in between stays in the processor's cache
+COPIED = 4  # a box of so many voxels per sample is clipped as a whole; the samples of a larger one are looked up
 
 
 def sample(
-    volumes: Sequence[torch.Tensor], affine: np.ndarray, size: Sequence[int], modes: Sequence[str]
+    volumes: Sequence[torch.Tensor],
+    affine: np.ndarray,
+    size: Sequence[int],
+    modes: Sequence[str],
+    limits: Sequence[torch.Tensor | None] | None = None,
 ) -> list[torch.Tensor]:
     """Sample volumes that share a grid, e.g. a scan and its label, once each, where the output's voxels are.
+
+    A volume with limits is clipped and scaled by them before it is interpolated (`intensity.clipped`), but only where
+    it is read: the result is that of sampling the clipped volume.
 
     Args:
         volumes: (C, X, Y, Z) each, of any real types that torch indexes (not uint16).
         affine: (4, 4), voxel index of the output to voxel index of the volumes.
         size: output grid.
         modes: of each volume, "bilinear" (trilinear in 3D) or "nearest". Outside the volume the value is 0.
+        limits: of each volume, (C, 2), what becomes 0 and what becomes 1 in each channel, or ``None``; with "bilinear".
 
     Returns:
         (C, *size) each, on the volume's device; float32 with "bilinear", the volume's type with "nearest". A shift by
         whole voxels, with or without flips, copies values exactly.
     """
+    limits = [None] * len(volumes) if limits is None else limits
     found = aligned_box(affine, size)
-    if found is not None:
+    if found is not None and (all(limit is None for limit in limits) or is_small(found[0], size)):
         box, flipped = found
-        parts = [resize(take_box(volume, box), size, mode) for volume, mode in zip(volumes, modes)]
+        parts = [resize(take_box(v, box, limit), size, mode) for v, mode, limit in zip(volumes, modes, limits)]
         return [part.flip(flipped) if flipped else part for part in parts]
     volumes = [volume.contiguous() for volume in volumes]
     results = [volume.new_empty((len(volume), *size), dtype=kept_type(volume, m)) for volume, m in zip(volumes, modes)]
@@ -47,10 +59,13 @@ def sample(
         moved = affine[:3].copy()
         moved[:, 3] += moved[:, 0] * start
         places = find_places(moved, slab, volumes[0].shape[1:], volumes[0].device)
-        for volume, mode, result in zip(volumes, modes, results):
-            for channel, values in zip(result, volume.flatten(1)):
-                look_up = interpolate if mode == "bilinear" else nearest
-                channel[start : start + SLAB] = look_up(values, places)
+        for volume, mode, limit, result in zip(volumes, modes, limits, results):
+            for number, values in enumerate(volume.flatten(1)):
+                if mode == "bilinear":
+                    looked_up = interpolate(values, places, None if limit is None else limit[number])
+                else:
+                    looked_up = nearest(values, places)
+                result[number, start : start + SLAB] = looked_up
     return results
 
 
@@ -76,13 +91,22 @@ def aligned_box(affine: np.ndarray, size: Sequence[int]) -> tuple[np.ndarray, li
     return np.round(box).astype(int), [1 + axis for axis in range(3) if steps[axis] < 0]
 
 
-def take_box(volume: torch.Tensor, box: np.ndarray) -> torch.Tensor:
-    """The part of a volume (C, X, Y, Z) in a box of whole voxels (3, 2): a view, or with 0 where there is no volume."""
+def is_small(box: np.ndarray, size: Sequence[int]) -> bool:
+    """Whether a box (3, 2) has few voxels for each one of a grid."""
+    return bool(np.prod(box[:, 1] - box[:, 0]) <= COPIED * np.prod(size))
+
+
+def take_box(volume: torch.Tensor, box: np.ndarray, limits: torch.Tensor | None = None) -> torch.Tensor:
+    """The part of a volume (C, X, Y, Z) in a box of whole voxels (3, 2), clipped if there are limits.
+
+    Without limits it is a view, or a copy with 0 where there is no volume.
+    """
     low, high = np.clip(box, 0, np.asarray(volume.shape[1:])[:, None]).T
     part = volume[(slice(None), *map(slice, low, high))]
+    part = part if limits is None else clipped(part, limits)
     if np.array_equal(box, np.stack([low, high], axis=1)):
         return part
-    result = volume.new_zeros((len(volume), *(box[:, 1] - box[:, 0]).tolist()))
+    result = part.new_zeros((len(volume), *(box[:, 1] - box[:, 0]).tolist()))
     if part.numel():
         result[(slice(None), *map(slice, low - box[:, 0], high - box[:, 0]))] = part
     return result
@@ -141,15 +165,17 @@ def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], d
     return Places(size, index.expand(tuple(size)).reshape(-1), fractions, steps, shares)
 
 
-def interpolate(values: torch.Tensor, places: Places) -> torch.Tensor:
-    """Linear interpolation of a flattened volume, float32 (*size)."""
+def interpolate(values: torch.Tensor, places: Places, limits: torch.Tensor | None = None) -> torch.Tensor:
+    """Linear interpolation of a flattened volume, clipped before if there are limits (2,); float32 (*size)."""
 
     def corner(offset: int) -> torch.Tensor:
-        return values[offset:].index_select(0, places.index).view(tuple(places.size)).float()
+        found = values[offset:].index_select(0, places.index).view(tuple(places.size)).float()
+        return found if limits is None else found.clamp_(*limits.tolist())
 
     (x, y, z), (dx, dy, dz) = places.fractions, places.steps
     lines = [torch.lerp(corner(of), corner(of + dz), z) for of in (0, dy, dx, dx + dy)]
     result = torch.lerp(torch.lerp(lines[0], lines[1], y), torch.lerp(lines[2], lines[3], y), x)
+    result = result if limits is None else clipped(result[None], limits[None])[0]  # scaling commutes, clipping does not
     for share in places.shares:
         result.mul_(share)
     return result

@@ -3,7 +3,8 @@
 """Saving volumes: a file that was read back and found equal, or no file at all.
 
 MONAI's ``SaveImage`` writes in place, accepts what a full disk left behind from some writers, and blames missing
-libraries for every failure of the others. These subclasses write with its ``NibabelWriter`` alone.
+libraries for every failure of the others. Its ``NibabelWriter`` names no unit, and writes a qform also where that
+cannot hold the affine.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
+from mapseg_components.boxes import corner_distance
 from mapseg_components.errors import ConfigError, NonFiniteError, ResourceError
 from mapseg_components.files import replacing
 
-__all__ = ["SaveLabelMap", "SaveLabelMapd", "SaveVolume", "SaveVolumed", "write_verified"]
+__all__ = ["SaveLabelMap", "SaveLabelMapd", "SaveVolume", "SaveVolumed", "nifti_image", "write_verified"]
 
 # the largest class that each type holds
 LABEL_TYPES = (np.uint8, np.int16)
+QFORM_TOLERANCE_MM = 1e-3  # of a corner; readers that compare the forms may refuse more
 
 
 class SaveVolume(SaveImage):
@@ -167,11 +170,25 @@ def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path
     Raises:
         ResourceError: it differs; see `verify`.
     """
-    writer = NibabelWriter(output_dtype=voxels.dtype)
-    # set here: `set_data_array` squeezes a single slice to two axes, `set_metadata` goes through float32
-    writer.data_obj, writer.affine = voxels, affine
-    writer.write(temporary)
+    nib.save(nifti_image(voxels, affine), temporary)
     verify(temporary, voxels, affine, path)
+
+
+def nifti_image(voxels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
+    """Voxels (X, Y, Z) or (X, Y, Z, channels) in their own type, with a header that every program reads alike.
+
+    The sform is the affine (4, 4), from voxel to mm. So is the qform, or it is not in use (code 0) where a quaternion
+    cannot hold the affine: if that is sheared, or by rounding near a half turn. ``pixdim`` and the unit (mm) agree.
+    """
+    header = nib.Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_xyzt_units("mm")
+    image = nib.Nifti1Image(voxels, affine, header)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    if corner_distance(voxels.shape[:3], image.get_qform(), affine) > QFORM_TOLERANCE_MM:
+        image.set_qform(None, code=0)
+    return image
 
 
 def verify(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:

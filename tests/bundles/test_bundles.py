@@ -51,9 +51,9 @@ def train(bundle, folder, dataset, *extra, cwd=None, **settings):
     return folder
 
 
-def command(bundle, *arguments, cwd=None):
+def command(bundle, *arguments, cwd=None, run_id="training"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    line = [sys.executable, "-m", "monai.bundle", "run", "training", *arguments]
+    line = [sys.executable, "-m", "monai.bundle", "run", run_id, *arguments]
     return subprocess.run(line, cwd=cwd or bundle, capture_output=True, text=True, env=environment)
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import configparser
 import hashlib
 import os
 import shutil
@@ -50,19 +49,6 @@ def test_same_files_give_the_same_bytes(bundle, tmp_path):
     assert not [name for name in names if "__pycache__" in name or "/." in name or "eval/" in name]
     digest, name = first.with_name(first.name + ".sha256").read_text().split()
     assert (digest, name) == (hashlib.sha256(first.read_bytes()).hexdigest(), first.name)
-
-
-def test_an_installation_carries_what_adapt_makes_a_bundle_of():
-    settings = configparser.ConfigParser()
-    settings.read(ROOT / "setup.cfg")
-    installed = {
-        f"{folder}/{path.name}"
-        for folder, patterns in settings["options.data_files"].items()
-        for pattern in patterns.split()
-        for path in ROOT.glob(pattern)
-    }
-    needed = {f"{b.name}/configs/{path.name}" for b in (ADAPTATION, PRETRAINING) for path in (b / "configs").iterdir()}
-    assert {f"share/mapseg/bundles/{name}" for name in (*needed, "mapseg_adaptation/LICENSE")} <= installed
 
 
 def test_bundle_without_licence_or_weights_is_refused(tmp_path):

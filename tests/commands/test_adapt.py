@@ -199,7 +199,7 @@ def test_unpaired_labels_are_named(folders, tmp_path):
     (tmp_path / "t1" / "labels" / "2.nii.gz").unlink()
     with pytest.raises(DataError, match=r"images and labels do not pair \(\['2'\]\)"):
         source_cases(str(tmp_path / "t1"), 0.2, 0)
-    with pytest.raises(ConfigError, match="has neither images/ and labels/ nor source/"):
+    with pytest.raises(ConfigError, match="has none of images/ and labels/, imagesTr/ and labelsTr/"):
         source_cases(str(folders / "t2"), 0.2, 0)
     shutil.rmtree(tmp_path / "t1" / "labels")
     with pytest.raises(ConfigError, match=r"has no NIfTI file .* itself, but its sub-folder t1/images has 3:"):

@@ -178,8 +178,9 @@ def test_an_empty_folder_is_a_usage_error(tmp_path, capsys):
     assert "no NIfTI scan" in capsys.readouterr().err
 
 
-def test_scans_in_a_sub_folder_are_pointed_at(capsys):
-    assert main(["check", str(SAMPLE / "test")]) == 2
+def test_scans_in_a_sub_folder_are_pointed_at(tmp_path, capsys):
+    shutil.copytree(SAMPLE / "test" / "images", tmp_path / "images")
+    assert main(["check", str(tmp_path)]) == 2
     assert "itself, but its sub-folder images has 2: correct the path" in capsys.readouterr().err
 
 
@@ -188,10 +189,12 @@ def test_the_datalist_of_a_folder_names_its_structures(capsys):
     assert "no structures are named" not in capsys.readouterr().out
 
 
-def test_label_maps_in_the_place_of_scans_are_suspected():
-    found = warnings_of(check(str(SAMPLE / "test" / "labels"), quiet=True))
-    texts = [text for _, text in found]
-    assert texts.count("its voxels have 9 different values, all whole: looks like a label map") == 2
+def test_label_maps_in_the_place_of_scans_are_suspected(tmp_path):
+    shutil.copytree(SAMPLE / "test" / "labels", tmp_path / "scans")
+    texts = [text for _, text in warnings_of(check(str(tmp_path / "scans"), quiet=True))]
+    assert texts.count("its voxels have few values, all whole and alike in neighbours: looks like a label map") == 2
+    texts = [f.what for f in check(str(SAMPLE / "test" / "labels"), quiet=True).findings if f.severity == "error"]
+    assert texts == ["lies in the folder of label maps of images"] * 2
     assert warnings_of(check(str(SAMPLE / "test" / "images"), quiet=True)) == []
 
 

@@ -128,7 +128,7 @@ def test_another_grid_is_refused_with_every_file(folders):
 
 def test_an_image_is_no_label_map(folders):
     write_nifti(folders / "pred" / "case1_seg.nii.gz", boxes() * np.float32(0.7), SPACING)
-    with pytest.raises(DataError, match=r"case1_seg.*fractional"):
+    with pytest.raises(DataError, match=r"case1_seg.*fractions: 0\.7 \(216 voxels\)"):
         evaluate(folders / "pred", folders / "truth", quiet=True)
     scan = np.arange(boxes().size, dtype=np.int16).reshape(boxes().shape) % 1500
     write_nifti(folders / "pred" / "case1_seg.nii.gz", scan, SPACING)

@@ -159,14 +159,17 @@ def test_ct_is_shifted_as_the_setting_says(tmp_path):
     np.testing.assert_array_equal(one, two)
 
 
-def test_one_series_in_two_folders_is_refused_before_any_work(tree, tmp_path):
-    shutil.copytree(tree[0] / "SMITH" / "t2", tmp_path / "in" / "a")
+def test_one_series_in_two_folders_is_an_error_of_its_own(tree, tmp_path):
+    shutil.copytree(tree[0] / "SMITH" / "t2", tmp_path / "in" / "SMITH a")
     shutil.copytree(tree[0] / "SMITH" / "t2", tmp_path / "in" / "b")
-    with pytest.raises(DataError, match=r"hold files of one series.*take copies out"):
-        predict(tmp_path / "in", tmp_path / "out", bundle=BUNDLE)
-    assert not (tmp_path / "out").exists()
+    voxels = scan_voxels()[:20, :24, :22]
+    dicom.write_series(tmp_path / "in" / "c", voxels, spacing=SPACING, step=STEP, modality="MR", number=8, **TAGS)
+    done = predict(tmp_path / "in", tmp_path / "out", bundle=BUNDLE, no_preview=True, quiet=True)
+    assert done.exit_code == 3 and [one.status for one in done.predictions] == ["done", "failed"]
+    assert re.search(r"series, number 3, lie in 2 folders: .* take copies out", done.predictions[1].message)
+    assert "SMITH a" in str(done) and "SMITH" not in (tmp_path / "out" / "manifest.json").read_text()
     with pytest.raises(ConfigError, match="one DICOM file: name the folder"):
-        predict(next((tmp_path / "in" / "a").glob("*.dcm")), tmp_path / "out", bundle=BUNDLE)
+        predict(next((tmp_path / "in" / "b").glob("*.dcm")), tmp_path / "out", bundle=BUNDLE)
 
 
 def test_nothing_but_damaged_slices_ends_with_3_and_a_manifest(tree, tmp_path, capsys, caplog):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -216,7 +217,10 @@ def test_a_preview_names_units_and_keeps_long_names_inside(run):
     (scan,) = (run / "scans").glob("sub-101*")
     (label_map,) = (run / "predictions" / "adapted").glob("sub-101*")
     names = [f"{name} of the {'left ' * 4}side" for name in NAMES]
-    figure = preview_figure(scan, label_map, names)
+    grey, labels = nib.load(scan), nib.load(label_map)
+    turned = labels.affine @ np.diag([-1, 1, 1, 1])
+    voxels = [np.asarray(one.dataobj)[::-1] for one in (grey, labels)]
+    figure = preview_figure(*voxels, turned, names, f"{scan.name} {'long ' * 40}")
     figure.canvas.draw()
     (legend,) = figure.legends
     assert figure.bbox.contains(*legend.get_window_extent().min) and figure.bbox.contains(
@@ -224,7 +228,8 @@ def test_a_preview_names_units_and_keeps_long_names_inside(run):
     )
     volumes = [text.get_text() for text in legend.get_texts()]
     assert len(volumes) == len(ML) and all(re.fullmatch(r".* side, [\d.]+ ml", text) for text in volumes)
-    assert "voxels of 1.6 x 1.5 x 1.7 mm" in figure.get_suptitle()
+    title = figure.get_suptitle()
+    assert "voxels of 1.6 x 1.5 x 1.7 mm" in title and max(map(len, title.splitlines())) < 130
     for axis, letters in zip(figure.axes, ("PAIS", "RLIS", "RLPA")):
         texts = [text.get_text() for text in axis.texts]
         assert "".join(texts[:4]) == letters and re.fullmatch(r"\d+ mm", texts[4])

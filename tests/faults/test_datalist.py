@@ -33,9 +33,9 @@ from tools.fuzz import datalist_target
 
 LABEL_FAULTS = [
     (damage.stray_label, "unknown values 9 (3 voxels), known are [0, 1, 2]", "labels or in dropped_labels"),
-    (damage.fractional_label, "unknown values 1.5 (3 voxels)", "labels or in dropped_labels"),
+    (damage.fractional_label, "fractions: 1.5 (3 voxels)", "before it was rescaled or resampled"),
     (damage.negative_label, "unknown values -1 (3 voxels)", "labels or in dropped_labels"),
-    (damage.image_as_label, "and 13432 more, known are [0, 1, 2]", "labels or in dropped_labels"),
+    (damage.image_as_label, "and 13432 more", "a scan and probabilities are none"),
     (damage.nan_label, "1 voxels are NaN or infinite, the first at (3, 4, 5)", "repair it"),
     (damage.truncated, "ends", "copy it again"),
     (damage.missing, "no such file", "correct the datalist"),

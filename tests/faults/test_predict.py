@@ -84,7 +84,7 @@ def test_a_scan_that_fails_at_any_stage_is_its_own(tmp_path, monkeypatch, no_ove
         "0": "done", "1": "failed", "2": "failed", "3": "done", "4": "failed", "5": "done"
     }  # fmt: skip
     read, network, written = (found.predictions[number] for number in (1, 2, 4))
-    assert "1.nii.gz" in read.message and "No such file" in read.message and not issubclass(read.kind, ResourceError)
+    assert "1.nii.gz: no such file: " in read.message and not issubclass(read.kind, ResourceError)
     assert issubclass(network.kind, ResourceError) and "window_batch_size" in network.message
     assert issubclass(written.kind, ResourceError) and "4_seg.nii.gz" in written.message
     assert found.exit_code == 3 == DataError.exit_code

@@ -81,7 +81,7 @@ def test_a_bad_scan_is_named_and_the_others_are_prepared(scans, hurt, word, reme
         (damage.moved, "away from where its scan has it"),
         (damage.other_shape, "label map of shape"),
         (damage.fractional_label, "fractions"),
-        (damage.negative_label, "values from -1"),
+        (damage.negative_label, "negative values: -1 (3 voxels)"),
         (damage.truncated, "ends after"),
     ],
 )

@@ -17,11 +17,13 @@ from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms import (
     AxisExtremesd,
     ClassVoxelsd,
+    PercentileClip,
     PercentileTabled,
     RandGlobalLocalCrop,
     RandGlobalLocalCropd,
     RandPercentileClipd,
 )
+from mapseg_components.transforms.intensity import clipped
 from mapseg_components.transforms.sampling import sample
 from tests.conftest import make_scan
 
@@ -169,8 +171,8 @@ def test_works_in_a_cached_dataset_and_collates():
         [
             AxisExtremesd("image"),
             PercentileTabled("image"),
+            RandPercentileClipd("image", deferred=True),
             RandGlobalLocalCropd(16, prob=1.0, rotate_range_deg=10),
-            RandPercentileClipd(["local_image", "global_image"]),
         ]
     )
     data = [{"image": image, "label": label, "case_id": str(i)} for i in range(2)]
@@ -309,3 +311,60 @@ def test_rotation_turns_millimetres_not_voxels():
     cubes(MetaTensor(image, affine=torch.diag(torch.tensor([0.8, 0.8, 0.8, 1.0]))))
     turned_cubes = cubes.warp[:3, :3]
     np.testing.assert_allclose(turned_cubes @ turned_cubes.T, np.eye(3), atol=1e-12)
+
+
+SMALL_GRIDS = {  # of boxes that are clipped as a whole; larger ones are looked up
+    "copied": index_affine(np.array([[3, 24], [4, 14], [2, 19]]), SIZE),
+    "little coarser": index_affine(np.array([[3, 27], [4, 18], [2, 22]]), SIZE),
+    "little coarser, backwards": index_affine(np.array([[27, 3], [4, 18], [22, 2]]), SIZE),
+    "little coarser, half outside": index_affine(np.array([[-12, 12], [32, 46], [-3, 17]]), SIZE),
+}
+
+
+@pytest.mark.parametrize("name", [*GRIDS, *SMALL_GRIDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.float64])
+def test_sampling_with_limits_is_sampling_the_clipped_volume(name, dtype):
+    """Channels with limits of their own, inside and outside of the volume."""
+    volume = torch.from_numpy(np.random.default_rng(0).gamma(2.0, 30.0, (2, 34, 42, 38)))
+    volume[1] += 200
+    volume = volume.to(dtype)
+    limits = torch.tensor([[float(volume[0].min()), 70.0], [float(volume[1].min()), 250.0]])
+    affine = (GRIDS | SMALL_GRIDS)[name]
+    found = sample([volume], affine, SIZE, ["bilinear"], [limits])[0]
+    expected = sample([clipped(volume.float(), limits)], affine, SIZE, ["bilinear"])[0]
+    assert found.dtype == torch.float32 and 0 <= found.min() and found.max() <= 1
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    after = clipped(sample([volume], affine, SIZE, ["bilinear"])[0], limits)  # the other order gives other values
+    assert (after - expected).abs().max() > 0.05 or name in ("copied", "turned, all outside")
+
+
+def test_the_draw_of_a_deferred_clipping_is_that_of_clipping_the_volume_first():
+    image, label = scan()
+    image = MetaTensor(image.as_tensor() ** 2 + 40, affine=image.affine)  # background is 40
+    later = Compose(
+        [
+            PercentileTabled("image"),
+            AxisExtremesd("image", above_minimum=True),
+            RandPercentileClipd("image", lower=92, prob=0.5, deferred=True),
+            RandGlobalLocalCropd((16, 20, 12), **WARPED, flip_prob=0.5),
+        ]
+    )
+    first = Compose([RandPercentileClipd("image", lower=92, prob=0.5), AxisExtremesd("image"), later.transforms[3]])
+    for seed in range(6):
+        results = []
+        for transform in (later, first):
+            for number, step in enumerate(t for t in transform.transforms if hasattr(t, "set_random_state")):
+                step.set_random_state(seed + number)
+            results.append(transform({"image": image, "label": label}))
+        assert results[0].keys() == results[1].keys()
+        for key, value in results[0].items():
+            torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(results[1][key]), atol=1e-5, rtol=0)
+
+
+def test_without_cached_extremes_the_foreground_is_above_the_limits():
+    image = torch.full((1, 12, 14, 16), 5.0)
+    image[0, 3:7, 2:11, 5:13] += 1 + torch.rand(4, 9, 8)
+    limits = PercentileClip(100).limits(image)
+    crop = RandGlobalLocalCrop((4, 9, 8), prob=0.0)
+    crop(image, limits=limits)
+    assert crop.foreground.tolist() == [[3, 7], [2, 11], [5, 13]]

@@ -41,13 +41,13 @@ def steps(policy="clip", percentile=99.5):
             Orientationd(KEYS, axcodes="RAS", labels=None),
             SelectLabelsd("label", [1, 2]),
             NegativeValuesd("image", policy),
-            AxisExtremesd("image"),
             PercentileTabled("image"),
+            AxisExtremesd("image", above_minimum=True),
             ClassVoxelsd("label"),
+            RandPercentileClipd("image", default=percentile, deferred=True),
             RandGlobalLocalCropd(
                 12, prob=0.5, scale_range=(0.8, 1.2), rotate_range_deg=20, flip_prob=0.3, foreground_fraction=0.5
             ),
-            RandPercentileClipd(["local_image", "global_image"], default=percentile),
         ]
     )
 

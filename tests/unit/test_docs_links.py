@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from mapseg_components.commands.main import COMMANDS
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
@@ -24,8 +28,39 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
 
 def test_every_room_of_the_package_has_its_section():
     rooms = {path.stem for path in (ROOT / "mapseg_components").iterdir() if not path.name.startswith(("_", "py."))}
-    listed = set(re.findall(r"^::: mapseg_components\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^::: mapseg_components\.(\w+)", (DOCS / "api.md").read_text(), re.MULTILINE))
     assert listed == rooms
+
+
+def test_every_command_is_documented_as_a_function():
+    listed = re.findall(r"^::: mapseg_components\.commands\.(.+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert listed == [f"{name}.{name}" for name in COMMANDS]
+
+
+def test_the_search_of_pages_opened_from_disk_asks_no_server():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert "offline" in settings["plugins"]
+    scripts = settings["extra"]["polyfills"]
+    # the plugin adds an address of its own unless it finds this name
+    assert [name for name in scripts if "iframe-worker" in name] and all((DOCS / name).is_file() for name in scripts)
+
+
+@pytest.mark.slow
+def test_the_built_site_has_all_commands_and_loads_nothing_from_elsewhere(tmp_path):
+    for name in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(name, reason="the site needs the extra [docs]")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert [
+        name for name, text in pages.items() if re.search(r"<(script|link|img)[^>]*(src|href)=.?https?:", text)
+    ] == []
+    assert "__getattr__" not in pages["api.html"]
+    assert all(f'id="mapseg_components.commands.{name}.{name}"' in pages["api.html"] for name in COMMANDS)
+    assert (tmp_path / "search" / "search_index.js").read_text().startswith("var __index = {")
 
 
 def test_links_out_of_the_docs_lead_to_files():

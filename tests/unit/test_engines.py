@@ -49,20 +49,22 @@ def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimiz
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     teacher = EMATeacher(network, warmup, [[None, 0.9]]) if teacher else None
-    loss = options.pop("loss", AdaptationLoss())
-    trainer = UDATrainer(
-        device="cpu",
-        max_epochs=epochs,
-        train_data_loader=data,
-        network=network,
-        optimizer=optimizer(network.parameters(), lr=lr),
-        loss_function=loss,
-        teacher=teacher,
-        **BLOCKS,
-        **options,
-    )
+    trainer = trainer_of(network, data, teacher, optimizer(network.parameters(), lr=lr), max_epochs=epochs, **options)
     trainer.run()
     return trainer
+
+
+def trainer_of(network, data, teacher, optimizer, loss=None, max_epochs=1, **options):
+    return UDATrainer(
+        device="cpu",
+        max_epochs=max_epochs,
+        train_data_loader=data,
+        network=network,
+        optimizer=optimizer,
+        loss_function=AdaptationLoss() if loss is None else loss,
+        teacher=teacher,
+        **{**BLOCKS, **options},
+    )
 
 
 def same_weights(first, second, **tolerance):
@@ -88,8 +90,15 @@ def test_output_names_every_term(tiny_network):
     output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output[0]
     assert set(output) == {*loss.weights, "loss", "target_segmentation"}
     assert output["loss"].item() == pytest.approx(sum(w * output[n].item() for n, w in loss.weights.items()), rel=1e-5)
-    both = (output["target_local"] + output["target_local_masked"]) / 2
-    torch.testing.assert_close(output["target_segmentation"], both)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_the_score_reads_the_masked_target_term_alone(tiny_network, clean):
+    """Section 3.7: clean terms fall as pseudo labels repeat themselves."""
+    loss = AdaptationLoss(target_clean=clean)
+    output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output[0]
+    assert ("target_local" in output) == clean
+    assert output["target_segmentation"] == output["target_local_masked"] != output.get("target_local")
 
 
 def test_target_is_not_touched_in_warmup(tiny_network):
@@ -134,14 +143,34 @@ def test_nothing_to_train_on_is_an_error(tiny_network):
         adaptation(tiny_network, [{"target": pair(False)}], warmup=1)
 
 
-def test_accumulation_equals_a_larger_batch_without_masks(tiny_network):
-    options = {"loss": AdaptationLoss(source_masked=False, gamma=0.0, delta=0.0), "teacher": False}
-    torch.manual_seed(3)
-    halves = [{"source": pair(value=v)} for v in (0.3, 0.9)]
-    one = adaptation(tiny_network, halves, accumulate_steps=2, **options)
-    assert one.optimizer.state_dict()["state"][0]["step"] == 1  # two iterations, one step
-    two = adaptation(tiny_network, halves, accumulate_steps=1, **options)
-    assert two.optimizer.state_dict()["state"][0]["step"] == 2
+def test_accumulation_equals_a_larger_batch(tiny_network):
+    """SGD: the way that the weights take is the gradient, which is the mean of those of both halves."""
+    options = {"loss": AdaptationLoss(source_masked=False), "teacher": False, "optimizer": torch.optim.SGD}
+    first, second = (pair(batch=2) for _ in range(2))
+    second = {k: v.flip(3) if torch.is_tensor(v) and v.dim() == 5 else v for k, v in second.items()}
+    second["local_image"] = second["local_image"] ** 2
+    large = {k: torch.cat([first[k], second[k]]) if torch.is_tensor(first[k]) else first[k] * 2 for k in first}
+
+    def way(batches, steps=1):
+        run = adaptation(tiny_network, [{"source": one} for one in batches], accumulate_steps=steps, **options)
+        return [a.detach() - b for a, b in zip(run.network.parameters(), tiny_network.parameters())]
+
+    halves = [way([first]), way([second])]
+    for both, whole, one, other in zip(way([first, second], 2), way([large]), *halves):
+        torch.testing.assert_close(both, whole, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(both, (one + other) / 2, rtol=1e-3, atol=1e-6)
+    assert max(float((one - other).abs().max()) for one, other in zip(*halves)) > 1e-4  # two gradients, not one twice
+
+
+def test_the_last_iterations_of_an_epoch_step_without_waiting_for_more(tiny_network):
+    options = {"loss": AdaptationLoss(source_masked=False), "teacher": False}
+    run = adaptation(tiny_network, [{"source": pair()}] * 3, accumulate_steps=2, **options)
+    assert run.optimizer.state_dict()["state"][0]["step"] == 2 and not run.optimization.pending
+
+
+def test_a_network_without_its_training_pass_is_refused(tiny_network):
+    with pytest.raises(ConfigError, match=r"GlobalLocalDeepLabV3 returns one tensor.*GlobalLocalPass"):
+        trainer_of(tiny_network, [{"source": pair()}], None, torch.optim.SGD(tiny_network.parameters(), 0.1)).run()
 
 
 def test_nan_names_term_and_case(tiny_network):

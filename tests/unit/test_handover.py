@@ -38,6 +38,7 @@ SETTING = {
     "target_scale_range": [0.7, 1.3],
     "target_rotation_deg": 30,
     "mask_ratio": 0.7,
+    "mask_value": 0.0,
     "local_block_size": [4, 4, 8],
     "global_block_size": 4,
 }

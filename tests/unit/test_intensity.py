@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms import (
+    AxisExtremesd,
     NegativeValues,
     NegativeValuesd,
     PercentileClip,
@@ -19,6 +20,7 @@ from mapseg_components.transforms import (
     SelectLabels,
     SelectLabelsd,
 )
+from mapseg_components.transforms.intensity import clipped, percentile_table
 
 
 def volume(seed=0):
@@ -41,11 +43,76 @@ def test_table_of_the_volume_scales_its_parts_alike():
     assert "image_percentiles" not in whole and whole["image"].max() == 1
 
 
-def test_foreground_percentile_leaves_background_out():
-    image = torch.cat([torch.zeros(1, 90, 13, 17), volume()], dim=1)
-    top = np.percentile(volume().numpy(), 95)
-    scaled = PercentileClip(95, foreground=True)(image)
-    assert scaled.eq(1).sum() == (volume() >= top - 0.5).sum() or abs(scaled[scaled < 1].max() - 1) < 0.05
+def by_each(image, percentile, foreground):
+    """What each transform that takes percentiles makes of an image."""
+    keys = {"keys": "image", "foreground": foreground}
+    tabled = PercentileTabled(**keys)({"image": image})
+    deferred = RandPercentileClipd(**keys, prob=0.0, default=percentile, deferred=True)
+    random = RandPercentileClipd(**keys, lower=percentile, upper=percentile, prob=1.0)
+    return {
+        "array": PercentileClip(percentile, foreground)(image),
+        "random": RandPercentileClip(prob=0.0, default=percentile, foreground=foreground)(image),
+        "dictionary": PercentileClipd("image", percentile, foreground)({"image": image})["image"],
+        "from a table": PercentileClipd("image", percentile)(tabled)["image"],
+        "random, from a table": RandPercentileClipd("image", prob=0.0, default=percentile)(tabled)["image"],
+        "random, drawn": random({"image": image})["image"],
+        "deferred": clipped(image, deferred({"image": image})["image_limits"]),
+        "deferred, from a table": clipped(image, deferred(tabled)["image_limits"]),
+    }
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+@pytest.mark.parametrize("percentile", [95.0, 99.5, 100.0])
+def test_percentiles_are_of_the_foreground_if_asked_for(percentile, foreground):
+    image = torch.cat([torch.zeros(1, 30, 13, 17), volume()], dim=1)
+    top = np.percentile(volume().numpy() if foreground else image.numpy(), percentile)
+    for name, found in by_each(image, percentile, foreground).items():
+        torch.testing.assert_close(found, (image / top).clamp(0, 1), rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_every_channel_has_a_range_of_its_own(foreground):
+    """Channels in other units: each is scaled as if it were alone."""
+    channels = [volume(0), 0.002 * volume(1) - 3.0, 5000 * volume(2) + 70.0]
+    alone = [by_each(channel, 99.5, foreground) for channel in channels]
+    for name, found in by_each(torch.cat(channels), 99.5, foreground).items():
+        torch.testing.assert_close(found, torch.cat([each[name] for each in alone]), msg=name)
+        assert found.amax(dim=(1, 2, 3)).tolist() == [1, 1, 1] and found.amin(dim=(1, 2, 3)).tolist() == [0, 0, 0]
+
+
+def test_a_channel_without_contrast_is_named():
+    scan = MetaTensor(torch.cat([volume(), torch.full((1, 11, 13, 17), 7.0)]), meta={"filename_or_obj": "case_5.nii"})
+    with pytest.raises(DataError, match=r"case_5.nii, channel 1: all voxels are 7"):
+        PercentileClip()(scan)
+    scan[1, 0, 0, 0] = 9.0
+    with pytest.raises(DataError, match=r"case_5.nii, channel 1: its percentile 99.5 equals its minimum \(7\)"):
+        PercentileClip()(scan)
+
+
+def test_a_table_of_another_image_is_refused():
+    with pytest.raises(DataError, match=r"image of 2 channels.*\(1, 1002\), expected one row per channel"):
+        PercentileClip()(torch.cat([volume(), volume(1)]), percentile_table(volume()))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32, np.float64])
+def test_numpy_images_are_scaled_as_tensors_are(dtype):
+    image = volume().clamp(max=255).numpy().astype(dtype)
+    expected = PercentileClip()(torch.from_numpy(image))
+    for found in (PercentileClip()(image), PercentileClipd("image")({"image": image})["image"]):
+        torch.testing.assert_close(torch.as_tensor(found), expected)
+    tabled = NegativeValuesd("image", "clip")({"image": image})
+    tabled = AxisExtremesd("image", above_minimum=True)(PercentileTabled("image")(tabled))
+    torch.testing.assert_close(PercentileClipd("image")(tabled)["image"], expected)
+
+
+@pytest.mark.parametrize("lowest", [0.0, -50.0, 30.0])
+def test_foreground_above_the_minimum_is_what_scaling_leaves_above_0(lowest):
+    image = torch.full((2, 11, 13, 17), lowest)
+    image[0, 3:7, 2:9, 5:16] += volume()[0, 3:7, 2:9, 5:16] + 1
+    image[1, 4:8, 4:5, 6:17] += 20
+    found = AxisExtremesd("image", above_minimum=True)({"image": image})["image_extremes"]
+    expected = AxisExtremesd("image")({"image": PercentileClip(100)(image)})["image_extremes"]
+    assert torch.equal(found, expected) and found.max(0).values.tolist() == [7, 8, 16]
 
 
 def test_random_percentile_is_shared_and_seeded():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.masking import block_grid, draw_block_mask, expand_block_mask, hide
+from mapseg_components.masking import block_grid, check_mask_value, draw_block_mask, expand_block_mask, hide
 from mapseg_components.transforms import RandBlockMask, RandBlockMaskd
 
 
@@ -57,3 +57,24 @@ def test_transform_hides_and_tells():
     assert torch.equal(again({"a": image, "b": image})["b_mask"], out["b_mask"])
     single = RandBlockMask(4, 0.5).set_random_state(0)
     assert torch.equal(single(image), single(image, randomize=False))
+
+
+@pytest.mark.parametrize("value", [0.0, 0, -1.0, 0.37, "mean"])
+def test_a_hidden_voxel_shows_the_mask_value_and_the_others_themselves(value):
+    image = torch.rand(2, 3, 8, 12, 16) + torch.arange(2).view(2, 1, 1, 1, 1)
+    mask = expand_block_mask(draw_block_mask(2, (2, 3, 4), 0.5), (8, 12, 16)).expand_as(image)
+    means = image.double().mean(dim=(2, 3, 4), keepdim=True).float().expand_as(image)
+    shown = means if value == "mean" else torch.full_like(image, value)
+    found = hide(image, mask, value)
+    torch.testing.assert_close(found[mask], shown[mask])
+    assert torch.equal(found[~mask], image[~mask])
+    transform = RandBlockMaskd("a", block_size=4, mask_ratio=0.5, mask_value=value).set_random_state(0)
+    out = transform({"a": image[0]})
+    torch.testing.assert_close(out["a"], hide(image[0], out["a_mask"], value))
+
+
+@pytest.mark.parametrize("value", ["median", "noise", None, float("nan"), float("inf"), True, [0.5], ""])
+def test_an_unknown_mask_value_is_refused(value):
+    for make in (check_mask_value, lambda v: RandBlockMask(4, 0.5, v)):
+        with pytest.raises(ConfigError, match=r"mask_value is .*expected a number .*or 'mean'"):
+            make(value)

@@ -324,7 +324,7 @@ def test_nothing_about_the_person_leaves_the_dicom_header(tmp_path, caplog):
     dicom.write_series(tmp_path / "in/gap", stored(), positions=[(0, 0, z) for z in (0, 1, 2, 4, 5)])
     with caplog.at_level("DEBUG"):
         result = prepare(tmp_path / "in", tmp_path / "out", **PLAIN)
-    assert [outcome.status for outcome in result.outcomes] == ["failed", "done"] or result.exit_code == 3
+    assert sorted(outcome.status for outcome in result.outcomes) == ["done", "failed"]
     said = [caplog.text, str(result), *map(str, result.outcomes)]
     for path in (tmp_path / "out").rglob("*"):
         content = path.read_bytes() if path.is_file() else b""

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import MeanDice, ValidationHandler, from_engine
 from torch import nn
 
-from mapseg_components.handlers import ScoreCheckpoint
+from mapseg_components.errors import ConfigError
+from mapseg_components.handlers import EMATeacher, ScoreCheckpoint
 from mapseg_components.keys import TARGET_SEGMENTATION
 
 
@@ -38,8 +41,6 @@ def run(tmp_path, epochs, active_from=1, **options):
     losses = iter([loss for _, _, values in epochs for loss in values])
     trainer = Engine(lambda engine, batch: [{TARGET_SEGMENTATION: next(losses)} if activity.active else {}])
     seen = []
-
-    from ignite.engine import Events
 
     @trainer.on(Events.EPOCH_STARTED)
     def begin(engine):
@@ -133,3 +134,93 @@ def test_state_survives_a_round_trip(tmp_path):
     other = ScoreCheckpoint(str(tmp_path), {})
     other.load_state_dict(score.state_dict())
     assert other.best_score == score.best_score == pytest.approx(0.6)
+
+
+class Level(nn.Module):
+    """Predicts a set level everywhere, so that the Dice of an epoch is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = nn.Parameter(torch.ones(1))
+
+    def forward(self, image):
+        return (image < self.level).float() + 0.0 * self.level
+
+
+def supervised(folder, levels, metric=True, decollate=True, teacher=False, validate=True, **options):
+    """An ordinary MONAI trainer whose network has one of these levels in each epoch."""
+    image = torch.linspace(0, 1, 10).view(1, 1, 10)
+    data = [{"image": image, "label": (image < 0.5).float()}]
+    network = Level()
+    evaluator = SupervisedEvaluator(
+        "cpu",
+        data,
+        network,
+        key_val_metric={"dice": MeanDice(output_transform=from_engine(["pred", "label"]))} if metric else None,
+    )
+    mean_teacher = EMATeacher(network, 0, [[None, 0.9]]) if teacher else None
+    score = ScoreCheckpoint(str(folder), {"student": (network, evaluator)}, mean_teacher, **options)
+    trainer = SupervisedTrainer(
+        device="cpu",
+        max_epochs=len(levels),
+        train_data_loader=data,
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=nn.MSELoss(),
+        decollate=decollate,
+        train_handlers=[
+            *([mean_teacher] if teacher else []),
+            *([ValidationHandler(1, evaluator)] if validate else []),
+            score,
+        ],
+    )
+
+    def set_level(engine):
+        network.level.data.fill_(levels[engine.state.epoch - 1])
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, set_level)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+@pytest.mark.parametrize("decollate", [True, False])
+def test_on_monais_trainer_the_score_is_the_metric(tmp_path, decollate, teacher):
+    trainer = supervised(tmp_path, [0.2, 0.5, 0.9], decollate=decollate, teacher=teacher)
+    record = json.loads((tmp_path / "model_selection.json").read_text())
+    assert record == {"model.pt": {"weights": "student", "epoch": 2, "score": 1.0, "source_dice_student": 1.0}}
+    assert torch.load(tmp_path / "model.pt", weights_only=True)["level"].item() == 0.5
+    assert trainer.state.metrics["score"] < 1 and "target_loss" not in trainer.state.metrics
+
+
+def test_patience_ends_monais_trainer(tmp_path):
+    assert supervised(tmp_path, [0.5, 0.4, 0.3, 0.2, 0.1], patience=2).state.epoch == 3
+
+
+def test_an_evaluator_without_a_key_metric_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"'student' has no key metric.*key_val_metric"):
+        supervised(tmp_path, [0.5], metric=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_that_never_validates_is_told_so(tmp_path, caplog):
+    supervised(tmp_path, [0.5], validate=False)
+    assert "name the handlers that validate before ScoreCheckpoint" in caplog.text
+
+
+@pytest.mark.parametrize("output", [0.5, None, [], {"loss": 0.5}, [{"loss": 0.5}], (0.1, 0.2)])
+def test_any_output_of_a_trainer_will_do(tmp_path, output):
+    evaluator = Fake()
+    trainer = Engine(lambda engine, batch: output)
+    score = ScoreCheckpoint(str(tmp_path), {"student": (nn.Linear(1, 1), evaluator)})
+    evaluator.state.epoch, evaluator.state.metrics = 1, {"dice": 0.7}
+    score.attach(trainer)
+    trainer.run(range(2), max_epochs=1)
+    assert json.loads((tmp_path / "model_selection.json").read_text())["model.pt"]["score"] == 0.7
+
+
+def test_without_metric_and_target_loss_nothing_is_selected(tmp_path, caplog):
+    trainer = Engine(lambda engine, batch: 0.5)
+    ScoreCheckpoint(str(tmp_path), {"student": (nn.Linear(1, 1), None)}).attach(trainer)
+    trainer.run(range(2), max_epochs=1)
+    assert "No weights were selected" in caplog.text and not list(tmp_path.iterdir())

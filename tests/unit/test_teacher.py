@@ -2,14 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
+from monai.networks.nets import UNet
 from torch import nn
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.handlers import EMATeacher
+from mapseg_components.networks import GlobalLocalPass
 
 
 class OneWeight(nn.Module):
@@ -116,3 +121,116 @@ def test_state_survives_a_round_trip():
     other = EMATeacher(OneWeight(), 0, [[None, 0.5]])
     other.load_state_dict(teacher.state_dict())
     assert other.active and other.steps == 1 and other.network.weight.item() == 2
+
+
+def unet(classes=3):
+    torch.manual_seed(0)
+    return UNet(3, in_channels=1, out_channels=classes, channels=(4, 8), strides=(2,), norm="batch")
+
+
+def a_pair(batch):
+    torch.manual_seed(1)
+    box = torch.tensor([[[0.0, 8.0], [2.0, 8.0], [0.0, 12.0]]] * batch)
+    return torch.rand(batch, 1, 8, 12, 16), torch.rand(batch, 1, 12, 8, 16), box
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_segmenter_labels_pairs_like_its_training_pass(tiny_network, batch):
+    pair = a_pair(batch)
+    alone, wrapped = (
+        EMATeacher(student, 0, [[None, 0.9]]) for student in (tiny_network, GlobalLocalPass(tiny_network))
+    )
+    for found, expected, image in zip(alone.pseudo_label(*pair), wrapped.pseudo_label(*pair), [*pair[:2], *pair[:2]]):
+        assert torch.equal(found, expected) and found.shape == image.shape
+    assert set(alone.network.state_dict()) == set(tiny_network.state_dict())
+    for teacher in (alone, wrapped):
+        label, confidence = teacher.pseudo_label(pair[0])
+        expected = tiny_network(pair[0]).softmax(1)
+        assert torch.equal(label, expected.argmax(1, keepdim=True))
+        torch.testing.assert_close(confidence, expected.amax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_average_follows_the_steps_of_an_ordinary_trainer(every):
+    """Five iterations of MONAI's trainer, two epochs: a step each, or after 2, 4 and the last one."""
+    student = unet()
+    teacher = EMATeacher(student, 1, [[None, 0.75]])
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=2,
+        train_data_loader=[{"image": torch.rand(2, 1, 8, 12, 16), "label": torch.rand(2, 3, 8, 12, 16)}] * 5,
+        network=student,
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        loss_function=nn.MSELoss(),
+        accumulation_steps=every,
+        train_handlers=[teacher],
+    )
+    expected = []
+
+    def average(engine):
+        weights = [p.detach().clone() for p in student.parameters()]
+        if engine.state.epoch == 1:
+            expected[:] = weights
+        elif every == 1 or engine.state.iteration - 5 in (2, 4, 5):
+            expected[:] = [0.75 * own + 0.25 * weight for own, weight in zip(expected, weights)]
+
+    trainer.add_event_handler(IterationEvents.MODEL_COMPLETED, average)
+    trainer.run()
+    assert teacher.steps == (5 if every == 1 else 3)
+    for own, weight in zip(teacher.network.parameters(), expected):
+        torch.testing.assert_close(own, weight)
+    assert not teacher.network.training and student.training
+    for own, buffer in zip(teacher.network.buffers(), student.buffers()):
+        assert torch.equal(own, buffer)
+
+
+def test_each_iteration_of_a_plain_engine_is_a_step():
+    student = OneWeight()
+    teacher = EMATeacher(student, 0, [[None, 0.5]])
+
+    def iteration(engine, batch):
+        with torch.no_grad():
+            student.weight += 1
+
+    engine = Engine(iteration)
+    teacher.attach(engine)
+    engine.run(range(3))
+    assert teacher.steps == 3 and teacher.network.weight.item() == pytest.approx(0.5 * 0.5 * 0.5 + 0.5 * 0.5 * 2 + 1.5)
+
+
+def test_a_teacher_that_no_event_moves_says_so(caplog):
+    engine = Engine(lambda engine, batch: None)
+    engine.register_events(*IterationEvents)
+    EMATeacher(OneWeight(), 0, [[None, 0.5]]).attach(engine)
+    with caplog.at_level(logging.WARNING):
+        engine.run(range(2))
+    assert "the teacher did not move" in caplog.text and "update()" in caplog.text
+
+
+def test_wrappers_of_a_student_are_looked_through(tiny_network):
+    teacher = EMATeacher(nn.DataParallel(tiny_network), 0, [[None, 0.5]])
+    assert teacher.student is tiny_network and set(teacher.network.state_dict()) == set(tiny_network.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_teacher_starts_where_its_student_is():
+    student = OneWeight()
+    teacher = EMATeacher(student, 0, [[None, 0.5]])
+    student.cuda()
+    teacher.start()
+    teacher.update()
+    assert teacher.network.weight.is_cuda and teacher.network.count.is_cuda
+
+
+def test_what_a_teacher_cannot_label_is_refused():
+    image, view, box = a_pair(2)
+    teacher = EMATeacher(unet(), 0, [[None, 0.9]])
+    label, confidence = teacher.pseudo_label(image)
+    assert label.shape == confidence.shape == image.shape
+    with pytest.raises(ConfigError, match=r"student UNet does not take a pair.*GlobalLocalPass.*pseudo_label\(image\)"):
+        teacher.pseudo_label(image, view, box)
+    with pytest.raises(ConfigError, match="local_box belongs to a global_image"):
+        teacher.pseudo_label(image, None, box)
+    with pytest.raises(ConfigError, match=r"output is \(2, 1, 8, 12, 16\).*background as a class"):
+        EMATeacher(unet(1), 0, [[None, 0.9]]).pseudo_label(image)

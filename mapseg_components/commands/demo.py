@@ -1,0 +1,242 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""``mapseg demo``: a first result on the shipped sample, with the shipped weights or by the whole method."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mapseg_components.commands.evaluate import evaluate
+from mapseg_components.commands.predict import predict
+from mapseg_components.commands.report import require_matplotlib
+from mapseg_components.commands.session import choose_device, working
+from mapseg_components.commands.shipped import SEGMENTS, bundles_folder, sample_folder
+from mapseg_components.commands.stages import run_stage, threads
+from mapseg_components.data import load_datalist
+from mapseg_components.errors import ConfigError, DataError, MAPSegError
+from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.metrics import require_scipy
+from mapseg_components.reports import draw_comparison
+
+__all__ = ["demo"]
+
+TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedule of the shipped weights
+STAGES = ("pretraining", "source_only", "adaptation")
+PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
+OWN = {*STAGES, PREDICTIONS, SCORES, FIGURES, PICTURE, ".run.lock", ".run.lock.json"}
+# gentler than the preset: on this sample faster teachers drift (docs/results.md)
+GENTLE = {"learning_rate": 0.0001, "ema_schedule": [[None, 0.999]], "target_scale_range": [0.9, 1.1], "max_epochs": 10}
+
+
+@dataclass
+class DemoReport:
+    """Result of `demo`.
+
+    Args:
+        folder: of the results. text: what came out, for a person. figures: content of ``metrics.json`` (with ``train``)
+            or of ``scores/evaluation.json``.
+    """
+
+    folder: str
+    text: str
+    figures: dict[str, Any]
+    exit_code = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def demo(
+    output: str = "mapseg_demo",
+    *,
+    train: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    device: str = "auto",
+    num_threads: int | None = None,
+    quiet: bool = False,
+    verbose: bool = False,
+) -> DemoReport:
+    """A first result on scans that come with the package, without a download: label maps, Dice and a picture.
+
+    Segments two fetal brains (T2w MRI, CC0) that no training saw with the weights of the package, by mapseg predict,
+    and compares them with the truth, by mapseg evaluate: less than a minute on a CPU. With train the weights are
+    trained first: pretraining on all images, source-only training on older fetuses, adaptation to younger ones without
+    their labels, then both models on the two scans: minutes on a CPU.
+
+    Args:
+        output: folder of the results.
+        train: the whole method, instead of the weights of the package.
+        seed: of everything random in the training.
+        overwrite: remove the results of an earlier demo.
+        device: auto, cpu, cuda or cuda:1.
+        num_threads: of PyTorch on the CPU.
+        quiet: no progress, errors only.
+        verbose: everything that is logged, and tracebacks.
+
+    Returns:
+        a `DemoReport`; its text is the table, and where everything lies.
+
+    Raises:
+        ConfigError: the folder holds something, or the package is not installed whole.
+        ResourceError: memory, disk or permissions.
+    """
+    require_matplotlib()
+    require_scipy()
+    choose_device(device)
+    folder = Path(output).absolute()
+    bundles, sample = bundles_folder(), sample_folder()
+    check_folder(folder, overwrite)
+    require_writable(folder)
+    lock_folder(folder)
+    try:
+        clear(folder)
+        with working(num_threads, quiet, verbose):
+            options = {"device": device, "num_threads": num_threads, "quiet": quiet, "verbose": verbose}
+            if train:
+                return train_and_compare(folder, bundles, sample, seed, options)
+            return segment(folder, bundles / "mapseg_adaptation", sample, options)
+    finally:
+        unlock_folders([folder])
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder with results, or with anything that no demo wrote. Raises `ConfigError`."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file: name a folder")
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    strangers = [name for name in found if name not in OWN]
+    if strangers:
+        raise ConfigError(f"{folder} holds {strangers[:3]}, which no demo wrote: choose a new folder")
+    if found and not overwrite:
+        raise ConfigError(f"{folder} holds an earlier demo: set overwrite to remove it, or choose a new folder")
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier demo wrote; call it under the folder's lock."""
+    for name in OWN - {".run.lock", ".run.lock.json"}:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def segment(folder: Path, bundle: Path, sample: Path, options: Mapping[str, Any]) -> DemoReport:
+    """The two held-out scans by the weights of the package, against the truth."""
+    predictions, scores = folder / PREDICTIONS, folder / SCORES
+    found = predict(str(sample / "test" / "images"), str(predictions), bundle=str(bundle), **options)
+    if found.exit_code:
+        raise DataError(f"the sample was not segmented: {found}")
+    shared = {key: value for key, value in options.items() if key != "device"}
+    truth = str(sample / "test" / "labels")
+    scored = evaluate(str(predictions), truth, labels=str(bundle), output=str(scores), **shared)
+    names = list(dict.fromkeys(row["structure"] for row in scored.rows))
+    draw_comparison(load_datalist(sample, "target_test"), {"shipped weights": predictions}, names, folder / PICTURE)
+    text = [
+        str(scored),
+        "",
+        f"The weights of the package segment {SEGMENTS}, nothing else.",
+        f"Label maps, volumes.csv  {predictions}",
+        f"Figures                  {scores}",
+        f"Picture                  {folder / PICTURE}",
+        "",
+        "For your own scans: mapseg check SCANS, then mapseg adapt --source LABELLED --target SCANS --output RUN.",
+    ]
+    return DemoReport(str(folder), "\n".join(text), json.loads((scores / "evaluation.json").read_text()))
+
+
+def train_and_compare(folder: Path, bundles: Path, sample: Path, seed: int, options: Mapping[str, Any]) -> DemoReport:
+    """Every stage of the method, each as a user types it; source-only beside adapted on the held-out scans."""
+    threads(options["num_threads"])
+    pretraining, adaptation = bundles / "mapseg_pretraining", bundles / "mapseg_adaptation"
+    common: dict[str, Any] = {"dataset_dir": sample}
+    if options["device"] != "auto":
+        common["device"] = f"$torch.device('{options['device']}')"
+    stages = {name: folder / name for name in STAGES}
+    weights = {"source-only": stages["source_only"] / "source_only.pt", "adapted": stages["adaptation"] / "model.pt"}
+    predictions = {name: folder / PREDICTIONS / name for name in weights}
+
+    def run(title: str, bundle: Path, names: list[str], output: Path, **settings: Any) -> float:
+        return announced(title, bundle, names, output, {**common, **settings}, options["quiet"])
+
+    seconds = {
+        "pretraining": run("1/5 pretraining, all images", pretraining, TRAINING, stages["pretraining"], seed=seed),
+        "source_only": run(
+            "2/5 source-only training",
+            adaptation,
+            [*TRAINING, "source_only.yaml"],
+            stages["source_only"],
+            encoder_weights=stages["pretraining"] / "model.pt",
+            seed=seed,
+        ),
+        "adaptation": run(
+            "3/5 adaptation without target labels",
+            adaptation,
+            [*TRAINING, "from_source.yaml"],
+            stages["adaptation"],
+            initial_weights=weights["source-only"],
+            seed=seed,
+            **GENTLE,
+        ),
+    }
+    results = {}
+    for number, (name, file) in enumerate(weights.items(), start=4):
+        title = f"{number}/5 inference and evaluation, {name}"
+        run(title, adaptation, ["inference.json", "evaluate.json"], predictions[name], weights=file)
+        results[name] = json.loads((predictions[name] / "metrics.json").read_text())
+    selection = json.loads((stages["adaptation"] / "model_selection.json").read_text())["model.pt"]
+    figures = {"seed": seed, "seconds": seconds, "selection": selection, **results}
+    write_json(figures, folder / FIGURES)
+    names = list(results["adapted"]["structures"])
+    draw_comparison(load_datalist(sample, "target_test"), predictions, names, folder / PICTURE)
+    gain = results["adapted"]["mean"] - results["source-only"]["mean"]
+    verdict = "Adaptation helped" if gain > 0.005 else "Adaptation made it worse" if gain < -0.005 else "No difference"
+    text = [
+        table(results),
+        "",
+        f"{verdict}: {gain:+.3f} mean Dice (seed {seed}).",
+        f"Chosen without target labels: the {selection['weights']} of epoch {selection['epoch']}.",
+        "",
+        f"Label maps, volumes.csv  {predictions['adapted']}",
+        f"Figures                  {folder / FIGURES}",
+        f"Picture                  {folder / PICTURE}",
+    ]
+    return DemoReport(str(folder), "\n".join(text), figures)
+
+
+def announced(
+    title: str, bundle: Path, configs: list[str], output: Path, settings: Mapping[str, Any], quiet: bool
+) -> float:
+    """A stage with its title before and its seconds behind, on standard error; returns seconds."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    say(f"{title} ...")
+    try:
+        seconds = run_stage(title, bundle, [f"configs/{name}" for name in configs], output, settings)
+    except MAPSegError:
+        say(f" failed\nThe whole log is in {output / 'log.txt'}\n")
+        raise
+    say(f" {seconds:.0f} s\n")
+    return seconds
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Dice per structure, source-only beside adapted."""
+    names = list(results["source-only"]["structures"])
+    width = max(map(len, names)) + 2
+    lines = [f"{'Dice on the held-out target':<{width}}  source-only  adapted"]
+    for name in [*names, "mean"]:
+        row = [r["mean"] if name == "mean" else r["structures"][name] for r in results.values()]
+        lines.append(f"{name:<{width}}  {row[0]:11.3f}  {row[1]:7.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Named handlers as one entry of a list of handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ignite.engine import Engine
+
+__all__ = ["HandlerChain"]
+
+
+class HandlerChain:
+    """Several handlers as one, attached in their order.
+
+    In a config each has an id of its own, and ``handlers`` refers to them: others find them by that id, and a client
+    that puts an entry of its own before or after the chain moves none of them. MONAI and its clients expect every entry
+    of ``train#handlers`` to be a dictionary, so that references cannot stand there by themselves.
+
+    Args:
+        handlers: with ``attach``; ``None``, a disabled one, is left out.
+    """
+
+    def __init__(self, handlers: Sequence[Any]) -> None:
+        self.handlers = [handler for handler in handlers if handler is not None]
+
+    def attach(self, engine: Engine) -> None:
+        """Attach each."""
+        for handler in self.handlers:
+            handler.attach(engine)

@@ -1,0 +1,119 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a structure's name says a side of the body: a mirrored scan would exchange it with its partner."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from mapseg_components.errors import ConfigError
+
+__all__ = ["refuse_sides", "sided_names"]
+
+# The parts of a name, split at signs, digits and changes of case: FemurHeadL is Femur, Head, L.
+PARTS = re.compile(r"[^\W\d_]*?[^\W\d_A-Z](?=[A-Z])|[A-Z]+(?=[A-Z][a-z])|[^\W\d_]+|\d+")
+# Parts that are a side by themselves: English, hemispheres (FreeSurfer), abbreviations of radiotherapy, Latin,
+# German, French, Spanish, Portuguese, Italian, Dutch, Swedish.
+SIDE_PARTS = frozenset(
+    "l r lt rt lft rgt rght lh rh lhs rhs lhemi rhemi sin dex dext dxt dx sx "
+    "links rechts gauche droit droite izq izquierdo izquierda derecho derecha esq esquerdo esquerda direito direita "
+    "sinistro destro destra linker rechter höger".split()
+)
+# Abbreviations whose first letter is a side: chambers and vessels of the heart, lobes of the lungs, carotid arteries.
+SIDE_PARTS |= frozenset(
+    "lv rv la ra laa raa lvm rvm lvc rvc lvbp rvbp lvmyo rvmyo lvot rvot lpa rpa lpv rpv lspv rspv lipv ripv "
+    "lad lcx lca rca lmca rmca lcca rcca lica rica leca reca "
+    "lul lll rul rml rll".split()
+)
+# Left or right within a part (leftkidney, kidneyright), in words that mean a side in some language.
+WITHIN = re.compile(
+    "left|right|sinist|dext(er|r|ra|ro|rum)$|^dextr|gauche|droite?$|^droit|^links|^linke|^rechts|^rechte"
+    "|izquierd|derech[oa]|esquerd|direit[oa]|vänster|左|右|^лев|^прав"
+)
+# Words that hold such letters and mean no side; they are taken out of a name before it is looked at.
+NO_SIDE = re.compile(
+    r"\b(sub)?cleft\w*|(?<![a-z])leftovers?|\b(a|b|down|f|out|up|w)right\w*|(?<![a-z])l[\s_.-]*spine"
+    r"|copyright|dextrocardi\w*|dextrose",
+    re.IGNORECASE,
+)
+# Abbreviations that are a side only beside their partner: "Niere li" with "Niere re", "rein g" with "rein d".
+PARTNERS = {"li": "re", "g": "d", "e": "d", "i": "d", "sn": "dx", "izda": "dcha", "ll": "lr", "ul": "ur"}
+# Parts beside which L and a number are a lumbar vertebra.
+SPINE = re.compile(
+    r"\d+|[ctsl]|th|.*(vert|dis[ck]|ivd|spin|lumb|body|canal|level|root|nerve|cord|plate|facet|lamina).*"
+)
+
+
+def sided_names(names: Iterable[str]) -> list[str]:
+    """Those of a set of structures whose names say a side, in order; in doubt a name says one.
+
+    Looked for are left and right as words or parts of words, as abbreviations (``Lung_L``, ``Kidney_Rt``, ``lh``,
+    ``LV`` of the heart), in Latin and some other languages, and names of the set that differ by l and r alone at an end
+    of a part (``kidneyl``, ``kidneyr``). ``L3`` is a vertebra, unless the rest of the name tells otherwise or the set
+    has ``R3`` as well.
+
+    Args:
+        names: of all structures of one task.
+    """
+    listed = [str(name) for name in names]
+    parts = {name: tuple(parts_of(name)) for name in listed}
+    whole = set(parts.values())
+    return [name for name in listed if says_side(parts[name]) or has_partner(parts[name], whole)]
+
+
+def refuse_sides(option: str, labels: Iterable[str] | Mapping[str, int]) -> None:
+    """Refuse what mirrors scans left to right where a structure's name says a side.
+
+    Args:
+        option: the setting that asks for it. labels: names of all structures.
+
+    Raises:
+        ConfigError: names the structures.
+    """
+    sided = sided_names(labels)
+    if sided:
+        more = f" and {len(sided) - 4} more" if len(sided) > 4 else ""
+        raise ConfigError(
+            f"{option} mirrors left and right, but by their names structures have a side "
+            f"({', '.join(sided[:4])}{more}): leave {option} out; if none has a side, rename them in labels"
+        )
+
+
+def parts_of(name: str) -> Iterator[str]:
+    """Parts of a name in lower case, numbers as they stand."""
+    for part in PARTS.findall(NO_SIDE.sub(" ", name)):
+        yield part.casefold()
+
+
+def says_side(parts: tuple[str, ...]) -> bool:
+    """Whether one name says a side by itself."""
+    vertebra = is_vertebra(parts)
+    return any((part in SIDE_PARTS and not (part == "l" and vertebra)) or WITHIN.search(part) for part in parts)
+
+
+def is_vertebra(parts: tuple[str, ...]) -> bool:
+    """Whether every L stands before a number from 1 to 6, in a name of the spine."""
+    numbered = all(after in set("123456") for part, after in zip(parts, (*parts[1:], "")) if part == "l")
+    return numbered and all(SPINE.fullmatch(part) for part in parts)
+
+
+def has_partner(parts: tuple[str, ...], others: set[tuple[str, ...]]) -> bool:
+    """Whether another name of the set is the same but for a side in one part."""
+    for number, part in enumerate(parts):
+        for swapped in swaps_of(part) if len(parts) > 1 or len(part) > 1 else ():  # structures a to h have no sides
+            if (*parts[:number], swapped, *parts[number + 1 :]) in others:
+                return True
+    return False
+
+
+def swaps_of(part: str) -> Iterator[str]:
+    """The part for the other side: l and r exchanged at either end, or an abbreviation's partner."""
+    for one, other in (("l", "r"), ("r", "l")):
+        if part.startswith(one):
+            yield other + part[1:]
+        if part.endswith(one):
+            yield part[:-1] + other
+    for one, other in PARTNERS.items():
+        if part in (one, other):
+            yield other if part == one else one

@@ -1,0 +1,207 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a mapping of labels means in its several spellings, and which numbers of a label map are whole.
+
+Structures have names and values from 1; 0 is background and no structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mapseg_components.errors import ConfigError
+
+__all__ = [
+    "LARGEST_EXACT",
+    "are_whole",
+    "ignored_value",
+    "listed_values",
+    "number_text",
+    "structures_of",
+    "to_whole",
+    "unknown_values",
+    "value_fault",
+]
+
+BACKGROUND = {"background", "bg"}
+MAY_BE_BACKGROUND = {
+    "unknown",
+    "clear label",
+    "unlabeled",
+    "unlabelled",
+    "void",
+    "none",
+    "null",
+    "other",
+    "rest",
+    "air",
+}
+MAY_BE_BACKGROUND |= {"outside", "exterior", "nothing", "empty", "clear"}
+LISTED_VALUES = 8  # that a message names
+IGNORE = "ignore"  # nnU-Net's name for voxels that nobody annotated
+LARGEST_EXACT = 1 << 24  # float32, in which scans are read, has all whole numbers up to here
+ROUNDING, FLOOR = 4 * float(np.finfo(np.float32).eps), 1e-5  # of a value, and at least: what scl_slope leaves
+
+
+def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: bool = False) -> dict[str, int]:
+    """Structure to value, without background, in the order given.
+
+    Understood are name to value (``{"liver": 1}``, with or without ``"background": 0`` as nnU-Net has it) and value to
+    name (``{"0": "background", "1": "liver"}``, as the Medical Segmentation Decathlon and nnU-Net v1 have it).
+
+    Args:
+        labels: the mapping. origin: for messages, where it stands.
+        ignore: leave nnU-Net's ``ignore`` out, see `ignored_value`, instead of refusing it.
+
+    Raises:
+        ConfigError: no structure, a region of several values, a value that is no whole number from 1 or stands twice,
+            a structure of value 0, or ``ignore``.
+    """
+    found: dict[str, int] = {}
+    for name, given in pairs_of(labels):
+        if isinstance(given, (list, tuple)):
+            raise ConfigError(
+                f"{origin}: {name!r} is a region of the values {list(given)}; every voxel has one structure here: name "
+                "each value by itself"
+            )
+        value = whole_value(given)
+        if value is None or not 0 <= value <= LARGEST_EXACT:
+            expected = f"expected a whole number from 1 to {LARGEST_EXACT}"
+            raise ConfigError(f"{origin}: {name!r} is {given!r}, {expected}: name structures as in {{'liver': 1}}")
+        plain = name.strip().casefold().replace("_", " ")
+        if value == 0 and plain not in BACKGROUND | MAY_BE_BACKGROUND:
+            what = f"{origin}: {name!r} is 0, but 0 is background and no structure"
+            raise ConfigError(f"{what}: give the structure another value, in the label maps as well")
+        if value != 0 and plain in BACKGROUND:
+            what = f"{origin}: {name!r} is {value}, but background is 0 and no structure"
+            raise ConfigError(f"{what}: take it out of labels, and name {value} in dropped_labels")
+        if name.casefold() == IGNORE and not ignore:
+            raise ConfigError(
+                f"{origin}: 'ignore' is {value}, voxels that nobody annotated; training has no such thing: annotate "
+                f"them, or take 'ignore' out of labels and name {value} in dropped_labels, then they are background"
+            )
+        if value == 0 or name.casefold() == IGNORE:
+            continue
+        if name in found or value in found.values():
+            raise ConfigError(f"{origin}: {name!r} or its value {value} stands twice: name each once")
+        found[name] = value
+    if not found:
+        raise ConfigError(f"{origin} name no structure ({dict(labels)!r}): expected such as {{'liver': 1}}")
+    return found
+
+
+def ignored_value(labels: Mapping[Any, Any]) -> int | None:
+    """Value of nnU-Net's ``ignore``, voxels that nobody annotated; ``None`` without."""
+    return next((whole_value(value) for name, value in pairs_of(labels) if name.casefold() == IGNORE), None)
+
+
+def pairs_of(labels: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
+    """Name and value of each entry of either spelling."""
+    inverted = bool(labels) and all(whole_value(key) is not None for key in labels)
+    inverted &= all(isinstance(value, str) for value in labels.values())
+    return [(str(value), key) if inverted else (str(key), value) for key, value in labels.items()]
+
+
+def whole_value(given: Any) -> int | None:
+    """A whole number, also as text or as 1.0; ``None`` for anything else."""
+    if isinstance(given, bool):
+        return None
+    try:
+        number = float(given)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
+
+
+def are_whole(values: np.ndarray) -> np.ndarray:
+    """Which values are whole numbers but for float32 rounding, such as 1.0000000149 by a ``scl_slope`` of 0.1.
+
+    Args:
+        values: of any shape.
+
+    Returns:
+        bool, of the same shape; ``False`` where a value is not finite.
+    """
+    if values.dtype.kind in "iub":
+        return np.ones(values.shape, bool)
+    with np.errstate(invalid="ignore"):
+        exact = values.astype(np.float64)
+        return np.abs(exact - np.rint(exact)) <= np.maximum(FLOOR, ROUNDING * np.abs(exact))
+
+
+def to_whole(values: np.ndarray) -> np.ndarray:
+    """Values with those that are whole but for float32 rounding made exact; the others as they are. Any shape."""
+    if values.dtype.kind in "iub":
+        return values
+    rounded = np.rint(values)
+    return np.where(are_whole(values), rounded, values) if not np.array_equal(rounded, values) else values
+
+
+def number_text(value: float) -> str:
+    """A value with as many digits as float32 tells apart: ``1``, ``0.9882``, ``10.92``."""
+    if float(value).is_integer():
+        return f"{int(value)}"
+    return str(np.float32(value)) if np.isfinite(value) else str(value)
+
+
+def value_fault(
+    counts: Iterable[tuple[float, int]], exact: bool = False, more_values: int = 0
+) -> tuple[str, str] | None:
+    """What of the distinct values of a file no label map has, and the remedy; ``None`` if all may be labels.
+
+    Args:
+        counts: each distinct value, by `to_whole`, with its number of voxels. exact: values are read as integers; else
+            as float32, which ends at `LARGEST_EXACT`. more_values: distinct values that are not in ``counts``.
+    """
+    pairs = list(counts)
+    faults = (
+        (
+            [pair for pair in pairs if not float(pair[0]).is_integer()],
+            "fractions",
+            "a label map has whole numbers: name it as it was annotated, before it was rescaled or resampled by "
+            "interpolation; a scan and probabilities are none",
+        ),
+        ([pair for pair in pairs if pair[0] < 0], "negative values", "number structures from 1, background is 0"),
+        (
+            [pair for pair in pairs if not exact and pair[0] > LARGEST_EXACT],
+            f"values above {LARGEST_EXACT}",
+            "number structures anew: scans are read as float32, which does not tell such values apart",
+        ),
+    )
+    for found, name, remedy in faults:
+        if found:
+            return f"label map has {name}: {listed_values(found, more_values)}", remedy
+    return None
+
+
+def unknown_values(
+    counts: Iterable[tuple[float, int]], known: Iterable[int], more_values: int = 0
+) -> tuple[str, str] | None:
+    """What is wrong with the values of a label map, and the remedy; ``None`` if all are known.
+
+    Args:
+        counts, more_values: as of `value_fault`. known: values that may be there, besides 0.
+    """
+    allowed = sorted({0, *known})
+    unknown = [(value, count) for value, count in counts if value not in allowed]
+    if not unknown:
+        return None
+    positive = [pair for pair in unknown if not (pair[0] < 0 and float(pair[0]).is_integer())]  # others may be dropped
+    fault = value_fault(positive, more_values=more_values)
+    if fault is not None:
+        return fault
+    what = f"label map has unknown values {listed_values(unknown, more_values)}, known are {allowed}"
+    remedy = "name them in labels or in dropped_labels"
+    if [value for value, _ in unknown] == [255]:
+        remedy += " (the structure of a mask of 0 and 255 is named as in {'liver': 255})"
+    return what, remedy
+
+
+def listed_values(counts: Sequence[tuple[float, int]], more_values: int = 0) -> str:
+    """Some values with their voxels, and how many more there are."""
+    listed = ", ".join(f"{number_text(value)} ({count} voxels)" for value, count in counts[:LISTED_VALUES])
+    more = len(counts) - LISTED_VALUES + more_values
+    return f"{listed}{f' and {more} more' if more > 0 else ''}"

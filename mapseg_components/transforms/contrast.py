@@ -1,0 +1,66 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Random intensity curves of a scan, the same for its local patch and its global view.
+
+MONAI's curves run between the extremes of the image that they change. A patch and a view of one scan have other
+extremes, so that MONAI gives the same tissue another intensity in each. Here one curve runs between the extremes of all
+keys together. The view shows the whole foreground box, so that these are the scan's extremes; no range is assumed, so
+that images in any unit keep theirs, and images in [0, 1] stay there with 0, the background, at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import RandAdjustContrastd, RandHistogramShiftd
+from monai.utils import convert_to_dst_type
+
+from mapseg_components.transforms.inputs import as_volume
+
+__all__ = ["RandGlobalLocalAdjustContrastd", "RandGlobalLocalHistogramShiftd"]
+
+
+class RandGlobalLocalAdjustContrastd(RandAdjustContrastd):
+    """MONAI's ``RandAdjustContrastd`` (gamma) with one curve for all keys: equal intensities stay equal.
+
+    Draws, arguments and the curve are MONAI's; the extremes, and with ``retain_stats`` mean and standard deviation, are
+    those of all keys together.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The same entries, each image (C, ...) with its own shape and metadata."""
+        result = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            self.adjuster.randomize(None)
+            change_together(result, list(self.key_iterator(result)), self.adjuster)
+        return result
+
+
+class RandGlobalLocalHistogramShiftd(RandHistogramShiftd):
+    """MONAI's ``RandHistogramShiftd`` with one random monotone curve for all keys: equal intensities stay equal.
+
+    Draws, arguments and the curve are MONAI's; the extremes are those of all keys together.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The same entries, each image (C, ...) with its own shape and metadata."""
+        result = dict(data)
+        self.randomize(None)
+        if self._do_transform:
+            self.shifter.randomize(None)
+            change_together(result, list(self.key_iterator(result)), self.shifter)
+        return result
+
+
+def change_together(data: dict[Hashable, Any], keys: Sequence[Hashable], change: Callable[..., Any]) -> None:
+    """Change the images of these keys as one image, with the draw that ``change`` already has."""
+    if not keys:
+        return
+    images = [as_volume(data[key]) for key in keys]
+    joined = torch.cat([image.as_subclass(torch.Tensor).flatten().float() for image in images])
+    changed = torch.as_tensor(change(joined, randomize=False)).as_subclass(torch.Tensor)
+    for key, image, part in zip(keys, images, changed.split([image.numel() for image in images])):
+        data[key] = convert_to_dst_type(part.view(image.shape), dst=image)[0]

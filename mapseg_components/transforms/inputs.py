@@ -1,0 +1,37 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a transform may be given: tensors with and without metadata, and NumPy arrays, as in MONAI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.utils import convert_to_tensor
+
+from mapseg_components.errors import ConfigError, DataError
+
+__all__ = ["as_volume", "require_spatial"]
+
+WIDENED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+
+
+def as_volume(img: Any) -> torch.Tensor:
+    """A tensor as it is, an array as a tensor; MONAI widens types that torch has no arithmetic for, such as uint16.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(img, torch.Tensor):
+        return img.to(WIDENED.get(img.dtype, img.dtype))  # the same object where nothing changes
+    if not isinstance(img, np.ndarray) or img.dtype.kind not in "biuf":
+        found = f"array of {img.dtype}" if isinstance(img, np.ndarray) else type(img).__name__
+        raise ConfigError(f"got {found}, expected a tensor or an array of numbers: load scans first (LoadImaged)")
+    return convert_to_tensor(img.astype(img.dtype.newbyteorder("="), copy=False))
+
+
+def require_spatial(img: torch.Tensor, name: str) -> None:
+    """Refuse what is not (C, X, Y, Z). Raises `DataError`; ``name`` is for its message."""
+    if img.ndim != 4:
+        raise DataError(f"{name} has shape {tuple(img.shape)}, expected (C, X, Y, Z): put EnsureChannelFirstd before")

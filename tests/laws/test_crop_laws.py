@@ -1,0 +1,160 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What the crop does with the entries of a stranger's case, and what its draws mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, ResampleToMatch
+
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.transforms import ClassVoxelsd, PercentileTabled, RandGlobalLocalCrop, RandGlobalLocalCropd
+from tests.conftest import make_scan
+
+AFFINE = torch.tensor([[0.0, 1.1, 0.0, -7.0], [-0.9, 0.0, 0.0, 4.0], [0.0, 0.0, 1.3, 2.0], [0.0, 0.0, 0.0, 1.0]])
+WARPED = {"prob": 1.0, "scale_range": (0.8, 1.3), "rotate_range_deg": 25.0, "flip_prob": 0.5}
+
+
+def case(shape=(34, 42, 38), seed=0):
+    image, label = (torch.from_numpy(v)[None] for v in make_scan(shape, seed))
+    return {"image": MetaTensor(image, affine=AFFINE.double()), "label": MetaTensor(label, affine=AFFINE.double())}
+
+
+@pytest.mark.parametrize("options", [{"prob": 0.0}, WARPED])
+@pytest.mark.parametrize("kind", [torch.as_tensor, np.asarray])
+def test_further_volumes_are_cropped_as_image_and_label_are(options, kind):
+    data = case()
+    image, label = data["image"].as_tensor(), data["label"].as_tensor()
+    data |= {"mask": kind(label), "t2": kind(torch.cat([image, 2 * image])), "prior": kind(label.float())}
+    crop = RandGlobalLocalCropd(
+        (20, 24, 16), **options, other_keys=["mask", "t2", "prior"], other_modes=["nearest", "bilinear", "bilinear"]
+    )
+    found = crop.set_random_state(1)(data)
+    alone = RandGlobalLocalCropd((20, 24, 16), **options).set_random_state(1)(case())
+    assert not {"image", "label", "mask", "t2", "prior"} & set(found)
+    for side in ("local", "global"):
+        assert torch.equal(found[f"{side}_image"], alone[f"{side}_image"])
+        assert torch.equal(found[f"{side}_mask"], found[f"{side}_label"].as_tensor())
+        assert found[f"{side}_mask"].dtype == torch.uint8
+        torch.testing.assert_close(found[f"{side}_t2"][:1], found[f"{side}_image"].as_tensor())
+        torch.testing.assert_close(found[f"{side}_t2"][1:], 2 * found[f"{side}_image"].as_tensor())
+        if options["prob"]:
+            assert ((found[f"{side}_prior"] % 1) > 0.01).any()  # a smooth prior is not made a mask
+
+
+def test_one_mode_holds_for_all_further_volumes_and_nearest_is_the_default():
+    data = case() | {"a": torch.rand(1, 34, 42, 38), "b": torch.rand(1, 34, 42, 38)}
+    for options in ({}, {"other_modes": "nearest"}):
+        found = RandGlobalLocalCropd(8, **WARPED, other_keys=["a", "b"], **options)(data)
+        assert set(found["local_a"].unique().tolist()) <= {0.0, *data["a"].unique().tolist()}
+    absent = RandGlobalLocalCropd(8, other_keys="mask", allow_missing_keys=True)(case())
+    assert "local_image" in absent and "local_mask" not in absent
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(1, 34, 42, 38),
+        np.ones((3, 34, 42, 38), np.uint8),
+        torch.ones(34, 42, 38),
+        MetaTensor(torch.ones(1, 34, 42, 38)),
+    ],
+    ids=["tensor", "array of channels", "without channels", "metatensor"],
+)
+def test_a_volume_that_would_stay_whole_is_named(mask):
+    with pytest.raises(ConfigError, match=r"\['brain_mask'\] lie on the grid of image.*other_keys.*DeleteItemsd"):
+        RandGlobalLocalCropd(8)(case() | {"brain_mask": mask})
+
+
+def test_entries_that_are_no_volume_of_the_grid_stay():
+    others = {"thumbnail": torch.ones(1, 8, 9, 10), "age": torch.tensor(3.0), "matrix": np.eye(4), "id": "x"}
+    found = Compose([PercentileTabled("image"), RandGlobalLocalCropd(8)])(case() | others)
+    assert all(found[key] is value for key, value in others.items()) and "image_percentiles" in found
+
+
+def test_a_second_crop_does_not_overwrite_the_first():
+    first = RandGlobalLocalCropd(8, image_key="image")(case())
+    with pytest.raises(ConfigError, match=r"'local_box', 'local_image'.*CopyItemsd"):
+        RandGlobalLocalCropd(8, image_key="t2")(first | {"t2": torch.ones(1, 20, 24, 28)})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"other_keys": "mask", "other_modes": "cubic"}, "other_modes is cubic"),
+        ({"other_keys": ["mask", "label"]}, r"\['mask', 'label'\] name the scan or its label"),
+        ({"image_key": "t1", "other_keys": ["image"]}, "name the scan"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        RandGlobalLocalCropd(8, **options)
+
+
+def test_bad_entries_are_named():
+    with pytest.raises(KeyError, match=r"'image' of RandGlobalLocalCropd is missing.*'t1'"):
+        RandGlobalLocalCropd(8)({"t1": torch.ones(1, 9, 10, 11)})
+    with pytest.raises(DataError, match=r"shape \(9, 10, 11\), expected \(C, X, Y, Z\): put EnsureChannelFirstd"):
+        RandGlobalLocalCropd(8)({"image": torch.ones(9, 10, 11)})
+    with pytest.raises(DataError, match=r"\(9, 10, 11\), its mask a scan \(9, 10, 12\)"):
+        RandGlobalLocalCropd(8, other_keys="mask")(
+            {"image": torch.ones(1, 9, 10, 11), "mask": torch.ones(1, 9, 10, 12)}
+        )
+    with pytest.raises(ConfigError, match=r"got a? ?str, expected a tensor"):
+        RandGlobalLocalCropd(8)({"image": "scan.nii.gz"})
+
+
+def test_foreground_fraction_needs_no_table_but_a_label():
+    options = {"prob": 0.0, "foreground_fraction": 1.0}
+    with_table = RandGlobalLocalCropd(8, **options).set_random_state(0)(ClassVoxelsd("label")(case()))
+    without = RandGlobalLocalCropd(8, **options).set_random_state(0)(case())
+    assert torch.equal(with_table["local_label"], without["local_label"]) and without["local_label"].any()
+    with pytest.raises(ConfigError, match=r"foreground_fraction is 1\.0 and .* has no label"):
+        RandGlobalLocalCropd(8, **options)({"image": case()["image"]})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_patch_comes_back_to_its_place_by_its_affine(seed):
+    """What the refusal of an inverse advises."""
+    image = case()["image"]
+    crop = RandGlobalLocalCrop((20, 24, 16), prob=0.0, flip_prob=0.5).set_random_state(seed)
+    patch = crop(image)["local_image"]
+    back = ResampleToMatch(mode="nearest", padding_mode="zeros")(patch, image)
+    inside = back != 0
+    assert inside.sum() == (patch != 0).sum() > 1000
+    assert torch.equal(back.as_tensor()[inside], image.as_tensor()[inside])
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.4])
+def test_a_scale_above_one_enlarges(scale):
+    """The warped foreground is as many times longer, the patch shows as many times less of the scan."""
+    crop = RandGlobalLocalCrop(8, prob=1.0, scale_range=(scale, scale))
+    found = crop(case()["image"])
+    sides = np.array([34, 42, 38]) - 5  # the foreground of a scan of the factory
+    np.testing.assert_allclose(crop.foreground[:, 1] - crop.foreground[:, 0], (sides - 1) * scale + 1)
+    spacing = np.array([0.9, 1.1, 1.3])
+    np.testing.assert_allclose(found["local_image"].pixdim.numpy(), spacing / scale, rtol=1e-5)
+
+
+def test_scales_are_drawn_evenly_over_their_range():
+    crop = RandGlobalLocalCrop(8, prob=1.0, scale_range=(0.5, 2.0)).set_random_state(0)
+    extremes = np.array([[0, 0, 0], [9, 10, 11]])
+    drawn = []
+    for _ in range(400):
+        crop.randomize(extremes)
+        drawn.append(np.linalg.det(crop.warp[:3, :3]) ** (1 / 3))
+    assert min(drawn) < 0.55 and max(drawn) > 1.95 and np.mean(drawn) == pytest.approx(1.25, abs=0.07)
+
+
+def test_each_axis_is_flipped_on_its_own():
+    crop = RandGlobalLocalCrop(8, prob=0.0, flip_prob=0.5).set_random_state(0)
+    extremes = np.array([[0, 0, 0], [9, 10, 11]])
+    drawn = []
+    for _ in range(160):
+        crop.randomize(extremes)
+        drawn.append(tuple(np.diag(crop.warp)[:3]))
+    counts = [drawn.count(signs) for signs in set(drawn)]
+    assert len(counts) == 8 and min(counts) >= 8  # 20 each, by chance
