@@ -387,7 +387,7 @@ def write(result: Evaluation, folder: Path, places: Mapping[str, str | None]) ->
     writer.writerows(result.rows)
     write_text(table.getvalue(), folder / TABLE)
     content = {
-        **{key: place for key, place in places.items() if place is not None},
+        **{key: str(place) for key, place in places.items() if place is not None},
         "cases": result.cases,
         "tolerance_mm": result.tolerance_mm,
         "interval": "percentile bootstrap of the mean over cases, 10000 resamples, seed 0",

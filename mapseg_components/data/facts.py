@@ -114,9 +114,6 @@ def looks_like_labels(voxels: np.ndarray) -> bool:
     drawn = np.unique(voxels.ravel(order="K")[:: max(voxels.size // DRAWN, 1)])
     if len(drawn) > MOST_VALUES or not are_whole(drawn).all():
         return False
-    counts, more = value_counts(voxels)
-    if more or len(counts) < 2 or not all(value.is_integer() for value, _ in counts):
-        return False
     above, equal, pairs = voxels > voxels.min(), 0, 0
     for axis in range(voxels.ndim):
         one, two = (np.moveaxis(above, axis, 0)[part] for part in (slice(1, None), slice(None, -1)))
@@ -124,7 +121,10 @@ def looks_like_labels(voxels: np.ndarray) -> bool:
         both = one & two
         pairs += int(both.sum())
         equal += int((both & (same[1:] == same[:-1])).sum())
-    return equal >= ALIKE * pairs
+    if equal < ALIKE * pairs:
+        return False
+    counts, more = value_counts(voxels)
+    return not more and len(counts) > 1 and all(value.is_integer() for value, _ in counts)
 
 
 def value_counts(voxels: np.ndarray) -> tuple[list[tuple[float, int]], int]:

@@ -167,6 +167,8 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"prepare": {}, "target": "t2/7.nii.gz"}, "prepare needs target as a folder"),
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
         ({"settings": {"widht": 3}, "prepare": {}}, "settings \\['widht'\\] are in no bundle"),
+        ({"symmetric": True, "labels": {"Lung_Lt": 1, "liver": 2}}, "symmetric mirrors left and right.*Lung_Lt"),
+        ({"labels": {"background": 0, "all": [1, 2]}}, "labels: 'all' is a region"),
         ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -167,3 +168,98 @@ def test_pairs_without_a_value_are_left_out():
 
 def test_structure_colours_differ_up_to_twenty_four():
     assert len(set(structure_colours(24))) == 24 and structure_colours(25)[24] == structure_colours(1)[0]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{}_0000_seg", "{}_seg", "{}", "{}_0000", "{}_mask", "{}_gt", "{}_desc-manual_dseg"]
+)
+def test_spellings_of_one_case_belong_together(tmp_path, spelling):
+    for name in ("a", "b_1"):
+        write_nifti(tmp_path / "pred" / f"{spelling.format(name)}.nii.gz", boxes(1), SPACING)
+        write_nifti(tmp_path / "labelsTs" / f"{name}.nii.gz", boxes(), SPACING)
+    rows = evaluate(tmp_path / "pred", tmp_path / "labelsTs", quiet=True).rows
+    assert sorted({row["case"] for row in rows}) == ["a", "b_1"]
+
+
+def test_numbers_of_cases_are_no_channels(tmp_path):
+    for number in range(3):
+        write_nifti(tmp_path / "pred" / f"case_{number:04d}_seg.nii.gz", boxes(1), SPACING)
+        write_nifti(tmp_path / "truth" / f"case_{number:04d}.nii.gz", boxes(), SPACING)
+    rows = evaluate(tmp_path / "pred", tmp_path / "truth", quiet=True).rows
+    assert sorted({row["case"] for row in rows}) == ["case_0000", "case_0001", "case_0002"]
+
+
+LABELS = {"box": 1, "corner": 2}
+SPELLINGS = [
+    LABELS,
+    {"background": 0, **LABELS},
+    {"0": "background", "1": "box", "2": "corner"},
+    {"labels": {"background": 0, **LABELS}, "channel_names": {"0": "CT"}},
+    {"labels": {"0": "background", "1": "box", "2": "corner"}, "training": []},
+]
+
+
+@pytest.mark.parametrize("labels", SPELLINGS)
+@pytest.mark.parametrize("place", ["argument", "labels.json", "dataset.json"])
+def test_background_is_no_structure_in_any_spelling(folders, labels, place):
+    (folders / "truth").rename(folders / "labelsTr")
+    (folders / "imagesTr").mkdir()
+    given = json.dumps(labels)
+    if place != "argument":
+        (folders / place).write_text(
+            json.dumps(labels if "labels" in labels or place == "labels.json" else {"labels": labels})
+        )
+        given = str(folders / place) if place == "labels.json" else None
+    result = evaluate(folders / "pred", folders / "labelsTr", labels=given, quiet=True)
+    assert list(result.summary) == ["box", "corner", "mean of structures"]
+    assert result.summary["box"]["dice"]["mean"] == pytest.approx(5 / 6) and result.notes == []
+
+
+def test_regions_are_refused_and_voxels_to_ignore_are_left_out(folders, capsys):
+    words = ["evaluate", str(folders / "pred"), str(folders / "truth"), "--labels"]
+    assert main([*words, json.dumps({"background": 0, "both": [1, 2]})]) == 2
+    assert "'both' is a region" in capsys.readouterr().err
+    truth = boxes()
+    truth[10:12] = 3  # where the moved box of the prediction goes beyond the true one
+    write_nifti(folders / "annotated" / "case0.nii.gz", truth, SPACING)
+    labels = json.dumps({"background": 0, "box": 1, "corner": 2, "ignore": 3})
+    pred = folders / "pred" / "case0_seg.nii.gz"
+    result = evaluate(pred, folders / "annotated" / "case0.nii.gz", labels=labels, quiet=True)
+    assert list(result.summary) == ["box", "corner", "mean of structures"]
+    assert result.rows[0]["dice"] == pytest.approx(2 * 5 / (5 + 6)) and result.rows[0]["predicted_voxels"] == 5 * 36
+
+
+def test_values_that_are_not_compared_are_told(folders):
+    result = evaluate(folders / "pred", folders / "truth", labels='{"box": 1}', quiet=True)
+    assert len(result.notes) == 6 and "its values 2 (64 voxels) belong to no structure that is compared" in str(result)
+    for number in range(6):  # a structure that the truth lacks, without labels
+        write_nifti(folders / "truth" / f"case{number}.nii.gz", boxes(second=False), SPACING)
+    result = evaluate(folders / "pred", folders / "truth", output=str(folders / "out"), quiet=True)
+    assert list(result.summary) == ["1", "mean of structures"]
+    assert "its values 2 (64 voxels)" in json.loads((folders / "out" / "evaluation.json").read_text())["notes"][0]
+
+
+def test_a_truth_of_background_alone_is_told_or_refused(folders):
+    write_nifti(folders / "truth" / "case0.nii.gz", np.zeros_like(boxes()), SPACING)
+    result = evaluate(folders / "pred", folders / "truth", quiet=True)
+    assert "case0.nii.gz: the truth has background alone" in str(result)
+    labelled = evaluate(folders / "pred", folders / "truth", labels=json.dumps(LABELS), quiet=True)
+    assert labelled.summary["box"]["dice"]["n"] == 5
+    for number in range(6):
+        write_nifti(folders / "truth" / f"case{number}.nii.gz", np.zeros_like(boxes()), SPACING)
+    with pytest.raises(DataError, match="no label map has a structure"):
+        evaluate(folders / "pred", folders / "truth", quiet=True)
+
+
+def test_a_label_map_with_a_slope_is_compared_as_the_plain_one(folders):
+    for number in range(6):
+        image = nib.Nifti1Image(boxes().astype(np.int16) * 10, SPACING)
+        image.header.set_slope_inter(0.1, 0)
+        nib.save(image, folders / "truth" / f"case{number}.nii.gz")
+    result = evaluate(folders / "pred", folders / "truth", quiet=True)
+    assert result.summary["1"]["dice"]["mean"] == pytest.approx(5 / 6) and result.notes == []
+    write_nifti(folders / "truth" / "case1.nii.gz", boxes().astype(np.float64) * (1 << 24) + 2, SPACING)
+    write_nifti(folders / "truth" / "case2.nii.gz", -boxes().astype(np.int16), SPACING)
+    with pytest.raises(DataError) as caught:
+        evaluate(folders / "pred", folders / "truth", quiet=True)
+    assert "values above 16777216: 16777218" in str(caught.value) and "negative values: -2" in str(caught.value)

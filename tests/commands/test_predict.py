@@ -383,3 +383,36 @@ def test_confidence_is_the_largest_probability():
     torch.testing.assert_close(largest_probability(logits)[0], probabilities.amax(dim=0))
     stored = Probabilitiesd()({"pred": logits})["probabilities"]
     assert stored.dtype == torch.uint8 and (stored / 255 - probabilities).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_label_maps_and_channels_among_scans_are_named_and_the_scans_done(folder, tmp_path, caplog):
+    scans = tmp_path / "in" / "imagesTs"
+    scans.mkdir(parents=True)
+    for name in ("a", "b_0000", "b_0001", "c_0000"):
+        shutil.copy(folder / "oblique.nii.gz", scans / f"{name}.nii.gz")
+    shutil.copy(folder / "oblique.nii.gz", scans / "a_seg.nii.gz")
+    found = predict(scans, tmp_path / "out", bundle=BUNDLE, no_preview=True, quiet=True)
+    assert {one.case: one.status for one in found.predictions} == {
+        **dict.fromkeys(("a", "c_0000"), "done"),
+        **dict.fromkeys(("a_seg", "b_0000", "b_0001"), "failed"),
+    }
+    assert found.exit_code == 3 and sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == [
+        "a_seg.nii.gz",
+        "c_0000_seg.nii.gz",
+    ]
+    messages = {one.case: one.message for one in found.failed}
+    assert (
+        "by its name a label map beside its scan a" in messages["a_seg"] and "one of 2 channels" in messages["b_0001"]
+    )
+
+
+def test_a_mapping_of_labels_with_background_gives_the_same_results(results, folder, tmp_path):
+    labels = json.dumps({"background": 0, **{name: value for value, name in enumerate(NAMES, start=1)}})
+    (tmp_path / "background.json").write_text(f'{{"labels": {labels}}}')
+    overlay = str(tmp_path / "background.json")
+    scan = folder / "oblique.nii.gz"
+    found = predict(scan, tmp_path / "out", bundle=BUNDLE, overlays=overlay, no_preview=True, quiet=True)
+    assert [row["structure"] for row in found.volumes] == NAMES
+    np.testing.assert_array_equal(
+        label_map(tmp_path / "out" / "oblique_seg.nii.gz"), label_map(results[1] / "oblique_seg.nii.gz")
+    )

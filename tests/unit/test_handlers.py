@@ -15,7 +15,7 @@ from torch import nn
 
 from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.errors import CheckpointError
-from mapseg_components.handlers import DiceReport, EpochHistory, TrainingCheckpoint, WeightsLoader
+from mapseg_components.handlers import DiceReport, EpochHistory, HandlerChain, TrainingCheckpoint, WeightsLoader
 
 
 def counting_engine(network, epochs=1):
@@ -145,3 +145,32 @@ def test_dice_by_hand(tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["cases"]["a"] == {"one": pytest.approx(0.8), "two": 0.0, "three": None}
     assert metrics["mean"] == pytest.approx(0.4) and metrics["weights"] == "w.pt"
+
+
+def test_a_second_run_in_the_process_goes_on_with_what_is_in_memory(tmp_path):
+    """A client that trains round by round puts other weights in between; the file of the first round is older."""
+    network = nn.Linear(1, 1)
+    nn.init.zeros_(network.weight)
+    engine, run = counting_engine(network)
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {"network": network}).attach(engine)
+    engine.run(**run)
+    nn.init.constant_(network.weight, 100.0)
+    engine.run(run["data"], max_epochs=2)
+    assert network.weight.item() == 103 and engine.state.epoch == 2
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["network"]["weight"].item() == 103
+
+
+def test_a_chain_attaches_its_handlers_in_order_and_leaves_out_disabled_ones():
+    seen = []
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def attach(self, engine):
+            engine.add_event_handler(Events.STARTED, lambda: seen.append(self.name))
+
+    engine, run = counting_engine(nn.Linear(1, 1))
+    HandlerChain([Named("first"), None, Named("second"), Named("third")]).attach(engine)
+    engine.run(**run)
+    assert seen == ["first", "second", "third"]

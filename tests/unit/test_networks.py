@@ -139,3 +139,19 @@ def test_resample_box_equals_grid_sample():
     grid = torch.stack(torch.meshgrid(*normal, indexing="ij"), -1).flip(-1)[None].expand(2, -1, -1, -1, -1)
     expected = torch.nn.functional.grid_sample(volume, grid, padding_mode="border", align_corners=False)
     torch.testing.assert_close(resample_box(volume, box, size), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "within another module"])
+def test_the_training_pass_has_the_segmenters_names_and_takes_them(tiny_network, wrapped):
+    """So weights of the segmenter load into whatever a client trains, none of them left out; older names load, too."""
+    one = GlobalLocalPass(tiny_network)
+    module, prefix = (torch.nn.Sequential(one), "0.") if wrapped else (one, "")
+    before = {name: value.clone() for name, value in tiny_network.state_dict().items()}
+    assert list(module.state_dict()) == [prefix + name for name in before]
+    for inner in ("", "network."):
+        for parameter in tiny_network.parameters():
+            torch.nn.init.zeros_(parameter)
+        module.load_state_dict({f"{prefix}{inner}{name}": value for name, value in before.items()})
+        assert all(torch.equal(value, before[name]) for name, value in tiny_network.state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict(dict(list(module.state_dict().items())[1:]))

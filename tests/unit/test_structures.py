@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
 from mapseg_components.data import class_weights
 from mapseg_components.data.facts import facts_of
@@ -17,7 +18,7 @@ from mapseg_components.data.volumes import structure_sizes
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.structures import are_whole, ignored_value, number_text, structures_of, to_whole, unknown_values
 from mapseg_components.transforms import SelectLabels
-from tests.conftest import write_nifti
+from tests.conftest import ROOT, write_nifti
 
 NAMED = {"liver": 1, "spleen": 3, "left kidney": 2}
 SPELLINGS = {
@@ -118,3 +119,30 @@ def test_a_scaled_label_map_is_read_as_the_plain_one_everywhere(tmp_path):
 def test_select_labels_refuses_fractions_with_all_digits():
     with pytest.raises(DataError, match=r"fractions: 0\.9882 \(1 voxels\)"):
         SelectLabels({"one": 1})(torch.tensor([[[[0.0, 0.9882, 1.0]]]]))
+
+
+@pytest.mark.parametrize("name", ["train.json", "inference.json", "evaluate.json"])
+def test_background_gets_no_channel_and_no_name_in_a_bundle(name):
+    configs = ROOT / "bundles" / "mapseg_adaptation" / "configs"
+    files = [configs / "inference.json", configs / name] if name == "evaluate.json" else [configs / name]
+    parsers = [ConfigParser(), ConfigParser()]
+    for parser, labels in zip(parsers, ({"background": 0, "a": 4, "b": 2}, {"0": "background", "4": "a", "2": "b"})):
+        parser.read_config([str(file) for file in files])
+        parser["labels"] = labels
+        expressions = [
+            path for path, value in leaves(parser.config) if isinstance(value, str) and "structures_of" in value
+        ]
+        assert expressions and not any(
+            "(@labels)" in str(v) for _, v in leaves(parser.config) if "structures_of" not in str(v)
+        )
+        for path in expressions:
+            assert parser.get_parsed_content(path) == (["a", "b"] if path.endswith("names") else 3), path
+
+
+def leaves(config, path=""):
+    """Names and values of a config."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        name = f"{path}#{key}" if path else str(key)
+        yield (name, value)
+        yield from leaves(value, name)
