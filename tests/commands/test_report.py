@@ -18,7 +18,8 @@ import pytest
 from mapseg_components.commands import check
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.report import report
-from mapseg_components.reports import curves, sortable_table
+from mapseg_components.reports import ComparedScan, curves, sortable_table
+from mapseg_components.reports.comparison import comparison_figure
 from mapseg_components.reports.curves import small_multiples
 from mapseg_components.reports.page import STYLE, breakable
 from mapseg_components.reports.preview import plane_of, preview_figure
@@ -235,6 +236,23 @@ def test_a_preview_names_units_and_keeps_long_names_inside(run):
         assert "".join(texts[:4]) == letters and re.fullmatch(r"\d+ mm", texts[4])
         bar = np.ptp(axis.lines[0].get_xdata()) * {"P": 1.5, "R": 1.6}[letters[0]]
         assert bar == pytest.approx(int(texts[4].split()[0]))
+
+
+def test_the_picture_of_a_comparison_names_slice_sides_and_length():
+    label = np.zeros((20, 30, 12), np.uint8)
+    label[14:18, 4:9, 7] = 1  # right, back
+    grey = np.random.default_rng(0).random(label.shape)
+    figure = comparison_figure([ComparedScan("sub_1", (2.0, 3.0, 4.0), grey, [label, label])], ["adapted"], ["liver"])
+    scan, truth, adapted = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["scan", "truth", "adapted"]
+    assert scan.get_ylabel() == "sub 1\nslice 8 of 12"
+    texts = [text.get_text() for text in scan.texts]
+    assert texts == ["R", "L", "P", "A", "10 mm"] and np.ptp(scan.lines[0].get_xdata()) * 2 == pytest.approx(10)
+    for axis in (truth, adapted):
+        shown = np.asarray(axis.images[1].get_array())
+        assert np.argwhere(shown).mean(axis=0).tolist() == [6, 19 - 15.5], "the right side of the body on the left"
+        assert axis.get_aspect() == 1.5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["liver"]
 
 
 def test_a_preview_has_the_right_side_on_the_left():
