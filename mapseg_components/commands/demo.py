@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from mapseg_components.commands.report import require_matplotlib
 from mapseg_components.commands.session import choose_device, working
 from mapseg_components.commands.shipped import SEGMENTS, bundles_folder, sample_folder
 from mapseg_components.commands.stages import run_stage, threads
-from mapseg_components.data import load_datalist
+from mapseg_components.data import load_datalist, read_nifti
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.metrics import require_scipy
-from mapseg_components.reports import draw_comparison
+from mapseg_components.reports import ComparedScan, draw_comparison
+from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["demo"]
 
@@ -128,6 +129,18 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def draw(sample: Path, folders: Mapping[str, Path], names: Sequence[str], path: Path) -> None:
+    """Picture of the held-out scans: the truth beside the label maps of each model's folder."""
+    scans = []
+    for case in load_datalist(sample, "target_test"):
+        results = [folder / f"{case['case_id']}_seg.nii.gz" for folder in folders.values()]
+        (grey, affine), *maps = (
+            to_canonical(scan.voxels, scan.affine) for scan in map(read_nifti, (case["image"], case["label"], *results))
+        )
+        scans.append(ComparedScan(case["case_id"], spacing_of(affine).tolist(), grey, [voxels for voxels, _ in maps]))
+    draw_comparison(scans, list(folders), names, path)
+
+
 def segment(folder: Path, bundle: Path, sample: Path, options: Mapping[str, Any]) -> DemoReport:
     """The two held-out scans by the weights of the package, against the truth."""
     predictions, scores = folder / PREDICTIONS, folder / SCORES
@@ -138,7 +151,7 @@ def segment(folder: Path, bundle: Path, sample: Path, options: Mapping[str, Any]
     truth = str(sample / "test" / "labels")
     scored = evaluate(str(predictions), truth, labels=str(bundle), output=str(scores), **shared)
     names = list(dict.fromkeys(row["structure"] for row in scored.rows))
-    draw_comparison(load_datalist(sample, "target_test"), {"shipped weights": predictions}, names, folder / PICTURE)
+    draw(sample, {"shipped weights": predictions}, names, folder / PICTURE)
     text = [
         str(scored),
         "",
@@ -195,7 +208,7 @@ def train_and_compare(folder: Path, bundles: Path, sample: Path, seed: int, opti
     figures = {"seed": seed, "seconds": seconds, "selection": selection, **results}
     write_json(figures, folder / FIGURES)
     names = list(results["adapted"]["structures"])
-    draw_comparison(load_datalist(sample, "target_test"), predictions, names, folder / PICTURE)
+    draw(sample, predictions, names, folder / PICTURE)
     gain = results["adapted"]["mean"] - results["source-only"]["mean"]
     verdict = "Adaptation helped" if gain > 0.005 else "Adaptation made it worse" if gain < -0.005 else "No difference"
     text = [

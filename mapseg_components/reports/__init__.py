@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person looks at: tables of text, pages of HTML, pictures."""
 
-from mapseg_components.reports.comparison import draw_comparison
+from mapseg_components.reports.comparison import ComparedScan, draw_comparison
 from mapseg_components.reports.curves import FIGURES_STYLE, curves, small_multiples
 from mapseg_components.reports.page import answer, page, sortable_table
 from mapseg_components.reports.preview import can_draw, draw_preview
@@ -10,6 +10,7 @@ from mapseg_components.reports.slices import SLICES_SCRIPT, SLICES_STYLE, slice_
 from mapseg_components.reports.tables import text_table
 
 __all__ = [
+    "ComparedScan",
     "FIGURES_STYLE",
     "SLICES_SCRIPT",
     "SLICES_STYLE",

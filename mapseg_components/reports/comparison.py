@@ -4,38 +4,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 from monai.utils import optional_import
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import replacing
-from mapseg_components.reports.preview import plane_of
+from mapseg_components.reports.preview import PLANES, mark, plane_of
 
-__all__ = ["draw_comparison"]
-
-BAR_MM = 20
+__all__ = ["ComparedScan", "draw_comparison"]
 
 
-def draw_comparison(
-    cases: Sequence[Mapping[str, str]], folders: Mapping[str, Path], names: Sequence[str], path: Path
-) -> None:
+class ComparedScan(NamedTuple):
+    """A scan and its label maps, arrays (X, Y, Z) on axes to the right, to the front and up."""
+
+    name: str
+    spacing: Sequence[float]
+    """mm per axis."""
+    grey: np.ndarray
+    maps: Sequence[np.ndarray]
+    """The truth, then that of each model."""
+
+
+def draw_comparison(scans: Sequence[ComparedScan], models: Sequence[str], names: Sequence[str], path: Path) -> None:
     """Write a PNG: scan, truth and a label map of each model, one row a scan, the axial slice with the most structures.
 
-    The right side of the body is on the left; a bar shows 20 mm.
+    The right side of the body is on the left; the scan has letters of the sides and a bar of a length in mm.
 
     Args:
-        cases: ``image``, ``label`` and ``case_id`` of each scan; all on the grid of its scan.
-        folders: name of a model to the folder of its label maps, ``<case_id>_seg.nii.gz``.
+        scans: the rows. models: titles of the label maps after the truth.
         names: structures in the order of their value. path: of the PNG.
 
     Raises:
         ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
     """
+    figure = comparison_figure(scans, models, names)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def comparison_figure(scans: Sequence[ComparedScan], models: Sequence[str], names: Sequence[str]) -> Any:
+    """The matplotlib figure of `draw_comparison`. Raises `ConfigError` without matplotlib."""
     figure_module, drawable = optional_import("matplotlib.figure")
     if not drawable:
         raise ConfigError("pictures need matplotlib, which is not installed: pip install matplotlib")
@@ -43,34 +56,24 @@ def draw_comparison(
     colours, _ = optional_import("matplotlib.colors")
     palette = ["#00000000", *structure_colours(len(names))]  # background is transparent
     overlay = {"cmap": colours.ListedColormap(palette), "vmin": 0, "vmax": len(names), "interpolation": "nearest"}
-    columns = 2 + len(folders)
-    figure = figure_module.Figure(figsize=(2.75 * columns, 3.2 * len(cases)))
-    axes = figure.subplots(len(cases), columns, squeeze=False)
-    for number, (row, case) in enumerate(zip(axes, cases)):
-        files = [
-            case["image"],
-            case["label"],
-            *(folder / f"{case['case_id']}_seg.nii.gz" for folder in folders.values()),
-        ]
-        scan, *others = (nib.as_closest_canonical(nib.load(file)) for file in files)
-        maps, spacing = [np.asarray(other.dataobj) for other in others], scan.header.get_zooms()[:3]
-        slices = [maps[0][..., z] for z in range(scan.shape[2])]
+    columns = 2 + len(models)
+    figure = figure_module.Figure(figsize=(2.75 * columns, 3.2 * len(scans)))
+    axes = figure.subplots(len(scans), columns, squeeze=False)
+    for number, (row, scan) in enumerate(zip(axes, scans)):
+        shape = {"origin": "lower", "aspect": scan.spacing[1] / scan.spacing[0]}
+        slices = [scan.maps[0][..., z] for z in range(scan.grey.shape[2])]
         level = max(range(len(slices)), key=lambda z: (len(np.unique(slices[z])), np.count_nonzero(slices[z])))
-        pictures = [plane_of(volume, 2, level) for volume in (np.asarray(scan.dataobj), *maps)]
-        for column, (axis, title) in enumerate(zip(row, ["scan", "truth", *folders])):
-            axis.imshow(pictures[0], cmap="gray", origin="lower", aspect=spacing[1] / spacing[0])
+        for column, (axis, title) in enumerate(zip(row, ["scan", "truth", *models])):
+            axis.imshow(plane_of(scan.grey, 2, level), cmap="gray", **shape)
             if column:
-                axis.imshow(pictures[column], origin="lower", alpha=0.7, aspect=spacing[1] / spacing[0], **overlay)
+                axis.imshow(plane_of(scan.maps[column - 1], 2, level), alpha=0.7, **shape, **overlay)
             axis.set_title("" if number else title, fontsize=12)
             axis.set_xticks([])
             axis.set_yticks([])
-        row[0].set_ylabel(f"{case['case_id'].replace('_', ' ')}\nslice {level + 1} of {len(slices)}", fontsize=11)
-        row[0].plot([2, 2 + BAR_MM / spacing[0]], [2, 2], color="white", linewidth=3)
-        row[0].text(2, 3, f"{BAR_MM} mm", color="white", va="bottom", fontsize=10)
-        for text, place, side in (("R", 0.03, "left"), ("L", 0.97, "right")):
-            row[0].text(place, 0.5, text, transform=row[0].transAxes, color="white", ha=side, va="center", fontsize=10)
+        mark(row[0], PLANES["axial"][3], scan.grey.shape[1::-1], scan.spacing[0])
+        title = f"{scan.name.replace('_', ' ')}\nslice {level + 1} of {scan.grey.shape[2]}"
+        row[0].set_ylabel(title, fontsize=11, parse_math=False)
     handles = [patches.Patch(color=colour, label=name) for colour, name in zip(palette[1:], names)]
     figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False, fontsize=11)
     figure.tight_layout(rect=(0, 0.1, 1, 1))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    return figure

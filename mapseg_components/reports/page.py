@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from mapseg_components.files import readable
 from mapseg_components.reports.tables import cell
 
 __all__ = ["answer", "breakable", "page", "sortable_table"]
@@ -172,7 +173,7 @@ def sortable_table(
             key = f"{value}" if is_number(value) else ""
             if i != name and value in order:
                 key, kind = f"{list(order).index(value)}", f"word {value}"
-            text = cell(value)
+            text = readable(cell(value))
             if not text:
                 kind = f"{kind} empty".strip()
                 text = UNKNOWN if i in numeric else ""

@@ -93,19 +93,28 @@ def preview_figure(
         axis.set_title(f"{plane}, slice {centre[fixed] + 1} of {label.shape[fixed]}", fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])
-        ground = {"color": "white", "fontsize": 10, "bbox": {"facecolor": "#000000A0", "edgecolor": "none", "pad": 1.5}}
-        for text, (x, y, ha, va) in zip(letters, PLACES):
-            axis.text(x, y, text, transform=axis.transAxes, ha=ha, va=va, **ground)
-        length = max((mm for mm in BARS_MM if mm < sides[across] / 3), default=0)
-        if length:
-            start, height = 0.04 * label.shape[across], 0.05 * label.shape[up]
-            axis.plot([start, start + length / spacing[across]], [height] * 2, color="white", linewidth=3)
-            axis.text(start, 2 * height, f"{length} mm", ha="left", va="bottom", **ground)
+        mark(axis, letters, overlay.shape, float(spacing[across]))
     handles = [patches.Patch(color=colour, label=text) for text, colour in zip(texts, structure_colours(len(names)))]
     figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=10)
     voxel = " x ".join(f"{side:.3g}" for side in spacing)
     figure.suptitle(f"{shortened(readable(title))}\nvoxels of {voxel} mm", fontsize=10, parse_math=False)
     return figure
+
+
+def mark(axis: Any, letters: str, shape: Sequence[int], spacing: float) -> None:
+    """Letters of the sides of a slice, and a bar of a length in mm.
+
+    Args:
+        axis: of matplotlib. letters: left, right, below, above. shape: (up, across) of the slice. spacing: mm across.
+    """
+    ground = {"color": "white", "fontsize": 10, "bbox": {"facecolor": "#000000A0", "edgecolor": "none", "pad": 1.5}}
+    for text, (x, y, ha, va) in zip(letters, PLACES):
+        axis.text(x, y, text, transform=axis.transAxes, ha=ha, va=va, **ground)
+    length = max((mm for mm in BARS_MM if mm < shape[1] * spacing / 3), default=0)
+    if length:
+        start, height = 0.04 * shape[1], 0.05 * shape[0]
+        axis.plot([start, start + length / spacing], [height] * 2, color="white", linewidth=3)
+        axis.text(start, 2 * height, f"{length} mm", ha="left", va="bottom", **ground)
 
 
 def plane_of(volume: np.ndarray, fixed: int, index: int) -> np.ndarray:

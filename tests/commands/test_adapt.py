@@ -230,6 +230,8 @@ def test_verdicts():
     assert down["verdict"] == "worse than source" and down["ship"] == "source_only"
     mixed = verdict_of(figures(base), figures([0.6, 0.5, 0.8, 0.45]))
     assert mixed["verdict"] == "no gain" and mixed["ship"] == "source_only"
+    lucky = verdict_of(figures(base), figures([b + d for b, d in zip(base, [0.2, -0.05, -0.02, -0.01])]))
+    assert lucky["gain"] > 0.01 and lucky["interval"][0] < 0 and lucky["verdict"] == "no gain", "one scan is no gain"
     failing = verdict_of(figures([0.1, 0.1]), figures([0.3, 0.3]))
     assert failing["verdict"] == "adapted" and "look at its label maps before any use" in failing["why"][-1]
     assert "guesses" in " ".join(verdict_of(figures(base), figures(better, within=False))["why"])

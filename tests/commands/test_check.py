@@ -150,6 +150,14 @@ def test_spacing_masking_contrast_and_copies(scans):
     assert report.exit_code == 0
 
 
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_voxels_that_are_smaller_or_larger_than_the_others_are_told(scans, factor):
+    path = scans / "GA30_operated.nii.gz"
+    affine = nib.load(path).affine @ np.diag([factor, 1, 1, 1])
+    change(path, lambda voxels: voxels, affine)
+    assert any(name == path.name and "voxels of" in what for name, what in warnings_of(check(scans, quiet=True)))
+
+
 def ct(shift=0, seed=0):
     """Air, soft tissue and some bone in HU, or shifted."""
     generator = np.random.default_rng(seed)

@@ -11,14 +11,15 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from mapseg_components.commands import check
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.report import report
-from mapseg_components.data import read_nifti
-from mapseg_components.reports import curves, sortable_table
+from mapseg_components.reports import ComparedScan, curves, sortable_table
+from mapseg_components.reports.comparison import comparison_figure
 from mapseg_components.reports.curves import small_multiples
 from mapseg_components.reports.page import STYLE, breakable
 from mapseg_components.reports.preview import plane_of, preview_figure
@@ -217,8 +218,10 @@ def test_a_preview_names_units_and_keeps_long_names_inside(run):
     (scan,) = (run / "scans").glob("sub-101*")
     (label_map,) = (run / "predictions" / "adapted").glob("sub-101*")
     names = [f"{name} of the {'left ' * 4}side" for name in NAMES]
-    grey, labels = read_nifti(scan), read_nifti(label_map)
-    figure = preview_figure(grey.voxels, labels.voxels, labels.affine, names, scan.name)
+    grey, labels = nib.load(scan), nib.load(label_map)
+    turned = labels.affine @ np.diag([-1, 1, 1, 1])
+    voxels = [np.asarray(one.dataobj)[::-1] for one in (grey, labels)]
+    figure = preview_figure(*voxels, turned, names, f"{scan.name} {'long ' * 40}")
     figure.canvas.draw()
     (legend,) = figure.legends
     assert figure.bbox.contains(*legend.get_window_extent().min) and figure.bbox.contains(
@@ -226,12 +229,30 @@ def test_a_preview_names_units_and_keeps_long_names_inside(run):
     )
     volumes = [text.get_text() for text in legend.get_texts()]
     assert len(volumes) == len(ML) and all(re.fullmatch(r".* side, [\d.]+ ml", text) for text in volumes)
-    assert "voxels of 1.6 x 1.5 x 1.7 mm" in figure.get_suptitle()
+    title = figure.get_suptitle()
+    assert "voxels of 1.6 x 1.5 x 1.7 mm" in title and max(map(len, title.splitlines())) < 130
     for axis, letters in zip(figure.axes, ("PAIS", "RLIS", "RLPA")):
         texts = [text.get_text() for text in axis.texts]
         assert "".join(texts[:4]) == letters and re.fullmatch(r"\d+ mm", texts[4])
         bar = np.ptp(axis.lines[0].get_xdata()) * {"P": 1.5, "R": 1.6}[letters[0]]
         assert bar == pytest.approx(int(texts[4].split()[0]))
+
+
+def test_the_picture_of_a_comparison_names_slice_sides_and_length():
+    label = np.zeros((20, 30, 12), np.uint8)
+    label[14:18, 4:9, 7] = 1  # right, back
+    grey = np.random.default_rng(0).random(label.shape)
+    figure = comparison_figure([ComparedScan("sub_1", (2.0, 3.0, 4.0), grey, [label, label])], ["adapted"], ["liver"])
+    scan, truth, adapted = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["scan", "truth", "adapted"]
+    assert scan.get_ylabel() == "sub 1\nslice 8 of 12"
+    texts = [text.get_text() for text in scan.texts]
+    assert texts == ["R", "L", "P", "A", "10 mm"] and np.ptp(scan.lines[0].get_xdata()) * 2 == pytest.approx(10)
+    for axis in (truth, adapted):
+        shown = np.asarray(axis.images[1].get_array())
+        assert np.argwhere(shown).mean(axis=0).tolist() == [6, 19 - 15.5], "the right side of the body on the left"
+        assert axis.get_aspect() == 1.5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["liver"]
 
 
 def test_a_preview_has_the_right_side_on_the_left():

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mapseg_components.checkpoints import read_checked
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated import Coordinator, Privacy, Site, simulate
 from mapseg_components.federated.core import (
+    Update,
     WeightedMean,
     cosine_rate,
     local_names,
@@ -154,6 +156,19 @@ def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
     assert len(line["sites"]) == 2  # half of three sites, rounded up
     assert line["ema_steps"] == 2 + max(int(name[-1]) for name in line["sites"])  # the server has two scans
     assert line["bytes_from_sites"] == 2 * payload_bytes(initial_weights(small_settings(), 0))
+
+
+def test_the_round_with_the_highest_score_becomes_the_model(tmp_path):
+    coordinator = Coordinator(small_plan(rounds=3, min_sites=1), {"w": torch.zeros(2)}, ["a"], tmp_path, tmp_path / "o")
+    for number, loss in enumerate([0.5, 0.2, 0.4]):
+        common = {"round": number, "weights": {"w": torch.full((2,), number + 1.0)}, "scans": 1, "labels": ["a"]}
+        coordinator.start()
+        coordinator.accept_source(Update(site="server", ema_steps=1, **common))
+        coordinator.accept(Update(site="site-1", ema_steps=2, losses={"target_segmentation": loss}, **common))
+        coordinator.close()
+    chosen = json.loads((tmp_path / "model_selection.json").read_text())["model.pt"]
+    assert chosen == {"weights": "global", "round": 1, "score": pytest.approx(-0.2)}
+    assert read_checked(tmp_path / "model.pt")["w"].tolist() == [2.0, 2.0]
 
 
 def test_local_layers_stay_at_their_site(tmp_path):

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from pydicom.uid import PositronEmissionTomographyImageStorage
 
 from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.restore import restore
-from mapseg_components.data.sidecars import read_sidecar
+from mapseg_components.data.sidecars import digest_of, read_sidecar
 from mapseg_components.data.sources import find_sources
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.hounsfield import ct_scale
@@ -274,6 +276,16 @@ OBLIQUE_AXES = ((0.8, 0.6, 0.0), (-0.48, 0.64, -0.6))
 
 def stored(shape=(6, 7, 5), seed=0):
     return np.random.default_rng(seed).integers(-1000, 2000, shape)
+
+
+def test_the_checksum_of_several_files_is_that_of_their_contents_whatever_their_order_and_names(tmp_path):
+    files = [tmp_path / name for name in ("b", "a", "c")]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]))
+    found = {digest_of(order) for order in itertools.permutations(files)}
+    files[0].rename(tmp_path / "z")
+    assert {digest_of([tmp_path / "z", *files[1:]])} == found and len(found) == 1
+    assert digest_of(files[1:]) not in found and digest_of(files[1:2]) == hashlib.sha256(b"\1").hexdigest()
 
 
 @pytest.mark.parametrize("axes", [dicom.AXES, OBLIQUE_AXES, ((0, 1, 0), (0, 0, -1))], ids=["axial", "oblique", "side"])
