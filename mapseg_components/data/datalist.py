@@ -39,7 +39,6 @@ from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
 from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.files import readable
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
 
 __all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans"]
@@ -264,7 +263,7 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
     composed = unicodedata.normalize("NFC", case[CASE_ID])  # a letter and its accent may come as two characters
     if not re.fullmatch(r"[\w][\w.\- ]*", composed) or ".." in composed:
         raise DataError(
-            f"{origin}: case id {readable(case[CASE_ID])!r} cannot name a file: use letters, digits, '.', '_', '-' "
+            f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-' "
             "(rename the file, or set case_id)"
         )
     if len(os.fsencode(case[CASE_ID])) > LONGEST_NAME_BYTES:
