@@ -71,7 +71,8 @@ class SegmentationLoss(nn.Module):
                 f"label has shape {tuple(label.shape)}, expected {(logits.shape[0], 1, *logits.shape[2:])} "
                 f"for logits of shape {tuple(logits.shape)}"
             )
-        logits, label = logits.float(), label.long()
+        logits, label = plain(logits).float(), plain(label).long()
+        valid = None if valid is None else plain(valid)
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         if valid is None:
             cross_entropy = F.cross_entropy(logits, label[:, 0], weights)
@@ -101,8 +102,8 @@ class MaskedReconstructionLoss(nn.Module):
             image: (B, C, X, Y, Z), in [0, 1].
             mask: boolean (B, 1, X, Y, Z), ``True`` = hidden.
         """
-        error = (reconstruction.float() - image.float()).square()
-        hidden = mask.expand_as(error)
+        error = (plain(reconstruction).float() - plain(image).float()).square()
+        hidden = plain(mask).expand_as(error)
         return torch.where(hidden, error, 0.0).sum() / hidden.sum().clamp(min=1)
 
 
@@ -114,7 +115,7 @@ class LocalGlobalCosineLoss(nn.Module):
 
     def forward(self, local_features: torch.Tensor, context_features: torch.Tensor) -> torch.Tensor:
         """Scalar loss; both inputs (B, W, x, y, z)."""
-        local, context = local_features.float().flatten(2), context_features.float().flatten(2)
+        local, context = plain(local_features).float().flatten(2), plain(context_features).float().flatten(2)
         return (1.0 - F.cosine_similarity(local, context, dim=2)).mean()
 
 
@@ -267,8 +268,14 @@ class AdaptationLoss(nn.Module):
     def _segmentation(self, logits: torch.Tensor, label: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
         if confidence is None:
             return self.segmentation(logits, label)
+        confidence = plain(confidence)
         valid = None if self.ignore_unsure is None else confidence > self.ignore_unsure
         loss = self.pseudo_segmentation(logits, label, valid)
         if self.confidence_threshold is not None:
             loss = loss * (confidence > self.confidence_threshold).float().mean()
         return loss
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values without metadata: MONAI's ``MetaTensor`` of a batch refuses to be flattened."""
+    return tensor.as_subclass(torch.Tensor)

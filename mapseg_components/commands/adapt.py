@@ -29,10 +29,18 @@ from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
-from mapseg_components.data.datalist import has_section, labels_file, open_datalist, read_json, scans_below, stem
+from mapseg_components.data.datalist import (
+    has_section,
+    labels_file,
+    list_scans,
+    open_datalist,
+    read_json,
+    scans_below,
+    stem,
+)
 from mapseg_components.data.facts import facts_of
 from mapseg_components.data.findings import Finding, fault, raise_findings
-from mapseg_components.data.layouts import image_folders, misplaced
+from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
 from mapseg_components.data.nifti import read_geometry
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
@@ -486,12 +494,17 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
 
 def labelled_folder(path: Path) -> list[dict[str, Any]]:
     """Cases of ``path/images`` and ``path/labels``."""
-    images = {case["case_id"]: case["image"] for case in load_scans(path / "images")}
-    maps = {case["case_id"]: case["image"] for case in load_scans(path / "labels")}
-    if set(images) != set(maps) or not images:
-        odd = sorted(set(images) ^ set(maps))[:5]
-        raise DataError(f"{path}: images and labels do not pair ({odd or 'there are none'}): give both the same names")
-    return [{"image": images[name], "label": maps[name], "case_id": name} for name in sorted(images)]
+    images, labels = list_scans(path / "images"), list_scans(path / "labels")
+    maps = labels_of_scans(images, labels)
+    odd = sorted(
+        {stem(scan) for scan in images if scan not in maps} | {stem(m) for m in set(labels) - {*maps.values()}}
+    )
+    if odd or not images:
+        found = odd[:5] or "there are none"
+        raise DataError(f"{path}: images and labels do not pair ({found}): give both the same names")
+    cases = [{"image": str(s.absolute()), "label": str(m.absolute()), "case_id": stem(m)} for s, m in maps.items()]
+    refuse_misplaced(cases)
+    return cases
 
 
 def target_cases(target: str) -> list[dict[str, Any]]:

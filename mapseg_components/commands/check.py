@@ -12,7 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mapseg_components.commands.evaluate import read_labels
 from mapseg_components.commands.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.commands.session import listed, working
 from mapseg_components.data import (
@@ -23,6 +22,7 @@ from mapseg_components.data import (
     refuse_existing,
 )
 from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist
+from mapseg_components.data.labels import read_labels
 from mapseg_components.data.layouts import image_folders
 from mapseg_components.data.left_out import left_out, notes_of
 from mapseg_components.data.plausibility import plausibility

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.bundle import ConfigParser
 
 from mapseg_components.boxes import corner_distance
 from mapseg_components.commands.session import progress, working
@@ -23,10 +21,11 @@ from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
-from mapseg_components.data.datalist import labels_file, list_scans, scans_below, stem
+from mapseg_components.data.datalist import list_scans, scans_below, stem
 from mapseg_components.data.facts import facts_of_scan
 from mapseg_components.data.findings import Finding, fault, raise_findings
-from mapseg_components.data.layouts import DATASET, case_name, images_beside
+from mapseg_components.data.labels import label_mapping, named_beside, numbered
+from mapseg_components.data.layouts import case_name
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
@@ -237,48 +236,6 @@ def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], c
     if not common:
         raise_findings(findings)
     return shared
-
-
-def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
-    """Structure name to its value in predictions and in the truth; empty if none are named. Raises `ConfigError`."""
-    mapping, named_by_bundle = label_mapping(labels)
-    return {} if labels is None else numbered(structures_of(mapping, f"labels is {labels}"), named_by_bundle)
-
-
-def numbered(structures: Mapping[str, int], by_index: bool) -> dict[str, tuple[int, int]]:
-    """Structure name to its value in predictions, which may be its class index, and in the truth."""
-    indices = enumerate(structures.items(), start=1)
-    return {name: (index if by_index else value, value) for index, (name, value) in indices}
-
-
-def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
-    """A mapping of labels in any spelling, and whether it is a bundle's; empty without. Raises `ConfigError`."""
-    if labels is None:
-        return {}, False
-    path = Path(labels)
-    if path.is_dir():
-        config, named = path / "configs" / "inference.json", labels_file(path)
-        if config.is_file():
-            parser = ConfigParser()
-            parser.read_config(str(config))
-            return dict(parser.get_parsed_content("labels")), True
-        if named is None:
-            raise ConfigError(f"no config at {config}: set labels to the folder of a bundle, or to a JSON file")
-        path = named
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig") if path.is_file() else labels)
-        found = content.get("labels", content)  # a datalist or dataset.json
-        return (found if isinstance(found, dict) else dict(content)), False
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        expected = 'expected a bundle, or JSON such as {"hippocampus": 1}'
-        raise ConfigError(f"labels is {labels!r}, {expected} ({error})") from error
-
-
-def named_beside(truth: Path) -> str | None:
-    """The ``dataset.json`` of a folder ``labelsTr`` and the like, which names its structures; ``None`` without."""
-    folder = truth.absolute() if truth.is_dir() else truth.absolute().parent
-    named = folder.parent / DATASET
-    return str(named) if images_beside(folder) is not None and labels_file(named) is not None else None
 
 
 def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:

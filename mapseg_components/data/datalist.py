@@ -30,14 +30,16 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.findings import Finding, findings_of, raise_findings
-from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content
+from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
 from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.files import readable
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
 
 __all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans"]
@@ -204,33 +206,37 @@ def entries_of_folder(folder: Path, with_labels: bool, findings: list[Finding]) 
         raise ConfigError(f"{folder} does not exist: put scans into {folder / 'images'}")
     entries = []
     for domain, place in domains.items():
-        scans = list_scans(place / "images")
+        scans, labels = list_scans(place / "images"), list_scans(place / "labels") if with_labels else []
+        maps = labels_of_scans(scans, labels)
         if with_labels:
-            findings += unpaired(place, scans)
+            findings += unpaired(place, set(scans) - set(maps), set(labels) - set(maps.values()))
         for scan in scans:
             entry = {IMAGE: str(scan)}
             if with_labels:
-                entry[LABEL] = str(place / "labels" / scan.name)
-                if not os.path.lexists(entry[LABEL]):
+                if scan not in maps:
                     continue
+                entry[LABEL] = str(maps[scan])
             if domain:
                 entry |= {DOMAIN: domain, CASE_ID: f"{domain}_{stem(scan)}"}
             entries.append(entry)
     return entries
 
 
-def unpaired(place: Path, scans: Sequence[Path]) -> list[Finding]:
-    """One finding for scans of ``place/images`` without a label map of the same name, one for the reverse."""
-    images = {scan.name for scan in scans}
-    labels = {label.name for label in list_scans(place / "labels")}
+def unpaired(place: Path, scans: set[Path], labels: set[Path]) -> list[Finding]:
+    """One finding for scans of ``place/images`` without a label map in ``place/labels``, one for the reverse."""
     what = [
-        (place / "images", images - labels, f"scans without a label map of the same name in {place / 'labels'}"),
-        (place / "labels", labels - images, f"label maps without a scan of the same name in {place / 'images'}"),
+        (place / "images", scans, f"scans without a label map of the same name in {place / 'labels'}"),
+        (place / "labels", labels, f"label maps without a scan of the same name in {place / 'images'}"),
     ]
     return [
-        Finding("error", str(folder), f"{text}: {', '.join(sorted(names))}", "add what is missing, or move them away")
-        for folder, names, text in what
-        if names
+        Finding(
+            "error",
+            str(folder),
+            f"{text}: {', '.join(sorted(one.name for one in files))}",
+            "add what is missing, or move them away",
+        )
+        for folder, files, text in what
+        if files
     ]
 
 
@@ -255,8 +261,12 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
         raise DataError(f"{origin}: {case[IMAGE]} is named as image and as label: name its label map")
     case_id = entry.get(CASE_ID)
     case[CASE_ID] = stem(Path(entry[IMAGE])) if case_id in (None, "") else str(case_id)
-    if not re.fullmatch(r"[\w][\w.\- ]*", case[CASE_ID]) or ".." in case[CASE_ID]:
-        raise DataError(f"{origin}: case id {case[CASE_ID]!r} cannot name a file: use letters, digits, '.', '_', '-'")
+    composed = unicodedata.normalize("NFC", case[CASE_ID])  # a letter and its accent may come as two characters
+    if not re.fullmatch(r"[\w][\w.\- ]*", composed) or ".." in composed:
+        raise DataError(
+            f"{origin}: case id {readable(case[CASE_ID])!r} cannot name a file: use letters, digits, '.', '_', '-' "
+            "(rename the file, or set case_id)"
+        )
     if len(os.fsencode(case[CASE_ID])) > LONGEST_NAME_BYTES:
         raise DataError(
             f"{origin}: case id {case[CASE_ID]!r} has {len(os.fsencode(case[CASE_ID]))} bytes, "

@@ -196,16 +196,14 @@ def in_one_line(left: Collection[LeftOut], top: str | os.PathLike[str]) -> str:
 
 
 def records_of(left: Iterable[LeftOut], top: str | os.PathLike[str], named: bool) -> list[dict[str, Any]]:
-    """As plain values, one for each reason: how many, and unless names may be a person's, which."""
+    """As plain values, one for each reason: how many, and which, unless names may be a person's, as those of DICOM."""
     place = os.path.abspath(top)
-    return [
-        {
-            "reason": reason,
-            "count": len(paths),
-            **({"paths": [os.path.relpath(path, place) for path in paths]} if named else {}),
-        }
-        for reason, paths in grouped(left).items()
-    ]
+    records: list[dict[str, Any]] = []
+    for reason, paths in grouped(left).items():
+        records.append({"reason": reason, "count": len(paths)})
+        if named and not reason.startswith("DICOM"):
+            records[-1]["paths"] = [os.path.relpath(path, place) for path in paths]
+    return records
 
 
 def notes_of(left: Iterable[LeftOut], top: str | os.PathLike[str]) -> list[Finding]:

@@ -90,7 +90,7 @@ class TargetDiagnostics:
         confident = structure = 0
         counts, ml = [], []
         for number in range(len(self.scans)):
-            scan = self.scans[number][IMAGE]
+            scan = torch.as_tensor(self.scans[number][IMAGE])
             image = scan.to(self.device)[None]
             probability, label_map = self._segment(image, self.teacher_network).softmax(dim=0).max(dim=0)
             other = self._segment(image, self.student).argmax(dim=0)

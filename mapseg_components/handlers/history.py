@@ -20,6 +20,7 @@ from monai.networks.utils import one_hot
 from mapseg_components.data import structure_volumes, write_volumes_csv
 from mapseg_components.data.datalist import stem
 from mapseg_components.files import free_space_error, replacing, write_json
+from mapseg_components.handlers.outputs import affine_of, cases_of, free_name, label_map_of, loss_terms
 from mapseg_components.keys import CASE_ID, LABEL, PRED
 
 __all__ = ["DiceReport", "EpochHistory", "VolumesTable"]
@@ -27,6 +28,8 @@ __all__ = ["DiceReport", "EpochHistory", "VolumesTable"]
 
 class EpochHistory:
     """Append one JSON line per training epoch: the mean of every loss term, metrics, learning rate and seconds.
+
+    Loss terms are the scalars of a trainer's output, ``loss`` among them.
 
     Args:
         output_dir: folder of ``history.jsonl``. A resumed run goes on in the same file; epochs that it repeats replace
@@ -72,8 +75,8 @@ class EpochHistory:
             self._sums, self._counts, self._started = {}, {}, time.monotonic()
 
     def _accumulate(self, engine: Engine) -> None:
-        for name, value in engine.state.output[0].items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        for name, value in loss_terms(engine).items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
@@ -110,7 +113,8 @@ def epoch_of_line(line: str) -> int:
 class VolumesTable:
     """Write ``volumes.csv`` for the label maps of an evaluator: voxels and mm3 per structure, edge flag. Whole or not.
 
-    Attach it to an evaluator whose output ``pred`` is the label map on the scan's own grid.
+    Attach it to an evaluator whose output ``pred`` is the label map (1, X, Y, Z) on the scan's own grid. Each run of
+    the evaluator has its own table.
 
     Args:
         output_dir: folder of the table.
@@ -124,13 +128,14 @@ class VolumesTable:
 
     def attach(self, engine: Engine) -> None:
         """Collect after each scan, write at the end."""
+        engine.add_event_handler(Events.STARTED, lambda _: self.rows.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _collect(self, engine: Engine) -> None:
-        for batch, case in zip(engine.state.batch, engine.state.output):
-            label_map = case[PRED]
-            for row in structure_volumes(np.asarray(label_map[0].cpu()), np.asarray(label_map.affine), self.names):
+        for batch, case in cases_of(engine):
+            label_map = label_map_of(case, PRED, len(self.names) + 1)
+            for row in structure_volumes(label_map.numpy(), np.asarray(affine_of(case, PRED)), self.names):
                 self.rows.append({"case": case_name(batch, case), **row})
 
     def _write(self, engine: Engine) -> None:
@@ -141,7 +146,8 @@ class DiceReport:
     """Write ``metrics.json``: Dice per case and structure and their means, on the scans' own grids. Whole or not.
 
     Attach it to an evaluator whose output holds ``pred`` and ``label`` (1, X, Y, Z) of class indices. A structure that
-    the truth does not hold in a case is ``null`` there and left out of the means.
+    the truth does not hold in a case is ``null`` there and left out of the means. Each run of the evaluator has its own
+    file; cases of one name are numbered.
 
     Args:
         output_dir: folder of the file.
@@ -157,16 +163,17 @@ class DiceReport:
 
     def attach(self, engine: Engine) -> None:
         """Measure after each scan, write at the end."""
+        engine.add_event_handler(Events.STARTED, lambda _: self.cases.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._measure)
         engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _measure(self, engine: Engine) -> None:
         classes = len(self.names) + 1
-        for batch, case in zip(engine.state.batch, engine.state.output):
-            maps = [one_hot(case[key].as_tensor()[None].long().cpu(), classes) for key in (PRED, LABEL)]
+        for batch, case in cases_of(engine):
+            maps = [one_hot(label_map_of(case, key, classes)[None, None], classes) for key in (PRED, LABEL)]
             dice = compute_dice(*maps, include_background=False)[0].tolist()
             present = maps[1].flatten(2).any(dim=2)[0, 1:].tolist()
-            self.cases[case_name(batch, case)] = {
+            self.cases[free_name(self.cases, case_name(batch, case))] = {
                 name: value if there else None for name, value, there in zip(self.names, dice, present)
             }
 

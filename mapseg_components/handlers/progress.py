@@ -9,6 +9,7 @@ from typing import Any
 from ignite.engine import Engine
 from ignite.handlers import ProgressBar
 
+from mapseg_components.handlers.outputs import loss_terms
 from mapseg_components.keys import TOTAL_LOSS
 
 __all__ = ["LossProgressBar"]
@@ -26,4 +27,4 @@ class LossProgressBar(ProgressBar):
 
     def attach(self, engine: Engine) -> None:  # type: ignore[override]
         """Show the loss of a trainer's output."""
-        super().attach(engine, output_transform=lambda output: {TOTAL_LOSS: float(output[0][TOTAL_LOSS])})
+        super().attach(engine, output_transform=lambda _: {TOTAL_LOSS: float(loss_terms(engine)[TOTAL_LOSS])})

@@ -50,9 +50,9 @@ def inference(bundle, **settings):
     return parsed(bundle, "inference.json", cases=[], **{"dataset#data": [], **settings})
 
 
-def make_scans(folder, shape=PATCH, lowest=0.0, seed=0):
+def make_scans(folder, shape=PATCH, lowest=0.0, seed=0, margin=0):
     """A datalist of two scans a section: half of the voxels background at the lowest value, outliers above the rest,
-    and foreground up to every face. Target scans are five times as bright."""
+    and foreground up to every face but for a margin in voxels. Target scans are five times as bright."""
     generator, content = np.random.default_rng(seed), {}
     for section in ("source_training", "source_validation", "target_training"):
         content[section] = []
@@ -61,6 +61,7 @@ def make_scans(folder, shape=PATCH, lowest=0.0, seed=0):
             scan[generator.random(shape) < 0.01] *= 8  # what percentiles are for
             corners = tuple(np.array([[0, -1]] * 3))
             scan[corners] = 50.0
+            scan = np.pad(scan[tuple(slice(0, side - 2 * margin) for side in shape)], margin)
             scan = np.where(scan > 0, scan * (5 if section.startswith("target") else 1) + lowest, lowest)
             entry = {"image": f"{section}/{number}.nii.gz", "case_id": f"{section}-{number}"}
             write_nifti(folder / entry["image"], scan.astype(np.float32), np.eye(4))
@@ -161,13 +162,13 @@ def test_equal_intensities_of_patch_and_view_stay_equal_in_every_overlay():
 @pytest.mark.parametrize("dataset", [SOURCE, TARGET, MAE], **IDS)
 def test_a_draw_without_random_change_has_the_global_view_of_inference(dataset, lowest, shape, tmp_path):
     bundle, name = dataset
-    settings = make_scans(tmp_path, shape, lowest) | STILL
+    settings = make_scans(tmp_path, shape, lowest, margin=1) | STILL
     settings |= {"intensity_prob": 0.0} if bundle == ADAPTATION else {"flip_prob": 0.0}
     parser = training(bundle, **settings)
     trained = torch.as_tensor(draws(parser, name, 1)[0]["global_image"])
     scan = parser.get_parsed_content(name).data[0]["image"]
     later, found = inference(ADAPTATION, window_stride=list(PATCH)), []
-    whole = torch.from_numpy(raw(parser, name))[None]
+    whole = torch.from_numpy(raw(parser, name))[None] - lowest
     for volume in (later.get_parsed_content("preprocessing")({"image": scan})["image"], whole):
         views = Views()
         later.get_parsed_content("inferer").inferer(volume[None], views)
@@ -312,11 +313,9 @@ def test_each_evaluator_runs_the_network_that_it_is_named_for(tmp_path):
         called.clear()
         evaluator.run()
         assert set(called) == {name}
-    handlers = parser.get_parsed_content("train#handlers")
-    handlers = list(handlers.values()) if isinstance(handlers, dict) else handlers
-    score = next(one for one in handlers if isinstance(one, ScoreCheckpoint))
+    score, waiting = parser.get_parsed_content("score"), parser.get_parsed_content("teacher_validation")
+    assert isinstance(score, ScoreCheckpoint) and isinstance(waiting, TeacherValidation)
     networks = {"student": student, "teacher": teacher.network.network}
     for name, (network, evaluator) in score.candidates.items():
         assert network is networks[name] and evaluator is evaluators[name]
-    waiting = next(one for one in handlers if isinstance(one, TeacherValidation))
     assert waiting.validator is evaluators["teacher"] and waiting.teacher is teacher

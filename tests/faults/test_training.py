@@ -253,7 +253,7 @@ def fewer_scans(folder):
     "change, code, message",
     [
         ({"width": 16}, 4, "last.pt is of another network: fingerprint"),
-        ({"learning_rate": 0.5}, 2, "last.pt was written with other settings (learning_rate was 0.0001, now 0.5)"),
+        ({"learning_rate": 0.5}, 2, "last.pt was written with other settings (learning_rate was 0.003, now 0.5)"),
         (
             {"network_def#norm_groups": 4},
             2,

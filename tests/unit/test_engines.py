@@ -143,21 +143,18 @@ def test_nothing_to_train_on_is_an_error(tiny_network):
         adaptation(tiny_network, [{"target": pair(False)}], warmup=1)
 
 
-def test_accumulation_equals_a_larger_batch(tiny_network):
-    """SGD: the way that the weights take is the gradient, which is the mean of those of both halves."""
+def test_accumulated_steps_go_along_the_mean_gradient(tiny_network):
+    """SGD: the way that the weights take is the gradient. No larger batch: Dice is a ratio over one."""
     options = {"loss": AdaptationLoss(source_masked=False), "teacher": False, "optimizer": torch.optim.SGD}
     first, second = (pair(batch=2) for _ in range(2))
-    second = {k: v.flip(3) if torch.is_tensor(v) and v.dim() == 5 else v for k, v in second.items()}
-    second["local_image"] = second["local_image"] ** 2
-    large = {k: torch.cat([first[k], second[k]]) if torch.is_tensor(first[k]) else first[k] * 2 for k in first}
+    second["local_image"] = second["local_image"].flip(3) ** 2
 
     def way(batches, steps=1):
         run = adaptation(tiny_network, [{"source": one} for one in batches], accumulate_steps=steps, **options)
         return [a.detach() - b for a, b in zip(run.network.parameters(), tiny_network.parameters())]
 
     halves = [way([first]), way([second])]
-    for both, whole, one, other in zip(way([first, second], 2), way([large]), *halves):
-        torch.testing.assert_close(both, whole, rtol=1e-3, atol=1e-6)
+    for both, one, other in zip(way([first, second], 2), *halves):
         torch.testing.assert_close(both, (one + other) / 2, rtol=1e-3, atol=1e-6)
     assert max(float((one - other).abs().max()) for one, other in zip(*halves)) > 1e-4  # two gradients, not one twice
 

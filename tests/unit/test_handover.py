@@ -183,6 +183,7 @@ def test_a_missing_file_is_named(package, name):
         ({"settings__width": 10**9}, "settings#width is 1000000000"),
         ({"settings__width": True}, "settings#width is True"),
         ({"settings__mask_ratio": float("inf")}, "settings#mask_ratio is inf"),
+        ({"settings__mask_value": "$print()"}, "settings#mask_value is '$print()'"),
         ({"settings__dropout": float("nan")}, "settings#dropout is nan"),
         ({"versions__torch": "9" * 2**20}, "bytes, expected a few thousand"),
         ({"settings__target_scale_range": [0, 1]}, "settings#target_scale_range is [0, 1]"),
@@ -205,6 +206,12 @@ def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, c
         HandoverPackage(package).settings  # noqa: B018
     assert words in str(caught.value) and str(package / "handover.json") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "SENTINEL").exists()
+
+
+@pytest.mark.parametrize("value, read", [(None, 0.0), ("mean", "mean"), (0.25, 0.25)])
+def test_a_package_of_before_there_was_a_mask_value_reads_as_0(package, value, read):
+    change(package, settings__mask_value=value)
+    assert HandoverPackage(package).settings["mask_value"] == read
 
 
 @pytest.mark.parametrize("text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", "9" * 5000], ids=lambda t: t[:9])

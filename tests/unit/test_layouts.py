@@ -238,3 +238,18 @@ def test_scans_of_a_bids_dataset_are_no_label_maps(tmp_path):
     for name in ("sub-1_T1w", "sub-1_dseg", "sub-1_T1w_desc-brain_mask", "sub-1_label-GM_probseg", "sub-1_label-L_roi"):
         write_nifti(tmp_path / f"sub-1/anat/{name}.nii.gz", scan_of(0)[0], AFFINE)
     assert [case["case_id"] for case in bids_scans(tmp_path)] == ["sub-1_T1w"]
+
+
+def test_images_and_labels_pair_without_the_number_of_the_channel(tmp_path):
+    for seed in range(2):
+        image, label = scan_of(seed)
+        for place in ("images", "data/source/images"):
+            write_nifti(tmp_path / f"{place}/c{seed}_0000.nii.gz", image, AFFINE)
+            write_nifti(tmp_path / f"{place.replace('images', 'labels')}/c{seed}.nii.gz", label, AFFINE)
+    assert [len(cases) for cases in source_cases(str(tmp_path), 0.5, 0)] == [1, 1]
+    assert len(load_datalist(tmp_path / "data", "source_training")) == 2
+    for place in ("images", "data/source/images"):
+        write_nifti(tmp_path / f"{place}/c1_0001.nii.gz", scan_of(1)[0], AFFINE)
+    with pytest.raises(DataError, match=r"c1_0000\.nii\.gz: one of 2 channels"):
+        source_cases(str(tmp_path), 0.5, 0)
+    assert "one of 2 channels" in str(check(str(tmp_path / "data"), quiet=True))

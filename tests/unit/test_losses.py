@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor, list_data_collate
+from monai.engines import SupervisedTrainer
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.losses import (
@@ -209,3 +211,51 @@ def test_pseudo_labels_are_not_class_weighted():
     target = loss.terms(("target", ""), output, label, label, sure, sure)["target_local"]
     assert target.item() == pytest.approx(SegmentationLoss()(logits, label).item())
     assert source.item() != pytest.approx(target.item())
+
+
+def batch_of_scans(*shape, whole=False):
+    """A collated batch of three MetaTensors with a place of their own."""
+    values = torch.rand(3, *shape)
+    affines = [torch.diag(torch.tensor([1.0, 2, n, 1])) for n in (1, 2, 3)]
+    scans = [MetaTensor((v * 3).floor() if whole else v, affine=a) for v, a in zip(values, affines)]
+    return list_data_collate([{"x": scan} for scan in scans])["x"]
+
+
+def test_batches_of_metatensors_have_the_loss_of_plain_ones():
+    torch.manual_seed(0)
+    logits, label, image = (
+        batch_of_scans(3, 4, 6, 5),
+        batch_of_scans(1, 4, 6, 5, whole=True),
+        batch_of_scans(1, 4, 6, 5),
+    )
+    features, confidence = batch_of_scans(4, 4, 6, 5), batch_of_scans(1, 4, 6, 5)
+    output = (logits, logits, features, features + 1)
+
+    def pseudo(*given):
+        loss = AdaptationLoss(confidence_threshold=0.4, ignore_unsure=0.5)
+        return torch.stack(list(loss.terms(("target", "_masked"), given[:4], *given[4:]).values())).sum()
+
+    cases = [
+        (SegmentationLoss(), (logits, label)),
+        (SegmentationLoss(class_weights=[1.0, 2.0, 3.0]), (logits, label, image > 0.5)),
+        (MaskedReconstructionLoss(), (image, image + 0.1, image > 0.5)),
+        (LocalGlobalCosineLoss(), (features, features**2)),
+        (pseudo, (*output, label, label, confidence, confidence)),
+    ]
+    for loss, inputs in cases:
+        found, expected = loss(*inputs), loss(*(one.as_tensor() for one in inputs))
+        assert type(found) is torch.Tensor and found.ndim == 0 and torch.equal(found, expected)
+
+
+def test_an_ordinary_trainer_trains_with_the_segmentation_loss(tiny_network):
+    torch.manual_seed(0)
+    data = [{"image": batch_of_scans(1, 8, 12, 16), "label": batch_of_scans(1, 8, 12, 16, whole=True)}] * 2
+    losses = []
+
+    def loss(logits, label):
+        losses.append(SegmentationLoss()(logits, label))
+        return losses[-1]
+
+    optimizer = torch.optim.SGD(tiny_network.parameters(), lr=0.1)
+    SupervisedTrainer(torch.device("cpu"), 3, data, tiny_network, optimizer, loss).run()
+    assert float(losses[-1]) < float(losses[0])
