@@ -68,7 +68,7 @@ def draw_domain_gap(result: str | Path, path: str | Path, asked: Sequence[str] =
     for site, bins in histograms.items():
         edges = [*(each[0] for each in bins), bins[-1][1]]
         axis.stairs([each[2] for each in bins], edges, color=colours[site], label=f"{site}, {scans[site]} scans")
-    axis.set_xlabel("intensity, from the lowest value to the 99.5th percentile of each scan")
+    axis.set_xlabel("intensity (0: lowest value, 1: 99.5th percentile of each scan)")
     axis.set_ylabel("% of the foreground of an average scan")
     axis.legend(fontsize=8, title=f"told nothing: {', '.join(missing)}" if missing else None, title_fontsize=8)
     for panel, (name, (title, logarithmic)) in zip(right.subplots(2, 2).ravel(), PANELS.items()):

@@ -53,6 +53,16 @@ def test_nested_typos_are_named(folder, settings, message):
         check_settings(settings, folder)
 
 
+@pytest.mark.parametrize("name", ["seed", "learning_rate", "mask_ratio", "labels", "batch_size", "amp"])
+def test_what_makes_another_training_may_not_change(name):
+    same = {"seed": 0, "learning_rate": 0.1, "mask_ratio": 0.7, "labels": {"a": 1}, "batch_size": 1}
+    same |= {"amp": None, "max_epochs": 3}
+    changed = {**same, name: "another", "max_epochs": 9}
+    with pytest.raises(ConfigError, match=rf"last\.pt was written with other settings \({name}"):
+        require_same_settings(same, changed, "last.pt")
+    require_same_settings(same, {**same, "max_epochs": 9}, "last.pt")
+
+
 def test_resuming_with_other_settings_is_refused():
     saved = {"learning_rate": 0.1, "max_epochs": 2, "train": {"a": 1}}
     require_same_settings(saved, {**saved, "max_epochs": 5, "num_workers": 3, "compile": True, "_mine": 1}, "last.pt")
