@@ -21,9 +21,8 @@ from mapseg_components.data import (
     load_datalist,
     refuse_existing,
 )
-from mapseg_components.data.datalist import has_section, labels_file, list_scans, open_datalist
+from mapseg_components.data.datalist import has_section, labels_file, open_datalist
 from mapseg_components.data.labels import read_labels
-from mapseg_components.data.layouts import image_folders
 from mapseg_components.data.left_out import left_out, notes_of
 from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.portraits import PortraitRecord
@@ -230,18 +229,14 @@ def of_datalist(
             except MAPSegError:  # found above
                 pass
     if source.is_dir():
-        named = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
-        taken = [*files, *maps, *(file for file in named if file)]
+        told = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
+        taken = [*files, *maps, *(file for file in told if file)]
         left = left_out(source, taken, nifti="no scan or label map of the datalist", dicom=NO_DICOM)
         audit.findings += notes_of(left, source)
     if not named and maps:
         values = ", ".join(sorted(known)) or "none"
         text = f"no structures are named: all values of the label maps are taken as known ({values})"
         audit.findings.append(Finding("note", str(source), text, "name them in labels of the datalist, or by labels"))
-    for folder in image_folders(source) if source.is_dir() else ():
-        if not any(Path(path).parent == folder.absolute() for path in files) and (others := list_scans(folder)):
-            text = f"{len(others)} scans without a use in training were not read"
-            audit.findings.append(Finding("note", str(folder), text, f"mapseg check {folder}"))
     return {**files, **{path: (side, True) for path, side in maps.items()}}
 
 

@@ -550,8 +550,6 @@ class Run:
         except MAPSegError as error:
             logger.debug(f"no scan is usable: {error}")
             usable = set()
-        for warning in (finding for finding in scans.findings if finding.severity == "warning"):
-            logger.warning(str(warning))
         for one, case in todo:
             if one.status != "failed" and one.case not in usable:
                 self.refused(one, case, scans.findings)

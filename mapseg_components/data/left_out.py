@@ -20,6 +20,7 @@ from typing import Any
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.dicom import has_dicom
 from mapseg_components.data.findings import Finding
+from mapseg_components.data.layouts import named_as_label, scans_of_label, stems_of
 from mapseg_components.data.nifti import is_nifti
 from mapseg_components.files import readable
 
@@ -67,8 +68,16 @@ class LeftOut:
 
 def scans_and_label_maps(cases: Sequence[dict[str, Any]], key: str) -> tuple[list[dict[str, Any]], list[Path]]:
     """Cases of a folder that are scans by their names, and files that are label maps; ``key`` names the file."""
-    maps = [case for case in cases if LABEL_MAP.search(stem(Path(case[key])))]
+    maps = [case for case in cases if is_label_map(Path(case[key]))]
     return [case for case in cases if case not in maps], [Path(case[key]) for case in maps]
+
+
+def is_label_map(path: Path) -> bool:
+    """Whether a file is a label map by its name alone, or by its name beside its scan."""
+    name = stem(path)
+    if LABEL_MAP.search(name):
+        return True
+    return named_as_label(name) and scans_of_label(name, list(stems_of(path.parent))) is not None
 
 
 def left_out(
@@ -134,7 +143,7 @@ def reason_of(path: Path, nifti: str, dicom: str) -> str:
         if not stat.S_ISREG(path.stat().st_mode):
             return "no regular file"
         if is_nifti(name):
-            return IS_LABEL_MAP if LABEL_MAP.search(stem(path)) else nifti
+            return IS_LABEL_MAP if is_label_map(path) else nifti
         if lowered == "dicomdir":
             return "an index of DICOM files"
         if dicom and has_dicom(path):
@@ -207,13 +216,17 @@ def records_of(left: Iterable[LeftOut], top: str | os.PathLike[str], named: bool
 
 
 def notes_of(left: Iterable[LeftOut], top: str | os.PathLike[str]) -> list[Finding]:
-    """As findings, one for each path, but one for all of a kind that stands beside most scans."""
+    """As findings, one for each path, but one for all of a kind that stands beside most scans, and of more than 50.
+
+    A label map among scans is a warning, for a training on that folder refuses it; all else is a note.
+    """
     notes = []
     for reason, paths in grouped(left).items():
-        if reason in QUIET:
+        severity = "warning" if reason == IS_LABEL_MAP else "note"
+        if reason in QUIET or len(paths) > MOST_NAMED:
             names = ", ".join(readable(path.name) for path in paths[:MOST_QUIET])
             more = f" and {len(paths) - MOST_QUIET} more" if len(paths) > MOST_QUIET else ""
-            notes.append(Finding("note", str(top), f"left out, {reason}: {names}{more}"))
+            notes.append(Finding(severity, str(top), f"left out, {reason}: {names}{more}"))
         else:
-            notes += [Finding("note", str(path), f"left out, {reason}") for path in paths]
+            notes += [Finding(severity, str(path), f"left out, {reason}") for path in paths]
     return notes
