@@ -17,6 +17,13 @@ __all__ = ["ROOT", "SAMPLE", "make_dataset", "make_scan", "write_nifti"]
 
 torch.set_num_threads(1)
 
+# files of few and long tests: begun first, so that no worker waits for them at the end (with --no-loadscope-reorder)
+LONGEST = ("test_installation", "test_names", "test_tutorials", "test_benchmarks", "test_training", "test_adapt")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture
 def ctrl_c():

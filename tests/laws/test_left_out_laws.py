@@ -28,7 +28,7 @@ from tests.conftest import make_scan, write_nifti
 
 PLAIN = nib.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), np.eye(4)).to_bytes()
 CONTENTS = {"scan": gzip.compress(PLAIN), "plain scan": PLAIN, "text": b"words", "nothing": b"", "zip": b"PK\3\4"}
-FOLDERS = ("", "images", "labels", "a/b", ".hidden", "sub-1/anat", "sub-1/func")
+FOLDERS = ("", "images", "labels", "deep/b", ".hidden", "sub-1/anat", "sub-1/func")
 STEMS = ("a", "sub-1_T2w", "sub-1_dseg", ".b", "é", "e\u0301", "x\ny", "\udcff", "README", "a_mask", "Thumbs", "IM0001")
 ENDINGS = (".nii.gz", ".NII.GZ", ".nii", ".Nii", ".nrrd", ".mha", ".img", ".hdr", ".mgz", ".json", ".db", ".zip", "")
 FILES = st.tuples(
