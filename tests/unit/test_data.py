@@ -340,10 +340,10 @@ def test_volumes_in_mm3_and_edges(tmp_path):
     label = np.zeros((4, 5, 6), np.uint8)
     label[1:3, 1:3, 1:3] = 1
     label[:, 0, 0] = 2
-    rows = structure_volumes(label, np.diag([2.0, -1.0, 0.5, 1.0]), ["inside", "edge", "absent"])
+    rows = structure_volumes(label, np.diag([2.0, -1.5, 0.5, 1.0]), ["inside", "edge", "absent"])
     assert [(r["voxels"], r["volume_mm3"], r["touches_edge"]) for r in rows] == [
-        (8, 8.0, False),
-        (4, 4.0, True),
+        (8, 12.0, False),
+        (4, 6.0, True),
         (0, 0.0, False),
     ]
     write_volumes_csv([{"case": "a", **row} for row in rows], tmp_path / "new" / "volumes.csv")
