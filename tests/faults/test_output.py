@@ -521,3 +521,17 @@ def test_memory_of_this_machine_is_known(tmp_path, monkeypatch):
     assert memory_of("meta") is None
     require_memory(12345, "cpu", "x", "y")
     refusal(ResourceError, lambda: require_memory(12346, "cpu", "scan.nii.gz", "crop it"), "scan.nii.gz", "crop it")
+
+
+def test_the_old_file_is_there_until_the_new_one_takes_its_name(tmp_path, monkeypatch):
+    path, original, seen = tmp_path / "a.txt", os.replace, []
+    path.write_text("old")
+
+    def replace(source, target):
+        seen.append(path.read_text())
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+    assert seen == ["old"] and path.read_text() == "new"
