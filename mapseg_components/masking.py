@@ -105,7 +105,8 @@ class BlockMask:
         mask_value: see `hide`.
 
     Raises:
-        ConfigError: the mask value is unknown; or, in a call, a block does not divide the image, or the ratio is no share.
+        ConfigError: the mask value is unknown; or, in a call, a block does not divide the image, or the ratio is no
+            share.
 
     Example:
         >>> import torch

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from mapseg_components.errors import ConfigError
 
 __all__ = ["GlobalLocalPass", "PlainPass", "training_pass"]
 
@@ -107,6 +110,27 @@ class GlobalLocalPass(PlainPass):
 def collaborates(network: nn.Module) -> bool:
     """Whether a network has the parts of a segmenter with a global view."""
     return all(hasattr(network, part) for part in ("encode", "context", "decode"))
+
+
+def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """What a network gives for named inputs.
+
+    Raises:
+        ConfigError: it does not take these names, or returns no outputs by name.
+    """
+    remedy = "wrap it by mapseg_components.networks.training_pass"
+    try:
+        inspect.signature(network.forward).bind(**inputs)
+    except TypeError as error:
+        raise ConfigError(
+            f"network {type(network).__name__} does not take {sorted(inputs)} by name ({error}): {remedy}"
+        ) from None
+    outputs = network(**inputs)
+    if not isinstance(outputs, Mapping):
+        raise ConfigError(
+            f"network {type(network).__name__} returns {type(outputs).__name__}, expected outputs by name: {remedy}"
+        )
+    return outputs
 
 
 def training_pass(network: nn.Module) -> PlainPass:
