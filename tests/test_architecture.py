@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "sides", "structures"},
+    {"boxes", "masking", "files", "memory", "colours", "precision", "contrast", "quality", "sides", "structures"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"methods", "inferers"},
     {"engines", "handlers", "handover"},
