@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "sides", "structures"},
+    {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "session", "sides", "structures"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"inferers", "engines", "handlers", "handover"},
-    {"federated", "commands"},
+    {"federated", "prediction"},
+    {"commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 

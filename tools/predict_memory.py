@@ -30,7 +30,7 @@ import torch
 from monai.bundle import ConfigParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from mapseg_components.commands.predict import read_bundle
+from mapseg_components.prediction.bundle import read_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"

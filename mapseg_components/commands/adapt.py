@@ -25,7 +25,6 @@ from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.data import load_datalist, load_scans
@@ -45,6 +44,7 @@ from mapseg_components.data.nifti import read_geometry
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.session import choose_device, versions, working
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of, value_fault
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.commands.session import progress, working
 from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
@@ -31,6 +30,7 @@ from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
 from mapseg_components.reports import text_table
 from mapseg_components.reports.tables import cell
+from mapseg_components.session import progress, working
 from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
 
 __all__ = ["Evaluation", "evaluate"]

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mapseg_components.commands.session import versions, working
 from mapseg_components.data.audit import LABEL_LIKE, Audit
 from mapseg_components.data.dicom import Series, SeriesScan, read_series
 from mapseg_components.data.facts import Facts, facts_of_scan, looks_like_labels
@@ -41,6 +40,7 @@ from mapseg_components.files import (
     unlock_folders,
 )
 from mapseg_components.memory import naming_memory_errors
+from mapseg_components.session import versions, working
 from mapseg_components.structures import to_whole, value_fault
 from mapseg_components.transforms.hounsfield import CT_SHIFT, ct_scale
 from mapseg_components.transforms.n4 import MASKS, bias_field

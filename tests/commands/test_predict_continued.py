@@ -18,8 +18,9 @@ import torch
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
-from mapseg_components.commands.predict import Run
 from mapseg_components.errors import ConfigError, ResourceError
+from mapseg_components.prediction.journal import Journal
+from mapseg_components.prediction.run import Run
 from tests.conftest import ROOT, SAMPLE
 
 BUNDLE = str(ROOT / "bundles" / "mapseg_adaptation")
@@ -161,14 +162,14 @@ def test_scans_of_which_a_manifest_does_not_say_when_they_were_read_are_done_aga
 
 
 def test_a_full_disk_fails_the_scan_before_its_files_are_written(folder, tmp_path, monkeypatch):
-    output, finish = tmp_path / "out", Run.finish
+    output, finish = tmp_path / "out", Journal.write_manifest
 
-    def full(run, *arguments):
-        if any(one.case == "b" and one.claimed for one in run.predictions):
+    def full(journal):
+        if any(one.case == "b" and one.claimed for one in journal.predictions):
             raise ResourceError("disk full")
-        finish(run, *arguments)
+        finish(journal)
 
-    monkeypatch.setattr(Run, "finish", full)
+    monkeypatch.setattr(Journal, "write_manifest", full)
     with pytest.raises(ResourceError, match="disk full"):
         go_on(folder, output, no_preview=True)
     assert set(written(output)) == {"a_seg.nii.gz"}
