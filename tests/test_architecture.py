@@ -15,7 +15,7 @@ ROWS = [
     {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "session", "sides", "structures"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"inferers", "engines", "handlers", "handover"},
-    {"federated", "prediction"},
+    {"federated", "prediction", "preparation"},
     {"commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
