@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
     {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "session", "sides", "structures"},
+    {"scans"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"inferers", "engines", "handlers", "handover"},
     {"federated", "prediction", "preparation"},

@@ -31,7 +31,7 @@ from tests.conftest import ROOT, make_scan, write_nifti
 
 # name of an import, where it is not that of the distribution
 DISTRIBUTIONS = {"yaml": "pyyaml", "skimage": "scikit-image", "ignite": "pytorch-ignite", "PIL": "pillow"}
-OPTIONAL_PARTS = {"federated/flare": "fl", "data/segmentation.py": "dicom"}
+OPTIONAL_PARTS = {"federated/flare": "fl", "scans/segmentation.py": "dicom"}
 NOT_IN_THE_SDIST = (".ci/", ".github/", ".pre-commit-config.yaml")  # of the host of the repository
 LITTER = ("eval/volumes.csv", "data/scan.nii.gz", "models/last.pt", "configs/.hidden.yaml")
 TINY = {

@@ -37,13 +37,13 @@ from mapseg_components.data.datalist import (
     scans_below,
     stem,
 )
-from mapseg_components.data.facts import facts_of
-from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
-from mapseg_components.data.nifti import read_geometry
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.scans.facts import facts_of
+from mapseg_components.scans.findings import Finding, fault, raise_findings
+from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.session import choose_device, versions, working
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of, value_fault

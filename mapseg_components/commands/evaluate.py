@@ -21,8 +21,6 @@ from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.bids import is_bids
 from mapseg_components.data.datalist import list_scans, scans_below, stem
-from mapseg_components.data.facts import facts_of_scan
-from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.labels import label_mapping, named_beside, numbered
 from mapseg_components.data.layouts import case_name
 from mapseg_components.errors import ConfigError, DataError
@@ -30,6 +28,8 @@ from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
 from mapseg_components.reports import text_table
 from mapseg_components.reports.tables import cell
+from mapseg_components.scans.facts import facts_of_scan
+from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.session import progress, working
 from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
 

@@ -13,9 +13,7 @@ from typing import Any
 
 from mapseg_components.commands.shipped import SEGMENTS, SHIPPED, bundle_of
 from mapseg_components.data import is_bids
-from mapseg_components.data.dicom import Series
 from mapseg_components.data.left_out import records_of, summary
-from mapseg_components.data.segmentation import require_highdicom
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders
 from mapseg_components.keys import CASE_ID, IMAGE
@@ -28,6 +26,8 @@ from mapseg_components.prediction.records import Earlier, Prediction, Prediction
 from mapseg_components.prediction.run import Run
 from mapseg_components.prediction.writing import Writer
 from mapseg_components.reports import can_draw
+from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.segmentation import require_highdicom
 from mapseg_components.session import choose_device, listed, stoppable, working
 
 __all__ = ["Prediction", "Predictions", "predict"]

@@ -35,11 +35,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
-from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
+from mapseg_components.scans.findings import Finding, findings_of, raise_findings
+from mapseg_components.scans.nifti import is_nifti, stem
 
 __all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans"]
 

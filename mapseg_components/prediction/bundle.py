@@ -16,10 +16,10 @@ from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.configs import check_settings
-from mapseg_components.data.segmentation import Algorithm
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of
 from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
+from mapseg_components.scans.segmentation import Algorithm
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
 

@@ -13,10 +13,6 @@ from typing import Any
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data.datalist import stem as stem_of
-from mapseg_components.data.facts import stamp_of
-from mapseg_components.data.findings import Finding
-from mapseg_components.data.nifti import is_nifti
-from mapseg_components.data.segmentation import reference_headers
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE
 from mapseg_components.prediction.inputs import Inputs
@@ -24,6 +20,10 @@ from mapseg_components.prediction.journal import Journal
 from mapseg_components.prediction.places import Output
 from mapseg_components.prediction.records import Earlier, Prediction
 from mapseg_components.prediction.series import convert, series_record
+from mapseg_components.scans.facts import stamp_of
+from mapseg_components.scans.findings import Finding
+from mapseg_components.scans.nifti import is_nifti
+from mapseg_components.scans.segmentation import reference_headers
 from mapseg_components.session import progress
 
 __all__ = ["Kept", "Todo", "begun", "taken_over", "unreadable", "usable"]

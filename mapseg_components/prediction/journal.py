@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components import __version__
-from mapseg_components.data.findings import findings_of
 from mapseg_components.data.volumes import write_volumes_csv
 from mapseg_components.errors import MAPSegError
 from mapseg_components.files import write_json
@@ -26,6 +25,7 @@ from mapseg_components.prediction.bundle import InferenceBundle
 from mapseg_components.prediction.places import MANIFEST, TABLE
 from mapseg_components.prediction.records import Prediction
 from mapseg_components.prediction.series import without_path
+from mapseg_components.scans.findings import findings_of
 from mapseg_components.session import versions
 
 __all__ = ["Call", "Journal"]

@@ -17,7 +17,6 @@ import torch
 from ignite.engine import Engine, Events
 from monai.transforms import Compose
 
-from mapseg_components.data.nifti import read_geometry
 from mapseg_components.errors import MAPSegError, ResourceError, user_error
 from mapseg_components.keys import IMAGE
 from mapseg_components.memory import memory_of
@@ -26,6 +25,7 @@ from mapseg_components.prediction.intake import Todo
 from mapseg_components.prediction.journal import Journal
 from mapseg_components.prediction.overlap import in_stages
 from mapseg_components.prediction.writing import Writer
+from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.session import progress
 
 __all__ = ["Run"]

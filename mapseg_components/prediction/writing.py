@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.data import read_nifti, result_path, structure_volumes
-from mapseg_components.data.dicom import Series
-from mapseg_components.data.segmentation import write_segmentation
 from mapseg_components.errors import ConfigError, ResourceError
 from mapseg_components.files import write_json
 from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
@@ -22,6 +20,8 @@ from mapseg_components.prediction.bundle import InferenceBundle
 from mapseg_components.prediction.places import Output, Place
 from mapseg_components.prediction.records import Prediction
 from mapseg_components.reports import draw_preview
+from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.segmentation import write_segmentation
 from mapseg_components.transforms import save_probabilities
 
 __all__ = ["Writer"]

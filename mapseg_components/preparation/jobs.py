@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.dicom import Series
-from mapseg_components.data.findings import Finding, raise_findings
-from mapseg_components.data.sidecars import digest_of, read_sidecar
 from mapseg_components.data.sources import Source
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of
 from mapseg_components.preparation.settings import Settings
+from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.findings import Finding, raise_findings
+from mapseg_components.scans.sidecars import digest_of, read_sidecar
 
 __all__ = ["Job", "identity_of", "plan", "refuse_replacing"]
 

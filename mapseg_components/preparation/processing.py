@@ -12,14 +12,14 @@ import nibabel as nib
 import numpy as np
 
 from mapseg_components.data.audit import LABEL_LIKE, Audit
-from mapseg_components.data.dicom import Series, SeriesScan, read_series
-from mapseg_components.data.facts import Facts, facts_of_scan, looks_like_labels
-from mapseg_components.data.findings import fault, raise_findings
-from mapseg_components.data.nifti import Scan, read_nifti
-from mapseg_components.data.sidecars import Grid, Sidecar
 from mapseg_components.errors import DataError
 from mapseg_components.preparation.jobs import Job, identity_of
 from mapseg_components.preparation.settings import Settings
+from mapseg_components.scans.dicom import Series, SeriesScan, read_series
+from mapseg_components.scans.facts import Facts, facts_of_scan, looks_like_labels
+from mapseg_components.scans.findings import fault, raise_findings
+from mapseg_components.scans.nifti import Scan, read_nifti
+from mapseg_components.scans.sidecars import Grid, Sidecar
 from mapseg_components.session import versions
 from mapseg_components.structures import to_whole, value_fault
 from mapseg_components.transforms.hounsfield import CT_SHIFT, ct_scale

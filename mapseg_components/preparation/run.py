@@ -15,13 +15,13 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 
-from mapseg_components.data.sidecars import Sidecar, write_sidecar
 from mapseg_components.errors import MAPSegError, ResourceError
 from mapseg_components.files import replacing, sha256_of
 from mapseg_components.memory import naming_memory_errors
 from mapseg_components.preparation.jobs import Job
 from mapseg_components.preparation.processing import prepared
 from mapseg_components.preparation.records import Outcome
+from mapseg_components.scans.sidecars import Sidecar, write_sidecar
 from mapseg_components.transforms.saving import SaveLabelMap, SaveVolume, write_verified
 
 __all__ = ["prepare_scan", "run", "store"]

@@ -18,9 +18,9 @@ from pydicom.uid import PositronEmissionTomographyImageStorage
 
 from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.restore import restore
-from mapseg_components.data.sidecars import digest_of, read_sidecar
 from mapseg_components.data.sources import find_sources
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.scans.sidecars import digest_of, read_sidecar
 from mapseg_components.transforms.hounsfield import ct_scale
 from mapseg_components.transforms.n4 import bias_field
 from mapseg_components.transforms.resampling import canonical_grid, resample, spaced_grid, spacing_of, to_canonical

@@ -12,8 +12,8 @@ from monai.config import PathLike
 from monai.data import NibabelReader
 from monai.utils import ensure_tuple
 
-from mapseg_components.data.nifti import ENDINGS, Scan, read_nifti
 from mapseg_components.errors import DataError
+from mapseg_components.scans.nifti import ENDINGS, Scan, read_nifti
 
 __all__ = ["NiftiReader"]
 
