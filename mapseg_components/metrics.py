@@ -20,7 +20,15 @@ from monai.utils import optional_import
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["METRICS", "agreement", "bootstrap_interval", "paired_comparison", "require_scipy"]
+__all__ = [
+    "METRICS",
+    "agreement",
+    "bootstrap_interval",
+    "compared_sets",
+    "paired_comparison",
+    "require_scipy",
+    "summarised",
+]
 
 # column: what it is called in tables, and whether more is better
 METRICS = {
@@ -29,6 +37,7 @@ METRICS = {
     "hd95_mm": ("HD95 mm", False),
     "assd_mm": ("ASSD mm", False),
 }
+MEAN = "mean of structures"
 RESAMPLES = 10_000
 FEWEST_CASES = 6  # five pairs cannot reach p < 0.05 in a two-sided signed rank test
 
@@ -136,4 +145,56 @@ def paired_comparison(first: Mapping[str, float | None], second: Mapping[str, fl
     else:
         wilcoxon, _ = optional_import("scipy.stats", name="wilcoxon")
         result["p"] = float(wilcoxon(difference).pvalue)
+    return result
+
+
+def case_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float | None]:
+    """Case to the mean of its structures."""
+    by_case: dict[str, list[float]] = {}
+    for row in rows:
+        values = by_case.setdefault(row["case"], [])
+        if row[metric] is not None:
+            values.append(row[metric])
+    return {case: float(np.mean(values)) if values else None for case, values in by_case.items()}
+
+
+def by_structure(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float | None]]:
+    """Structure to case to value, and the mean of structures last."""
+    found: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        found.setdefault(row["structure"], {})[row["case"]] = row[metric]
+    return {**found, MEAN: case_means(rows, metric)}
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Figures over cases of each metric.
+
+    Args:
+        rows: one per case and structure, with ``case``, ``structure`` and the metrics of `METRICS`.
+
+    Returns:
+        structure to metric to ``n``, ``mean``, ``sd``, ``median`` and ``ci95``; the mean of structures last.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        for name, values in by_structure(rows, metric).items():
+            result.setdefault(name, {})[metric] = summary_of(list(values.values()))
+    return result
+
+
+def compared_sets(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Comparison of two sets of predictions of the same cases.
+
+    Args:
+        first: rows as in `summarised`.
+        second: rows of the other set.
+
+    Returns:
+        structure to metric to the `paired_comparison` of both; the mean of structures last.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        one, two = by_structure(first, metric), by_structure(second, metric)
+        for name in one:
+            result.setdefault(name, {})[metric] = paired_comparison(one[name], two.get(name, {}))
     return result
