@@ -63,6 +63,25 @@ def test_every_room_has_a_row():
     assert {room(path) for path in SOURCES} - {"__init__"} == set(ROW)
 
 
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_room_holds_more_than_15_percent_of_the_package():
+    total = sum(map(lines, SOURCES))
+    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
+    shares = {path.name: sum(map(lines, path.rglob("*.py"))) / total for path in rooms}
+    assert {name: f"{share:.1%}" for name, share in shares.items() if share > 0.15} == {}
+
+
+LARGE = {"commands/adapt.py", "handover.py"}  # files that may have more than 400 lines
+
+
+def test_no_file_has_more_than_400_lines():
+    found = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if lines(path) > 400}
+    assert found <= LARGE
+
+
 def test_one_door_for_torch_load():
     doors = [p.name for p in SOURCES if "torch.load(" in p.read_text()]
     assert doors == ["checkpoints.py"]

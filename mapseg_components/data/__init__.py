@@ -20,11 +20,18 @@ from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, S
 from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.scan_audit import ScanAudit
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
-from mapseg_components.scans.facts import AuditRecord, Facts
-from mapseg_components.scans.findings import Finding
-from mapseg_components.scans.lookup import dseg_tsv, freesurfer_table, itksnap_labels
-from mapseg_components.scans.nifti import Scan, median_spacing, read_nifti
-from mapseg_components.scans.reader import NiftiReader
+from mapseg_components.scans import (
+    AuditRecord,
+    Facts,
+    Finding,
+    NiftiReader,
+    Scan,
+    dseg_tsv,
+    freesurfer_table,
+    itksnap_labels,
+    median_spacing,
+    read_nifti,
+)
 from mapseg_components.structures import structures_of
 
 __all__ = [
