@@ -47,22 +47,33 @@ class MappedCacheDataset(CacheDataset):
 
     With ``cache_dir``, what the deterministic transforms make is written once and mapped: the operating system reads
     the voxels that a crop touches, keeps them while there is memory, and shares them between processes. Of a scan's
-    metadata the affine and the file's name are kept. Random transforms must not write into what is cached.
+    metadata the affine and the file's name are kept. Random transforms must not modify cached tensors in place.
 
     Args:
-        data: cases; a text that names a file stands for the file's content.
+        data: cases; the path of a file stands for the file's content.
         transform: deterministic transforms, then random ones.
-        cache_dir: folder of the entries, made if it is missing; ``None`` keeps them in memory. Runs may share it. It is
-            never tidied: remove it between runs as you like.
+        cache_dir: folder of the entries, made if it is missing; ``None`` keeps them in memory. Runs may share it. Old
+            entries stay; remove the folder between runs to free the space.
         cache_rate: share of the cases that are cached; the others are decoded for every sample.
         narrow: on disk, keep volumes of whole numbers as uint8 or int16, without loss; they come back as that.
         num_workers: threads that fill the cache.
         progress: show a bar meanwhile.
 
     Raises:
-        ConfigError: the settings of a transform cannot be told from others.
+        ConfigError: two settings of a transform could not be distinguished, e.g. of a lambda.
         DataError: a transform leaves something that is no tensor and was not in the case.
         ResourceError: the folder cannot be written, or its disk is full.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from monai.transforms import Compose, ScaleIntensityd
+        >>> from mapseg_components.data import MappedCacheDataset
+        >>> cases = [{"image": torch.tensor([[0.0, 50.0, 100.0]]), "case_id": "a"}]
+        >>> transform = Compose([ScaleIntensityd("image")])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     MappedCacheDataset(cases, transform, cache_dir=folder, progress=False)[0]["image"].tolist()
+        [[0.0, 0.5, 1.0]]
     """
 
     def __init__(

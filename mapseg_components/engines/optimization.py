@@ -34,6 +34,20 @@ class OptimizationStep:
 
     Raises:
         ConfigError: a setting is unknown or out of range.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.engines import OptimizationStep
+        >>> network = torch.nn.ParameterList([torch.tensor(2.0)])
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+        >>> step = OptimizationStep(
+        ...     network, optimizer, torch.device("cpu"), amp=None, max_grad_norm=1.0, accumulate_steps=1
+        ... )
+        >>> loss = network[0].square()  # its gradient, 4, is clipped to 1
+        >>> step.backward(loss)
+        >>> step.finish({"loss": loss.detach()}, ends=True)
+        >>> round(network[0].item(), 3)
+        1.5
     """
 
     def __init__(
@@ -76,7 +90,9 @@ class OptimizationStep:
         """Context of an iteration: errors of numbers and of memory name the iteration, the cases and what to do.
 
         Args:
-            iteration: counted from 1. cases: of the batch. sizes: (B, C, X, Y, Z) of its local patches.
+            iteration: counted from 1.
+            cases: case ids of the batch, for the message.
+            sizes: (B, C, X, Y, Z) of its local patches.
         """
         what = f"iteration {iteration} on {self.device}, batch of {sizes[0]} patches {tuple(sizes[2:])}"
         remedy = "patch_size, batch_size or width for a new run, or set batched_passes to false and go on with this one"

@@ -20,7 +20,17 @@ class HandlerChain:
     of ``train#handlers`` to be a dictionary, so that references cannot stand there by themselves.
 
     Args:
-        handlers: with ``attach``; ``None``, a disabled one, is left out.
+        handlers: objects with ``attach``; ``None``, a disabled one, is left out.
+
+    Examples:
+        >>> from ignite.engine import Engine, Events
+        >>> from ignite.handlers import EpochOutputStore
+        >>> from mapseg_components.handlers import HandlerChain
+        >>> engine, store = Engine(lambda engine, number: 2 * number), EpochOutputStore()
+        >>> HandlerChain([None, store]).attach(engine)
+        >>> state = engine.run([1, 2, 3])
+        >>> store.data
+        [2, 4, 6]
     """
 
     def __init__(self, handlers: Sequence[Any]) -> None:

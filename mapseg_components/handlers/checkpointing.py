@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load weights at the start; save the state of training, resume it, and end in good order when asked to."""
+"""Load weights at the start; save the state of training, resume it, and stop cleanly on a signal."""
 
 from __future__ import annotations
 
@@ -59,6 +59,19 @@ class WeightsLoader:
 
     Raises:
         CheckpointError: when the engine starts, if the file is missing, damaged or of another network.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import WeightsLoader
+        >>> network, engine = torch.nn.Linear(1, 1), Engine(lambda engine, batch: None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"weight": torch.tensor([[7.0]]), "bias": torch.zeros(1)}, f"{folder}/model.pt")
+        ...     WeightsLoader(f"{folder}/model.pt", network).attach(engine)
+        ...     state = engine.run([0])
+        >>> network.weight.item()
+        7.0
     """
 
     def __init__(
@@ -85,12 +98,12 @@ class WeightsLoader:
 
 
 class TrainingCheckpoint:
-    """Save everything that training needs, go on from there, and end in good order on Ctrl-C and SIGTERM.
+    """Save the complete state of training, resume from it, and stop cleanly on Ctrl-C and SIGTERM.
 
-    The state is written after each epoch, every ``save_steps`` optimizer steps, and when the process is asked to end:
-    then the iteration that runs is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143
-    (SIGTERM); while an epoch's validation runs, that is finished first. Another signal, two seconds later or more and
-    not while the state is being written, ends the process at once.
+    The state is written after each epoch, every ``save_steps`` optimizer steps, and on a signal: the current iteration
+    is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143 (SIGTERM); a validation that
+    runs is finished first. A second signal, two seconds later or more and not while the state is being written, ends
+    the process at once.
 
     The file is replaced as a whole and read back; the one before it stays as ``previous.pt`` beside it. Only the first
     process of a distributed run writes. Attach it after the handlers that load initial weights and before those that
@@ -114,6 +127,21 @@ class TrainingCheckpoint:
             network (both fingerprints and the first tensors), or does not hold exactly the named objects.
         ConfigError: on resume, if settings have changed that make it another training.
         ResourceError: the file cannot be written; the old one is untouched.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import TrainingCheckpoint
+        >>> def train(path, max_epochs):
+        ...     epochs, network = [], torch.nn.Linear(1, 1)
+        ...     engine = Engine(lambda engine, batch: epochs.append(engine.state.epoch))
+        ...     TrainingCheckpoint(path, {"network": network}).attach(engine)
+        ...     engine.run([0], max_epochs=max_epochs)
+        ...     return epochs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(f"{folder}/last.pt", max_epochs=2), train(f"{folder}/last.pt", max_epochs=3)
+        ([1, 2], [3])
     """
 
     def __init__(

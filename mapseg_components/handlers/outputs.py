@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What handlers read of an engine, whoever made it: loss terms of a trainer, label maps of an evaluator."""
+"""What handlers read from the output of any engine: loss terms of a trainer, label maps of an evaluator."""
 
 from __future__ import annotations
 

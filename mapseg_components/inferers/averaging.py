@@ -32,6 +32,16 @@ class AveragingInferer(Inferer):
 
     Raises:
         ConfigError: an axis is no spatial axis.
+
+    Examples:
+        >>> import torch
+        >>> from monai.inferers import SimpleInferer
+        >>> from mapseg_components.inferers import AveragingInferer
+        >>> scan = torch.rand(1, 1, 4, 5, 6)
+        >>> network = lambda image: torch.cat([torch.zeros_like(image), image], dim=1)
+        >>> logits = AveragingInferer(SimpleInferer(), flip_axes=[0])(scan, network)  # scan and mirror image agree
+        >>> torch.allclose(logits, network(scan).log_softmax(dim=1), atol=1e-6)
+        True
     """
 
     def __init__(
@@ -49,7 +59,10 @@ class AveragingInferer(Inferer):
         """Logarithm of the mean probabilities: its softmax gives them, its argmax the label.
 
         Args:
-            inputs: (B, C, X, Y, Z). network: the first member; the others are copies of it with other weights.
+            inputs: (B, C, X, Y, Z).
+            network: the first member; the others are copies of it with other weights.
+            args: passed on to the inferer.
+            kwargs: passed on to the inferer.
 
         Returns:
             (B, classes, X, Y, Z), float32.

@@ -64,6 +64,15 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
     Raises:
         ConfigError: a size is not positive, ``stride`` exceeds the window, ``overlap`` is outside [0, 1), or two names
             of one setting disagree.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
+        >>> from mapseg_components.networks import GlobalLocalDeepLabV3
+        >>> network = GlobalLocalDeepLabV3(in_channels=1, num_classes=3, width=8, depth=1, dilations=[1]).eval()
+        >>> inferer = GlobalLocalSlidingWindowInferer(roi_size=(8, 8, 8), overlap=0.5)
+        >>> inferer(torch.rand(1, 1, 13, 11, 10), network).shape
+        torch.Size([1, 3, 13, 11, 10])
     """
 
     def __init__(

@@ -31,7 +31,9 @@ def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[
     GPU it is cuDNN's, with its settings.
 
     Args:
-        features: (B, I, X, Y, Z). weight: (O, I) with any further axes of length 1. bias: (O,) or ``None``.
+        features: (B, I, X, Y, Z).
+        weight: (O, I) with any further axes of length 1.
+        bias: (O,) or ``None``.
 
     Returns:
         (B, O, X, Y, Z).

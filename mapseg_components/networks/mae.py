@@ -31,6 +31,13 @@ class MultiScaleMAE(nn.Module):
 
     Shape:
         (B, in_channels, X, Y, Z) to the same, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import MultiScaleMAE
+        >>> network = MultiScaleMAE(in_channels=1, width=8, depth=1, decoder_channels=(4, 2))
+        >>> network(torch.rand(2, 1, 8, 12, 4)).shape
+        torch.Size([2, 1, 8, 12, 4])
     """
 
     def __init__(

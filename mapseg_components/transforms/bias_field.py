@@ -57,9 +57,20 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         box_key: (3, 2), the patch in voxels of the global view.
         maximum: largest intensity afterwards. Where the field lifts an image above it, all images are divided by the
             same number, which is a change of the field's constant term; nothing is cut off. By default there is none.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
         ConfigError: the maximum is not above 0.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalBiasFieldd
+        >>> shade = RandGlobalLocalBiasFieldd(["image", "global_image"], prob=1.0, local_key="image", box_key="box")
+        >>> sample = {"image": torch.ones(1, 4, 6, 5), "global_image": torch.ones(1, 8, 6, 5)}
+        >>> sample["box"] = torch.tensor([[0, 4], [0, 6], [0, 5]])  # the patch is the first half of the view
+        >>> shaded = shade(sample)
+        >>> torch.allclose(shaded["image"], shaded["global_image"][:, :4])
+        True
     """
 
     def __init__(

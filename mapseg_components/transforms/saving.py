@@ -50,6 +50,20 @@ class SaveVolume(SaveImage):
         separate_folder: put each file into a folder named as its scan.
         overwrite: replace an existing file; otherwise it is an error. A symbolic link is replaced, never followed.
         savepath_in_metadict: note the path in the metadata as ``saved_to``.
+
+    Raises:
+        ConfigError: the ending is another one.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveVolume
+        >>> volume = MetaTensor(torch.rand(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     volume = SaveVolume(folder, output_postfix="map")(volume)
+        ...     os.listdir(folder)
+        ['a_map.nii.gz']
     """
 
     def __init__(
@@ -127,10 +141,30 @@ class SaveLabelMap(SaveVolume):
     """Save a label map as integers (uint8, or int16 for classes above 255), whole and read back, or not at all.
 
     Args:
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        output_ext: ``".nii.gz"`` or ``".nii"``.
+        separate_folder: put each file into a folder named as its scan.
+        overwrite: replace an existing file; otherwise it is an error. A symbolic link is replaced, never followed.
+        savepath_in_metadict: note the path in the metadata as ``saved_to``.
         num_classes: with background; fixes the type of all files and refuses higher values. By default the
             largest value of each map decides.
 
-    The other arguments are those of `SaveVolume`.
+    Raises:
+        ConfigError: the ending is another one, or ``num_classes`` is out of bounds; or, in a call, values are not
+            whole numbers from 0 to the largest class, or as `SaveVolume`.
+
+    Examples:
+        >>> import tempfile
+        >>> import nibabel as nib
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveLabelMap
+        >>> label_map = MetaTensor(torch.ones(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     label_map = SaveLabelMap(folder, num_classes=3)(label_map)
+        ...     nib.load(f"{folder}/a_seg.nii.gz").get_data_dtype()
+        dtype('uint8')
     """
 
     def __init__(
@@ -165,7 +199,10 @@ def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path
     """Write voxels (X, Y, Z) in their own type with an affine (4, 4), and compare what is read back.
 
     Args:
-        temporary: of `replacing`. path: the file's later name.
+        temporary: path that `replacing` gave.
+        voxels: (X, Y, Z).
+        affine: (4, 4), from voxel index to mm.
+        path: the file's later name, for messages.
 
     Raises:
         ResourceError: it differs; see `verify`.
@@ -222,7 +259,29 @@ def verify(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) 
 
 
 class SaveVolumed(SaveImaged):
-    """Dictionary version of `SaveVolume`, with its arguments."""
+    """Dictionary version of `SaveVolume`.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+        settings: the other arguments of `SaveVolume`.
+
+    Raises:
+        ConfigError: as `SaveVolume`.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveVolumed
+        >>> case = {"image": MetaTensor(torch.rand(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     case = SaveVolumed(keys="image", output_dir=folder, output_ext=".nii")(case)
+        ...     os.listdir(folder)
+        ['a_trans.nii']
+    """
 
     saver_type: type[SaveVolume] = SaveVolume
 
@@ -243,9 +302,30 @@ class SaveVolumed(SaveImaged):
 
 
 class SaveLabelMapd(SaveVolumed):
-    """Dictionary version of `SaveLabelMap`, with its arguments.
+    """Dictionary version of `SaveLabelMap`.
 
     A subclass of MONAI's ``SaveImaged``, which MONAI Label drops from a bundle's postprocessing by its type.
+
+    Args:
+        keys: label maps (1, X, Y, Z).
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+        settings: the other arguments of `SaveLabelMap`.
+
+    Raises:
+        ConfigError: as `SaveLabelMap`.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveLabelMapd
+        >>> case = {"pred": MetaTensor(torch.ones(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     case = SaveLabelMapd(keys="pred", output_dir=folder)(case)
+        ...     os.listdir(folder)
+        ['a_seg.nii.gz']
     """
 
     saver_type = SaveLabelMap
