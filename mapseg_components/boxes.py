@@ -30,8 +30,8 @@ __all__ = [
 def axis_extremes(mask: np.ndarray) -> np.ndarray:
     """First and last foreground voxel of every column along the longest axis of a 3D mask.
 
-    The bounding box of a point set under any affine map is decided by its convex hull, and every hull vertex is
-    the first or last voxel of its column: these few points stand for the whole foreground.
+    The bounding box of a point set under any affine map depends on its convex hull alone, and every hull vertex is
+    the first or last voxel of its column: these few points suffice to find the box of the whole foreground.
 
     Args:
         mask: boolean array (X, Y, Z).

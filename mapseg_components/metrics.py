@@ -22,7 +22,7 @@ from mapseg_components.errors import ConfigError
 
 __all__ = ["METRICS", "agreement", "bootstrap_interval", "paired_comparison", "require_scipy"]
 
-# column: what it is called in tables, and whether more is better
+# column: its title in tables, and whether higher is better
 METRICS = {
     "dice": ("Dice", True),
     "surface_dice": ("surface Dice", True),

@@ -88,7 +88,7 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
             raise ConfigError(f"{what}: take it out of labels, and name {value} in dropped_labels")
         if name.casefold() == IGNORE and not ignore:
             raise ConfigError(
-                f"{origin}: 'ignore' is {value}, voxels that nobody annotated; training has no such thing: annotate "
+                f"{origin}: 'ignore' is {value}, voxels that nobody annotated; training cannot ignore voxels: annotate "
                 f"them, or take 'ignore' out of labels and name {value} in dropped_labels, then they are background"
             )
         if value == 0 or name.casefold() == IGNORE:
@@ -168,7 +168,7 @@ def to_whole(values: np.ndarray) -> np.ndarray:
 
 
 def number_text(value: float) -> str:
-    """A value with as many digits as float32 tells apart.
+    """A value with as many digits as float32 distinguishes.
 
     Examples:
         >>> from mapseg_components.structures import number_text
@@ -212,7 +212,7 @@ def value_fault(
         (
             [pair for pair in pairs if not exact and pair[0] > LARGEST_EXACT],
             f"values above {LARGEST_EXACT}",
-            "number structures anew: scans are read as float32, which does not tell such values apart",
+            "renumber structures: scans are read as float32, which does not distinguish such values",
         ),
     )
     for found, name, remedy in faults:

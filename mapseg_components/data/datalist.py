@@ -52,14 +52,14 @@ SECTIONS = {
     "target_training": "target",
     "target_test": "test",
 }
-MOST_FOLDERS = 200  # that are looked into for the text of an error
+MOST_FOLDERS = 200  # searched for the text of an error
 WITHOUT_LABELS = ("target_training",)
 # what is added to a case id when its results are written, and what a file system allows for a name
 LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
 
 
 def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
-    """Cases of one section. No scan is opened, and nothing of another section is looked at.
+    """Cases of one section. No scan is opened, and other sections are not checked.
 
     Args:
         datalist: a JSON file, or a folder in the convention above.
@@ -246,8 +246,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def entries_of_folder(folder: Path, with_labels: bool, findings: list[Finding]) -> list[dict[str, str]]:
     """Entries of ``folder/images`` and ``folder/labels``, or of each ``folder/<domain>`` that has them.
 
-    With several domains a case id is ``<domain>_<name>``, since sites number alike. A scan without a label map, or the
-    reverse, is added to ``findings``.
+    With several domains a case id is ``<domain>_<name>``, since sites may use the same names. A scan without a label
+    map, or the reverse, is added to ``findings``.
     """
     if (folder / "images").is_dir():
         domains = {"": folder}

@@ -86,7 +86,7 @@ class SeededDataset(Dataset):
     """A MONAI dataset whose random transforms are seeded anew for each sample.
 
     A sample therefore depends neither on the samples before it nor on the worker that makes it: any number of workers
-    yields the same batches, and a run that was interrupted goes on with the sample that comes next. An index is a pair
+    yields the same batches, and a resumed run continues with the sample that comes next. An index is a pair
     (index of the case, seed), see `DomainBalancedSampler`.
 
     Args:
@@ -130,7 +130,7 @@ class SeededDataset(Dataset):
 
 
 class EpochLoader:
-    """A data loader whose batches depend on (seed, epoch) alone, and that can go on in the middle of an epoch.
+    """A data loader whose batches depend on (seed, epoch) alone, and that can continue within an epoch.
 
     Args:
         loader: batches of one side, from a `SeededDataset` drawn by a `DomainBalancedSampler`.
@@ -138,7 +138,7 @@ class EpochLoader:
     Raises:
         ConfigError: the loader keeps its workers from epoch to epoch, or has another dataset or sampler.
         DataError: while iterating: a sample could not be made; the message begins with its case.
-        ResourceError: while iterating: a worker was killed, mostly for memory.
+        ResourceError: while iterating: a worker was killed, usually because the memory was full.
 
     Examples:
         >>> import torch
@@ -165,15 +165,15 @@ class EpochLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Epochs begun, batches yielded of the last one, and the cases that are drawn from."""
+        """Number of epochs begun, batches yielded in the last one, and the ids of all cases."""
         cases = {side: case_ids(loader.dataset.dataset) for side, loader in self.loaders.items()}
         return {"epoch": self.epoch, "batches": self.batches, "cases": cases}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after that batch.
+        """Continue after that batch.
 
         Raises:
-            ValueError: the cases are others than those of the state.
+            ValueError: the cases differ from those of the state.
         """
         for side, now in self.state_dict()["cases"].items():
             before = state["cases"].get(side)
@@ -219,7 +219,7 @@ class EpochLoader:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise ResourceError(
-                    f"{str(error).splitlines()[0]}: mostly the memory is used up; lower num_workers or cache_rate"
+                    f"{str(error).splitlines()[0]}: usually the memory is full; lower num_workers or cache_rate"
                 ) from error
             self.batches += 1
             yield batches

@@ -15,9 +15,9 @@ __all__ = ["HandlerChain"]
 class HandlerChain:
     """Several handlers as one, attached in their order.
 
-    In a config each has an id of its own, and ``handlers`` refers to them: others find them by that id, and a client
-    that puts an entry of its own before or after the chain moves none of them. MONAI and its clients expect every entry
-    of ``train#handlers`` to be a dictionary, so that references cannot stand there by themselves.
+    In a config each handler has its own id, and ``handlers`` refers to them: other entries find them by that id, and a
+    client that inserts a handler before or after the chain shifts none of them. MONAI and its clients expect every
+    entry of ``train#handlers`` to be a dictionary, so that references cannot be entries themselves.
 
     Args:
         handlers: objects with ``attach``; ``None``, a disabled one, is left out.

@@ -45,13 +45,13 @@ START_ANEW = "choose another ckpt_dir, or set resume to false to start anew"
 
 
 class WeightsLoader:
-    """Load weights into a network when the engine starts, and say how many of its tensors were covered.
+    """Load weights into a network when the engine starts, and log how many of its tensors were loaded.
 
-    Unlike a loader that skips what does not match, it covers everything below the prefix or raises. When training
-    resumes, its state replaces all weights: then nothing is loaded, and the file need not exist any more.
+    It loads every tensor below the prefix or raises; tensors that do not match are never skipped. When training
+    resumes, the resumed state replaces all weights: then nothing is loaded, and the file need not exist any more.
 
     Args:
-        load_path: a state_dict file; ``None`` loads nothing and says so.
+        load_path: a state_dict file; ``None`` loads nothing, which is logged.
         network: receives the weights.
         prefix: load only names that begin with it, e.g. ``"encoder."`` to take the encoder of a pretrained
             ``MultiScaleMAE``; empty loads the whole network.
@@ -105,12 +105,12 @@ class TrainingCheckpoint:
     runs is finished first. A second signal, two seconds later or more and not while the state is being written, ends
     the process at once.
 
-    The file is replaced as a whole and read back; the one before it stays as ``previous.pt`` beside it. Only the first
-    process of a distributed run writes. Attach it after the handlers that load initial weights and before those that
-    act on epochs, so that a resumed state wins.
+    The file is replaced as a whole and read back; the one before it is kept as ``previous.pt`` in the same folder. Only
+    the first process of a distributed run writes. Attach it after the handlers that load initial weights and before
+    those that act on epochs, so that the resumed state takes precedence.
 
     A resumed run equals an uninterrupted one bit for bit on a CPU, at the end of an epoch and in the middle of one, if
-    its data loader is in ``save_dict`` and can go on there (`mapseg_components.data.EpochLoader`).
+    its data loader is in ``save_dict`` and can continue there (`mapseg_components.data.EpochLoader`).
 
     Args:
         path: the resume file.
@@ -365,7 +365,7 @@ class TrainingCheckpoint:
 
 
 def differs_by_process(thing: Any) -> bool:
-    """Whether each process of a distributed run has a state of its own."""
+    """Whether each process of a distributed run has a separate state."""
     return getattr(thing, "differs_by_process", False)
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a run leaves beside its weights: its history by epoch, volumes and Dice of its label maps."""
+"""Files of a run besides its weights: its history by epoch, volumes and Dice of its label maps."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class EpochHistory:
     Loss terms are the scalars of a trainer's output, ``loss`` among them.
 
     Args:
-        output_dir: folder of ``history.jsonl``. A resumed run goes on in the same file; epochs that it repeats replace
-            their lines. A run that starts anew moves the old file to ``history.previous.jsonl``.
+        output_dir: folder of ``history.jsonl``. A resumed run appends to the same file; epochs that it repeats replace
+            their lines. A new run renames an earlier file to ``history.previous.jsonl``.
         optimizer: for the learning rate.
 
     Raises:

@@ -22,13 +22,13 @@ __all__ = ["AveragingInferer"]
 class AveragingInferer(Inferer):
     """Run an inferer with several weights, and on mirrored scans as well, and average the probabilities.
 
-    An inferer around another, so that the evaluator and all else of a bundle's config stay as they are; MONAI's
+    It wraps another inferer, so that the evaluator and the rest of a bundle's config stay as they are. MONAI's
     ``EnsembleEvaluator`` would replace the evaluator and keep the logits of all members at once.
 
     Args:
-        inferer: of one member.
-        weights: files of further weights of the network that the evaluator has; all members count equally.
-        flip_axes: spatial axes (0 to 2) that are mirrored together for a second look of each member; empty for none.
+        inferer: runs one member.
+        weights: files of further weights of the evaluator's network; all members count equally.
+        flip_axes: spatial axes (0 to 2) that are mirrored together for a second pass of each member; empty for none.
 
     Raises:
         ConfigError: an axis is no spatial axis.

@@ -52,7 +52,7 @@ class Stitching:
             self.count[target] += self.weight[source]
 
     def mean(self, background_margin: float) -> torch.Tensor:
-        """(channels, *shape); where no window looked, background."""
+        """(channels, *shape); background where no window lies."""
         unseen = self.count == 0
         self.total /= self.count.clamp_(min=1e-6)  # in place: for a large scan these are gigabytes
         for number, one in enumerate(self.total):

@@ -20,7 +20,7 @@ __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
 
 
 class PatchUpsample(nn.ConvTranspose3d):
-    """Transposed conv whose stride is its kernel, as a 1x1x1 conv to the voxels of each block: no two blocks overlap.
+    """Transposed conv whose kernel equals its stride, computed as a 1x1x1 conv to the voxels of each block.
 
     Equal to ``nn.ConvTranspose3d`` up to rounding, with the same parameters, and on a CPU faster.
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How features lie in memory, and 1x1x1 convolutions that keep it."""
+"""Memory format of features, and 1x1x1 convolutions that keep it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ __all__ = ["in_layout_of", "is_channels_last", "pointwise_conv"]
 
 
 def is_channels_last(features: torch.Tensor) -> bool:
-    """Whether features (B, C, X, Y, Z) lie in ``channels_last_3d``, and not in PyTorch's own format as well."""
+    """Whether features (B, C, X, Y, Z) are in ``channels_last_3d`` and not also contiguous."""
     if features.dim() != 5 or features.is_contiguous():
         return False
     return features.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def in_layout_of(features: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The features in ``channels_last_3d`` if ``other`` lies so; else as they are."""
+    """The features in ``channels_last_3d`` if ``other`` is; else unchanged."""
     return features.contiguous(memory_format=torch.channels_last_3d) if is_channels_last(other) else features
 
 
 def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """A 1x1x1 convolution, on a CPU as a matrix product in the features' memory format.
 
-    With one thread of a CPU, PyTorch leaves it to a general algorithm that copies its input into its own format. On a
-    GPU it is cuDNN's, with its settings.
+    On one thread of a CPU, PyTorch uses a general algorithm that copies its input into another memory format. On a GPU
+    this is PyTorch's convolution.
 
     Args:
         features: (B, I, X, Y, Z).

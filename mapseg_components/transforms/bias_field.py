@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One random bias field for a scan, seen alike by its local patch and its global view."""
+"""One random bias field for a scan, the same in its local patch and its global view."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
 
     Draws and their meaning are MONAI's: the image times the exponential of a sum of Legendre polynomials with random
     coefficients, from -1 to 1 over the image. Here that image is the global view, from edge to edge. MONAI evaluates
-    the polynomials over each image for itself, so that the same anatomy is bright in the patch and dark in the view.
+    the polynomials over each image separately: the same anatomy may be bright in the patch and dark in the view.
 
     Args:
         keys: images of `RandGlobalLocalCropd`.
-        degree: of the polynomials, at least 1.
-        coeff_range: of the coefficients.
+        degree: largest degree of the polynomials, at least 1.
+        coeff_range: range of the random coefficients, (lowest, highest).
         prob: probability of a field.
         local_key: which of the keys is the patch; the others are views of the whole box.
         global_key: the image whose voxels ``box_key`` counts.

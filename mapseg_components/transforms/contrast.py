@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random intensity curves of a scan, the same for its local patch and its global view.
 
-MONAI's curves run between the extremes of the image that they change. A patch and a view of one scan have other
-extremes, so that MONAI gives the same tissue another intensity in each. Here one curve runs between the extremes of all
-keys together. The view shows the whole foreground box, so that these are the scan's extremes; no range is assumed, so
-that images in any unit keep theirs, and images in [0, 1] stay there with 0, the background, at 0.
+MONAI's curves run between the extremes of the image that they change. A patch and a view of one scan have different
+extremes, so that MONAI gives the same tissue a different intensity in each. Here one curve runs between the extremes of
+all keys together. The view shows the whole foreground box, so that these are the scan's extremes. No range is assumed:
+images in any unit keep theirs, and images in [0, 1] stay there with 0, the background, at 0.
 """
 
 from __future__ import annotations

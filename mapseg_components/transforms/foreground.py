@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a random crop must know of a whole volume, found once and cached."""
+"""Properties of a whole volume that random crops need: foreground extremes and voxels of each class, to be cached."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ LIMITS_POSTFIX = "limits"
 
 
 def scan_name(image: Any) -> str:
-    """File name of a scan for messages, if the tensor knows it."""
+    """File name of a scan for messages, if it is in the tensor's metadata."""
     return str(image.meta.get("filename_or_obj", "a scan in memory")) if isinstance(image, MetaTensor) else "a scan"
 
 
@@ -78,7 +78,7 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
 
 
 def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> torch.Tensor:
-    """What becomes 0 and what becomes 1 in each channel: its minimum and its percentile.
+    """Intensities that `clipped` maps to 0 and to 1 in each channel: its minimum and its percentile.
 
     Args:
         image: (C, ...), the volume or a part of it.
@@ -116,13 +116,13 @@ def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> 
 def clipped(image: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """Image (C, ...) scaled so that each channel's limits, (C, 2), become 0 and 1, and clipped there."""
     lowest, top = limits.to(image.device).view(len(image), 2, *[1] * (image.ndim - 1)).unbind(1)
-    scaled = as_volume(image) - lowest  # keeps what a MetaTensor knows of its scan
+    scaled = as_volume(image) - lowest  # keeps the metadata of a MetaTensor
     scaled.as_subclass(torch.Tensor).div_(top - lowest).clamp_(0.0, 1.0)
     return scaled
 
 
 class FillNonFinite(Transform):
-    """What to do with NaN and infinite voxels: nothing, so that they are refused, or make them background.
+    """Replace NaN and infinite voxels by background, or leave them, so that later steps refuse the scan.
 
     Args:
         policy: ``"background"`` gives them the lowest finite value of the scan; ``None`` leaves them.
@@ -212,7 +212,7 @@ class NegativeValues(Transform):
         if self.policy == "keep":
             return img
         if self.policy is None:
-            negative = (img < 0) & ~torch.isneginf(img)  # -inf is damage, left to be named
+            negative = (img < 0) & ~torch.isneginf(img)  # -inf is a damaged voxel, which later steps report
             if negative.any():
                 raise ConfigError(
                     f"{scan_name(img)}: {int(negative.sum())} voxels are negative, and negative_values is null: set it "
@@ -324,7 +324,7 @@ class PercentileClip(Transform):
         return clipped(img, self.limits(img, table))
 
     def limits(self, img: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """What becomes 0 and what becomes 1 in each channel, float32 (C, 2)."""
+        """Intensities that become 0 and 1 in each channel, float32 (C, 2)."""
         table = percentile_table(img, self.foreground) if table is None else table
         return clip_limits(img, table, self.percentile)
 
@@ -429,9 +429,9 @@ class RandPercentileClipd(Randomizable, MapTransform):
         default: percentile otherwise.
         foreground: take percentiles over the non-zero voxels only.
         table_key: entry with the volume's `percentile_table`, removed afterwards; without it each image has its own.
-        deferred: leave the volume as it is and store what becomes 0 and 1, float32 (C, 2), as ``<key>_limits``.
-            `RandGlobalLocalCropd` clips with it what it reads of the volume, before it interpolates: the samples of a
-            clipped volume, without the cost of clipping all of it in every draw.
+        deferred: leave the volume as it is and store the intensities that become 0 and 1, float32 (C, 2), as
+            ``<key>_limits``. `RandGlobalLocalCropd` clips the voxels that it reads by them, before it interpolates: the
+            same samples as of a clipped volume, without clipping all of it in every draw.
         allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Examples:

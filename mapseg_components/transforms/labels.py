@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""From the values of a label map to consecutive class indices, with nothing dropped silently."""
+"""Map the values of a label map to consecutive class indices; no value is dropped silently."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class SelectLabels(Transform):
         """Label of class indices, uint8, of the same shape.
 
         Raises:
-            DataError: a value is neither kept nor dropped (fractions included); the message names the file. What is
-                whole but for float32 rounding is that number.
+            DataError: a value is neither kept nor dropped (fractions included); the message names the file. A value
+                that differs from a whole number by float32 rounding alone counts as that number.
         """
         img = as_volume(img)
         found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Orientation of scans whose header names none: said explicitly, never guessed."""
+"""Orientation of scans whose header has none: set explicitly, never guessed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a network was: the largest probability of each voxel, and the probabilities of all classes as a file."""
+"""Confidence of a network: the largest probability of each voxel, and the probabilities of all classes as a file."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ def plain(logits: Any) -> torch.Tensor:
 
 
 def beside(values: torch.Tensor, logits: Any) -> MetaTensor:
-    """Values with what logits on the same grid know of their scan; MONAI inverts no plain tensor."""
+    """Values with the metadata of logits on the same grid, which MONAI's ``Invertd`` needs."""
     return MetaTensor(values).copy_meta_from(logits) if isinstance(logits, MetaTensor) else MetaTensor(values)
 
 
 def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
-    """Write probabilities as 4D NIfTI, read it back, or leave what was there.
+    """Write probabilities as 4D NIfTI and verify the file; after an error an earlier file is unchanged.
 
     Stored as uint8 with the slope 1/255, which every reader applies: a quarter of float32's size at a resolution of
     0.4 %. NIfTI has no 16-bit floating point type.

@@ -1,10 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Saving volumes: a file that was read back and found equal, or no file at all.
+"""Saving volumes with verification: a file is read back and compared before it gets its name.
 
-MONAI's ``SaveImage`` writes in place, accepts what a full disk left behind from some writers, and blames missing
-libraries for every failure of the others. Its ``NibabelWriter`` names no unit, and writes a qform also where that
-cannot hold the affine.
+MONAI's ``SaveImage`` writes in place, accepts incomplete files of some writers on a full disk, and reports every
+failure of the others as a missing library. Its ``NibabelWriter`` writes no unit of length, and a qform also where that
+cannot represent the affine.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ QFORM_TOLERANCE_MM = 1e-3  # of a corner; readers that compare the forms may ref
 
 
 class SaveVolume(SaveImage):
-    """Save a volume of numbers as float32 NIfTI, whole and read back, or not at all.
+    """Save a volume as float32 NIfTI and verify the file; after an error there is no new file.
 
-    The file is written beside its place, read to its end, compared (shape, type, affine and every voxel, all without
-    tolerance; NIfTI keeps the affine as float32) and then renamed. Whatever fails, what was there before stays.
+    The file is written under a temporary name in the same folder, read back, compared (shape, type, affine and every
+    voxel, all without tolerance; NIfTI keeps the affine as float32) and then renamed. If a step fails, an earlier file
+    of that name is unchanged.
 
     Args:
         output_dir: folder; made if missing.
@@ -138,7 +139,7 @@ class SaveVolume(SaveImage):
 
 
 class SaveLabelMap(SaveVolume):
-    """Save a label map as integers (uint8, or int16 for classes above 255), whole and read back, or not at all.
+    """Save a label map as integers (uint8, or int16 for classes above 255) and verify the file, see `SaveVolume`.
 
     Args:
         output_dir: folder; made if missing.
@@ -196,7 +197,7 @@ class SaveLabelMap(SaveVolume):
 
 
 def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write voxels (X, Y, Z) in their own type with an affine (4, 4), and compare what is read back.
+    """Write voxels (X, Y, Z) in their type with an affine (4, 4), and verify the file.
 
     Args:
         temporary: path that `replacing` gave.
@@ -212,7 +213,7 @@ def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path
 
 
 def nifti_image(voxels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
-    """Voxels (X, Y, Z) or (X, Y, Z, channels) in their own type, with a header that every program reads alike.
+    """NIfTI image of voxels (X, Y, Z) or (X, Y, Z, channels) in their type, with an unambiguous header.
 
     The sform is the affine (4, 4), from voxel to mm. So is the qform, or it is not in use (code 0) where a quaternion
     cannot hold the affine: if that is sheared, or by rounding near a half turn. ``pixdim`` and the unit (mm) agree.

@@ -312,7 +312,7 @@ class Suicidal(Cases):
 
 
 def test_a_killed_worker_points_to_memory():
-    with pytest.raises(ResourceError, match=r"DataLoader worker.*mostly the memory.*lower num_workers or cache_rate"):
+    with pytest.raises(ResourceError, match=r"DataLoader worker.*the memory is full.*lower num_workers or cache_rate"):
         list(EpochLoader(loader(1, dataset=Suicidal())))
 
 
