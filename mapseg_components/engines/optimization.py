@@ -150,8 +150,6 @@ class OptimizationStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise NonFiniteError(
-                f"the gradient is NaN or infinite at every loss scale down to {SMALLEST_SCALE:g}"
-            )
+            raise NonFiniteError(f"the gradient is NaN or infinite at every loss scale down to {SMALLEST_SCALE:g}")
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = False
