@@ -115,7 +115,7 @@ def test_other_logits_are_noticed():
 def test_an_unseen_mask_is_noticed():
     batch = {f"{scale}_image": torch.rand(1, 1, 16, 16, 16) + 0.01 for scale in cases.BLOCKS}
     with pytest.raises(RuntimeError, match="local image with hidden blocks"):
-        cases.masks_of([batch["local_image"][0]], {"": batch})
+        cases.masks_of([batch["image"][0]], {"": batch})
 
 
 def test_masks_are_read_back():

@@ -53,8 +53,8 @@ def training_steps(folder: Path, pairs: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     network = GlobalLocalPass(GlobalLocalDeepLabV3(1, 8, 32, 6, 4, (2, 4, 6), 16))
     image = torch.rand(1, 1, 48, 48, 48)
-    batch = {"local_image": image, "global_image": image.flip(2), "local_box": torch.tensor([[[8.0, 40.0]] * 3])}
-    labels = {"local_label": (image > 0.5).long(), "global_label": (image.flip(2) > 0.5).long()}
+    batch = {"image": image, "global_image": image.flip(2), "box": torch.tensor([[[8.0, 40.0]] * 3])}
+    labels = {"label": (image > 0.5).long(), "global_label": (image.flip(2) > 0.5).long()}
     trainer = UDATrainer(
         device="cpu",
         max_epochs=1,
