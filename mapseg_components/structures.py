@@ -53,11 +53,12 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
     name (``{"0": "background", "1": "liver"}``, as the Medical Segmentation Decathlon and nnU-Net v1 have it).
 
     Args:
-        labels: the mapping. origin: for messages, where it stands.
+        labels: the mapping.
+        origin: where the mapping was found, for messages.
         ignore: leave nnU-Net's ``ignore`` out, see `ignored_value`, instead of refusing it.
 
     Raises:
-        ConfigError: no structure, a region of several values, a value that is no whole number from 1 or stands twice,
+        ConfigError: no structure, a region of several values, a value that is no whole number from 1 or occurs twice,
             a structure of value 0, or ``ignore``.
     """
     found: dict[str, int] = {}
@@ -86,7 +87,7 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
         if value == 0 or name.casefold() == IGNORE:
             continue
         if name in found or value in found.values():
-            raise ConfigError(f"{origin}: {name!r} or its value {value} stands twice: name each once")
+            raise ConfigError(f"{origin}: {name!r} or its value {value} occurs twice: name each once")
         found[name] = value
     if not found:
         raise ConfigError(f"{origin} name no structure ({dict(labels)!r}): expected such as {{'liver': 1}}")

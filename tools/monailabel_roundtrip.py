@@ -8,9 +8,9 @@ python tools/monailabel_roundtrip.py --label-env ENV --bundle bundles/mapseg_ada
 
 ENV is a virtual environment with ``tools/monailabel_requirements.txt``; ``mapseg_components`` need not be installed in
 it, the bundle is served as packed by ``pack_bundle.py``. FOLDER has ``images`` and ``labels`` by the same names: its
-label maps are saved through the server, which is then told to train, twice, and asked again. Without it nothing is
-trained. The server listens on this machine alone and is ended with the script. Exit code 0 only if label map and affine
-are equal, both trainings end, the weights that are served change, and the ones before are kept.
+label maps are saved through the server, which is then asked to train, twice, and asked for label maps again. Without it
+nothing is trained. The server listens on this machine alone and is ended with the script. Exit code 0 only if label map
+and affine are equal, both trainings end, the weights that are served change, and the ones before are kept.
 """
 
 from __future__ import annotations

@@ -240,10 +240,10 @@ class Adaptation:
         path = self.folder / "run.json"
         if not path.is_file():
             own = (".run.lock", ".run.lock.json", *(["prepared"] if self.request["prepare"] is not None else []))
-            strangers = [p.name for p in self.folder.iterdir() if p.name not in own]
-            if strangers:
+            others = [p.name for p in self.folder.iterdir() if p.name not in own]
+            if others:
                 raise ConfigError(
-                    f"{self.folder} holds {sorted(strangers)[:3]} and no run of this command: choose a new folder"
+                    f"{self.folder} holds {sorted(others)[:3]} and no run of this command: choose a new folder"
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -112,9 +112,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file: name a folder")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    strangers = [name for name in found if name not in OWN]
-    if strangers:
-        raise ConfigError(f"{folder} holds {strangers[:3]}, which no demo wrote: choose a new folder")
+    others = [name for name in found if name not in OWN]
+    if others:
+        raise ConfigError(f"{folder} holds {others[:3]}, which no demo wrote: choose a new folder")
     if found and not overwrite:
         raise ConfigError(f"{folder} holds an earlier demo: set overwrite to remove it, or choose a new folder")
 

@@ -85,7 +85,7 @@ def report(error: Exception, verbose: bool) -> int:
         return ResourceError.exit_code
     if not verbose:
         traceback.print_exception(error)
-    sys.stderr.write("mapseg: this is an error of the program; please report it with the lines above\n")
+    sys.stderr.write("mapseg: this is a bug in mapseg; please report it with the lines above\n")
     return 1
 
 

@@ -118,7 +118,8 @@ def error_of(title: str, log: Path, code: int) -> MAPSegError:
         )
     last = lines[-1][:300] if lines else "it printed nothing"
     return MAPSegError(
-        f"{title} ended with exit code {code} ({last}): see {log}, and report it if it is no fault of yours"
+        f"{title} ended with exit code {code} ({last}): see {log}; if data and settings are right, this is a bug in "
+        "mapseg: please report it"
     )
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Scans and label maps told apart by folder and name, as nnU-Net, the Medical Segmentation Decathlon and BIDS have it.
+"""Scans and label maps by folder and name, in the layouts of nnU-Net, the Medical Segmentation Decathlon and BIDS.
 
 ::
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One NIfTI file from a stranger: the header is judged before anything large is read, then each byte is read once."""
+"""Read one untrusted NIfTI file: the header is checked before anything large is read, then each byte is read once."""
 
 from __future__ import annotations
 

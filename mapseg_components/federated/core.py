@@ -64,7 +64,8 @@ class Update:
         labels: names of its classes in the order of their index, background left out.
         losses: mean of every loss term over the round.
         seconds: that the round took there.
-        privacy: budget that the update spent, see `mapseg_components.federated.privacy.Ledger`; empty without noise.
+        privacy: budget that the update spent, see `mapseg_components.federated.privacy.PrivacyAccountant`; empty
+            without noise.
     """
 
     site: str

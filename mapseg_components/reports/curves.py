@@ -54,7 +54,7 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title:
     if not found:
         return ""
     lines = list(zip(found.values(), SERIES, DASHES, strict=False))
-    drawing = draw(lines, quantity, (4.8, 2.9), 9, told(title, found, quantity))
+    drawing = draw(lines, quantity, (4.8, 2.9), 9, described(title, found, quantity))
     legend = "".join(
         f'<li><i style="border-top-color:{COLOURS[colour]};border-top-style:{dash.replace("dashdot", "double")}"></i>'
         f"{escape(name)}</li>"
@@ -90,7 +90,7 @@ def small_multiples(
         band = None if usual is None or name not in usual else (usual[name][0], usual[name][-1])
         if band is not None and band[0] < 2 * top:
             top = max(top, min(1.1 * band[1], 2 * top))
-        description = told(f"{quantity} of {name}", {name: points}, unit)
+        description = described(f"{quantity} of {name}", {name: points}, unit)
         drawing = draw([(points, SERIES[0], "solid")], f"{quantity} ({unit})", (2.5, 1.75), 8, description, top, band)
         parts.append(
             f'<figure><figcaption><i class="swatch" style="background:{colour}"></i><b>{breakable(name)}</b> '
@@ -104,7 +104,7 @@ def points_of(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int,
     return [(line["epoch"], line[key]) for line in history if line.get(key) is not None]
 
 
-def told(title: str, found: Mapping[str, Sequence[tuple[int, float]]], quantity: str) -> str:
+def described(title: str, found: Mapping[str, Sequence[tuple[int, float]]], quantity: str) -> str:
     """A figure in words, for who cannot see it."""
     ends = "; ".join(
         f"{name}: {points[0][1]:.3g} in epoch {points[0][0]}, {points[-1][1]:.3g} in epoch {points[-1][0]}"

@@ -196,7 +196,7 @@ def test_equal_names_in_two_domains_of_a_folder(tmp_path):
 
 def test_case_id_in_training_and_validation_is_refused(dataset, tmp_path):
     path = edit(dataset, lambda c: c["source_validation"][0].update(case_id="source_training-1"))
-    with refused(tmp_path, "source_validation: case id 'source_training-1' stands in source_training, too", "keep a"):
+    with refused(tmp_path, "source_validation: case id 'source_training-1' is in source_training, too", "keep a"):
         check_training_data(path, LABELS)
     path = edit(dataset, lambda c: c["source_validation"][0].update(case_id="target_training-1"))
     check_training_data(path, LABELS)
@@ -221,7 +221,7 @@ def test_link_to_a_scan_of_another_section_is_the_scan(dataset, tmp_path):
     victim = dataset / "target_training" / "0.nii.gz"
     victim.unlink()
     victim.symlink_to(dataset / "source_training" / "0.nii.gz")
-    words = ["target_training/0.nii.gz: stands in source_training and in target_training", "keep it in one of them"]
+    words = ["target_training/0.nii.gz: is in source_training and in target_training", "keep it in one of them"]
     with refused(tmp_path, *words):
         check_training_data(dataset / "datalist.json", LABELS)
 

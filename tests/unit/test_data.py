@@ -77,11 +77,11 @@ def test_domains_of_a_folder(tmp_path):
     "change, message",
     [
         (lambda c: c["source_training"][0].pop("label"), "entry 0: 'label' is missing for .*: name it"),
-        (lambda c: c["source_training"].append(dict(c["source_training"][0])), "'source_training-0' stands twice"),
-        (lambda c: c["source_validation"].append({**c["source_training"][0]}), "stands in source_training and in"),
+        (lambda c: c["source_training"].append(dict(c["source_training"][0])), "'source_training-0' occurs twice"),
+        (lambda c: c["source_validation"].append({**c["source_training"][0]}), "is in source_training and in"),
         (
             lambda c: c["target_test"].append({**c["source_training"][0]}),
-            "stands in source_training and in target_test",
+            "is in source_training and in target_test",
         ),
         (lambda c: c["source_training"][0].update(case_id="../x"), "case id '../x' cannot name a file"),
         (lambda c: c["source_training"][0].update(label="source_training/0.nii.gz"), "named as image and as label"),

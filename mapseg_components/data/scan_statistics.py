@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A scan in a few hundred numbers: enough to see that one scan of a set is unlike the others."""
+"""Statistics of a scan, a few hundred numbers: enough to see that one scan of a set differs from the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mapseg_components.data.facts import AuditRecord, Facts, facts_of_scan
 from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.structures import are_whole
 
-__all__ = ["Portrait", "PortraitRecord", "portrait_of"]
+__all__ = ["ScanStatistics", "StatisticsRecord", "scan_statistics"]
 
 GRID = 16  # cells per axis of the coarse view
 QUANTILES = 101
@@ -24,17 +24,18 @@ MOST_VOXELS = 1 << 21  # drawn regularly for quantiles
 
 
 @dataclass(frozen=True)
-class Portrait:
-    """What is kept of an image.
+class ScanStatistics:
+    """Geometry and intensities of an image in numbers.
 
     Args:
-        spacing_mm, extent_mm: voxel sides and field of view along x, y, z of RAS.
+        spacing_mm: voxel sizes along x, y, z of RAS.
+        extent_mm: field of view along x, y, z of RAS.
         axcodes: orientation by the header, such as ``"RAS"``.
         background_share: share of voxels that have exactly the lowest value.
         border_share: the same on the six faces of the volume.
         whole_numbers: all values are whole numbers.
-        soft_tissue_hu, soft_tissue_shifted: share of the voxels above the lowest value that lie in -150 to 250 and in
-            874 to 1274.
+        soft_tissue_hu: share of the voxels above the lowest value that lie in -150 to 250.
+        soft_tissue_shifted: the same in 874 to 1274.
         quantiles: (101,) of the voxels above the lowest value, scaled so that 0 is the lowest value and 1 the 99.5th
             percentile.
         view: (16, 16, 16), the box of what is above the lowest value, in RAS by the header, on a coarse grid: mean
@@ -53,8 +54,8 @@ class Portrait:
     view: np.ndarray
 
 
-def portrait_of(scan: Scan) -> Portrait | None:
-    """Portrait of a scan; ``None`` if it has voxels that are not finite, or no contrast."""
+def scan_statistics(scan: Scan) -> ScanStatistics | None:
+    """Statistics of a scan; ``None`` if it has voxels that are not finite, or no contrast."""
     turn = nib.io_orientation(scan.affine)
     voxels = np.asarray(nib.apply_orientation(scan.voxels, turn), dtype=np.float32)
     lowest, highest = float(voxels.min()), float(voxels.max())
@@ -70,7 +71,7 @@ def portrait_of(scan: Scan) -> Portrait | None:
     faces = np.concatenate([np.take(above, end, axis).ravel() for axis in range(3) for end in (0, -1)])
     scaled = np.clip((drawn - lowest) / (top - lowest), 0, 1)
     box = tuple(slice(*limits) for limits in box_of(above))
-    return Portrait(
+    return ScanStatistics(
         spacing_mm=tuple(float(s) for s in sides),
         extent_mm=tuple(float(s * n) for s, n in zip(sides, voxels.shape)),
         axcodes="".join(nib.aff2axcodes(scan.affine)),
@@ -114,12 +115,12 @@ def coarse(volume: np.ndarray) -> np.ndarray:
     return volume
 
 
-class PortraitRecord(AuditRecord):
-    """Facts of files, each read once, and on the way a portrait of each image. Nothing is kept between runs."""
+class StatisticsRecord(AuditRecord):
+    """Facts of files, each read once, with the statistics of each image. Nothing is kept between runs."""
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.portraits: dict[str, Portrait] = {}
+        self.statistics: dict[str, ScanStatistics] = {}
         self.read: Any = lambda path: None  # called with each file that was read, for a progress bar
         self.known: dict[tuple[str, bool], Facts] = {}
 
@@ -132,7 +133,7 @@ class PortraitRecord(AuditRecord):
             finally:
                 self.read(path)
             self.known[key] = facts_of_scan(scan, with_values)
-            portrait = None if with_values else portrait_of(scan)
-            if portrait is not None:
-                self.portraits[str(path)] = portrait
+            statistics = None if with_values else scan_statistics(scan)
+            if statistics is not None:
+                self.statistics[str(path)] = statistics
         return self.known[key]
