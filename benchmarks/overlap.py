@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `mapseg predict` gains by reading and writing while the network works: in turns with one scan after the other.
 
-OMP_NUM_THREADS=1 python -m benchmarks.overlap --shape 160 192 160 --docs docs/performance.md
+OMP_NUM_THREADS=1 python -m benchmarks.overlap --shape 160 192 160 --docs docs/reference/performance.md
 
 The scans are copies of a shipped one, resampled to a realistic number of voxels; bundle and weights are the shipped
 ones. Writes overlap.json, and its table into a page; exit code 1 if the two ways do not write the same bytes.

@@ -92,7 +92,7 @@ __all__ = ["Prediction", "Predictions", "predict"]
 logger = logging.getLogger(__name__)
 
 SAVING, READER = "SaveLabelMapd", "mapseg_components.data.NiftiReader"
-# of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
+# Bytes per voxel while one scan is read, one segmented and one written; measured in docs/reference/command_line.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST, STAGING = "volumes.csv", "manifest.json", ".unfinished-"
 WRITTEN = ("label_map", "probabilities", "preview", "segmentation")

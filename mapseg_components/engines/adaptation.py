@@ -90,7 +90,7 @@ class UDATrainer(SupervisedTrainer):
         amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
             iterations per optimizer step. See `OptimizationStep`.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
-            (docs/performance.md).
+            (docs/reference/performance.md).
         train_handlers: handlers with ``attach``.
 
     Output:
