@@ -68,7 +68,9 @@ def adaptation_step_flop(network: GlobalLocalDeepLabV3, patch: int, passes: int 
     """Forward and backward of the student's pairs (source clean, masked; target masked), forward of the teacher's.
 
     Args:
-        network: on the meta device. patch: voxels per axis. passes: pairs of the student.
+        network: on the meta device.
+        patch: voxels per axis.
+        passes: pairs of the student.
     """
     student = counted(lambda: pair(network, passes, patch).backward())
     with torch.no_grad():

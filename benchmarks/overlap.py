@@ -76,7 +76,9 @@ def measure(folder: Path, shape: Sequence[int], scans: int, repeats: int, option
     """Seconds of the whole command each way, in turns, and of the stages of a scan.
 
     Args:
-        folder: for scans and results. shape: voxels of a scan. options: further ones of `predict`.
+        folder: for scans and results.
+        shape: voxels of a scan.
+        options: further ones of `predict`.
 
     Returns:
         ``seconds`` by way and clock, ``speed_up`` (wall clock, median over turns), ``stages`` (processor seconds of a

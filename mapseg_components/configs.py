@@ -205,7 +205,9 @@ def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path
     """Refuse to resume with settings that make it another training.
 
     Args:
-        saved: `running_settings` when the resume file was written. now: those of this run. path: the resume file.
+        saved: `running_settings` when the resume file was written.
+        now: those of this run.
+        path: the resume file.
 
     Raises:
         ConfigError: names each differing setting, its old and its new value.

@@ -45,8 +45,10 @@ def agreement(
     """Dice, surface Dice, 95th percentile Hausdorff and average symmetric surface distance of each structure, by MONAI.
 
     Args:
-        prediction, truth: label maps (X, Y, Z) on one grid.
-        values: of the structures. spacing_mm: voxel sides.
+        prediction: label map (X, Y, Z).
+        truth: label map (X, Y, Z) on the same grid.
+        values: of the structures.
+        spacing_mm: voxel sides.
         tolerance_mm: surfaces nearer than this agree, for the surface Dice.
 
     Returns:
@@ -115,7 +117,8 @@ def paired_comparison(first: Mapping[str, float | None], second: Mapping[str, fl
     """Difference of two methods on the same cases: mean, its interval, and a two-sided Wilcoxon signed rank test.
 
     Args:
-        first, second: case to value. Cases that lack one of them are left out.
+        first: case to value.
+        second: case to value. Cases that lack one of the two are left out.
 
     Returns:
         ``n``, ``mean_difference`` (first minus second), ``ci95``, ``p``, and ``note``: why there is no ``p``.

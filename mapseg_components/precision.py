@@ -17,7 +17,8 @@ def autocast(device: torch.device | str, amp: str | None) -> torch.autocast:
     """Context for forward passes.
 
     Args:
-        device: where they run. amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+        device: where they run.
+        amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
 
     Raises:
         ConfigError: ``amp`` is unknown.

@@ -29,7 +29,8 @@ def label_agreement(first: torch.Tensor, second: torch.Tensor, classes: int) -> 
     """Dice between two label maps.
 
     Args:
-        first, second: (X, Y, Z), class indices.
+        first: (X, Y, Z), class indices.
+        second: (X, Y, Z), class indices.
         classes: number of classes, background included.
 
     Returns:
@@ -53,7 +54,8 @@ def consistency(
     label map is mirrored back). A structure that only some of the label maps have counts as 0 in these.
 
     Args:
-        image: (C, X, Y, Z) in [0, 1]. label_map: (X, Y, Z), its segmentation.
+        image: (C, X, Y, Z) in [0, 1].
+        label_map: (X, Y, Z), its segmentation.
         segment: function from such an image to its label map.
         classes: number of classes, background included.
         flip_axis: 0, 1 or 2; only for structures that are alike on both sides and not named by side.
@@ -72,11 +74,13 @@ class Calibration:
     """A straight line from `consistency` to Dice, fitted to labelled scans of the source.
 
     Args:
-        slope, intercept: of the line; the slope is never negative.
+        slope: slope of the line, never negative.
+        intercept: intercept of the line.
         points: number of structures times scans it was fitted to.
         error: root mean square error on points of scans that were left out, one at a time; on the fitted points if
             there is only one scan.
-        lowest, highest: range of the consistencies seen. An estimate outside of it is a guess.
+        lowest: lowest consistency seen. An estimate below it is a guess.
+        highest: highest consistency seen. An estimate above it is a guess.
     """
 
     slope: float
@@ -122,7 +126,9 @@ def positions_of(image: torch.Tensor, label_map: torch.Tensor, classes: int) -> 
     The foreground is what is brighter than the scan's mean; its box leaves out 1 % of it at each end of an axis.
 
     Args:
-        image: (C, X, Y, Z). label_map: (X, Y, Z). classes: number of classes, background included.
+        image: (C, X, Y, Z).
+        label_map: (X, Y, Z).
+        classes: number of classes, background included.
 
     Returns:
         centres (classes - 1, 3), 0 and 1 at the ends of the box; volumes (classes - 1,) in shares of the box. Both NaN
@@ -150,8 +156,10 @@ class Positions:
     """Where labelled scans have each structure. Scans must show the same part of the body.
 
     Args:
-        centres: (structures, 3), means of `positions_of`. spread: (structures,), distance from them that is natural.
-        radii: (structures,), of balls of the structures' mean volume. always: (structures,), whether all scans have it.
+        centres: (structures, 3), means of `positions_of`.
+        spread: (structures,), distance from them that is natural.
+        radii: (structures,), of balls of the structures' mean volume.
+        always: (structures,), whether all scans have it.
     """
 
     centres: torch.Tensor

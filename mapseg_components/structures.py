@@ -154,8 +154,9 @@ def value_fault(
     """What of the distinct values of a file no label map has, and the remedy; ``None`` if all may be labels.
 
     Args:
-        counts: each distinct value, by `to_whole`, with its number of voxels. exact: values are read as integers; else
-            as float32, which ends at `LARGEST_EXACT`. more_values: distinct values that are not in ``counts``.
+        counts: each distinct value, by `to_whole`, with its number of voxels.
+        exact: values are read as integers; else as float32, which ends at `LARGEST_EXACT`.
+        more_values: distinct values that are not in ``counts``.
     """
     pairs = list(counts)
     faults = (
@@ -184,7 +185,9 @@ def unknown_values(
     """What is wrong with the values of a label map, and the remedy; ``None`` if all are known.
 
     Args:
-        counts, more_values: as of `value_fault`. known: values that may be there, besides 0.
+        counts: see `value_fault`.
+        more_values: see `value_fault`.
+        known: values that may be there, besides 0.
     """
     allowed = sorted({0, *known})
     unknown = [(value, count) for value, count in counts if value not in allowed]

@@ -66,7 +66,10 @@ def server(environment: Path, bundle: Path, scans: list[Path], folder: Path, tim
     """A running server with one bundle and some scans; yields its address.
 
     Args:
-        environment: of MONAI Label. bundle: zip of `pack_bundle.py`. scans: NIfTI. folder: for the app and the log.
+        environment: of MONAI Label.
+        bundle: zip of `pack_bundle.py`.
+        scans: NIfTI.
+        folder: for the app and the log.
         timeout_s: seconds to wait for the first answer.
     """
     settings = {**os.environ, "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"}
@@ -151,7 +154,8 @@ def train(address: str, name: str, labelled: Path, models: Path, epochs: int, ti
     """Save label maps through the server and train twice; returns what is wrong, or nothing.
 
     Args:
-        labelled: folder with ``images``, which the server holds, and ``labels``. models: of the bundle that is served.
+        labelled: folder with ``images``, which the server holds, and ``labels``.
+        models: of the bundle that is served.
     """
     offered = json.loads(urllib.request.urlopen(f"{address}/info/", timeout=10).read())["trainers"]
     if name not in offered:

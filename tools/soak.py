@@ -78,7 +78,10 @@ def interrupted(
     """Train to the end with kills at random moments; returns their number and the losses found.
 
     Args:
-        folder: of the run. settings: of the bundle. draw: of the moments. longest_s: between start and kill.
+        folder: of the run.
+        settings: of the bundle.
+        draw: of the moments.
+        longest_s: between start and kill.
         kills: kill no more often than that; ``None`` for every start that does not finish before its moment.
     """
     losses, done, furthest = [], 0, 0

@@ -163,8 +163,10 @@ def adaptation_losses(
     """Eq. 8, or with ``target_clean`` the target's terms shared half and half by the masked and the clean pass.
 
     Args:
-        network: with ``encode`` and ``decode``. teacher: likewise, in evaluation mode.
-        source: labelled `Batch`. target: `Batch` without labels.
+        network: with ``encode`` and ``decode``.
+        teacher: likewise, in evaluation mode.
+        source: labelled `Batch`.
+        target: `Batch` without labels.
         blocks: voxels per side of a hidden block, for ``local`` and ``global``.
         masks: ``source_local``, ``source_global``, ``target_local``, ``target_global``; drawn by default.
         target_clean: the option of that name.

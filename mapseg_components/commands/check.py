@@ -53,7 +53,9 @@ class CheckReport:
     """Result of `check`.
 
     Args:
-        input: what was checked. files: one row per file that was read. findings: errors first.
+        input: what was checked.
+        files: one row per file that was read.
+        findings: errors first.
     """
 
     input: str

@@ -40,8 +40,9 @@ class DemoReport:
     """Result of `demo`.
 
     Args:
-        folder: of the results. text: what came out, for a person. figures: content of ``metrics.json`` (with ``train``)
-            or of ``scores/evaluation.json``.
+        folder: of the results.
+        text: what came out, for a person.
+        figures: content of ``metrics.json`` (with ``train``) or of ``scores/evaluation.json``.
     """
 
     folder: str

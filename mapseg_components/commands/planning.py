@@ -54,7 +54,8 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     voxels.
 
     Args:
-        shapes: voxels per axis of each scan. spacings: mm per axis. Both in one order of axes.
+        shapes: voxels per axis of each scan.
+        spacings: mm per axis. Both in one order of axes.
         preset: one of `PRESETS`.
 
     Returns:

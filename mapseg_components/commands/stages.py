@@ -42,7 +42,8 @@ def run_stage(
 
     Args:
         title: for messages.
-        bundle: folder. configs: files, relative to the folder or absolute, applied left to right.
+        bundle: folder.
+        configs: files, relative to the folder or absolute, applied left to right.
         output: where the stage writes.
         settings: overrides.
         on_epoch: called now and then with the number of finished epochs.

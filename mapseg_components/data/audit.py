@@ -391,8 +391,10 @@ def check_training_data(
 
     Args:
         datalist: see `load_datalist`.
-        labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
-        source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        labels: kept label values, or a mapping of structure name to value.
+        dropped_labels: the other values.
+        source_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        target_negative_values: the same for the target.
         sections: what is looked at, by default both sides; a stage that reads one side names its sections.
         given: cases in place of the datalist's, see `given_cases`.
         options: see `Audit`.
@@ -434,7 +436,8 @@ def check_scans(cases: Sequence[Mapping[str, Any]], negative_values: str | None 
     """Check scans, all or none; labels are not read. To go on without the bad ones see `ScanAudit`.
 
     Raises:
-        ConfigError: there is none. DataError: two would write the same file, or what `check_scan` finds.
+        ConfigError: there is none.
+        DataError: two would write the same file, or what `check_scan` finds.
     """
     raise_findings(names_of(cases))
     audit = Audit()
@@ -449,7 +452,10 @@ class ScanAudit:
     Args:
         cases: see `load_scans`.
         negative_values: see `NegativeValues`; ``None`` refuses scans with negative voxels.
-        assume_orientation, record, audit, non_finite: see `Audit`.
+        assume_orientation: see `Audit`.
+        record: see `Audit`.
+        audit: see `Audit`.
+        non_finite: see `Audit`.
     """
 
     def __init__(
@@ -476,7 +482,8 @@ class ScanAudit:
         """First step of a run: read the scans.
 
         Raises:
-            ConfigError: there is no scan. DataError: two would write the same file. Else as `usable`.
+            ConfigError: there is no scan.
+            DataError: two would write the same file. Else as `usable`.
         """
         raise_findings(names_of(self.cases))
         logger.info(f"{len(self.usable)} of {len(self.cases)} scans are usable.")

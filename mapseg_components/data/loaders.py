@@ -185,8 +185,9 @@ class SourceTargetLoader(EpochLoader):
     """Source and target batches side by side: ``{"source": batch, "target": batch}``.
 
     Args:
-        source_loader: labelled batches, or ``None``. target_loader: unlabelled batches, or ``None``. The entry of
-            one that is ``None`` is absent. An epoch is as long as the shorter of the two. See `EpochLoader`.
+        source_loader: labelled batches, or ``None``.
+        target_loader: unlabelled batches, or ``None``. The entry of one that is ``None`` is absent. An epoch is as long
+            as the shorter of the two. See `EpochLoader`.
 
     Raises:
         ConfigError: both are ``None``, or see `EpochLoader`.

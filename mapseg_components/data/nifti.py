@@ -42,7 +42,10 @@ class Scan:
 
     Args:
         voxels: (X, Y, Z), scaled as the header says.
-        affine, sform, qform, remarks: see `Geometry`.
+        affine: see `Geometry`.
+        sform: see `Geometry`.
+        qform: see `Geometry`.
+        remarks: see `Geometry`.
         digest: sha256 of shape, type, scaling and decoded voxels; names and headers do not enter.
     """
 
@@ -182,7 +185,8 @@ def inflate(stream: BinaryIO) -> Iterator[bytes]:
     """Decompressed pieces of a gzip stream, of bounded size; zlib tests checksum and length of each member.
 
     Raises:
-        zlib.error: damaged. EOFError: it ends too early.
+        zlib.error: damaged.
+        EOFError: it ends too early.
     """
     pending = stream.read(PIECE)
     while pending:

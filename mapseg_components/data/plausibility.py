@@ -40,7 +40,8 @@ def plausibility(
 
     Args:
         groups: set, ``"source"`` and ``"target"`` or any other name, to its files.
-        statistics, facts: of the files that could be read; others are left out.
+        statistics: statistics of the images that could be read, by file.
+        facts: facts of the same files.
     """
     known = {name: [file for file in files if file in statistics] for name, files in groups.items()}
     known = {name: files for name, files in known.items() if files}

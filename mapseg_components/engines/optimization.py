@@ -76,7 +76,9 @@ class OptimizationStep:
         """Context of an iteration: errors of numbers and of memory name the iteration, the cases and what to do.
 
         Args:
-            iteration: counted from 1. cases: of the batch. sizes: (B, C, X, Y, Z) of its local patches.
+            iteration: counted from 1.
+            cases: of the batch.
+            sizes: (B, C, X, Y, Z) of its local patches.
         """
         what = f"iteration {iteration} on {self.device}, batch of {sizes[0]} patches {tuple(sizes[2:])}"
         remedy = "patch_size, batch_size or width for a new run, or set batched_passes to false and go on with this one"

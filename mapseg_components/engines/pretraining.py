@@ -30,14 +30,15 @@ class MAETrainer(SupervisedTrainer):
         optimizer: over the network's parameters.
         loss_function: called with reconstruction, image and mask, e.g. ``MaskedReconstructionLoss``.
         mask_ratio: share of hidden blocks (0.7 in the paper).
-        local_block_size: voxels per side of a hidden block of the local patch (8); global_block_size: of the
-            global view (4). One number or one per axis.
+        local_block_size: voxels per side of a hidden block of the local patch (8).
+        global_block_size: of the global view (4). One number or one per axis.
         mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: encode both scales as one batch (needs equal sizes); otherwise one after the other, in
             about half the memory.
-        amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
-            iterations per optimizer step. See `OptimizationStep`.
+        amp: ``"bf16"``, ``"fp16"`` or ``None``.
+        max_grad_norm: gradient clipping or ``None``.
+        accumulate_steps: iterations per optimizer step. See `OptimizationStep`.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
             (docs/reference/performance.md).
         train_handlers: handlers with ``attach``.

@@ -83,7 +83,9 @@ def validate_weights(weights: Weights, reference: Weights, who: str) -> None:
     """Accept weights only if they have exactly the reference's names, shapes and types, and finite values.
 
     Args:
-        weights: what arrived. reference: what this side has. who: sender, for the message.
+        weights: what arrived.
+        reference: what this side has.
+        who: sender, for the message.
 
     Raises:
         FederationError: names sender, key, found and expected.
@@ -210,7 +212,8 @@ def local_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """Names of tensors that never leave a site.
 
     Args:
-        names: of the network's tensors. patterns: shell patterns such as ``"*norm*"``.
+        names: of the network's tensors.
+        patterns: shell patterns such as ``"*norm*"``.
 
     Raises:
         ConfigError: a pattern fits no name, or nothing would be left to share.

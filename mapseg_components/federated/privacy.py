@@ -94,7 +94,8 @@ def protect(
     """Weights as they leave a site.
 
     Args:
-        weights: name to tensor, after training. base: those that arrived, of the same shapes.
+        weights: name to tensor, after training.
+        base: those that arrived, of the same shapes.
         privacy: see `Privacy`.
         generator: of the noise; by default a new one from the operating system's entropy. It must not follow from
             anything that the server knows, such as the seed of the federation: the server could take the noise off.
@@ -207,8 +208,8 @@ class PrivacyAccountant:
             Empty without noise.
 
         Raises:
-            FederationError: the budget is spent, or the file cannot be used. ResourceError: it cannot be written;
-                nothing may leave then.
+            FederationError: the budget is spent, or the file cannot be used.
+            ResourceError: it cannot be written; nothing may leave then.
         """
         if not self.privacy.noise:
             return {}

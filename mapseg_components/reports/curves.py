@@ -47,7 +47,9 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title:
     """A figure of HTML with one curve per key that some epoch has; empty without any. Up to four curves.
 
     Args:
-        history: one mapping per epoch, with ``epoch``. keys: name in the legend to key. title: plain text.
+        history: one mapping per epoch, with ``epoch``.
+        keys: name in the legend to key.
+        title: plain text.
         quantity: what the values are, and their unit in brackets: the title of the axis.
     """
     found = {name: points for name, key in keys.items() if (points := points_of(history, key))}
@@ -73,9 +75,11 @@ def small_multiples(
     """One small figure per key that some epoch has, each on an axis of its own from 0: small values beside large ones.
 
     Args:
-        history: as for `curves`. keys: name of a structure, in the order of their colours, to key.
-        quantity, unit: of the values. usual: name to lowest and highest value, shown as a band as far as the axis
-            has it.
+        history: as for `curves`.
+        keys: name of a structure, in the order of their colours, to key.
+        quantity: quantity of the values.
+        unit: unit of the values.
+        usual: name to lowest and highest value, shown as a band as far as the axis has it.
 
     Returns:
         HTML; empty without any value. At most 60 figures.
@@ -125,8 +129,13 @@ def draw(
     """SVG of curves.
 
     Args:
-        lines: points, colour, dashes. quantity: title of the axis. size: in inches. font: size in points.
-        description: in words. top: of an axis from 0; by default the axis fits the values. band: to shade.
+        lines: points, colour, dashes.
+        quantity: title of the axis.
+        size: in inches.
+        font: size in points.
+        description: in words.
+        top: of an axis from 0; by default the axis fits the values.
+        band: to shade.
     """
     matplotlib, _ = optional_import("matplotlib")
     figure_type, _ = optional_import("matplotlib.figure", name="Figure")
