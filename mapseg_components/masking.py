@@ -15,7 +15,7 @@ import torch
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["block_grid", "check_mask_value", "draw_block_mask", "expand_block_mask", "hide"]
+__all__ = ["BlockMask", "block_grid", "check_mask_value", "draw_block_mask", "expand_block_mask", "hide"]
 
 MEAN = "mean"
 
@@ -94,3 +94,41 @@ def hide(image: torch.Tensor, mask: torch.Tensor, value: float | str = 0.0) -> t
     if value == MEAN:
         return torch.where(mask, image.mean(dim=(-3, -2, -1), keepdim=True), image)
     return image.masked_fill(mask, float(value))
+
+
+class BlockMask:
+    """Hide random blocks of a batch of images, anew in each call.
+
+    Args:
+        mask_ratio: share of hidden blocks.
+        block_size: voxels per side of a block, one number or one per axis.
+        mask_value: see `hide`.
+
+    Raises:
+        ConfigError: the mask value is unknown; or, in a call, a block does not divide the image, or the ratio is no share.
+
+    Example:
+        >>> import torch
+        >>> from mapseg_components.masking import BlockMask
+        >>> hidden = BlockMask(mask_ratio=0.75, block_size=4)(torch.ones(2, 1, 8, 8, 8))
+        >>> hidden.mean().item()
+        0.25
+    """
+
+    def __init__(self, mask_ratio: float, block_size: Sequence[int] | int, mask_value: float | str = 0.0) -> None:
+        self.mask_ratio = mask_ratio
+        self.block_size = block_size
+        self.mask_value = check_mask_value(mask_value)
+
+    def draw(self, image: torch.Tensor) -> torch.Tensor:
+        """A mask for each image: boolean (B, 1, X, Y, Z), ``True`` = hidden, for images (B, C, X, Y, Z)."""
+        mask = draw_block_mask(len(image), block_grid(image.shape[2:], self.block_size), self.mask_ratio)
+        return expand_block_mask(mask.to(image.device, non_blocking=True), image.shape[2:])
+
+    def hide(self, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Image with the hidden voxels of a mask replaced."""
+        return hide(image, mask, self.mask_value)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, X, Y, Z) with a share of their blocks hidden."""
+        return self.hide(image, self.draw(image))

@@ -30,7 +30,7 @@ from mapseg_components.federated.core import (
 )
 from mapseg_components.federated.plan import Plan
 from mapseg_components.files import write_json, write_text
-from mapseg_components.keys import TARGET_SEGMENTATION
+from mapseg_components.keys import TARGET_LOSS
 
 __all__ = ["Coordinator"]
 
@@ -187,7 +187,7 @@ class Coordinator:
             name: {**self._accepted[name], "weight": self._accepted[name]["scans"] / total}
             for name in sorted(self._accepted)
         }
-        scored = [(line["weight"], line["losses"].get(TARGET_SEGMENTATION, math.nan)) for line in sites.values()]
+        scored = [(line["weight"], line["losses"].get(TARGET_LOSS, math.nan)) for line in sites.values()]
         score = -sum(weight * loss for weight, loss in scored)
         asked = len({*sites, *self._excluded})
         return {

@@ -50,7 +50,7 @@ class Site:
     from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
 
     The source side trains with Eq. 9, the target side with Eq. 10 (``target_clean`` true, ``beta`` 0.5); both are
-    settings of the bundle's ``AdaptationLoss``. The teacher follows from the first step. `Plan.privacy` acts on what a
+    settings of the bundle's ``method``. The teacher follows from the first step. `Plan.privacy` acts on what a
     target side sends back, alike in the simulation and between real sites.
 
     Args:
@@ -156,9 +156,14 @@ class Site:
         parser = parser_of(settings)
         parser[f"train#dataloader#{other}_loader"] = None
         if self.side == TARGET:
-            parser["loss#segmentation#class_weights"] = None  # would be counted in source labels
+            parser["class_weights"] = None  # would be counted in source labels
         parser["train#handlers"] = [
-            {"_target_": "mapseg_components.handlers.EpochHistory", "output_dir": "@_folder", "optimizer": "@optimizer"}
+            {
+                "_target_": "mapseg_components.handlers.EpochHistory",
+                "output_dir": "@_folder",
+                "optimizer": "@optimizer",
+            },
+            "@teacher",
         ]
         self.trainer = parser.get_parsed_content("train#trainer")
         self.network = parser.get_parsed_content("network_def")

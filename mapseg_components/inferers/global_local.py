@@ -21,7 +21,8 @@ from mapseg_components.boxes import box_of_mask, expand_box, resample_box
 from mapseg_components.errors import ConfigError, DataError, NonFiniteError
 from mapseg_components.inferers.stitching import Stitching, Window
 from mapseg_components.memory import naming_memory_errors, require_memory
-from mapseg_components.networks import GlobalLocalPass
+from mapseg_components.networks import PlainPass
+from mapseg_components.networks.passes import collaborates
 
 tqdm, _ = optional_import("tqdm", name="tqdm")  # MONAI's way: needed for ``progress`` alone
 
@@ -237,9 +238,9 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
 
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module  # the wrapper hides encode, context and decode
-        if isinstance(network, GlobalLocalPass):
+        if isinstance(network, PlainPass):
             network = network.network
-        if not all(hasattr(network, part) for part in ("encode", "context", "decode")):
+        if not collaborates(network):
             condition = kwargs.pop("condition", None)
 
             def alone(windows: list[Window]) -> Any:

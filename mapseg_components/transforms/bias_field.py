@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.transforms import RandBiasFieldd
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.keys import GLOBAL_IMAGE, LOCAL_BOX, LOCAL_IMAGE
+from mapseg_components.keys import BOX, GLOBAL_IMAGE, IMAGE
 from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["RandGlobalLocalBiasFieldd", "legendre_field"]
@@ -68,9 +68,9 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         degree: int = 3,
         coeff_range: tuple[float, float] = (0.0, 0.1),
         prob: float = 0.1,
-        local_key: str = LOCAL_IMAGE,
+        local_key: str = IMAGE,
         global_key: str = GLOBAL_IMAGE,
-        box_key: str = LOCAL_BOX,
+        box_key: str = BOX,
         maximum: float | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
