@@ -1,10 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How much a segmentation of an unlabelled scan can be trusted, as far as the scan itself tells.
+"""Quality of a segmentation, estimated without labels of the scan.
 
-A model that knows a scan gives the same label map when the scan is shown a little differently; one that guesses does
-not. `consistency` measures that, `Calibration` turns it into a Dice by what was seen on labelled scans of the source.
-A model can be consistent and wrong: `Positions` bounds the Dice of structures that lie where no labelled scan has them.
+`consistency` is the agreement of the label maps of one scan under changed intensities. `Calibration` maps it to a Dice,
+by a line fitted on labelled source scans. A model can be consistent and wrong, so `Positions` bounds the Dice of a
+structure that lies where no labelled scan has it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positi
 
 # monotone curves of the intensities in [0, 1], as between scanners and protocols
 GAMMAS = (0.7, 1.4)
-# of the foreground's voxels along an axis: what lies beyond is noise
+# of the foreground's voxels along an axis; what lies beyond is taken as noise
 BOX_SHARES = (0.01, 0.99)
-SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that is taken for natural
+SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that counts as normal
 LEAST_SPREAD = 0.05  # of the box
 
 
@@ -48,9 +48,9 @@ def consistency(
     classes: int,
     flip_axis: int | None = None,
 ) -> torch.Tensor:
-    """Dice between the label map of a scan and those of the same scan shown differently.
+    """Dice between the label map of a scan and those of the same scan changed.
 
-    Shown differently means: intensities raised to 0.7 and to 1.4, and, if an axis is named, mirrored along it (the
+    The changes: intensities raised to the powers 0.7 and 1.4 and, if an axis is named, a mirror image along it (the
     label map is mirrored back). A structure that only some of the label maps have counts as 0 in these.
 
     Args:
@@ -157,8 +157,8 @@ class Positions:
 
     Args:
         centres: (structures, 3), means of `positions_of`.
-        spread: (structures,), distance from them that is natural.
-        radii: (structures,), of balls of the structures' mean volume.
+        spread: (structures,), distance from them that counts as normal.
+        radii: (structures,), of spheres of the structures' mean volume.
         always: (structures,), whether all scans have it.
     """
 
@@ -169,7 +169,7 @@ class Positions:
 
     @classmethod
     def fit(cls, found: Sequence[tuple[torch.Tensor, torch.Tensor]], anywhere: bool = False) -> Positions:
-        """From results of `positions_of` for labelled scans. anywhere: let every distance pass for natural."""
+        """From results of `positions_of` for labelled scans. anywhere: every distance counts as normal."""
         centres, volumes = (torch.stack(parts) for parts in zip(*found))
         distances = torch.zeros(len(centres), centres.shape[1])
         for number in range(len(centres)):
@@ -181,7 +181,9 @@ class Positions:
         return cls(centres.nanmean(dim=0), spread + torch.inf if anywhere else spread, radii, always)
 
     def highest_dice(self, centres: torch.Tensor) -> torch.Tensor:
-        """Dice that a structure at such a place can have: that of two balls, as far apart as it is off its place.
+        """Upper bound of the Dice of a structure at a position: that of two spheres of its size at the excess distance.
+
+        The excess distance is the distance from the mean position of labelled scans, less the normal spread.
 
         Args:
             centres: of a label map, by `positions_of`.

@@ -126,7 +126,7 @@ def check(
 
     Errors are what stops a training or an inference: damaged files and headers, orientation that is unknown or
     contradicts itself, voxels that are not finite, label maps that are not on their scan's grid or have unknown values,
-    scans that stand twice. Warnings and notes come from the set as a whole: voxel size, field of view, CT in HU or with
+    scans that occur twice. Warnings and notes come from the set as a whole: voxel size, field of view, CT in HU or with
     1024 added, skull-stripped or not, orientation by content, left and right, histograms of source and target.
 
     Args:

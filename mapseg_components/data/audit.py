@@ -331,7 +331,7 @@ def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
         if twice:
             remedy = "rename the files"
             found.append(
-                Finding("error", "", f"{what} {twice} stand twice and would overwrite each other's results", remedy)
+                Finding("error", "", f"{what} {twice} occur twice and would overwrite each other's results", remedy)
             )
             break
     for case in cases:

@@ -178,7 +178,7 @@ def test_results_that_would_overwrite_each_other_are_refused(dataset, tmp_path):
     write_nifti(dataset / "other" / "0_label.nii.gz", make_scan(seed=50)[1])
     entry = {"image": "other/0.nii.gz", "label": "other/0_label.nii.gz", "case_id": "other"}
     cases = load_datalist(edit(dataset, lambda c: c["target_test"].append(entry)), "target_test")
-    with refused(tmp_path, "scans named ['0'] stand twice and would overwrite", "rename the files"):
+    with refused(tmp_path, "scans named ['0'] occur twice and would overwrite", "rename the files"):
         check_labelled_scans(cases, LABELS)
 
 

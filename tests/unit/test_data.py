@@ -207,7 +207,7 @@ def test_scans_of_a_folder(tmp_path):
     with pytest.raises(ConfigError, match="no NIfTI scan"):
         check_scans(load_scans(tmp_path / "empty"))
     write_nifti(tmp_path / "b.nii.gz", make_scan()[0])
-    with pytest.raises(DataError, match=r"\['b'\] stand twice"):
+    with pytest.raises(DataError, match=r"\['b'\] occur twice"):
         check_scans(load_scans(tmp_path))
 
 

@@ -185,7 +185,7 @@ def test_local_layers_stay_at_their_site(tmp_path):
 
 
 def test_the_patterns_of_the_docs_are_all_normalisation_layers(tiny_network):
-    text = (ROOT / "docs" / "how-to" / "federated.md").read_text()
+    text = (ROOT / "docs" / "reference" / "federation.md").read_text()
     patterns = json.loads(next(line for line in text.splitlines() if line.startswith('    ["*norm*"')))
     layers = [name for name, module in tiny_network.named_modules() if isinstance(module, torch.nn.GroupNorm)]
     expected = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
