@@ -239,7 +239,12 @@ def leaves(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def running_workflow() -> ConfigWorkflow | None:
-    """The ``ConfigWorkflow`` whose ``run`` calls this expression; MONAI gives expressions no other way to see it."""
+    """The ``ConfigWorkflow`` whose ``run`` calls this expression, found on the call stack.
+
+    MONAI hands an expression what its references evaluate to, never the config itself: ``@name`` gives one value, and
+    ``@`` alone, the whole config, is a circular reference. A workflow class of our own would see the parser, but
+    ``monai.bundle run`` takes one from its command line only (``--workflow_name``): every command would have to name it.
+    """
     for frame in inspect.stack(context=0):
         owner = frame.frame.f_locals.get("self")
         if isinstance(owner, ConfigWorkflow):

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mapseg_components.commands.declarations import declaration_of
-from mapseg_components.commands.main import COMMANDS, canonical
+from mapseg_components.commands.main import COMMANDS, arguments_of
 from mapseg_components.commands.shipped import PACKAGE, SEGMENTS
 from setup import LINK, readme_for_packages
 from tests.conftest import ROOT, make_scan, write_nifti
@@ -324,7 +324,7 @@ def test_the_image_runs_mapseg_and_monai_without_another_entry_point():
     assert {words[0] for words in inside} == {"mapseg", "python"}
     for program, name, *rest in inside:
         if program == "mapseg":
-            assert name in COMMANDS and canonical(declaration_of(name), rest)
+            assert name in COMMANDS and arguments_of(declaration_of(name), rest)
         else:
             assert [name, rest[0]] == ["-m", "monai.bundle"]
 
