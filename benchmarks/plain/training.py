@@ -62,10 +62,10 @@ def hide(image: torch.Tensor, masks: list[torch.Tensor], block: int) -> torch.Te
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """A copy with the same weights, in PyTorch's own modules and memory format."""
-    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    """A copy with the same weights, in PyTorch's own modules."""
+    network = copy.deepcopy(network)
     for module in network.modules():
-        for own in (nn.Conv3d, nn.ConvTranspose3d, nn.GroupNorm):
+        for own in (nn.Conv3d, nn.ConvTranspose3d):
             if isinstance(module, own):
                 module.__class__ = own
     return network

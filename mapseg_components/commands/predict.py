@@ -633,6 +633,7 @@ class Run:
         if not self._todo:
             return
         self._evaluator = self.parser.get_parsed_content("evaluator")
+        self._evaluator.interrupt_resume_enabled = False  # else the run after one that raised would do nothing
         self._evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
         self._dataset = self.parser.get_parsed_content("dataset")
         self._collate = self._evaluator.data_loader.collate_fn
@@ -686,7 +687,6 @@ class Run:
         loader, engine, output = [batch], self._evaluator, None
         with self.own(todo):
             engine.data_loader, engine.state.epoch_length = loader, 1
-            engine._internal_run_generator = None  # of a run that raised: ignite's next run would do nothing
             engine.run()
             output = self._output
         loader.clear()  # no more references to the scan than the one that is returned

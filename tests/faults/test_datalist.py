@@ -29,7 +29,7 @@ from mapseg_components.transforms import NegativeValues
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage
 from tests.faults.common import LABELS, bundle_run, refused, tree
-from tools.fuzz import datalist_target
+from tests.fuzz.run import datalist_target
 
 LABEL_FAULTS = [
     (damage.stray_label, "unknown values 9 (3 voxels), known are [0, 1, 2]", "labels or in dropped_labels"),

@@ -35,7 +35,7 @@ from mapseg_components.transforms import FillNonFinited
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage
 from tests.faults.common import LABELS, SMALL, bundle_run, refused, save_small_weights, tree
-from tools.fuzz import scan_target
+from tests.fuzz.run import scan_target
 
 COPY = "copy it again"
 FAULTS = [

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a federated round costs: python tools/federation_cost.py [SITES ...]. Prints two tables in Markdown.
+"""What a federated round costs: python -m benchmarks.federation_cost [SITES ...]. Prints two tables in Markdown.
 
 Bytes per round are counted on the networks of the bundle's configs, without any training: float32; 16 bits (bfloat16,
 or float16 of ``job.py --wire``); 8 and 4 bits (``--wire blockwise8``, ``normfloat4``) with their scales and code books.
@@ -22,13 +21,10 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigParser
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mapseg_components.federated import Site, simulate  # noqa: E402
-from mapseg_components.federated.core import local_names, payload_bytes  # noqa: E402
-from mapseg_components.federated.site import parser_of  # noqa: E402
-from tests.federation import CONFIGS, make_federation, make_site, small_plan, small_settings  # noqa: E402
+from mapseg_components.federated import Site, simulate
+from mapseg_components.federated.core import local_names, payload_bytes
+from mapseg_components.federated.site import parser_of
+from tests.federation import CONFIGS, make_federation, make_site, small_plan, small_settings
 
 SIZES = {
     "train.json (the sample)": ["train.json"],

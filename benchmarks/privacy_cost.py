@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What privacy settings cost in Dice on the shipped sample: python tools/privacy_cost.py WEIGHTS OUTPUT.
+"""What privacy settings cost in Dice on the shipped sample: python -m benchmarks.privacy_cost WEIGHTS OUTPUT.
 
 A simulated federation of a server with the labelled source scans and two sites with two unlabelled scans each, from
 the same weights (``source_only.pt`` of the demo), once for each setting and seed, with the weights of the last round
@@ -14,7 +13,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,13 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from mapseg_components.checkpoints import write_atomic
+from mapseg_components.federated import simulate
+from mapseg_components.federated.site import parser_of
+from mapseg_components.files import write_json
+from tools.stages import ADAPTATION, run_bundle
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from mapseg_components.checkpoints import write_atomic  # noqa: E402
-from mapseg_components.federated import simulate  # noqa: E402
-from mapseg_components.federated.site import parser_of  # noqa: E402
-from mapseg_components.files import write_json  # noqa: E402
-from tools.stages import ADAPTATION, run_bundle  # noqa: E402
-
 SAMPLE = ROOT / "sample" / "fetal_age"
 FILES = ("train.json", "from_source.yaml", "federated.json")
 CLIP = 0.003  # two thirds of what a site's update moves here without it, see the table

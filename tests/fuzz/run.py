@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Feed damaged scans, datalists and audit records to the readers: python tools/fuzz.py --minutes 10 --seed 0.
+"""Feed damaged scans, datalists and audit records to the readers: python -m tests.fuzz.run --minutes 10 --seed 0.
 
 Only a `MAPSegError` with one line a finding, or success, is right. Counts inputs; every other exception is printed with
 the file that caused it, which is kept; exit code 1 if there was one. Such a file becomes a test.

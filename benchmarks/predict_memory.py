@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
 """Measure the largest resident memory of ``mapseg predict`` on one large scan, or several of one size (Linux).
 
-    OMP_NUM_THREADS=1 python tools/predict_memory.py --shape 512 512 400
-    OMP_NUM_THREADS=1 python tools/predict_memory.py --shape 256 256 200 --scans 4 --options --no_overlap
+    OMP_NUM_THREADS=1 python -m benchmarks.predict_memory --shape 512 512 400
+    OMP_NUM_THREADS=1 python -m benchmarks.predict_memory --shape 256 256 200 --scans 4 --options --no_overlap
 
 The scan is made up: noise in an ellipsoid, int16, compressed. The network is the adaptation bundle's with random
 weights, small by default, and windows do not overlap: what takes the memory, the whole scan's arrays, depends on
@@ -29,7 +28,6 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mapseg_components.commands.predict import read_bundle
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A federation of real processes on this machine: python tools/poc.py FOLDER. Needs the extra ``fl``.
+"""A federation of real processes on this machine: python -m tests.poc.run FOLDER. Needs the extra ``fl``.
 
 NVFlare's POC mode: a server and three clients on localhost, each a process with its own start-up kit, talking by mutual
 TLS. After the first round a client is killed (SIGKILL) and the rounds must go on; then the server is killed in a round
@@ -24,12 +23,10 @@ import psutil
 import torch
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from mapseg_components.federated.flare.job import allow_components, make_job
+from tests.federation import make_federation, write_parties
 
-from mapseg_components.federated.flare.job import allow_components, make_job  # noqa: E402
-from tests.federation import make_federation, write_parties  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 SITES = ["site-1", "site-2", "site-3"]
 ADMIN = "admin@nvidia.com"
 ROUNDS, TIMEOUT_S, PATIENCE_S = 6, 150, 900

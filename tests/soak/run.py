@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
 """Kill training at random moments, start it again with the same command, and count what is lost. The goal is 0.
 
-    python tools/soak.py --kills 100            many short runs
-    python tools/soak.py --minutes 60           one long run
+    python -m tests.soak.run --kills 100            many short runs
+    python -m tests.soak.run --minutes 60           one long run
 
 Every run is a real process that SIGKILL ends at a seeded random moment, on the shipped scans with the sizes of
 ``tiny.yaml``. A loss is: neither ``last.pt`` nor ``previous.pt`` can be read after one of them existed; a save older
@@ -31,11 +30,10 @@ import monai
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from mapseg_components.checkpoints import read_checked  # noqa: E402
-from mapseg_components.errors import CheckpointError  # noqa: E402
+from mapseg_components.checkpoints import read_checked
+from mapseg_components.errors import CheckpointError
 
+ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
 SAMPLE = ROOT / "sample" / "fetal_age"
 NAMES = ("last.pt", "model.pt", "source_only.pt")

@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
 """Ask a real MONAI Label server for one scan, compare with ``monai.bundle run`` voxel by voxel, and train through it.
 
-python tools/monailabel_roundtrip.py --label-env ENV --bundle bundles/mapseg_adaptation --scan SCAN.nii.gz \\
+python -m tests.monailabel.run --label-env ENV --bundle bundles/mapseg_adaptation --scan SCAN.nii.gz \\
     --labelled FOLDER
 
-ENV is a virtual environment with ``tools/monailabel_requirements.txt``; ``mapseg_components`` need not be installed in
+ENV is a virtual environment with ``tests/monailabel/requirements.txt``; ``mapseg_components`` need not be installed in
 it, the bundle is served as packed by ``pack_bundle.py``. FOLDER has ``images`` and ``labels`` by the same names: its
 label maps are saved through the server, which is then asked to train, twice, and asked for label maps again. Without it
 nothing is trained. The server listens on this machine alone and is ended with the script. Exit code 0 only if label map
@@ -36,7 +35,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.pack_bundle import pack
 
 # MONAI Label loads torchvision for pictures that this round trip does not make. Where its compiled operators do not fit
