@@ -159,7 +159,7 @@ class BlockMask:
         ConfigError: the mask value is unknown; or, in a call, a block does not divide the image, or the ratio is no
             share.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.masking import BlockMask
         >>> hidden = BlockMask(mask_ratio=0.75, block_size=4)(torch.ones(2, 1, 8, 8, 8))

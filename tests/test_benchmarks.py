@@ -223,7 +223,7 @@ def test_text_goes_between_the_markers(tmp_path):
 
 
 def test_the_page_shows_the_results_file():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "performance.md").read_text(encoding="utf-8")
     own = {"overlap.json": overlap.table, "scaling.json": scaling.table}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))

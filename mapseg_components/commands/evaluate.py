@@ -48,7 +48,10 @@ class Evaluation:
         rows: one per case and structure: the metrics of `METRICS`, ``truth_voxels``, ``predicted_voxels``.
         summary: structure to metric to ``n``, ``mean``, ``sd``, ``median``, ``ci95``; the mean of structures last.
         versus: structure to metric to what `paired_comparison` gives; empty without a second set.
-        tolerance_mm: of the surface Dice. cases: their number. exit_code: 0. notes: what was not compared.
+        tolerance_mm: of the surface Dice.
+        cases: their number.
+        exit_code: 0.
+        notes: what was not compared.
     """
 
     rows: list[dict[str, Any]]
@@ -214,7 +217,8 @@ def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], c
     """Names that all sets have.
 
     Raises:
-        ConfigError: files stand against folders, or no name is common. DataError: a file has no partner.
+        ConfigError: files stand against folders, or no name is common.
+        DataError: a file has no partner.
     """
     single = {"" in found for found in sets.values()}
     if len(single) > 1:

@@ -92,7 +92,7 @@ __all__ = ["Prediction", "Predictions", "predict"]
 logger = logging.getLogger(__name__)
 
 SAVING, READER = "SaveLabelMapd", "mapseg_components.data.NiftiReader"
-# of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
+# Bytes per voxel while one scan is read, one segmented and one written; measured in docs/reference/command_line.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 TABLE, MANIFEST, STAGING = "volumes.csv", "manifest.json", ".unfinished-"
 WRITTEN = ("label_map", "probabilities", "preview", "segmentation")
@@ -582,11 +582,11 @@ class Run:
             ConfigError: a result would replace a file that the earlier run did not claim.
         """
         done = {case: one for case, one in earlier.scans.items() if one.status == "done" and case in earlier.volumes}
-        strangers = []
+        unclaimed = []
         for number, one in enumerate(self.predictions):
             place, before = self.places[one.case], earlier.scans.get(one.case)
             if before is None or not (before.claimed or before.status == "done"):
-                strangers += [path for path in place.files(one.series is not None) if os.path.lexists(path)]
+                unclaimed += [path for path in place.files(one.series is not None) if os.path.lexists(path)]
                 continue
             one.claimed = True
             wanted = [place.label_map, *([place.sidecar] if place.sidecar is not None else [])]
@@ -597,8 +597,8 @@ class Run:
                 named = {key: str(getattr(place, key)) for key in WRITTEN if getattr(before, key) is not None}
                 self.predictions[number] = replace(before, place=one.place, **named)
                 self.kept.append(one.case)
-        if strangers:
-            named = f"{strangers[0]}{f' and {len(strangers) - 1} more' if len(strangers) > 1 else ''}"
+        if unclaimed:
+            named = f"{unclaimed[0]}{f' and {len(unclaimed) - 1} more' if len(unclaimed) > 1 else ''}"
             raise ConfigError(f"{named} would be replaced, and the earlier run did not write it: move it away")
         gone = sorted(set(done) - {one.case for one in self.predictions})
         self.predictions += [done[case] for case in gone]
@@ -633,6 +633,7 @@ class Run:
         if not self._todo:
             return
         self._evaluator = self.parser.get_parsed_content("evaluator")
+        self._evaluator.interrupt_resume_enabled = False  # else the run after one that raised would do nothing
         self._evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._take)
         self._dataset = self.parser.get_parsed_content("dataset")
         self._collate = self._evaluator.data_loader.collate_fn
@@ -644,13 +645,13 @@ class Run:
                 bar.update()
 
             try:
-                in_stages(self._todo, self.read, self.segment, write, self.overlap and self.roomy())
+                in_stages(self._todo, self.read, self.segment, write, self.overlap and self.memory_allows_overlap())
             finally:
                 for one, _ in self._todo:
                     one.seconds = None if one.status == "not done" else one.seconds
 
-    def roomy(self) -> bool:
-        """Whether three of the largest scans at once take at most half of the memory: others use it as well."""
+    def memory_allows_overlap(self) -> bool:
+        """Whether three of the largest scans together take at most half of the memory."""
         voxels = max(voxels_of(case[IMAGE]) for _, case in self._todo)
         needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * (len(self.names) + 1))
         available = memory_of("cpu")
@@ -686,7 +687,6 @@ class Run:
         loader, engine, output = [batch], self._evaluator, None
         with self.own(todo):
             engine.data_loader, engine.state.epoch_length = loader, 1
-            engine._internal_run_generator = None  # of a run that raised: ignite's next run would do nothing
             engine.run()
             output = self._output
         loader.clear()  # no more references to the scan than the one that is returned

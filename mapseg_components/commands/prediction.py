@@ -25,15 +25,21 @@ class Prediction:
     """What became of one scan.
 
     Args:
-        case: its id. scan: its file; of a DICOM series what it is, without its path.
+        case: its id.
+        scan: its file; of a DICOM series what it is, without its path.
         status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
-        label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
-        seconds: of reading, network and writing, without waiting. message: why it, or its picture, failed.
+        label_map: file, ``None`` if it was not written.
+        probabilities: file, ``None`` if it was not written.
+        preview: file, ``None`` if it was not written.
+        segmentation: DICOM Segmentation, ``None`` if it was not written.
+        seconds: of reading, network and writing, without waiting.
+        message: why it, or its picture, failed.
         series: number, modality, number of files and the UID's sha256 of a DICOM series.
         stamp: size in bytes and time of change in ns when the run began; of a series, their sum and the latest.
         notes: what was done to the values of a DICOM series beyond rescaling.
         claimed: the files of this scan in the output are, or may be, this command's, whatever became of the scan.
-        kind: class of the error. place: folder of a series below the input; both are in no file.
+        kind: class of the error.
+        place: folder of a series below the input; both are in no file.
     """
 
     case: str
@@ -62,7 +68,8 @@ class Earlier:
     """What an earlier run left.
 
     Args:
-        scans: case id to what became of it. volumes: case id to its rows of the table.
+        scans: case id to what became of it.
+        volumes: case id to its rows of the table.
     """
 
     scans: dict[str, Prediction]
@@ -75,8 +82,10 @@ def read_earlier(
     """Scans and volumes of an earlier run of the same settings and weights.
 
     Args:
-        manifest: its file. table: its volumes; there may be none.
-        settings, weights: of this run, as its manifest will have them. Weights that cannot be read are not compared.
+        manifest: its file.
+        table: its volumes; there may be none.
+        settings: settings of this run, as its manifest will have them.
+        weights: weights of this run, as its manifest will have them. Weights that cannot be read are not compared.
 
     Raises:
         ConfigError: the earlier run had other settings or weights, or the files are of no such run.

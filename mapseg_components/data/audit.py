@@ -105,23 +105,23 @@ class Audit:
         return found
 
     def duplicates(self, sections: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """No case id twice in a section or on both sides of a validation; no file in two places."""
+        """Report case ids that occur twice in a section or in training and validation, and files in two sections."""
         files: dict[str, list[str]] = {}  # real path to the sections that have it
         for section, cases in sections.items():
             for name, count in Counter(case[CASE_ID] for case in cases).items():
                 if count > 1:
-                    self.add(section, f"case id {name!r} stands twice", "set case_id, or in a folder rename a file")
+                    self.add(section, f"case id {name!r} occurs twice", "set case_id, or in a folder rename a file")
             for case in cases:
                 before = files.setdefault(os.path.realpath(case[IMAGE]), [])
                 for other in before:
                     if {other, section} != SHARED:
-                        self.add(case[IMAGE], f"stands in {other} and in {section}", "keep it in one of them")
+                        self.add(case[IMAGE], f"is in {other} and in {section}", "keep it in one of them")
                 before.append(section)
         training = {case[CASE_ID] for case in sections.get("source_training", ())}
         for name in sorted(training & {case[CASE_ID] for case in sections.get("source_validation", ())}):
             self.add(
                 "source_validation",
-                f"case id {name!r} stands in source_training, too",
+                f"case id {name!r} is in source_training, too",
                 "keep a person's scans on one side, or set case_id if it is another person",
             )
 
@@ -331,7 +331,7 @@ def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
         if twice:
             remedy = "rename the files"
             found.append(
-                Finding("error", "", f"{what} {twice} stand twice and would overwrite each other's results", remedy)
+                Finding("error", "", f"{what} {twice} occur twice and would overwrite each other's results", remedy)
             )
             break
     for case in cases:
@@ -361,7 +361,7 @@ def check_scan(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTIONS)) -> dict[str, list[dict[str, Any]]]:
     """Load the sections that a datalist has and refuse duplicates and leaks between them. No scan is opened.
 
-    Equal case ids in source and target are allowed: they are often numbered alike. A scan may stand in
+    Equal case ids in source and target are allowed: they are often numbered alike. A scan may be in
     ``target_training`` and in ``target_test``.
 
     Returns:
@@ -369,7 +369,7 @@ def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTION
 
     Raises:
         ConfigError: there is no datalist, it has no ``source_training``, or a section is empty.
-        DataError: a case id stands twice in a section, or in source training and validation; or a file stands twice.
+        DataError: a case id occurs twice in a section, or in source training and validation; or a file occurs twice.
     """
     audit = Audit()
     cases = audit.datalist(datalist, sections)
@@ -391,8 +391,10 @@ def check_training_data(
 
     Args:
         datalist: see `load_datalist`.
-        labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
-        source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        labels: kept label values, or a mapping of structure name to value.
+        dropped_labels: the other values.
+        source_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        target_negative_values: the same for the target.
         sections: what is looked at, by default both sides; a stage that reads one side names its sections.
         given: cases in place of the datalist's, see `given_cases`.
         options: see `Audit`.
@@ -434,7 +436,8 @@ def check_scans(cases: Sequence[Mapping[str, Any]], negative_values: str | None 
     """Check scans, all or none; labels are not read. To go on without the bad ones see `ScanAudit`.
 
     Raises:
-        ConfigError: there is none. DataError: two would write the same file, or what `check_scan` finds.
+        ConfigError: there is none.
+        DataError: two would write the same file, or what `check_scan` finds.
     """
     raise_findings(names_of(cases))
     audit = Audit()
@@ -449,7 +452,10 @@ class ScanAudit:
     Args:
         cases: see `load_scans`.
         negative_values: see `NegativeValues`; ``None`` refuses scans with negative voxels.
-        assume_orientation, record, audit, non_finite: see `Audit`.
+        assume_orientation: see `Audit`.
+        record: see `Audit`.
+        audit: see `Audit`.
+        non_finite: see `Audit`.
     """
 
     def __init__(
@@ -476,7 +482,8 @@ class ScanAudit:
         """First step of a run: read the scans.
 
         Raises:
-            ConfigError: there is no scan. DataError: two would write the same file. Else as `usable`.
+            ConfigError: there is no scan.
+            DataError: two would write the same file. Else as `usable`.
         """
         raise_findings(names_of(self.cases))
         logger.info(f"{len(self.usable)} of {len(self.cases)} scans are usable.")

@@ -60,7 +60,7 @@ class MappedCacheDataset(CacheDataset):
         progress: show a bar while the cache is filled.
 
     Raises:
-        ConfigError: two settings of a transform could not be distinguished, e.g. of a lambda.
+        ConfigError: the settings of a transform cannot be distinguished from others.
         DataError: a transform leaves something that is no tensor and was not in the case.
         ResourceError: the folder cannot be written, or its disk is full.
 
@@ -153,7 +153,9 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
         digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return [kind, str(value.dtype), list(value.shape), digest]
     if id(value) in within:
-        raise ConfigError(f"a {kind} refers to itself, it has no digest: cache in memory (cache_dir: null)")
+        raise ConfigError(
+            f"a {kind} refers to itself, its settings cannot be compared: cache in memory (cache_dir: null)"
+        )
     if isinstance(value, Mapping):
         return [kind, sorted(([inner(key), inner(item)] for key, item in value.items()), key=json.dumps)]
     if isinstance(value, (list, tuple)):
@@ -165,15 +167,17 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (type, Callable)) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]
         if "<lambda>" in value.__qualname__:
             raise ConfigError(
-                f"a lambda of {value.__module__} is among the deterministic transforms, and lambdas cannot be "
-                "distinguished: use a named function, or cache in memory (cache_dir: null)"
+                f"the deterministic transforms contain a lambda of {value.__module__}; the cache on disk cannot "
+                "distinguish one lambda from another: use a named function, or cache in memory (cache_dir: null)"
             )
         return [kind, value.__module__, value.__qualname__]
     if isinstance(value, (Enum, os.PathLike, torch.dtype, torch.device, np.dtype)):
         return [kind, str(value)]
     if hasattr(value, "__dict__"):
         return [kind, inner({name: item for name, item in vars(value).items() if name not in RUNNING})]
-    raise ConfigError(f"the settings of a {kind} cannot be read: cache in memory (cache_dir: null)")
+    raise ConfigError(
+        f"the settings of a {kind} cannot be distinguished from others: cache in memory (cache_dir: null)"
+    )
 
 
 def tensors_of(item: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, torch.Tensor]:

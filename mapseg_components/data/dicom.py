@@ -124,7 +124,8 @@ class Contents:
     """What a folder has of DICOM.
 
     Args:
-        series: its image series, by number and UID. left_out: object without a scan to what it is.
+        series: its image series, by number and UID.
+        left_out: object without a scan to what it is.
         findings: what cannot be used, and belongs to none of the series.
     """
 
@@ -145,7 +146,8 @@ def look_into(folder: Path, names: Sequence[str] | None = None) -> Contents:
     series names it. Where its header does not tell the series any more, it stands in each one that it may belong to.
 
     Args:
-        folder: where to look. names: of the files to look at; by default all that are not hidden, nor NIfTI.
+        folder: where to look.
+        names: of the files to look at; by default all that are not hidden, nor NIfTI.
     """
     place = Path(folder)
     names = [path.name for path in place.iterdir()] if names is None else names
@@ -304,7 +306,9 @@ def damaged(what: Series | Path, reason: str = "", count: int = 1) -> MAPSegErro
     """Error of images that ITK cannot read; its own words, which might quote a header, are left to the cause.
 
     Args:
-        what: the series, or one file. reason: what is known of it. count: of files that this is true of.
+        what: the series, or one file.
+        reason: what is known of it.
+        count: of files that this is true of.
     """
     more = f" like {count - 1} more files" if count > 1 else ""
     said = f"damaged: {reason}" if reason else "damaged, or of an unknown kind"
@@ -425,7 +429,9 @@ def check_line(series: Series, order: Sequence[Slice], normal: np.ndarray) -> No
     """Each slice lies where a regular grid from the first to the last one has it. Raises `DataError`.
 
     Args:
-        series: for messages. order: at least two slices by height. normal: (3,), of all of them.
+        series: for messages.
+        order: at least two slices by height.
+        normal: (3,), of all of them.
     """
     positions, count = np.array([piece.position for piece in order]), len(order)
     sides = np.array([*np.linalg.norm(order[0].axes, axis=0), 0.0])

@@ -42,7 +42,7 @@ class MAETrainer(SupervisedTrainer):
         max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
         accumulate_steps: iterations per optimizer step.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
-            (docs/performance.md).
+            (docs/reference/performance.md).
         train_handlers: handlers with ``attach``.
         mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
 

@@ -52,12 +52,14 @@ class Coordinator:
         plan: settings of the federation.
         weights: before the first round; names, shapes and types of all that travels.
         labels: class names in the order of their index.
-        ckpt_dir, output_dir: see above.
+        ckpt_dir: see above.
+        output_dir: see above.
         settings: merged config, to refuse going on with another one.
         resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew and replace its files.
 
     Raises:
-        CheckpointError: the state found is damaged or of another network. ConfigError: it has other settings.
+        CheckpointError: the state found is damaged or of another network.
+        ConfigError: it has other settings.
     """
 
     def __init__(

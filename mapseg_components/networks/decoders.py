@@ -8,15 +8,37 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
-from mapseg_components.networks.encoder import ResidualBlock
-from mapseg_components.networks.layout import in_layout_of, is_channels_last, pointwise_conv
-from mapseg_components.networks.normalization import group_norm
+from mapseg_components.networks.encoder import ResidualBlock, group_norm
 from mapseg_components.networks.recomputation import Recomputable
 
 __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
+
+
+def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """A 1x1x1 convolution, on a CPU as a matrix product.
+
+    With one thread of a CPU, PyTorch leaves it to a general algorithm that copies its input into its own format. On a
+    GPU it is cuDNN's, with its settings.
+
+    Args:
+        features: (B, I, X, Y, Z).
+        weight: (O, I) with any further axes of length 1.
+        bias: (O,) or ``None``.
+
+    Returns:
+        (B, O, X, Y, Z).
+    """
+    matrix = weight.flatten(1)
+    if features.is_cuda:
+        return F.conv3d(features, matrix[:, :, None, None, None], bias)
+    rows, shape = features.flatten(2), features.shape
+    matrices = matrix.expand(shape[0], matrix.shape[0], matrix.shape[1])
+    output = torch.bmm(matrices, rows) if bias is None else torch.baddbmm(bias[:, None], matrices, rows)
+    return output.view(shape[0], matrix.shape[0], shape[2], shape[3], shape[4])
 
 
 class PatchUpsample(nn.ConvTranspose3d):
@@ -30,7 +52,7 @@ class PatchUpsample(nn.ConvTranspose3d):
         stride: voxels of a block, one number per axis.
 
     Shape:
-        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride), in the same memory format.
+        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int]) -> None:
@@ -39,12 +61,6 @@ class PatchUpsample(nn.ConvTranspose3d):
     def forward(self, input: torch.Tensor, output_size: Optional[list[int]] = None) -> torch.Tensor:
         batch, _, x, y, z = input.shape
         i, j, k = self.weight.shape[2:]
-        if is_channels_last(input):
-            weight, bias = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3), self.bias
-            blocks = pointwise_conv(input, weight, None if bias is None else bias.repeat(i * j * k))
-            grid = blocks.permute(0, 2, 3, 4, 1).reshape(batch, x, y, z, i, j, k, self.out_channels)
-            voxels = grid.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, x * i, y * j, z * k, self.out_channels)
-            return voxels.permute(0, 4, 1, 2, 3)
         weight, bias = self.weight.flatten(1).t(), self.bias
         blocks = pointwise_conv(input, weight, None if bias is None else bias.repeat_interleave(i * j * k))
         grid = blocks.reshape(batch, self.out_channels, i, j, k, x, y, z).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -170,8 +186,7 @@ class ASPP(Recomputable):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         pooled = self.pool(features)
         outputs = [branch(features) for branch in self.branches]
-        everywhere = pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4])
-        outputs.append(in_layout_of(everywhere, outputs[0]))
+        outputs.append(pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4]))
         return self.project(torch.cat(outputs, dim=1))
 
 

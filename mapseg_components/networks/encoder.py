@@ -4,16 +4,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
-from mapseg_components.networks.normalization import group_norm
 from mapseg_components.networks.recomputation import Recomputable
 
-__all__ = ["ResidualBlock", "ResidualEncoder"]
+__all__ = ["ResidualBlock", "ResidualEncoder", "group_norm"]
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with the largest number of groups up to ``groups`` that divides the channels."""
+    return nn.GroupNorm(math.gcd(channels, groups), channels)
 
 
 class ResidualBlock(Recomputable):

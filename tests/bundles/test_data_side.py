@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data side as the bundles configure it: what a draw holds, and that each setting reaches the side it is named for.
 
-Settings are told apart by what they do: both sides get different values, and samples, masks and passes are looked at.
+Settings are distinguished by their effect: both sides get different values, and samples, masks and passes are looked
+at.
 """
 
 from __future__ import annotations

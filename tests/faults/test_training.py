@@ -26,7 +26,7 @@ from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, 
 from mapseg_components.files import lock_folder, unlock_folders
 from mapseg_components.methods import MAPSeg
 from tests.conftest import SAMPLE
-from tools.soak import BUNDLE, differences, interrupted, progress, start, train
+from tests.soak.run import BUNDLE, differences, interrupted, progress, start, train
 
 SHORT = {"epoch_length": 3, "max_epochs": 2, "source_masked": False}
 ERRORS = {error.exit_code: error for error in (ConfigError, CheckpointError, NonFiniteError, ResourceError)}

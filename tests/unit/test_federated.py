@@ -137,15 +137,15 @@ def test_a_round_gives_the_same_again_and_reads_one_side_only(tmp_path):
         assert all(torch.equal(value, other.weights[name]) for name, value in results[0].weights.items())
 
 
-@pytest.mark.parametrize(("decay", "told"), [(0.9, ["19%"]), (0.5, [])])
-def test_a_teacher_that_hardly_follows_in_a_round_is_told_once(tmp_path, caplog, decay, told):
+@pytest.mark.parametrize(("decay", "shares"), [(0.9, ["19%"]), (0.5, [])])
+def test_a_teacher_that_hardly_follows_in_a_round_is_reported_once(tmp_path, caplog, decay, shares):
     datalist, sites = make_federation(tmp_path, 1)
     settings = small_settings(ema_schedule=[[None, decay]])
     with caplog.at_level("WARNING"):
         simulate(small_plan(min_sites=1), datalist, sites, tmp_path / "m", tmp_path / "o", settings=settings)
     found = [record.message for record in caplog.records if "ema_schedule" in record.message]
-    assert [re.search(r"in a round of 2 steps .* takes (\d+%)", line)[1] for line in found] == 2 * told
-    assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if told else set())
+    assert [re.search(r"in a round of 2 steps .* takes (\d+%)", line)[1] for line in found] == 2 * shares
+    assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if shares else set())
 
 
 def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
@@ -185,7 +185,7 @@ def test_local_layers_stay_at_their_site(tmp_path):
 
 
 def test_the_patterns_of_the_docs_are_all_normalisation_layers(tiny_network):
-    text = (ROOT / "docs" / "federated.md").read_text()
+    text = (ROOT / "docs" / "reference" / "federation.md").read_text()
     patterns = json.loads(next(line for line in text.splitlines() if line.startswith('    ["*norm*"')))
     layers = [name for name, module in tiny_network.named_modules() if isinstance(module, torch.nn.GroupNorm)]
     expected = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
