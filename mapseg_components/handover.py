@@ -393,7 +393,7 @@ def is_label_table(table: Mapping[Any, Any]) -> bool:
 
 
 def unique(values: Any) -> bool:
-    """Whether no value stands twice."""
+    """Whether no value occurs twice."""
     return len(set(values)) == len(values)
 
 

@@ -14,10 +14,8 @@ CASE_ID = "case_id"
 CONFIDENCE = "confidence"
 PROBABILITIES = "probabilities"
 
-# One sample of a global-local pair, see `mapseg_components.transforms.RandGlobalLocalCropd`.
-LOCAL_IMAGE = "local_image"
-LOCAL_LABEL = "local_label"
-LOCAL_BOX = "local_box"
+# What a crop with a global view adds to image and label, see `mapseg_components.transforms.RandGlobalLocalCropd`.
+BOX = "box"
 VALID_BOX = "valid_box"
 GLOBAL_IMAGE = "global_image"
 GLOBAL_LABEL = "global_label"
@@ -28,5 +26,5 @@ TARGET = "target"
 
 # Engine outputs: the weighted sum; every other entry is one unweighted loss term.
 TOTAL_LOSS = "loss"
-# Mean of the target's segmentation terms, the label-free half of the Score.
-TARGET_SEGMENTATION = "target_segmentation"
+# Mean of the terms that the method names for selection, the label-free half of the Score.
+TARGET_LOSS = "target_loss"

@@ -1,10 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1-10), and their weighted sum with every term named."""
+"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,10 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss, MaskedDiceLoss
 from torch import nn
 
-from mapseg_components.errors import ConfigError
-
 __all__ = [
-    "AdaptationLoss",
     "LocalGlobalCosineLoss",
     "MaskedReconstructionLoss",
     "SegmentationLoss",
-    "WeightAnchor",
 ]
 
 
@@ -117,163 +113,6 @@ class LocalGlobalCosineLoss(nn.Module):
         """Scalar loss; both inputs (B, W, x, y, z)."""
         local, context = plain(local_features).float().flatten(2), plain(context_features).float().flatten(2)
         return (1.0 - F.cosine_similarity(local, context, dim=2)).mean()
-
-
-class WeightAnchor:
-    """Half the squared distance of a network's parameters to given weights, against forgetting them.
-
-    Its gradient is ``phi - phi_0``: weight decay towards ``phi_0`` (L2-SP, Li et al., ICML 2018). Not in the paper.
-
-    Args:
-        network: whose parameters are held; named as in ``weights``.
-        weights: a state_dict, or ``None`` if ``strength`` is 0.
-        strength: weight of the term in the loss; 0 for none, then ``weights`` is not looked at.
-
-    Raises:
-        ConfigError: the strength is negative, or there are no weights, or not those of this network.
-    """
-
-    def __init__(self, network: nn.Module, weights: Mapping[str, torch.Tensor] | None, strength: float) -> None:
-        if not 0.0 <= strength < float("inf"):
-            raise ConfigError(f"anchor_weight is {strength}, expected 0 (off) or a positive number")
-        self.strength = strength
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if strength == 0:
-            return
-        if weights is None:
-            raise ConfigError(
-                f"anchor_weight is {strength}, but there are no weights to stay near: set initial_weights"
-            )
-        for name, parameter in network.named_parameters():
-            if name not in weights or weights[name].shape != parameter.shape:
-                found = tuple(weights[name].shape) if name in weights else "absent"
-                raise ConfigError(
-                    f"anchor_weight is {strength}, but {name} is {found} in initial_weights, "
-                    f"expected {tuple(parameter.shape)}: use the network settings that these weights were trained with"
-                )
-            self._pairs.append((parameter, weights[name].detach().clone()))
-
-    def __call__(self) -> torch.Tensor:
-        """Scalar term, not multiplied by its strength."""
-        self._pairs = [(parameter, weight.to(parameter.device)) for parameter, weight in self._pairs]
-        return torch.stack([(parameter - weight).square().sum() for parameter, weight in self._pairs]).sum() / 2
-
-
-class AdaptationLoss(nn.Module):
-    """The terms of one side of adaptation, and the weights that Eqs. 8, 9 and 10 give them.
-
-    Terms are named ``<side>_<what>`` and, for the masked pass, ``..._masked``: ``source_local``,
-    ``source_local_masked``, ``source_global``, ``source_global_masked``, ``source_cosine``,
-    ``source_cosine_masked``, and the same with ``target``.
-
-    Source side, in every setting (Eqs. 8 and 9): beta, gamma and delta for the clean and for the masked pass.
-    Target side: Eq. 8 has the masked pass only, with weights 1, 2 gamma, 2 delta. With ``target_clean`` each is
-    shared half and half by the masked and the clean pass; with beta = 0.5 that is Eq. 10.
-
-    Args:
-        beta: weight of the local segmentation terms (0.5 in the paper).
-        gamma: weight of the global segmentation terms (0.05 in the paper).
-        delta: weight of the cosine terms (0.025 in the paper).
-        target_clean: whether the target side has clean terms too.
-        source_masked: whether the source side has masked terms (the paper). Without them the clean terms take their
-            share too, at half the cost.
-        segmentation: of source terms, by default `SegmentationLoss`.
-        pseudo_segmentation: of pseudo-label terms, by default `SegmentationLoss` without class weights: weighting
-            the rare classes of pseudo labels would feed their false positives back.
-        confidence_threshold: v1's tau, in [0, 1]; pseudo-label terms are weighted by eta, the share of voxels whose
-            maximum probability exceeds it. Off (``None``) by default.
-        ignore_unsure: leave voxels whose maximum probability does not exceed this threshold out of the pseudo-label
-            terms (they count nowhere, and never as background). Off (``None``) by default.
-        anchor: adds the term ``anchor``, see `WeightAnchor`. Off (``None``, or strength 0) by default.
-    """
-
-    def __init__(
-        self,
-        beta: float = 0.5,
-        gamma: float = 0.05,
-        delta: float = 0.025,
-        target_clean: bool = False,
-        source_masked: bool = True,
-        segmentation: nn.Module | None = None,
-        pseudo_segmentation: nn.Module | None = None,
-        confidence_threshold: float | None = None,
-        ignore_unsure: float | None = None,
-        anchor: WeightAnchor | None = None,
-    ) -> None:
-        super().__init__()
-        for name, value in {"confidence_threshold": confidence_threshold, "ignore_unsure": ignore_unsure}.items():
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is {value}, expected a probability between 0 and 1, or null for off")
-        self.target_clean = target_clean
-        self.segmentation = SegmentationLoss() if segmentation is None else segmentation
-        self.pseudo_segmentation = SegmentationLoss() if pseudo_segmentation is None else pseudo_segmentation
-        self.cosine = LocalGlobalCosineLoss()
-        self.confidence_threshold = confidence_threshold
-        self.ignore_unsure = ignore_unsure
-        self.anchor = anchor if anchor is not None and anchor.strength > 0 else None
-        kinds = {"local": (beta, 1.0), "global": (gamma, 2 * gamma), "cosine": (delta, 2 * delta)}
-        self.weights: dict[str, float] = {}
-        for kind, (source, target) in kinds.items():
-            self.weights[f"source_{kind}"] = source if source_masked else 2 * source
-            if source_masked:
-                self.weights[f"source_{kind}_masked"] = source
-            self.weights[f"target_{kind}_masked"] = target / 2 if target_clean else target
-            if target_clean:
-                self.weights[f"target_{kind}"] = target / 2
-        if self.anchor is not None:
-            self.weights["anchor"] = self.anchor.strength
-
-    def passes(self, side: str) -> tuple[str, ...]:
-        """Name endings of the passes that a side needs, e.g. ``("", "_masked")``; "" is the clean pass."""
-        return tuple(end for end in ("", "_masked") if f"{side}_local{end}" in self.weights)
-
-    def terms(
-        self,
-        name: tuple[str, str],
-        output: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        local_label: torch.Tensor,
-        global_label: torch.Tensor,
-        local_confidence: torch.Tensor | None = None,
-        global_confidence: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """The three unweighted terms of one pass.
-
-        Args:
-            name: side ("source" or "target") and ending of the pass ("" or "_masked").
-            output: local logits, global logits (B, C, ...), local features, context features (B, W, ...).
-            local_label: (B, 1, X, Y, Z), labels or pseudo labels; global_label: likewise.
-            local_confidence: (B, 1, X, Y, Z), maximum probability of the teacher; global_confidence: likewise.
-                Given for pseudo labels only.
-        """
-        side, end = name
-        local_logits, global_logits, local_features, context_features = output
-        return {
-            f"{side}_local{end}": self._segmentation(local_logits, local_label, local_confidence),
-            f"{side}_global{end}": self._segmentation(global_logits, global_label, global_confidence),
-            f"{side}_cosine{end}": self.cosine(local_features, context_features),
-        }
-
-    def penalties(self) -> dict[str, torch.Tensor]:
-        """The unweighted terms of an iteration that belong to no pass."""
-        return {} if self.anchor is None else {"anchor": self.anchor()}
-
-    def forward(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Weighted sum of named terms.
-
-        Raises:
-            KeyError: a term has no weight.
-        """
-        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-
-    def _segmentation(self, logits: torch.Tensor, label: torch.Tensor, confidence: torch.Tensor | None) -> torch.Tensor:
-        if confidence is None:
-            return self.segmentation(logits, label)
-        confidence = plain(confidence)
-        valid = None if self.ignore_unsure is None else confidence > self.ignore_unsure
-        loss = self.pseudo_segmentation(logits, label, valid)
-        if self.confidence_threshold is not None:
-            loss = loss * (confidence > self.confidence_threshold).float().mean()
-        return loss
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

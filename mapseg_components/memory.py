@@ -48,7 +48,10 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
     """Refuse what cannot fit, before it is allocated.
 
     Args:
-        needed: bytes. device: where. what: needs them, with its name and sizes. remedy: what the user can do.
+        needed: bytes.
+        device: where.
+        what: needs them, with its name and sizes.
+        remedy: what the user can do.
 
     Raises:
         ResourceError: the device has less.
@@ -91,7 +94,8 @@ def naming_memory_errors(what: str, remedy: str) -> Iterator[None]:
     """Context in which exhausted memory, of the machine or of the GPU, becomes a `ResourceError`.
 
     Args:
-        what: was being done, with its sizes. remedy: the settings to lower.
+        what: was being done, with its sizes.
+        remedy: the settings to lower.
     """
     try:
         yield

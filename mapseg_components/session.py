@@ -33,7 +33,9 @@ def working(num_threads: int | None = None, quiet: bool = False, verbose: bool =
     """Context of a command: number of threads and level of logging, put back at its end.
 
     Args:
-        num_threads: of PyTorch on the CPU; ``None`` leaves it as it is. quiet: errors only. verbose: everything.
+        num_threads: of PyTorch on the CPU; ``None`` leaves it as it is.
+        quiet: errors only.
+        verbose: everything.
 
     Raises:
         ConfigError: ``num_threads`` is no number from 1.

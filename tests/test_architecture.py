@@ -15,7 +15,8 @@ ROWS = [
     {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "session", "sides", "structures"},
     {"scans"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
-    {"inferers", "engines", "handlers", "handover"},
+    {"methods", "inferers"},
+    {"engines", "handlers", "handover"},
     {"federated", "prediction", "preparation"},
     {"commands"},
 ]
@@ -80,6 +81,32 @@ LARGE = {"commands/adapt.py", "handover.py"}  # files that may have more than 40
 def test_no_file_has_more_than_400_lines():
     found = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if lines(path) > 400}
     assert found <= LARGE
+
+
+VIEW = {"BOX", "VALID_BOX", "GLOBAL_IMAGE", "GLOBAL_LABEL", "global_image", "global_label", "global_logits", "box"}
+KNOW_THE_VIEW = (
+    "keys.py",
+    "methods/mapseg.py",
+    "networks/segmenter.py",
+    "networks/passes.py",
+    "inferers/global_local.py",
+    "transforms/pairing.py",
+    "transforms/bias_field.py",
+    "engines/pretraining.py",
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_global_view_is_known_to_its_own_method_alone(path):
+    """Engine, teacher, checkpoints, Score, hand-over, federation, commands and reports serve any method."""
+    room_of = path.relative_to(PACKAGE).parts[0]
+    if path.relative_to(PACKAGE).as_posix() in KNOW_THE_VIEW or room_of in ("boxes.py", "data", "reports"):
+        return  # there a box is one of voxels
+    tree = ast.parse(path.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id != "box"}
+    names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not names & VIEW
 
 
 def test_one_door_for_torch_load():

@@ -115,7 +115,7 @@ def test_other_logits_are_noticed():
 def test_an_unseen_mask_is_noticed():
     batch = {f"{scale}_image": torch.rand(1, 1, 16, 16, 16) + 0.01 for scale in cases.BLOCKS}
     with pytest.raises(RuntimeError, match="local image with hidden blocks"):
-        cases.masks_of([batch["local_image"][0]], {"": batch})
+        cases.masks_of([batch["image"][0]], {"": batch})
 
 
 def test_masks_are_read_back():
@@ -223,7 +223,7 @@ def test_text_goes_between_the_markers(tmp_path):
 
 
 def test_the_page_shows_the_results_file():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "performance.md").read_text(encoding="utf-8")
     own = {"overlap.json": overlap.table, "scaling.json": scaling.table}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -75,7 +75,7 @@ def test_adapt_and_then_the_settings(tmp_path):
     assert (tmp_path / "source_only" / "source_only.pt").is_file()
     assert "model.pt" in json.loads((tmp_path / "adapted" / "model_selection.json").read_text())
 
-    printed = follow("settings.md", tmp_path, EPOCHS="1")
+    printed = follow("three_settings.md", tmp_path, EPOCHS="1")
     assert {"handover.json", "weights.pt"} <= set(printed.splitlines())
     assert json.loads((tmp_path / "target.json").read_text()).keys() == {"target_training"}
     (line,) = [json.loads(line) for line in printed.splitlines() if line.startswith('{"round"')]
@@ -86,7 +86,7 @@ def test_adapt_and_then_the_settings(tmp_path):
 
 def test_pipeline(tmp_path):
     printed = follow("pipeline.md", tmp_path)
-    assert "'local_image': (2, 1, 32, 24, 16)" in printed and "'local_box': (2, 3, 2)" in printed
+    assert "'image': (2, 1, 32, 24, 16)" in printed and "'box': (2, 3, 2)" in printed
     assert "GlobalLocalDeepLabV3" in printed and "UNet" in printed
 
 

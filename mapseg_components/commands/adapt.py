@@ -102,7 +102,7 @@ def adapt(
     works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read.
 
     Args:
-        source: labelled scans: a datalist (JSON), a folder in the convention of docs/data.md, a folder with
+        source: labelled scans: a datalist (JSON), a folder in the convention of docs/how-to/data.md, a folder with
             ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
@@ -240,10 +240,10 @@ class Adaptation:
         path = self.folder / "run.json"
         if not path.is_file():
             own = (".run.lock", ".run.lock.json", *(["prepared"] if self.request["prepare"] is not None else []))
-            strangers = [p.name for p in self.folder.iterdir() if p.name not in own]
-            if strangers:
+            others = [p.name for p in self.folder.iterdir() if p.name not in own]
+            if others:
                 raise ConfigError(
-                    f"{self.folder} holds {sorted(strangers)[:3]} and no run of this command: choose a new folder"
+                    f"{self.folder} holds {sorted(others)[:3]} and no run of this command: choose a new folder"
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -476,7 +476,7 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
         cases = labelled_folder(path)
     elif path.is_dir() and not (path / "source").is_dir() and open_datalist(path) is None:
         expected = "images/ and labels/, imagesTr/ and labelsTr/ (nnU-Net, Decathlon), or source/"
-        raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/data.md for the folders")
+        raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/how-to/data.md for the folders")
     else:
         cases = load_datalist(path, "source_training")
         refuse_misplaced(cases)

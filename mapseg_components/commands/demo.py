@@ -31,7 +31,7 @@ TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedu
 STAGES = ("pretraining", "source_only", "adaptation")
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 OWN = {*STAGES, PREDICTIONS, SCORES, FIGURES, PICTURE, ".run.lock", ".run.lock.json"}
-# gentler than the preset: on this sample faster teachers drift (docs/results.md)
+# gentler than the preset: on this sample faster teachers drift (docs/reference/results.md)
 GENTLE = {"learning_rate": 0.0001, "ema_schedule": [[None, 0.999]], "target_scale_range": [0.9, 1.1], "max_epochs": 10}
 
 
@@ -40,8 +40,9 @@ class DemoReport:
     """Result of `demo`.
 
     Args:
-        folder: of the results. text: what came out, for a person. figures: content of ``metrics.json`` (with ``train``)
-            or of ``scores/evaluation.json``.
+        folder: of the results.
+        text: what came out, for a person.
+        figures: content of ``metrics.json`` (with ``train``) or of ``scores/evaluation.json``.
     """
 
     folder: str
@@ -112,9 +113,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file: name a folder")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    strangers = [name for name in found if name not in OWN]
-    if strangers:
-        raise ConfigError(f"{folder} holds {strangers[:3]}, which no demo wrote: choose a new folder")
+    others = [name for name in found if name not in OWN]
+    if others:
+        raise ConfigError(f"{folder} holds {others[:3]}, which no demo wrote: choose a new folder")
     if found and not overwrite:
         raise ConfigError(f"{folder} holds an earlier demo: set overwrite to remove it, or choose a new folder")
 

@@ -43,7 +43,10 @@ class Evaluation:
         rows: one per case and structure: the metrics of `METRICS`, ``truth_voxels``, ``predicted_voxels``.
         summary: structure to metric to ``n``, ``mean``, ``sd``, ``median``, ``ci95``; the mean of structures last.
         versus: structure to metric to what `paired_comparison` gives; empty without a second set.
-        tolerance_mm: of the surface Dice. cases: their number. exit_code: 0. notes: what was not compared.
+        tolerance_mm: of the surface Dice.
+        cases: their number.
+        exit_code: 0.
+        notes: what was not compared.
     """
 
     rows: list[dict[str, Any]]

@@ -95,23 +95,23 @@ class Audit:
         return found
 
     def duplicates(self, sections: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """No case id twice in a section or on both sides of a validation; no file in two places."""
+        """Report case ids that occur twice in a section or in training and validation, and files in two sections."""
         files: dict[str, list[str]] = {}  # real path to the sections that have it
         for section, cases in sections.items():
             for name, count in Counter(case[CASE_ID] for case in cases).items():
                 if count > 1:
-                    self.add(section, f"case id {name!r} stands twice", "set case_id, or in a folder rename a file")
+                    self.add(section, f"case id {name!r} occurs twice", "set case_id, or in a folder rename a file")
             for case in cases:
                 before = files.setdefault(os.path.realpath(case[IMAGE]), [])
                 for other in before:
                     if {other, section} != SHARED:
-                        self.add(case[IMAGE], f"stands in {other} and in {section}", "keep it in one of them")
+                        self.add(case[IMAGE], f"is in {other} and in {section}", "keep it in one of them")
                 before.append(section)
         training = {case[CASE_ID] for case in sections.get("source_training", ())}
         for name in sorted(training & {case[CASE_ID] for case in sections.get("source_validation", ())}):
             self.add(
                 "source_validation",
-                f"case id {name!r} stands in source_training, too",
+                f"case id {name!r} is in source_training, too",
                 "keep a person's scans on one side, or set case_id if it is another person",
             )
 
@@ -321,7 +321,7 @@ def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
         if twice:
             remedy = "rename the files"
             found.append(
-                Finding("error", "", f"{what} {twice} stand twice and would overwrite each other's results", remedy)
+                Finding("error", "", f"{what} {twice} occur twice and would overwrite each other's results", remedy)
             )
             break
     for case in cases:

@@ -45,7 +45,7 @@ def check_scan(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTIONS)) -> dict[str, list[dict[str, Any]]]:
     """Load the sections that a datalist has and refuse duplicates and leaks between them. No scan is opened.
 
-    Equal case ids in source and target are allowed: they are often numbered alike. A scan may stand in
+    Equal case ids in source and target are allowed: they are often numbered alike. A scan may be in
     ``target_training`` and in ``target_test``.
 
     Returns:
@@ -53,7 +53,7 @@ def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTION
 
     Raises:
         ConfigError: there is no datalist, it has no ``source_training``, or a section is empty.
-        DataError: a case id stands twice in a section, or in source training and validation; or a file stands twice.
+        DataError: a case id occurs twice in a section, or in source training and validation; or a file occurs twice.
     """
     audit = Audit()
     cases = audit.datalist(datalist, sections)
@@ -75,8 +75,10 @@ def check_training_data(
 
     Args:
         datalist: see `load_datalist`.
-        labels: kept label values, or a mapping of structure name to value. dropped_labels: the other values.
-        source_negative_values, target_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        labels: kept label values, or a mapping of structure name to value.
+        dropped_labels: the other values.
+        source_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
+        target_negative_values: the same for the target.
         sections: what is looked at, by default both sides; a stage that reads one side names its sections.
         given: cases in place of the datalist's, see `given_cases`.
         options: see `Audit`.
@@ -118,7 +120,8 @@ def check_scans(cases: Sequence[Mapping[str, Any]], negative_values: str | None 
     """Check scans, all or none; labels are not read. To go on without the bad ones see `ScanAudit`.
 
     Raises:
-        ConfigError: there is none. DataError: two would write the same file, or what `check_scan` finds.
+        ConfigError: there is none.
+        DataError: two would write the same file, or what `check_scan` finds.
     """
     raise_findings(names_of(cases))
     audit = Audit()

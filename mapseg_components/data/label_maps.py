@@ -57,7 +57,8 @@ def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], c
     """Names that all sets have.
 
     Raises:
-        ConfigError: files stand against folders, or no name is common. DataError: a file has no partner.
+        ConfigError: files stand against folders, or no name is common.
+        DataError: a file has no partner.
     """
     single = {"" in found for found in sets.values()}
     if len(single) > 1:

@@ -24,7 +24,10 @@ class ScanAudit:
     Args:
         cases: see `load_scans`.
         negative_values: see `NegativeValues`; ``None`` refuses scans with negative voxels.
-        assume_orientation, record, audit, non_finite: see `Audit`.
+        assume_orientation: see `Audit`.
+        record: see `Audit`.
+        audit: see `Audit`.
+        non_finite: see `Audit`.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class ScanAudit:
         """First step of a run: read the scans.
 
         Raises:
-            ConfigError: there is no scan. DataError: two would write the same file. Else as `usable`.
+            ConfigError: there is no scan.
+            DataError: two would write the same file. Else as `usable`.
         """
         raise_findings(names_of(self.cases))
         logger.info(f"{len(self.usable)} of {len(self.cases)} scans are usable.")

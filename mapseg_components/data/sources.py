@@ -39,7 +39,8 @@ class Source:
     Args:
         name: where its result goes: a path without ending, relative to the folder of results.
         image: the file, or a DICOM series.
-        label: its label map. label_name: as ``name``, of the label map's result.
+        label: its label map.
+        label_name: as ``name``, of the label map's result.
     """
 
     name: str

@@ -13,10 +13,12 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 from mapseg_components.engines.optimization import OptimizationStep
-from mapseg_components.keys import CASE_ID, GLOBAL_IMAGE, LOCAL_IMAGE, TOTAL_LOSS
-from mapseg_components.masking import block_grid, check_mask_value, draw_block_mask, expand_block_mask, hide
+from mapseg_components.keys import CASE_ID, GLOBAL_IMAGE, IMAGE, TOTAL_LOSS
+from mapseg_components.masking import BlockMask
 
 __all__ = ["MAETrainer"]
+
+TERMS = {IMAGE: "local_reconstruction", GLOBAL_IMAGE: "global_reconstruction"}
 
 
 class MAETrainer(SupervisedTrainer):
@@ -25,22 +27,24 @@ class MAETrainer(SupervisedTrainer):
     Args:
         device: where to train.
         max_epochs: epochs to run.
-        train_data_loader: yields batches with ``local_image`` and ``global_image``, both (B, C, X, Y, Z) in [0, 1].
+        train_data_loader: yields batches with ``image`` and ``global_image``, both (B, C, X, Y, Z) in [0, 1].
         network: image with hidden blocks to reconstruction, e.g. ``MultiScaleMAE``.
         optimizer: over the network's parameters.
         loss_function: called with reconstruction, image and mask, e.g. ``MaskedReconstructionLoss``.
         mask_ratio: share of hidden blocks (0.7 in the paper).
-        local_block_size: voxels per side of a hidden block of the local patch (8); global_block_size: of the
-            global view (4). One number or one per axis.
-        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+        local_block_size: voxels per side of a hidden block of the local patch, one number or one per axis (8 in the
+            paper).
+        global_block_size: voxels per side of a hidden block of the global view, likewise (4 in the paper).
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: encode both scales as one batch (needs equal sizes); otherwise one after the other, in
             about half the memory.
-        amp: ``"bf16"``, ``"fp16"`` or ``None``. max_grad_norm: gradient clipping or ``None``. accumulate_steps:
-            iterations per optimizer step. See `OptimizationStep`.
+        amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+        max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
+        accumulate_steps: iterations per optimizer step.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
-            (docs/performance.md).
+            (docs/reference/performance.md).
         train_handlers: handlers with ``attach``.
+        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
 
     Output:
         ``engine.state.output[0]`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.
@@ -48,6 +52,24 @@ class MAETrainer(SupervisedTrainer):
     Raises:
         ConfigError: the mask value is unknown.
         NonFiniteError: while running, if the loss is NaN or infinite; the message names the cases.
+
+    Examples:
+        >>> import torch
+        >>> from monai.data import DataLoader, Dataset
+        >>> from mapseg_components.engines import MAETrainer
+        >>> from mapseg_components.losses import MaskedReconstructionLoss
+        >>> from mapseg_components.networks import MultiScaleMAE
+        >>> from mapseg_components.transforms import RandGlobalLocalCropd
+        >>> scans = Dataset([{"image": torch.rand(1, 20, 24, 28)}] * 3, RandGlobalLocalCropd(patch_size=(16, 8, 8)))
+        >>> network = MultiScaleMAE(in_channels=1, width=8, depth=1, decoder_channels=(4, 2))
+        >>> optimizer, loss = torch.optim.Adam(network.parameters()), MaskedReconstructionLoss()
+        >>> trainer = MAETrainer(
+        ...     "cpu", 1, DataLoader(scans), network, optimizer, loss,
+        ...     mask_ratio=0.75, local_block_size=8, global_block_size=4,
+        ... )
+        >>> trainer.run()
+        >>> trainer.state.iteration, sorted(trainer.state.output[0])
+        (3, ['global_reconstruction', 'local_reconstruction', 'loss'])
     """
 
     def __init__(
@@ -83,18 +105,17 @@ class MAETrainer(SupervisedTrainer):
         )
         if compile:
             network.compile()
-        self.mask_ratio = mask_ratio
-        self.mask_value = check_mask_value(mask_value)
-        self.block_sizes = {LOCAL_IMAGE: local_block_size, GLOBAL_IMAGE: global_block_size}
+        self.masks = {
+            IMAGE: BlockMask(mask_ratio, local_block_size, mask_value),
+            GLOBAL_IMAGE: BlockMask(mask_ratio, global_block_size, mask_value),
+        }
         self.batched_passes = batched_passes
         self.optimization = OptimizationStep(
             network, optimizer, self.state.device, amp, max_grad_norm, accumulate_steps
         )
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:  # type: ignore[override]
-        with self.optimization.naming_errors(
-            engine.state.iteration, batchdata.get(CASE_ID), batchdata[LOCAL_IMAGE].shape
-        ):
+        with self.optimization.naming_errors(engine.state.iteration, batchdata.get(CASE_ID), batchdata[IMAGE].shape):
             return [self._step(engine, batchdata)]
 
     def _step(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -102,9 +123,9 @@ class MAETrainer(SupervisedTrainer):
         self.network.train()
         images = {
             key: batchdata[key].as_subclass(torch.Tensor).to(engine.state.device, non_blocking=True)
-            for key in self.block_sizes
+            for key in self.masks
         }
-        masks = {key: self._draw_mask(key, image) for key, image in images.items()}
+        masks = {key: self.masks[key].draw(image) for key, image in images.items()}
 
         ends = optimization.ends(iteration, iteration % engine.state.epoch_length == 0)
         groups = [list(images)] if self.batched_passes else [[key] for key in images]
@@ -112,10 +133,10 @@ class MAETrainer(SupervisedTrainer):
         for number, group in enumerate(groups):
             with optimization.synchronisation(ends and number == len(groups) - 1):
                 with optimization.autocast():
-                    hidden = [hide(images[key], masks[key], self.mask_value) for key in group]
+                    hidden = [self.masks[key].hide(images[key], masks[key]) for key in group]
                     outputs = self.network(torch.cat(hidden)).chunk(len(group))
                 losses = {
-                    key.replace("image", "reconstruction"): self.loss_function(output, images[key], masks[key])
+                    TERMS[key]: self.loss_function(output, images[key], masks[key])
                     for key, output in zip(group, outputs)
                 }
                 optimization.backward(torch.stack(list(losses.values())).sum())
@@ -125,8 +146,3 @@ class MAETrainer(SupervisedTrainer):
         if ends:
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return {TOTAL_LOSS: torch.stack(list(terms.values())).sum(), **terms}
-
-    def _draw_mask(self, key: str, image: torch.Tensor) -> torch.Tensor:
-        grid = block_grid(image.shape[2:], self.block_sizes[key])
-        mask = draw_block_mask(len(image), grid, self.mask_ratio).to(image.device, non_blocking=True)
-        return expand_block_mask(mask, image.shape[2:])

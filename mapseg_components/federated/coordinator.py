@@ -30,7 +30,7 @@ from mapseg_components.federated.core import (
 )
 from mapseg_components.federated.plan import Plan
 from mapseg_components.files import write_json, write_text
-from mapseg_components.keys import TARGET_SEGMENTATION
+from mapseg_components.keys import TARGET_LOSS
 
 __all__ = ["Coordinator"]
 
@@ -52,12 +52,14 @@ class Coordinator:
         plan: settings of the federation.
         weights: before the first round; names, shapes and types of all that travels.
         labels: class names in the order of their index.
-        ckpt_dir, output_dir: see above.
+        ckpt_dir: see above.
+        output_dir: see above.
         settings: merged config, to refuse going on with another one.
         resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew and replace its files.
 
     Raises:
-        CheckpointError: the state found is damaged or of another network. ConfigError: it has other settings.
+        CheckpointError: the state found is damaged or of another network.
+        ConfigError: it has other settings.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class Coordinator:
             name: {**self._accepted[name], "weight": self._accepted[name]["scans"] / total}
             for name in sorted(self._accepted)
         }
-        scored = [(line["weight"], line["losses"].get(TARGET_SEGMENTATION, math.nan)) for line in sites.values()]
+        scored = [(line["weight"], line["losses"].get(TARGET_LOSS, math.nan)) for line in sites.values()]
         score = -sum(weight * loss for weight, loss in scored)
         asked = len({*sites, *self._excluded})
         return {

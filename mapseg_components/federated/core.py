@@ -64,7 +64,8 @@ class Update:
         labels: names of its classes in the order of their index, background left out.
         losses: mean of every loss term over the round.
         seconds: that the round took there.
-        privacy: budget that the update spent, see `mapseg_components.federated.privacy.Ledger`; empty without noise.
+        privacy: budget that the update spent, see `mapseg_components.federated.privacy.PrivacyAccountant`; empty
+            without noise.
     """
 
     site: str
@@ -82,7 +83,9 @@ def validate_weights(weights: Weights, reference: Weights, who: str) -> None:
     """Accept weights only if they have exactly the reference's names, shapes and types, and finite values.
 
     Args:
-        weights: what arrived. reference: what this side has. who: sender, for the message.
+        weights: what arrived.
+        reference: what this side has.
+        who: sender, for the message.
 
     Raises:
         FederationError: names sender, key, found and expected.
@@ -209,7 +212,8 @@ def local_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """Names of tensors that never leave a site.
 
     Args:
-        names: of the network's tensors. patterns: shell patterns such as ``"*norm*"``.
+        names: of the network's tensors.
+        patterns: shell patterns such as ``"*norm*"``.
 
     Raises:
         ConfigError: a pattern fits no name, or nothing would be left to share.

@@ -21,8 +21,10 @@ class Plan:
     Args:
         rounds: R (100 in the paper).
         server_steps: T_s, optimizer iterations on the labelled source in a round; ``None`` for as many as it has scans
-            (over the batch size). client_steps: T_t, likewise at each site.
-        first_learning_rate, last_learning_rate: of the cosine over the rounds (1e-4 and 1e-6 in the paper).
+            (over the batch size).
+        client_steps: T_t, likewise at each site.
+        first_learning_rate: start of the cosine over the rounds (1e-4 in the paper).
+        last_learning_rate: its end (1e-6 in the paper).
         min_sites: sites whose update a round needs to be closed.
         participation: share of the sites asked in a round, in (0, 1].
         round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load weights at the start; save the state of training, resume it, and end in good order when asked to."""
+"""Load weights at the start; save the state of training, resume it, and stop cleanly on a signal."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ START_ANEW = "choose another ckpt_dir, or set resume to false to start anew"
 
 
 class WeightsLoader:
-    """Load weights into a network when the engine starts, and say how many of its tensors were covered.
+    """Load weights into a network when the engine starts, and log how many of its tensors were loaded.
 
-    Unlike a loader that skips what does not match, it covers everything below the prefix or raises. When training
-    resumes, its state replaces all weights: then nothing is loaded, and the file need not exist any more.
+    It loads every tensor below the prefix or raises; tensors that do not match are never skipped. When training
+    resumes, the resumed state replaces all weights: then nothing is loaded, and the file need not exist any more.
 
     Args:
-        load_path: a state_dict file; ``None`` loads nothing and says so.
+        load_path: a state_dict file; ``None`` loads nothing, which is logged.
         network: receives the weights.
         prefix: load only names that begin with it, e.g. ``"encoder."`` to take the encoder of a pretrained
             ``MultiScaleMAE``; empty loads the whole network.
@@ -56,6 +56,19 @@ class WeightsLoader:
 
     Raises:
         CheckpointError: when the engine starts, if the file is missing, damaged or of another network.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import WeightsLoader
+        >>> network, engine = torch.nn.Linear(1, 1), Engine(lambda engine, batch: None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"weight": torch.tensor([[7.0]]), "bias": torch.zeros(1)}, f"{folder}/model.pt")
+        ...     WeightsLoader(f"{folder}/model.pt", network).attach(engine)
+        ...     state = engine.run([0])
+        >>> network.weight.item()
+        7.0
     """
 
     def __init__(
@@ -82,19 +95,19 @@ class WeightsLoader:
 
 
 class TrainingCheckpoint:
-    """Save everything that training needs, go on from there, and end in good order on Ctrl-C and SIGTERM.
+    """Save the complete state of training, resume from it, and stop cleanly on Ctrl-C and SIGTERM.
 
-    The state is written after each epoch, every ``save_steps`` optimizer steps, and when the process is asked to end:
-    then the iteration that runs is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143
-    (SIGTERM); while an epoch's validation runs, that is finished first. Another signal, two seconds later or more and
-    not while the state is being written, ends the process at once.
+    The state is written after each epoch, every ``save_steps`` optimizer steps, and on a signal: the current iteration
+    is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143 (SIGTERM); a validation that
+    runs is finished first. A second signal, two seconds later or more and not while the state is being written, ends
+    the process at once.
 
-    The file is replaced as a whole and read back; the one before it stays as ``previous.pt`` beside it. Only the first
-    process of a distributed run writes. Attach it after the handlers that load initial weights and before those that
-    act on epochs, so that a resumed state wins.
+    The file is replaced as a whole and read back; the one before it is kept as ``previous.pt`` in the same folder. Only
+    the first process of a distributed run writes. Attach it after the handlers that load initial weights and before
+    those that act on epochs, so that the resumed state takes precedence.
 
     A resumed run equals an uninterrupted one bit for bit on a CPU, at the end of an epoch and in the middle of one, if
-    its data loader is in ``save_dict`` and can go on there (`mapseg_components.data.EpochLoader`).
+    its data loader is in ``save_dict`` and can continue there (`mapseg_components.data.EpochLoader`).
 
     Args:
         path: the resume file.
@@ -111,6 +124,21 @@ class TrainingCheckpoint:
             network (both fingerprints and the first tensors), or does not hold exactly the named objects.
         ConfigError: on resume, if settings have changed that make it another training.
         ResourceError: the file cannot be written; the old one is untouched.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import TrainingCheckpoint
+        >>> def train(path, max_epochs):
+        ...     epochs, network = [], torch.nn.Linear(1, 1)
+        ...     engine = Engine(lambda engine, batch: epochs.append(engine.state.epoch))
+        ...     TrainingCheckpoint(path, {"network": network}).attach(engine)
+        ...     engine.run([0], max_epochs=max_epochs)
+        ...     return epochs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(f"{folder}/last.pt", max_epochs=2), train(f"{folder}/last.pt", max_epochs=3)
+        ([1, 2], [3])
     """
 
     def __init__(
@@ -308,5 +336,5 @@ def differing_shapes(state: Mapping[str, torch.Tensor], network: nn.Module) -> s
 
 
 def differs_by_process(thing: Any) -> bool:
-    """Whether each process of a distributed run has a state of its own."""
+    """Whether each process of a distributed run has a separate state."""
     return getattr(thing, "differs_by_process", False)

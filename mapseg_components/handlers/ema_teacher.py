@@ -1,15 +1,14 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher of masked pseudo-labelling: an exponential moving average of the student (MAPSeg, Eq. 3)."""
+"""A teacher that is an exponential moving average of the student (mean teacher; MAPSeg, Eq. 3)."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -17,7 +16,6 @@ from monai.engines.utils import IterationEvents
 from torch import nn
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.networks import GlobalLocalPass
 
 __all__ = ["EMATeacher"]
 
@@ -37,9 +35,7 @@ class EMATeacher:
     iteration counts. A loop without an engine calls `start` once and `update` after each step.
 
     Args:
-        student: the network in training: a ``GlobalLocalPass``, a network with its parts ``encode``, ``context`` and
-            ``decode``, or any segmenter of one image; see `pseudo_label`. A ``DistributedDataParallel`` or
-            ``DataParallel`` wrapper is looked through.
+        student: the network in training. A ``DistributedDataParallel`` or ``DataParallel`` wrapper is looked through.
         warmup_epochs: epochs before the teacher exists; 0 starts it at once.
         decay_schedule: pairs ``[until_step, decay]``, counted in updates since the teacher exists; the last
             ``until_step`` is ``None``. The paper's large-scale schedule is ``[[1000, 0.999], [None, 0.9999]]``,
@@ -107,79 +103,6 @@ class EMATeacher:
         for own, buffer in zip(self.network.buffers(), self.student.buffers()):
             own.copy_(buffer)
         self.steps += 1
-
-    @overload
-    def pseudo_label(self, local_image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    @overload
-    def pseudo_label(
-        self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
-
-    @torch.no_grad()
-    def pseudo_label(
-        self,
-        local_image: torch.Tensor,
-        global_image: torch.Tensor | None = None,
-        local_box: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Labels of clean target images: the class of highest probability.
-
-        Args:
-            local_image: (B, C, X, Y, Z). global_image: (B, C, X', Y', Z'). local_box: (B, 3, 2). Without the last two
-                the image stands alone, as any segmenter takes it.
-
-        Returns:
-            local label, global label (integer), local confidence, global confidence (the highest probability);
-            each (B, 1, X, Y, Z) of its image. Of one image: its label, its confidence.
-
-        Raises:
-            ConfigError: the network takes no pairs, or its output is not logits of two classes or more.
-        """
-        if global_image is None and local_box is not None:
-            raise ConfigError("local_box belongs to a global_image: give both for a pair, none for one image")
-        if global_image is None:
-            logits = [self._logits(local_image)]
-        else:
-            logits = self._pair_logits(local_image, global_image, local_box)
-        labels, confidences = [], []
-        for one in logits:
-            if not isinstance(one, torch.Tensor) or one.ndim < 3 or one.shape[1] < 2:
-                found = tuple(one.shape) if isinstance(one, torch.Tensor) else type(one).__name__
-                raise ConfigError(
-                    f"the teacher's output is {found}, expected logits (B, classes, X, Y, Z) with background as a class"
-                )
-            confidence, label = one.float().softmax(dim=1).max(dim=1, keepdim=True)
-            labels.append(label)
-            confidences.append(confidence)
-        return (*labels, *confidences)
-
-    def _logits(self, image: torch.Tensor) -> Any:
-        """Of one image alone."""
-        network = self.network.network if isinstance(self.network, GlobalLocalPass) else self.network
-        return network(image)
-
-    def _pair_logits(
-        self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor | None
-    ) -> Sequence[Any]:
-        """Of a patch with its context, and of its global view."""
-        network = self.network
-        if all(hasattr(network, part) for part in ("encode", "context", "decode")):
-            network = GlobalLocalPass(network)  # type: ignore[arg-type]  # called alone it returns local logits only
-        pair = (local_image, global_image, local_box)
-        try:
-            inspect.signature(network.forward).bind(*pair)
-        except TypeError:
-            output = None
-        else:
-            output = network(*pair)
-        if not isinstance(output, (tuple, list)) or len(output) < 2:
-            raise ConfigError(
-                f"student {type(self.network).__name__} does not take a pair (local image, global image, box) and "
-                "return local and global logits: wrap it in mapseg_components.networks.GlobalLocalPass, or label one "
-                "image with pseudo_label(image)"
-            )
-        return output[:2]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, buffers, step count and whether the teacher is active."""

@@ -21,7 +21,7 @@ from torch import nn
 from mapseg_components.checkpoints import weights_of, write_atomic
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
-from mapseg_components.keys import TARGET_SEGMENTATION
+from mapseg_components.keys import TARGET_LOSS
 
 __all__ = ["ScoreCheckpoint", "TeacherValidation"]
 
@@ -57,9 +57,9 @@ class TeacherValidation(ValidationHandler):
 class ScoreCheckpoint:
     """Keep the best weights by ``Score = source validation Dice - loss_weight * mean target loss of the epoch``.
 
-    The target loss is the trainer's output ``target_segmentation``, so that no target label is needed: the local
-    segmentation term of the masked pass, as in the paper's section 3.7, also where the loss has clean target terms. The
-    Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
+    The target loss is the trainer's output ``target_loss``, so that no target label is needed: the terms that the
+    method names for selection; for MAPSeg the local segmentation term of the masked pass, section 3.7 of the paper.
+    The Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
     better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with
     the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
     never becomes the best.
@@ -148,8 +148,8 @@ class ScoreCheckpoint:
     def _accumulate(self, engine: Engine) -> None:
         output = engine.state.output
         losses = output[0] if isinstance(output, (list, tuple)) and output else output
-        if isinstance(losses, Mapping) and TARGET_SEGMENTATION in losses:
-            self._loss_sum += float(losses[TARGET_SEGMENTATION])
+        if isinstance(losses, Mapping) and TARGET_LOSS in losses:
+            self._loss_sum += float(losses[TARGET_LOSS])
             self._loss_count += 1
 
     def _score(self, engine: Engine) -> None:

@@ -1,23 +1,25 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of MAPSeg: residual encoder, multi-scale masked autoencoder, global-local segmenter."""
+"""Residual encoder, masked autoencoder, global-local segmenter of MAPSeg; training passes of any network."""
 
 from mapseg_components.networks.decoders import ASPP, ReconstructionDecoder, SegmentationHead
 from mapseg_components.networks.encoder import ResidualBlock, ResidualEncoder
 from mapseg_components.networks.mae import MultiScaleMAE
+from mapseg_components.networks.passes import GlobalLocalPass, PlainPass, training_pass
 from mapseg_components.networks.recomputation import Recomputable, prepare_network
-from mapseg_components.networks.segmenter import GlobalLocalDeepLabV3, GlobalLocalOutput, GlobalLocalPass
+from mapseg_components.networks.segmenter import GlobalLocalDeepLabV3
 
 __all__ = [
     "ASPP",
     "GlobalLocalDeepLabV3",
-    "GlobalLocalOutput",
     "GlobalLocalPass",
     "MultiScaleMAE",
+    "PlainPass",
     "Recomputable",
     "ReconstructionDecoder",
     "ResidualBlock",
     "ResidualEncoder",
     "SegmentationHead",
     "prepare_network",
+    "training_pass",
 ]

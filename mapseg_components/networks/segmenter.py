@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import nn
@@ -13,22 +13,8 @@ from torch import nn
 from mapseg_components.boxes import resample_box
 from mapseg_components.networks.decoders import ASPP, SegmentationHead
 from mapseg_components.networks.encoder import ResidualEncoder
-from mapseg_components.networks.layout import in_layout_of
 
-__all__ = ["GlobalLocalDeepLabV3", "GlobalLocalOutput", "GlobalLocalPass"]
-
-
-class GlobalLocalOutput(NamedTuple):
-    """What one training pass over a pair yields (B samples, C classes, W features, stride s)."""
-
-    local_logits: torch.Tensor
-    """(B, C, X, Y, Z), decoded with the global context."""
-    global_logits: torch.Tensor
-    """(B, C, X', Y', Z'), the global view decoded on its own."""
-    local_features: torch.Tensor
-    """(B, W, X/s, Y/s, Z/s)."""
-    context_features: torch.Tensor
-    """(B, W, X/s, Y/s, Z/s): the part of the global features that covers the local patch."""
+__all__ = ["GlobalLocalDeepLabV3"]
 
 
 class GlobalLocalDeepLabV3(nn.Module):
@@ -90,8 +76,7 @@ class GlobalLocalDeepLabV3(nn.Module):
         """
         per_voxel = [global_features.shape[2 + axis] / global_size[axis] for axis in range(3)]
         scale = torch.tensor(per_voxel, device=box.device, dtype=torch.float32)
-        context = resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
-        return in_layout_of(context, global_features[:1])  # one view may be expanded to many windows
+        return resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
 
     def decode(self, features: torch.Tensor, context: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Logits (B, num_classes, X, Y, Z) from local features and context, both (B, width, X/s, Y/s, Z/s).
@@ -123,48 +108,3 @@ class GlobalLocalDeepLabV3(nn.Module):
             raise ValueError("global_image and box belong together: give both for collaboration, none for one image")
         context = self.context(self.encode(global_image), box, list(global_image.shape[2:]), list(features.shape[2:]))
         return self.decode(features, context)
-
-
-class GlobalLocalPass(nn.Module):
-    """The training pass of a segmenter: everything that the losses need, from one encoding of each image.
-
-    It owns no weights: its ``state_dict`` is the segmenter's, by the same names, and loads the segmenter's. Trainers
-    call it, and distributed training wraps it, because gradients are synchronised only in a module's ``forward``.
-
-    Args:
-        network: a `GlobalLocalDeepLabV3` or any module with its ``encode``, ``context`` and ``decode``.
-    """
-
-    def __init__(self, network: GlobalLocalDeepLabV3) -> None:
-        super().__init__()
-        self.network = network
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The segmenter's; arguments as in PyTorch."""
-        return self.network.state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the segmenter's own names as well as those of this module's tree."""
-        inner = f"{prefix}network."
-        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
-            state_dict[inner + name[len(prefix) :]] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def forward(
-        self, local_image: torch.Tensor, global_image: torch.Tensor, local_box: torch.Tensor
-    ) -> GlobalLocalOutput:
-        """Encode and decode a pair.
-
-        Args:
-            local_image: (B, C, X, Y, Z). global_image: (B, C, X', Y', Z'). local_box: (B, 3, 2), see
-                `GlobalLocalDeepLabV3.forward`. Patches and views of equal size are encoded as one batch.
-        """
-        if local_image.shape == global_image.shape:
-            local_features, global_features = self.network.encode(torch.cat([local_image, global_image])).chunk(2)
-        else:
-            local_features, global_features = self.network.encode(local_image), self.network.encode(global_image)
-        context = self.network.context(
-            global_features, local_box, list(global_image.shape[2:]), list(local_features.shape[2:])
-        )
-        local_logits, global_logits = self.network.decode(local_features, context), self.network.decode(global_features)
-        return GlobalLocalOutput(local_logits, global_logits, local_features, context)

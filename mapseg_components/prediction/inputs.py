@@ -31,7 +31,9 @@ class Inputs:
     """What an input has.
 
     Args:
-        cases: scans. series: case id to DICOM series. findings: what cannot be used, each an error.
+        cases: scans.
+        series: case id to DICOM series.
+        findings: what cannot be used, each an error.
         left_out: all else that lies there.
     """
 
@@ -51,7 +53,9 @@ def inputs_of(source: Path, modality: str | None, output: Path, derivative: bool
     """Scans, DICOM series at any depth, and the rest of what ``mapseg predict`` is given.
 
     Args:
-        source: a scan, a folder or a BIDS dataset. modality: of a BIDS dataset. output: is not looked into.
+        source: a scan, a folder or a BIDS dataset.
+        modality: of a BIDS dataset.
+        output: is not looked into.
         derivative: whether ``source`` is a BIDS dataset.
 
     Raises:
@@ -82,7 +86,8 @@ def nifti_inputs(source: Path, modality: str | None, output: Path | None = None)
     """NIfTI scans of a file, a folder or a BIDS dataset, and the rest of what lies there.
 
     Raises:
-        ConfigError: there is none. DataError: results of two scans would have one name.
+        ConfigError: there is none.
+        DataError: results of two scans would have one name.
     """
     if is_bids(source):
         cases, unnamed = named_well(bids_scans(source, modality))

@@ -83,12 +83,12 @@ def taken_over(predictions: Sequence[Prediction], earlier: Earlier | None, outpu
     done = {case: one for case, one in earlier.scans.items() if one.status == "done" and case in earlier.volumes}
     found: list[Prediction] = []
     kept: list[str] = []
-    foreign: list[Path] = []
+    unclaimed: list[Path] = []
     for one in predictions:
         place, before = output.places[one.case], earlier.scans.get(one.case)
         found.append(one)
         if before is None or not (before.claimed or before.status == "done"):
-            foreign += [path for path in place.files(one.series is not None) if os.path.lexists(path)]
+            unclaimed += [path for path in place.files(one.series is not None) if os.path.lexists(path)]
             continue
         one.claimed = True
         wanted: list[Path | None] = [place.label_map, place.sidecar]
@@ -99,9 +99,9 @@ def taken_over(predictions: Sequence[Prediction], earlier: Earlier | None, outpu
             named = {key: str(getattr(place, key)) for key in WRITTEN if getattr(before, key) is not None}
             found[-1] = replace(before, place=one.place, **named)
             kept.append(one.case)
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise ConfigError(f"{foreign[0]}{more} would be replaced, and the earlier run did not write it: move it away")
+    if unclaimed:
+        more = f" and {len(unclaimed) - 1} more" if len(unclaimed) > 1 else ""
+        raise ConfigError(f"{unclaimed[0]}{more} would be replaced, and the earlier run did not write it: move it away")
     gone = sorted(set(done) - {one.case for one in predictions})
     kept += gone
     logger.info(f"{len(kept)} scans are kept as an earlier run finished them.")

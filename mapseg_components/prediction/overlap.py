@@ -27,8 +27,11 @@ def in_stages(
     is no choice here: what its source raises ends the iteration, and the items that are left are lost.
 
     Args:
-        items: what to do. read: gives ``work`` its second argument. work: gives ``write`` its second argument.
-        write: the last stage. overlap: ``False``: one item after the other, in the thread of the caller.
+        items: what to do.
+        read: gives ``work`` its second argument.
+        work: gives ``write`` its second argument.
+        write: the last stage.
+        overlap: ``False``: one item after the other, in the thread of the caller.
 
     Raises:
         BaseException: what a stage raises. Nothing new is started then, and what is being read or written is waited

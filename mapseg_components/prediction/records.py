@@ -29,7 +29,10 @@ class Prediction:
         case: its id.
         scan: its file; of a DICOM series what it is, without its path.
         status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
-        label_map, probabilities, preview, segmentation: files, ``None`` for those not written.
+        label_map: file, ``None`` if it was not written.
+        probabilities: file, ``None`` if it was not written.
+        preview: file, ``None`` if it was not written.
+        segmentation: DICOM Segmentation, ``None`` if it was not written.
         seconds: of reading, network and writing, without waiting.
         message: why it, or its picture, failed.
         series: number, modality, number of files and the UID's sha256 of a DICOM series.
@@ -130,7 +133,8 @@ def read_earlier(
     Args:
         manifest: its file.
         table: its volumes; there may be none.
-        settings, weights: of this run, as its manifest will have them. Weights that cannot be read are not compared.
+        settings: settings of this run, as its manifest will have them.
+        weights: weights of this run, as its manifest will have them. Weights that cannot be read are not compared.
 
     Raises:
         ConfigError: the earlier run had other settings or weights, or the files are of no such run.

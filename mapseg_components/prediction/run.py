@@ -32,7 +32,7 @@ __all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
-# of memory for each voxel, with one scan being read and one written beside that of the network; docs/performance.md
+# Bytes per voxel while one scan is read, one segmented and one written; measured in docs/reference/command_line.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 
 
@@ -61,6 +61,7 @@ class Run:
         self.quiet, self.overlap = quiet, overlap
         self.output: dict[str, Any] = {}  # of the evaluator's last iteration
         self.evaluator: Engine = bundle["evaluator"]
+        self.evaluator.interrupt_resume_enabled = False  # else the run after one that raised would do nothing
         self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self.take)
         self.dataset, self.collate = bundle["dataset"], self.evaluator.data_loader.collate_fn
         self.saving = split(bundle["postprocessing"])
@@ -74,13 +75,13 @@ class Run:
                 bar.update()
 
             try:
-                in_stages(self.todo, self.read, self.segment, write, self.overlap and self.fits())
+                in_stages(self.todo, self.read, self.segment, write, self.overlap and self.memory_allows_overlap())
             finally:
                 for one, _ in self.todo:
                     one.seconds = None if one.status == "not done" else one.seconds
 
-    def fits(self) -> bool:
-        """Whether three of the largest scans at once take at most half of the memory: others use it as well."""
+    def memory_allows_overlap(self) -> bool:
+        """Whether three of the largest scans together take at most half of the memory."""
         voxels = max(voxels_of(case[IMAGE]) for _, case in self.todo)
         needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * (len(self.bundle.names) + 1))
         available = memory_of("cpu")
@@ -116,7 +117,6 @@ class Run:
         loader, engine, output = [batch], self.evaluator, None
         with self.stage(todo):
             engine.data_loader, engine.state.epoch_length = loader, 1
-            engine._internal_run_generator = None  # of a run that raised: ignite's next run would do nothing
             engine.run()
             output = self.output
         loader.clear()  # no more references to the scan than the one that is returned

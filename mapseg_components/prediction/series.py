@@ -26,7 +26,8 @@ def series_cases(
     """DICOM series at any depth of a folder as cases, whose files `convert` has yet to write.
 
     Args:
-        source: the folder; of a NIfTI file there are none. output: is not looked into.
+        source: the folder; of a NIfTI file there are none.
+        output: is not looked into.
 
     Returns:
         cases by name; case id to series; what was found and cannot be used; files without a scan, with the reason.
@@ -50,7 +51,8 @@ def convert(series: Series, path: Path) -> list[str]:
         what was done to its values beyond rescaling.
 
     Raises:
-        DataError: the series is no volume, see `read_series`. ResourceError: memory or disk do not suffice.
+        DataError: the series is no volume, see `read_series`.
+        ResourceError: memory or disk do not suffice.
     """
     scan = read_series(series)
     with np.errstate(invalid="ignore"):  # NaN and what int16 does not hold stay float32

@@ -97,7 +97,8 @@ class Contents:
     """What a folder has of DICOM.
 
     Args:
-        series: its image series, by number and UID. left_out: object without a scan to what it is.
+        series: its image series, by number and UID.
+        left_out: object without a scan to what it is.
         findings: what cannot be used, and belongs to none of the series.
     """
 
@@ -118,7 +119,8 @@ def look_into(folder: Path, names: Sequence[str] | None = None) -> Contents:
     series names it. Where its header does not tell the series any more, it stands in each one that it may belong to.
 
     Args:
-        folder: where to look. names: of the files to look at; by default all that are not hidden, nor NIfTI.
+        folder: where to look.
+        names: of the files to look at; by default all that are not hidden, nor NIfTI.
     """
     place = Path(folder)
     names = [path.name for path in place.iterdir()] if names is None else names
@@ -277,7 +279,9 @@ def damaged(what: Series | Path, reason: str = "", count: int = 1) -> MAPSegErro
     """Error of images that ITK cannot read; its own words, which might quote a header, are left to the cause.
 
     Args:
-        what: the series, or one file. reason: what is known of it. count: of files that this is true of.
+        what: the series, or one file.
+        reason: what is known of it.
+        count: of files that this is true of.
     """
     more = f" like {count - 1} more files" if count > 1 else ""
     said = f"damaged: {reason}" if reason else "damaged, or of an unknown kind"

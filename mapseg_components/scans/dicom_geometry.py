@@ -116,7 +116,9 @@ def check_line(series: str, order: Sequence[Slice], normal: np.ndarray) -> None:
     """Each slice lies where a regular grid from the first to the last one has it. Raises `DataError`.
 
     Args:
-        series: for messages. order: at least two slices by height. normal: (3,), of all of them.
+        series: for messages.
+        order: at least two slices by height.
+        normal: (3,), of all of them.
     """
     positions, count = np.array([piece.position for piece in order]), len(order)
     sides = np.array([*np.linalg.norm(order[0].axes, axis=0), 0.0])

@@ -40,7 +40,8 @@ def values_of_tissue(voxels: np.ndarray, headers: Sequence[DicomObject], modalit
 
     Args:
         voxels: (X, Y, Z) as ITK reads them, which takes MONOCHROME1 over the whole range of the stored bits.
-        headers: of the Z slices. modality: of the series.
+        headers: of the Z slices.
+        modality: of the series.
 
     Returns:
         what was done, one sentence each; empty for most series.

@@ -36,10 +36,12 @@ class Facts:
     """What was found in one scan or label map.
 
     Args:
-        shape: voxels per axis. affine: (4, 4).
+        shape: voxels per axis.
+        affine: (4, 4).
         has_orientation: the header names an sform or a qform; otherwise the affine is a guess.
         disagreement: mm between corners by sform and by qform, and degrees between their axes; ``None`` with one form.
-        lowest, highest: of the voxels that are finite (0 without any).
+        lowest: lowest finite voxel (0 without any).
+        highest: highest finite voxel (0 without any).
         negative: number of voxels below 0.
         not_finite: number of voxels that are NaN, infinite or beyond float32, and the index of the first.
         first_not_finite: see above.

@@ -34,7 +34,8 @@ class Geometry:
     Args:
         shape: (3,), voxels per axis; further axes of length 1 are left out.
         affine: (4, 4), voxel to mm: the sform, else the qform, else a guess from the spacing.
-        sform, qform: (4, 4) in mm, or ``None`` if the header has none that can be used.
+        sform: (4, 4) in mm, or ``None`` if the header has none that can be used.
+        qform: likewise.
         remarks: what was found beside that.
     """
 
@@ -73,7 +74,9 @@ def geometry_of(path: Path, header: nib.Nifti1Header, shape: tuple[int, int, int
     only, or without both. Lengths are scaled to mm by ``xyzt_units``.
 
     Args:
-        path: for messages. header: as it stands in the file, unrepaired. shape: (3,).
+        path: for messages.
+        header: as it stands in the file, unrepaired.
+        shape: (3,).
 
     Raises:
         DataError: the affine is not finite, not invertible or sheared, or by its unit the scan has an impossible size.

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One NIfTI file from a stranger: the header is judged before anything large is read, then each byte is read once."""
+"""Read one untrusted NIfTI file: the header is checked before anything large is read, then each byte is read once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class Scan:
 
     Args:
         voxels: (X, Y, Z), scaled as the header says.
-        affine, sform, qform, remarks: see `Geometry`.
+        affine: see `Geometry`.
+        sform: see `Geometry`.
+        qform: see `Geometry`.
+        remarks: see `Geometry`.
         digest: sha256 of shape, type, scaling and decoded voxels; names and headers do not enter.
     """
 
@@ -182,7 +185,8 @@ def inflate(stream: BinaryIO) -> Iterator[bytes]:
     """Decompressed pieces of a gzip stream, of bounded size; zlib tests checksum and length of each member.
 
     Raises:
-        zlib.error: damaged. EOFError: it ends too early.
+        zlib.error: damaged.
+        EOFError: it ends too early.
     """
     pending = stream.read(PIECE)
     while pending:

@@ -45,7 +45,9 @@ class Algorithm:
     """What made a label map.
 
     Args:
-        name: of the bundle. version: of the bundle. program: version of this package.
+        name: of the bundle.
+        version: of the bundle.
+        program: version of this package.
         weights: the start of the weights' sha256, several joined by ``+``.
     """
 
@@ -100,8 +102,11 @@ def write_segmentation(
     """Write a label map as binary segments, one per structure; read it back, or leave what was there.
 
     Args:
-        series: the label map's. label_map: (X, Y, Z) on the grid of `read_series`, integers, 0 background.
-        names: structures in the order of their value. algorithm: what made it. path: the file.
+        series: the label map's.
+        label_map: (X, Y, Z) on the grid of `read_series`, integers, 0 background.
+        names: structures in the order of their value.
+        algorithm: what made it.
+        path: the file.
 
     Raises:
         DataError: the series has no header that a segmentation could refer to.

@@ -38,7 +38,8 @@ class Sidecar:
         source: ``file`` (a name without its folder), ``kind``, ``sha256``; for DICOM, the series number.
         settings: of the command.
         label_source: as ``source``, of the label map, or ``None``.
-        native: grid of the source. prepared: grid of the result.
+        native: grid of the source.
+        prepared: grid of the result.
         steps: what was done, in order: each has ``step`` and its parameters.
         results: ``image`` and perhaps ``label``, each with ``file`` and ``sha256``.
         versions: of the software.

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a transform may be given: tensors with and without metadata, and NumPy arrays, as in MONAI."""
+"""Inputs of transforms: tensors with and without metadata, and NumPy arrays, as in MONAI."""
 
 from __future__ import annotations
 

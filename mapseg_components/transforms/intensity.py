@@ -39,7 +39,7 @@ LIMITS_POSTFIX = "limits"
 
 
 def scan_name(image: Any) -> str:
-    """File name of a scan for messages, if the tensor knows it."""
+    """File name of a scan for messages, if it is in the tensor's metadata."""
     return str(image.meta.get("filename_or_obj", "a scan in memory")) if isinstance(image, MetaTensor) else "a scan"
 
 
@@ -52,11 +52,11 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
     """Minimum of each channel of a volume, and its percentiles from 90 to 100 in steps of 0.01.
 
     Args:
-        image: (C, ...).
+        image: (C, ...), in any unit.
         foreground: take the percentiles over the non-zero voxels only.
 
     Returns:
-        float32 (C, 1 + 1001): the minimum, then the percentiles.
+        float32 (C, 1 + 1001), in the image's unit: the minimum, then the percentiles.
 
     Raises:
         DataError: a channel is constant, or holds NaN or infinite values; the message names file and channel.
@@ -78,7 +78,7 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
 
 
 def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> torch.Tensor:
-    """What becomes 0 and what becomes 1 in each channel: its minimum and its percentile.
+    """Intensities that `clipped` maps to 0 and to 1 in each channel: its minimum and its percentile.
 
     Args:
         image: (C, ...), the volume or a part of it.
@@ -116,19 +116,25 @@ def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> 
 def clipped(image: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """Image (C, ...) scaled so that each channel's limits, (C, 2), become 0 and 1, and clipped there."""
     lowest, top = limits.to(image.device).view(len(image), 2, *[1] * (image.ndim - 1)).unbind(1)
-    scaled = as_volume(image) - lowest  # keeps what a MetaTensor knows of its scan
+    scaled = as_volume(image) - lowest  # keeps the metadata of a MetaTensor
     scaled.as_subclass(torch.Tensor).div_(top - lowest).clamp_(0.0, 1.0)
     return scaled
 
 
 class FillNonFinite(Transform):
-    """What to do with NaN and infinite voxels: nothing, so that they are refused, or make them background.
+    """Replace NaN and infinite voxels by background, or leave them, so that later steps refuse the scan.
 
     Args:
         policy: ``"background"`` gives them the lowest finite value of the scan; ``None`` leaves them.
 
     Raises:
         ConfigError: the policy is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import FillNonFinite
+        >>> FillNonFinite("background")(torch.tensor([[2.0, float("nan"), 5.0]])).tolist()
+        [[2.0, 2.0, 5.0]]
     """
 
     def __init__(self, policy: str | None = None) -> None:
@@ -146,7 +152,23 @@ class FillNonFinite(Transform):
 
 
 class FillNonFinited(EachKey):
-    """Dictionary version of `FillNonFinite`."""
+    """Dictionary version of `FillNonFinite`.
+
+    Args:
+        keys: images of any shape.
+        policy: ``"background"`` or ``None``, see `FillNonFinite`.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        ConfigError: the policy is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import FillNonFinited
+        >>> fill = FillNonFinited(keys="image", policy="background")
+        >>> fill({"image": torch.tensor([[2.0, float("inf"), 5.0]])})["image"].tolist()
+        [[2.0, 2.0, 5.0]]
+    """
 
     def __init__(self, keys: KeysCollection, policy: str | None = None, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -154,15 +176,25 @@ class FillNonFinited(EachKey):
 
 
 class NegativeValues(Transform):
-    """What to do with negative intensities, said explicitly and never by default.
+    """What to do with negative intensities; the choice is always explicit.
 
     Args:
         policy: ``"clip"`` sets them to 0 (MR); ``"shift"`` first adds ``shift`` (CT in Hounsfield units, where air is
-            -1024) and then clips at 0; ``"keep"`` leaves the scan as it is; ``None`` says that there is none.
+            -1024) and then clips at 0; ``"keep"`` leaves the scan as it is; ``None`` expects none and refuses a scan
+            that has some.
         shift: added under ``"shift"``, in the scan's units.
 
     Raises:
         ConfigError: the policy is unknown; or, in a call, it is ``None`` and the scan has negative values.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import NegativeValues
+        >>> ct = torch.tensor([[-1100.0, -1000.0, 50.0]])  # in HU
+        >>> NegativeValues("shift")(ct).tolist()
+        [[0.0, 24.0, 1074.0]]
+        >>> NegativeValues("clip")(ct).tolist()
+        [[0.0, 0.0, 50.0]]
     """
 
     def __init__(self, policy: str | None = None, shift: float = 1024.0) -> None:
@@ -180,7 +212,7 @@ class NegativeValues(Transform):
         if self.policy == "keep":
             return img
         if self.policy is None:
-            negative = (img < 0) & ~torch.isneginf(img)  # -inf is damage, left to be named
+            negative = (img < 0) & ~torch.isneginf(img)  # -inf is a damaged voxel, which later steps report
             if negative.any():
                 raise ConfigError(
                     f"{scan_name(img)}: {int(negative.sum())} voxels are negative, and negative_values is null: set it "
@@ -192,7 +224,24 @@ class NegativeValues(Transform):
 
 
 class NegativeValuesd(EachKey):
-    """Dictionary version of `NegativeValues`."""
+    """Dictionary version of `NegativeValues`.
+
+    Args:
+        keys: images of any shape.
+        policy: ``"clip"``, ``"shift"``, ``"keep"`` or ``None``, see `NegativeValues`.
+        shift: added under ``"shift"``, in the scan's units.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        ConfigError: as `NegativeValues`.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import NegativeValuesd
+        >>> clip = NegativeValuesd(keys="image", policy="clip")
+        >>> clip({"image": torch.tensor([[-3.0, 0.0, 50.0]])})["image"].tolist()
+        [[0.0, 0.0, 50.0]]
+    """
 
     def __init__(
         self,
@@ -211,6 +260,18 @@ class PercentileTabled(MapTransform):
     Args:
         keys: whole volumes (C, ...).
         foreground: take the percentiles over the non-zero voxels only (the paper takes the whole volume).
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        DataError: in a call, as `percentile_table`.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import PercentileTabled
+        >>> sample = PercentileTabled(keys="image")({"image": torch.arange(101.0).reshape(1, 101)})
+        >>> table = sample["image_percentiles"]
+        >>> tuple(table.shape), table[0, [0, 1, -1]].tolist()  # minimum, 90th and 100th percentile
+        ((1, 1002), [0.0, 90.0, 100.0])
     """
 
     def __init__(self, keys: KeysCollection, foreground: bool = False, allow_missing_keys: bool = False) -> None:
@@ -232,6 +293,17 @@ class PercentileClip(Transform):
     Args:
         percentile: from 90 to 100.
         foreground: take the percentile over the non-zero voxels only.
+
+    Raises:
+        ConfigError: in a call, the percentile is out of bounds.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import PercentileClip
+        >>> image = torch.arange(101.0).reshape(1, 101)
+        >>> scaled = PercentileClip(percentile=90)(image)
+        >>> scaled[0, [0, 45, 90, 100]].tolist()
+        [0.0, 0.5, 1.0, 1.0]
     """
 
     def __init__(self, percentile: float = 99.5, foreground: bool = False) -> None:
@@ -252,13 +324,31 @@ class PercentileClip(Transform):
         return clipped(img, self.limits(img, table))
 
     def limits(self, img: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
-        """What becomes 0 and what becomes 1 in each channel, float32 (C, 2)."""
+        """Intensities that become 0 and 1 in each channel, float32 (C, 2)."""
         table = percentile_table(img, self.foreground) if table is None else table
         return clip_limits(img, table, self.percentile)
 
 
 class PercentileClipd(MapTransform):
-    """Dictionary version of `PercentileClip`; uses ``<key>_percentiles`` if it is there."""
+    """Dictionary version of `PercentileClip`; uses ``<key>_percentiles`` (`PercentileTabled`) if it is there.
+
+    Args:
+        keys: images (C, ...).
+        percentile: from 90 to 100.
+        foreground: take the percentile over the non-zero voxels only.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        ConfigError: in a call, the percentile is out of bounds.
+        DataError: in a call, a channel has no contrast or non-finite values.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import PercentileClipd
+        >>> sample = PercentileClipd(keys="image", percentile=90)({"image": torch.arange(101.0).reshape(1, 101)})
+        >>> sample["image"][0, [0, 45, 90, 100]].tolist()
+        [0.0, 0.5, 1.0, 1.0]
+    """
 
     def __init__(
         self,
@@ -280,11 +370,23 @@ class PercentileClipd(MapTransform):
 class RandPercentileClip(RandomizableTransform):
     """Clip at a random percentile with probability ``prob``, at the default one otherwise, and scale to [0, 1].
 
+    The defaults are the paper's (MAPSeg, section 4.1).
+
     Args:
-        lower: smallest random percentile (99 in the paper). upper: largest (100).
-        prob: probability of a random one (0.35).
-        default: percentile otherwise (99.5).
+        lower: smallest random percentile, from 90.
+        upper: largest random percentile, up to 100.
+        prob: probability of a random one.
+        default: percentile otherwise.
         foreground: take percentiles over the non-zero voxels only.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandPercentileClip
+        >>> clip = RandPercentileClip(lower=90, upper=90, prob=1.0)
+        >>> clip(torch.arange(101.0).reshape(1, 101))[0, [0, 45, 90, 100]].tolist()
+        [0.0, 0.5, 1.0, 1.0]
+        >>> clip.percentile  # of the last draw
+        90.0
     """
 
     def __init__(
@@ -321,11 +423,24 @@ class RandPercentileClipd(Randomizable, MapTransform):
 
     Args:
         keys: the volume, or images that are parts of one volume.
+        lower: smallest random percentile, from 90.
+        upper: largest random percentile, up to 100.
+        prob: probability of a random one.
+        default: percentile otherwise.
+        foreground: take percentiles over the non-zero voxels only.
         table_key: entry with the volume's `percentile_table`, removed afterwards; without it each image has its own.
-        deferred: leave the volume as it is and store what becomes 0 and 1, float32 (C, 2), as ``<key>_limits``.
-            `RandGlobalLocalCropd` clips with it what it reads of the volume, before it interpolates: the samples of a
-            clipped volume, without the cost of clipping all of it in every draw.
-        The others are those of `RandPercentileClip`.
+        deferred: leave the volume as it is and store the intensities that become 0 and 1, float32 (C, 2), as
+            ``<key>_limits``. `RandGlobalLocalCropd` clips the voxels that it reads by them, before it interpolates: the
+            same samples as of a clipped volume, without clipping all of it in every draw.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandPercentileClipd
+        >>> clip = RandPercentileClipd(keys="image", lower=90, upper=90, prob=1.0, deferred=True)
+        >>> sample = clip({"image": torch.arange(101.0).reshape(1, 101)})
+        >>> sample["image_limits"].tolist()  # these become 0 and 1
+        [[0.0, 90.0]]
     """
 
     def __init__(

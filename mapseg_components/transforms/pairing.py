@@ -17,7 +17,7 @@ from monai.utils import ensure_tuple, ensure_tuple_rep
 
 from mapseg_components.boxes import expand_box, index_affine, relative_box, transformed_box
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.keys import IMAGE, LABEL, LOCAL_BOX, VALID_BOX
+from mapseg_components.keys import BOX, IMAGE, LABEL, VALID_BOX
 from mapseg_components.transforms.foreground import foreground_extremes, voxels_of_classes
 from mapseg_components.transforms.inputs import as_volume, require_spatial
 from mapseg_components.transforms.intensity import LIMITS_POSTFIX, scan_name
@@ -42,7 +42,8 @@ class RandGlobalLocalCrop(Randomizable, Transform):
     for labels; outside the scan both are 0. Source: MAPSeg (arXiv 2303.09373), sections 3.2, 3.4 and 4.1.
 
     Args:
-        patch_size: voxels of the local patch, at the scan's own resolution.
+        patch_size: voxels of the local patch, at the scan's own resolution. An axis of one voxel (2D images are
+            volumes with one slice) is neither scaled nor turned.
         global_size: voxels of the global view, by default the patch size.
         prob: probability of an affine (0.35 in the paper).
         scale_range: of the isotropic scale, above 1 enlarges; ``(0.7, 1.4)`` for the source in the paper.
@@ -50,6 +51,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         flip_prob: probability of a flip of each axis (0.5 in pretraining, 0 in adaptation).
         foreground_fraction: share of patches centred on a labelled voxel, its class drawn uniformly from the
             classes of the scan. For labelled (source) scans only: one without a label is refused.
+        global_view: whether there is one; without it the crop is an ordinary random patch.
 
     Raises:
         ConfigError: a range or share is out of bounds.
@@ -64,6 +66,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         rotate_range_deg: float = 0.0,
         flip_prob: float = 0.0,
         foreground_fraction: float = 0.0,
+        global_view: bool = True,
     ) -> None:
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ConfigError(f"scale_range is {list(scale_range)}, expected 0 < lowest <= highest")
@@ -81,6 +84,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.rotate_range_deg = rotate_range_deg
         self.flip_prob = flip_prob
         self.foreground_fraction = foreground_fraction
+        self.global_view = global_view
         self.warp = np.eye(4)
         self.box = np.zeros((3, 2))
         self.window = np.zeros((3, 2))
@@ -134,11 +138,11 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             others: further volumes of the scan's grid by name, each with "bilinear" or "nearest".
 
         Returns:
-            ``local_image`` (C, *patch_size), ``global_image`` (C, *global_size) and, with a label,
-            ``local_label`` and ``global_label`` on the same grids, likewise ``local_<name>`` and ``global_<name>`` of
-            further volumes, all with their own affine if the scan has one;
-            ``local_box`` (3, 2) float32, the patch in voxels of the global view; ``valid_box`` (3, 2) float32, the part
-            of the patch that the foreground box covers, in voxels of the patch.
+            ``image`` (C, *patch_size), ``global_image`` (C, *global_size) and, with a label, ``label`` and
+            ``global_label`` on the same grids, likewise ``<name>`` and ``global_<name>`` of further volumes, all with
+            their own affine if the scan has one; ``box`` (3, 2) float32, the patch in voxels of the global view;
+            ``valid_box`` (3, 2) float32, the part of the patch that the foreground box covers, in voxels of the patch.
+            Without a global view nothing that begins with ``global_``, and no ``box``.
 
         Raises:
             ConfigError: a volume has pending operations of lazy resampling, or ``foreground_fraction`` has no label.
@@ -168,14 +172,16 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         unwarp = np.round(unwarp) if not np.any(self.warp % 1) else unwarp
         modes = [mode for _, mode in volumes.values()]
         result: dict[str, torch.Tensor] = {}
-        for side, box, size in (("local", self.window, self.patch_size), ("global", self.box, self.global_size)):
+        sides = [("", self.window, self.patch_size), ("global_", self.box, self.global_size)]
+        for prefix, box, size in sides if self.global_view else sides[:1]:
             affine = unwarp @ index_affine(box, size)
             plain = [volume.as_subclass(torch.Tensor) for volume in tensors.values()]
             samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)])
             for (name, volume), data in zip(tensors.items(), samples):
-                result[f"{side}_{name}"] = placed(data, volume, affine)
+                result[f"{prefix}{name}"] = placed(data, volume, affine)
         valid = np.clip(self.foreground - self.window[:, :1], 0, np.asarray(self.patch_size)[:, None])
-        result[LOCAL_BOX] = torch.from_numpy(relative_box(self.window, self.box, self.global_size)).float()
+        if self.global_view:
+            result[BOX] = torch.from_numpy(relative_box(self.window, self.box, self.global_size)).float()
         result[VALID_BOX] = torch.from_numpy(valid).float()
         return result
 
@@ -202,7 +208,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         if self.R.uniform() < self.prob:
             angles = np.deg2rad(self.R.uniform(-self.rotate_range_deg, self.rotate_range_deg, 3))
             scale = self.R.uniform(*self.scale_range)
-            linear = np.asarray(create_rotate(3, tuple(angles))) @ np.diag([scale, scale, scale, 1.0])
+            flat = np.asarray(self.patch_size) == 1
+            for axis in np.flatnonzero(flat):
+                angles[np.arange(3) != axis] = 0.0  # a slice is turned in its plane only
+            linear = np.asarray(create_rotate(3, tuple(angles))) @ np.diag([*np.where(flat, 1.0, scale), 1.0])
             ratio = np.round(spacing / spacing.min(), 5)  # exactly 1 for voxels as wide as high
             linear[:3, :3] *= ratio[None, :] / ratio[:, None]
         flips = np.where(self.R.uniform(size=3) < self.flip_prob, -1.0, 1.0)
@@ -222,9 +231,10 @@ def placed(data: torch.Tensor, volume: torch.Tensor, affine: np.ndarray) -> torc
 class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, LazyTrait):
     """Dictionary version of `RandGlobalLocalCrop`.
 
-    Reads the entries ``<image_key>_extremes`` (`AxisExtremesd`), ``<label_key>_voxels`` (`ClassVoxelsd`) and
-    ``<image_key>_limits`` (`RandPercentileClipd`, deferred) if they are there. The whole volumes and these entries are
-    left out of the result, so that samples collate; all other entries stay. An entry on the scan's grid that is not
+    Each volume becomes its patch, under the same key, and ``global_<key>`` its view. Reads the entries
+    ``<image_key>_extremes`` (`AxisExtremesd`), ``<label_key>_voxels`` (`ClassVoxelsd`) and
+    ``<image_key>_limits`` (`RandPercentileClipd`, deferred) if they are there, and leaves these entries out of the
+    result, so that samples collate; all other entries stay. An entry on the scan's grid that is not
     named would stay whole beside the patch, and is refused.
 
     In a lazy ``Compose`` it refuses scans with pending operations: their foreground, by which patches are drawn,
@@ -232,8 +242,8 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
 
     Args:
         image_key: the scan. label_key: its label; may be absent from the data, as it is on the target side.
-        other_keys: further volumes on the scan's grid, e.g. a mask or a second image; they become ``local_<key>`` and
-            ``global_<key>``.
+        other_keys: further volumes on the scan's grid, e.g. a mask or a second image; they become patches as well, with
+            their views as ``global_<key>``.
         other_modes: ``"bilinear"`` or ``"nearest"``, one for all of them or one for each.
         allow_missing_keys: whether further volumes may be absent from the data.
         The others are those of `RandGlobalLocalCrop`.
@@ -258,11 +268,12 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         other_keys: KeysCollection = (),
         other_modes: Sequence[str] | str = LABEL_MODE,
         allow_missing_keys: bool = False,
+        global_view: bool = True,
     ) -> None:
         others = ensure_tuple(other_keys)
         MapTransform.__init__(self, [image_key, label_key, *others], allow_missing_keys)
         self.transform = RandGlobalLocalCrop(
-            patch_size, global_size, prob, scale_range, rotate_range_deg, flip_prob, foreground_fraction
+            patch_size, global_size, prob, scale_range, rotate_range_deg, flip_prob, foreground_fraction, global_view
         )
         self.image_key, self.label_key = image_key, label_key
         self.other_modes = dict(zip(others, ensure_tuple_rep(other_modes, len(others)))) if others else {}
@@ -310,12 +321,17 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
                 "in other_keys, with other_modes 'nearest' for masks and 'bilinear' for images, or delete them "
                 "(DeleteItemsd)"
             )
-        samples = self.transform(image, label, extremes, class_voxels, limits=limits, others=others)
+        drawn = self.transform(image, label, extremes, class_voxels, limits=limits, others=others)
+        names = {
+            f"{view}{name}": f"{view}{key}"
+            for view in ("", "global_")
+            for name, key in ((IMAGE, self.image_key), (LABEL, self.label_key))
+        }
+        samples = {names.get(name, name): sample for name, sample in drawn.items()}
         taken = sorted(set(samples) & set(result))
         if taken:
             raise ConfigError(f"entries {taken} are there already and would be overwritten: rename them (CopyItemsd)")
-        result.update(samples)
-        return result
+        return {**result, **samples}
 
     def inverse(self, data: Any) -> dict[Hashable, Any]:
         """Refused.

@@ -133,7 +133,7 @@ def test_adaptation_starts_from_the_package_and_keeps_it_beside(sites, tmp_path)
     lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and not [name for line in lines for name in line if name.startswith("source")]
     local = [lines[0][name] for name in ("target_local", "target_local_masked")]
-    assert lines[0]["target_segmentation"] == pytest.approx(local[1], rel=1e-5) != local[0]
+    assert lines[0]["target_loss"] == pytest.approx(local[1], rel=1e-5) != local[0]
     total = 0.5 * sum(local) + 0.05 * (lines[0]["target_global"] + lines[0]["target_global_masked"])
     total += 0.025 * (lines[0]["target_cosine"] + lines[0]["target_cosine_masked"])  # Eq. 10
     assert lines[0]["loss"] == pytest.approx(total, rel=1e-4)

@@ -117,7 +117,7 @@ def test_prepared_scans_and_the_way_back(folders, tmp_path):
     options = {"prepare": {"spacing": 1.25, "bias_correction": False}}
     with pytest.raises(ConfigError, match="so that no epoch would be validated"):
         adapt(**{**arguments, **options, "settings": {**TINY, "val_interval": 5}})
-    adapt(**arguments, **options)  # what was prepared already is no stranger
+    adapt(**arguments, **options)  # scans that were prepared already are accepted
     scan = nib.load(tmp_path / "t2" / "7.nii.gz")
     results = tmp_path / "out" / "predictions" / "adapted"
     prepared, native = (nib.load(place / "7_seg.nii.gz") for place in (results, results / "native"))

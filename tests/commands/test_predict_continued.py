@@ -180,15 +180,15 @@ def test_a_full_disk_fails_the_scan_before_its_files_are_written(folder, tmp_pat
 def test_files_of_others_are_neither_replaced_nor_removed(folder, tmp_path):
     output = tmp_path / "out"
     (output / "previews").mkdir(parents=True)
-    strangers = [output / "a_probabilities.nii.gz", output / "previews" / "a.png", output / "e_probabilities.nii.gz"]
-    strangers += [output / ".unfinished-notes", output / ".unfinished-abcdefg1"]
-    for path in strangers:
+    others = [output / "a_probabilities.nii.gz", output / "previews" / "a.png", output / "e_probabilities.nii.gz"]
+    others += [output / ".unfinished-notes", output / ".unfinished-abcdefg1"]
+    for path in others:
         path.write_text("of somebody else")
     go_on(folder, output, no_preview=True)
     (folder / "d.nii.gz").rename(folder / "e.nii.gz")
     with pytest.raises(ConfigError, match=r"e_probabilities\.nii\.gz would be replaced, and the earlier run did not"):
         go_on(folder, output, no_preview=True)
-    assert {path.read_text() for path in strangers} == {"of somebody else"}
+    assert {path.read_text() for path in others} == {"of somebody else"}
 
 
 def test_a_picture_belongs_to_its_label_map(folder, tmp_path, monkeypatch):

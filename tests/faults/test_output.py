@@ -152,7 +152,7 @@ def test_the_table_of_volumes_ends_its_lines_as_csv_does(tmp_path):
 
 
 def damaged(how):
-    """A stand-in of `nib.save` whose file is not what it was told to write, without a word."""
+    """A stand-in of `nib.save` whose file differs from what it was asked to write, without an error."""
     save = nib.save
 
     def damaged_save(image, filename):

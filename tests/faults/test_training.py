@@ -21,12 +21,12 @@ import torch
 
 from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.data import SECTIONS, load_datalist
-from mapseg_components.engines import UDATrainer
+from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.files import lock_folder, unlock_folders
-from mapseg_components.losses import AdaptationLoss
+from mapseg_components.methods import MAPSeg
 from tests.conftest import SAMPLE
-from tools.soak import BUNDLE, differences, interrupted, progress, start, train
+from tests.soak.run import BUNDLE, differences, interrupted, progress, start, train
 
 SHORT = {"epoch_length": 3, "max_epochs": 2, "source_masked": False}
 ERRORS = {error.exit_code: error for error in (ConfigError, CheckpointError, NonFiniteError, ResourceError)}
@@ -90,7 +90,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path, whole):
 
 def signalled(folder, log, settings, iteration, number):
     """Train; the process gets a signal while it is in an iteration."""
-    step = UDATrainer._step
+    step = AdaptationTrainer._step
 
     def and_signal(self, engine, batch):
         if engine.state.iteration == iteration:
@@ -98,7 +98,7 @@ def signalled(folder, log, settings, iteration, number):
             signal.raise_signal(number)  # schedulers repeat themselves
         return step(self, engine, batch)
 
-    UDATrainer._step = and_signal
+    AdaptationTrainer._step = and_signal
     train(folder, log, settings)
 
 
@@ -174,7 +174,7 @@ def test_bad_numbers_stop_training_and_do_not_reach_a_checkpoint(tmp_path):
 class Exploding(torch.nn.Linear):
     """A finite loss whose gradient is infinite."""
 
-    def forward(self, local_image, *others):
+    def forward(self, image, *others):
         logits = self.weight.sum().sqrt().expand(1, 2, 4, 4, 4)
         return logits, logits, logits, logits
 
@@ -183,31 +183,27 @@ def test_fp16_does_not_skip_steps_for_ever():
     """Loss scaling skips a step whose gradient is infinite; if that never ends, the scale is not the reason."""
     network = Exploding(1, 1, bias=False)
     torch.nn.init.zeros_(network.weight)
-    with pytest.raises(NonFiniteError, match=r"infinite whatever the loss is scaled by.*case 7"):
+    with pytest.raises(NonFiniteError, match=r"infinite at every loss scale.*case 7"):
         one_step(network, amp="fp16", steps=60)
     assert network.weight.item() == 0
 
 
 class Greedy(torch.nn.Linear):
-    def forward(self, local_image, *others):
+    def forward(self, image, *others):
         return torch.empty(2**60)
 
 
 def one_step(network, amp=None, steps=1):
     image = torch.rand(1, 1, 4, 4, 4)
-    batch = {"local_image": image, "global_image": image, "local_box": torch.zeros(1, 3, 2), "case_id": ["case 7"]}
-    batch |= {"local_label": torch.zeros(1, 1, 4, 4, 4), "global_label": torch.zeros(1, 1, 4, 4, 4)}
-    trainer = UDATrainer(
+    batch = {"image": image, "global_image": image, "box": torch.zeros(1, 3, 2), "case_id": ["case 7"]}
+    batch |= {"label": torch.zeros(1, 1, 4, 4, 4), "global_label": torch.zeros(1, 1, 4, 4, 4)}
+    trainer = AdaptationTrainer(
         device="cpu",
         max_epochs=1,
         train_data_loader=[{"source": batch}] * steps,
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
-        loss_function=AdaptationLoss(source_masked=False),
-        teacher=None,
-        mask_ratio=0.5,
-        local_block_size=2,
-        global_block_size=2,
+        method=MAPSeg(None, source_masked=False),
         amp=amp,
     )
     trainer.logger.disabled = True
@@ -414,11 +410,11 @@ def distributed(program, out):
 
 SIGNALLED = """
 import os, signal, sys, time
-from mapseg_components.engines import UDATrainer
+from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.handlers import checkpointing
 import fire, monai.bundle
 
-step, write = UDATrainer._step, checkpointing.write_atomic
+step, write = AdaptationTrainer._step, checkpointing.write_atomic
 
 def and_signal(self, engine, batch):
     if engine.state.iteration == 3:
@@ -429,7 +425,7 @@ def slow(*arguments, **options):
     time.sleep(3)
     write(*arguments, **options)
 
-UDATrainer._step, checkpointing.write_atomic = and_signal, slow
+AdaptationTrainer._step, checkpointing.write_atomic = and_signal, slow
 fire.Fire(monai.bundle.run)
 """
 

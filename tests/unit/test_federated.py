@@ -29,7 +29,7 @@ from mapseg_components.federated.core import (
 )
 from mapseg_components.federated.flare.party import sides_of
 from mapseg_components.federated.site import initial_weights
-from mapseg_components.losses import AdaptationLoss
+from mapseg_components.methods import MAPSeg
 from tests.conftest import ROOT
 from tests.faults.common import bundle_run
 from tests.federation import FILES, LABELS, make_federation, small_plan, small_settings, write_parties
@@ -106,10 +106,10 @@ def test_bytes_are_those_of_the_tensors():
 def test_the_paper_s_losses_are_the_settings_of_the_bundle():
     """Eq. 9 and Eq. 10: beta, gamma and delta for the clean and for the masked pass, on either side."""
     config = small_settings()
-    loss = AdaptationLoss(**{key: config[key] for key in ("beta", "gamma", "delta", "target_clean", "source_masked")})
+    method = MAPSeg(None, **{key: config[key] for key in ("beta", "gamma", "delta", "target_clean", "source_masked")})
     for side in ("source", "target"):
         for ending in ("", "_masked"):
-            found = [loss.weights[f"{side}_{kind}{ending}"] for kind in ("local", "global", "cosine")]
+            found = [method.weights[f"{side}_{kind}{ending}"] for kind in ("local", "global", "cosine")]
             assert found == pytest.approx([0.5, 0.05, 0.025])
 
 
@@ -137,15 +137,15 @@ def test_a_round_gives_the_same_again_and_reads_one_side_only(tmp_path):
         assert all(torch.equal(value, other.weights[name]) for name, value in results[0].weights.items())
 
 
-@pytest.mark.parametrize(("decay", "told"), [(0.9, ["19%"]), (0.5, [])])
-def test_a_teacher_that_hardly_follows_in_a_round_is_told_once(tmp_path, caplog, decay, told):
+@pytest.mark.parametrize(("decay", "shares"), [(0.9, ["19%"]), (0.5, [])])
+def test_a_teacher_that_hardly_follows_in_a_round_is_reported_once(tmp_path, caplog, decay, shares):
     datalist, sites = make_federation(tmp_path, 1)
     settings = small_settings(ema_schedule=[[None, decay]])
     with caplog.at_level("WARNING"):
         simulate(small_plan(min_sites=1), datalist, sites, tmp_path / "m", tmp_path / "o", settings=settings)
     found = [record.message for record in caplog.records if "ema_schedule" in record.message]
-    assert [re.search(r"in a round of 2 steps .* takes (\d+%)", line)[1] for line in found] == 2 * told
-    assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if told else set())
+    assert [re.search(r"in a round of 2 steps .* takes (\d+%)", line)[1] for line in found] == 2 * shares
+    assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if shares else set())
 
 
 def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
@@ -164,7 +164,7 @@ def test_the_round_with_the_highest_score_becomes_the_model(tmp_path):
         common = {"round": number, "weights": {"w": torch.full((2,), number + 1.0)}, "scans": 1, "labels": ["a"]}
         coordinator.start()
         coordinator.accept_source(Update(site="server", ema_steps=1, **common))
-        coordinator.accept(Update(site="site-1", ema_steps=2, losses={"target_segmentation": loss}, **common))
+        coordinator.accept(Update(site="site-1", ema_steps=2, losses={"target_loss": loss}, **common))
         coordinator.close()
     chosen = json.loads((tmp_path / "model_selection.json").read_text())["model.pt"]
     assert chosen == {"weights": "global", "round": 1, "score": pytest.approx(-0.2)}
@@ -185,7 +185,7 @@ def test_local_layers_stay_at_their_site(tmp_path):
 
 
 def test_the_patterns_of_the_docs_are_all_normalisation_layers(tiny_network):
-    text = (ROOT / "docs" / "federated.md").read_text()
+    text = (ROOT / "docs" / "reference" / "federation.md").read_text()
     patterns = json.loads(next(line for line in text.splitlines() if line.startswith('    ["*norm*"')))
     layers = [name for name, module in tiny_network.named_modules() if isinstance(module, torch.nn.GroupNorm)]
     expected = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}

@@ -33,7 +33,7 @@ FAULTS = [
     ({"background": 0, "liver": 1, "ignore": 2}, "'ignore' is 2.*name 2 in dropped_labels"),
     ({"liver": 0}, "'liver' is 0, but 0 is background.*another value"),
     ({"background": 1, "liver": 2}, "'background' is 1, but background is 0.*dropped_labels"),
-    ({"liver": 1, "spleen": 1}, "value 1 stands twice"),
+    ({"liver": 1, "spleen": 1}, "value 1 occurs twice"),
     ({"liver": -1}, "'liver' is -1, expected a whole number from 1"),
     ({"liver": 1.5}, "'liver' is 1.5, expected a whole number"),
     ({"liver": True}, "'liver' is True, expected a whole number"),

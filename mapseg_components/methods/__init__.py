@@ -1,0 +1,23 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Methods of adaptation, one file each; all run in `mapseg_components.engines.AdaptationTrainer`."""
+
+from mapseg_components.methods.base import Method, Pass
+from mapseg_components.methods.consistency import MaskedConsistency, MeanTeacher, Supervised
+from mapseg_components.methods.entropy import EntropyMinimization, norm_parameters
+from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel, Teacher
+from mapseg_components.methods.mapseg import MAPSeg
+
+__all__ = [
+    "ArgmaxLabels",
+    "EntropyMinimization",
+    "MAPSeg",
+    "MaskedConsistency",
+    "MeanTeacher",
+    "Method",
+    "Pass",
+    "PseudoLabel",
+    "Supervised",
+    "Teacher",
+    "norm_parameters",
+]

@@ -1,0 +1,156 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""MAPSeg: masked pseudo-labelling of a patch and of its global view (arXiv 2303.09373, sections 3.3 to 3.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from mapseg_components.errors import ConfigError
+from mapseg_components.keys import BOX, GLOBAL_IMAGE, GLOBAL_LABEL, IMAGE, LABEL, SOURCE, TARGET
+from mapseg_components.losses import LocalGlobalCosineLoss, SegmentationLoss, plain
+from mapseg_components.masking import BlockMask
+from mapseg_components.methods.base import Pass, Tensors
+from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel
+
+__all__ = ["MAPSeg"]
+
+MASKED = "_masked"
+
+
+class MAPSeg:
+    """Source labels and the teacher's pseudo labels, on clean and on masked pairs of patch and global view.
+
+    Terms are named ``<side>_<what>`` and, for the masked pass, ``..._masked``: ``source_local``,
+    ``source_local_masked``, ``source_global``, ``source_global_masked``, ``source_cosine``,
+    ``source_cosine_masked``, and the same with ``target``.
+
+    Source side, in every setting (Eqs. 8 and 9): beta, gamma and delta for the clean and for the masked pass.
+    Target side: Eq. 8 has the masked pass only, with weights 1, 2 gamma, 2 delta. With ``target_clean`` each is
+    shared half and half by the masked and the clean pass; with beta = 0.5 that is Eq. 10. The Score reads the target's
+    local segmentation term of the masked pass (section 3.7): the clean one falls when pseudo labels repeat themselves.
+
+    Args:
+        labels: pseudo labels of the target; ``None`` trains on the source alone.
+        mask_ratio: share of hidden blocks (0.7 in the paper).
+        local_block_size: voxels per side of a hidden block of the local patch (8), one number or one per axis.
+        global_block_size: of the global view (4).
+        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+        beta: weight of the local segmentation terms (0.5 in the paper).
+        gamma: weight of the global segmentation terms (0.05 in the paper).
+        delta: weight of the cosine terms (0.025 in the paper).
+        target_clean: whether the target side has clean terms too.
+        source_masked: whether the source side has masked terms (the paper). Without them the clean terms take their
+            share too, at half the cost.
+        loss: of source terms, by default `SegmentationLoss`.
+        pseudo_loss: of pseudo-label terms, by default `SegmentationLoss` without class weights: weighting the rare
+            classes of pseudo labels would feed their false positives back.
+        confidence_threshold: v1's tau, in [0, 1]; pseudo-label terms are weighted by eta, the share of voxels whose
+            maximum probability exceeds it. Off (``None``) by default.
+        ignore_unsure: leave voxels whose maximum probability does not exceed this threshold out of the pseudo-label
+            terms (they count nowhere, and never as background). Off (``None``) by default.
+
+    Raises:
+        ConfigError: a threshold is no probability, or a mask setting is unknown.
+
+    Examples:
+        >>> from mapseg_components.methods import MAPSeg
+        >>> method = MAPSeg(labels=None, source_masked=False)
+        >>> method.weights["source_local"], method.weights["target_local_masked"]
+        (1.0, 1.0)
+        >>> method.selection
+        ('target_local_masked',)
+    """
+
+    selection = ("target_local_masked",)
+
+    def __init__(
+        self,
+        labels: ArgmaxLabels | None,
+        mask_ratio: float = 0.7,
+        local_block_size: Sequence[int] | int = 8,
+        global_block_size: Sequence[int] | int = 4,
+        mask_value: float | str = 0.0,
+        beta: float = 0.5,
+        gamma: float = 0.05,
+        delta: float = 0.025,
+        target_clean: bool = False,
+        source_masked: bool = True,
+        loss: nn.Module | None = None,
+        pseudo_loss: nn.Module | None = None,
+        confidence_threshold: float | None = None,
+        ignore_unsure: float | None = None,
+    ) -> None:
+        for name, value in {"confidence_threshold": confidence_threshold, "ignore_unsure": ignore_unsure}.items():
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value}, expected a probability between 0 and 1, or null for off")
+        self.labels = labels
+        self.hide_local = BlockMask(mask_ratio, local_block_size, mask_value)
+        self.hide_global = BlockMask(mask_ratio, global_block_size, mask_value)
+        self.loss = SegmentationLoss() if loss is None else loss
+        self.pseudo_loss = SegmentationLoss() if pseudo_loss is None else pseudo_loss
+        self.cosine = LocalGlobalCosineLoss()
+        self.confidence_threshold = confidence_threshold
+        self.ignore_unsure = ignore_unsure
+        self.endings = {
+            SOURCE: ("", MASKED) if source_masked else ("",),
+            TARGET: ("", MASKED) if target_clean else (MASKED,),
+        }
+        self.weights: dict[str, float] = {}
+        for kind, (source, target) in {
+            "local": (beta, 1.0),
+            "global": (gamma, 2 * gamma),
+            "cosine": (delta, 2 * delta),
+        }.items():
+            for side, weight in ((SOURCE, 2 * source), (TARGET, target)):
+                endings = self.endings[side]
+                self.weights |= {f"{side}_{kind}{ending}": weight / len(endings) for ending in endings}
+
+    def passes(self, batch: Mapping[str, Tensors]) -> list[Pass]:
+        """Clean and masked pairs with source labels or fresh pseudo labels.
+
+        Args:
+            batch: both sides have ``image``, ``global_image`` (B, C, X, Y, Z) and ``box`` (B, 3, 2), the patch in
+                voxels of the view; the source has ``label`` and ``global_label`` as well.
+        """
+        passes = []
+        if SOURCE in batch:
+            side = batch[SOURCE]
+            passes += self._clean_and_masked(SOURCE, side, side[LABEL], side[GLOBAL_LABEL])
+        if TARGET in batch and self.labels is not None and self.labels.active:
+            side = batch[TARGET]
+            labels = self.labels(**{key: side[key] for key in (IMAGE, GLOBAL_IMAGE, BOX)})
+            passes += self._clean_and_masked(TARGET, side, labels["logits"], labels["global_logits"])
+        return passes
+
+    def _clean_and_masked(
+        self, side: str, batch: Tensors, label: torch.Tensor | PseudoLabel, global_label: torch.Tensor | PseudoLabel
+    ) -> list[Pass]:
+        passes = []
+        for ending in self.endings[side]:
+            image, view = batch[IMAGE], batch[GLOBAL_IMAGE]
+            if ending == MASKED:
+                image, view = self.hide_local(image), self.hide_global(view)
+
+            def terms(output: Tensors, ending: str = ending) -> dict[str, torch.Tensor]:
+                return {
+                    f"{side}_local{ending}": self._segmentation(output["logits"], label),
+                    f"{side}_global{ending}": self._segmentation(output["global_logits"], global_label),
+                    f"{side}_cosine{ending}": self.cosine(output["local_features"], output["context_features"]),
+                }
+
+            passes.append(Pass({IMAGE: image, GLOBAL_IMAGE: view, BOX: batch[BOX]}, terms))
+        return passes
+
+    def _segmentation(self, logits: torch.Tensor, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
+        if not isinstance(label, PseudoLabel):
+            return self.loss(logits, label)
+        confidence = plain(label.confidence)
+        valid = None if self.ignore_unsure is None else confidence > self.ignore_unsure
+        loss = self.pseudo_loss(logits, label.label) if valid is None else self.pseudo_loss(logits, label.label, valid)
+        if self.confidence_threshold is not None:
+            loss = loss * (confidence > self.confidence_threshold).float().mean()
+        return loss

@@ -1,0 +1,145 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Networks as trainers call them: named outputs, and gradients that distributed training can synchronise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mapseg_components.errors import ConfigError
+
+__all__ = ["GlobalLocalPass", "PlainPass", "training_pass"]
+
+
+class PlainPass(nn.Module):
+    """The training pass of any segmenter of one image: its output by name.
+
+    It owns no weights: its ``state_dict`` is the segmenter's, by the same names, and loads the segmenter's.
+
+    Args:
+        network: from an image (B, C, X, Y, Z) to logits (B, classes, X, Y, Z), or to a mapping of outputs that has
+            ``logits``. Of MONAI's ``DynUNet`` with deep supervision, which stacks its outputs along a further axis, the
+            first is ``logits`` and the others ``deep_1``, ``deep_2``, ...
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import PlainPass
+        >>> outputs = PlainPass(torch.nn.Conv3d(1, 4, 3, padding=1))(image=torch.zeros(2, 1, 8, 8, 8))
+        >>> {name: tuple(value.shape) for name, value in outputs.items()}
+        {'logits': (2, 4, 8, 8, 8)}
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The segmenter's; arguments as in PyTorch."""
+        return self.network.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the segmenter's own names as well as those of this module's tree."""
+        inner = f"{prefix}network."
+        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
+            state_dict[inner + name[len(prefix) :]] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs by name for an image (B, C, X, Y, Z)."""
+        output = self.network(image)
+        if isinstance(output, Mapping):
+            return dict(output)
+        if output.ndim == image.ndim + 1:
+            first, *others = output.unbind(dim=1)
+            return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}
+        return {"logits": output}
+
+
+class GlobalLocalPass(PlainPass):
+    """The training pass of a segmenter with a global view: all that MAPSeg compares, from one encoding of each image.
+
+    Args:
+        network: a `GlobalLocalDeepLabV3` or any module with its ``encode``, ``context`` and ``decode``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalPass
+        >>> network = GlobalLocalDeepLabV3(1, 3, width=8, depth=1, dilations=(1,), head_channels=8)
+        >>> patch = torch.rand(1, 1, 16, 16, 16)
+        >>> box = torch.tensor([[[0.0, 8.0]] * 3])
+        >>> outputs = GlobalLocalPass(network)(image=patch, global_image=patch, box=box)
+        >>> {name: tuple(value.shape) for name, value in outputs.items()}  # doctest: +NORMALIZE_WHITESPACE
+        {'logits': (1, 3, 16, 16, 16), 'global_logits': (1, 3, 16, 16, 16),
+         'local_features': (1, 8, 4, 4, 4), 'context_features': (1, 8, 4, 4, 4)}
+    """
+
+    def forward(  # type: ignore[override]
+        self, image: torch.Tensor, global_image: torch.Tensor, box: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Encode and decode a pair (B samples, C classes, W features, stride s).
+
+        Args:
+            image: (B, channels, X, Y, Z), the local patch.
+            global_image: (B, channels, X', Y', Z'). Patches and views of equal size are encoded as one batch.
+            box: (B, 3, 2), the patch in voxels of the view, see `GlobalLocalDeepLabV3.forward`.
+
+        Returns:
+            ``logits`` (B, C, X, Y, Z), decoded with the global context; ``global_logits`` (B, C, X', Y', Z'), the view
+            decoded on its own; ``local_features`` (B, W, X/s, Y/s, Z/s); ``context_features``, of the same shape: the
+            part of the view's features that covers the patch.
+        """
+        network = self.network
+        if image.shape == global_image.shape:
+            local_features, global_features = network.encode(torch.cat([image, global_image])).chunk(2)
+        else:
+            local_features, global_features = network.encode(image), network.encode(global_image)
+        context = network.context(global_features, box, list(global_image.shape[2:]), list(local_features.shape[2:]))
+        return {
+            "logits": network.decode(local_features, context),
+            "global_logits": network.decode(global_features),
+            "local_features": local_features,
+            "context_features": context,
+        }
+
+
+def collaborates(network: nn.Module) -> bool:
+    """Whether a network has the parts of a segmenter with a global view."""
+    return all(hasattr(network, part) for part in ("encode", "context", "decode"))
+
+
+def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """What a network gives for named inputs.
+
+    Raises:
+        ConfigError: it does not take these names, or returns no outputs by name.
+    """
+    remedy = "wrap it by mapseg_components.networks.training_pass"
+    try:
+        inspect.signature(network.forward).bind(**inputs)
+    except TypeError as error:
+        raise ConfigError(
+            f"network {type(network).__name__} does not take {sorted(inputs)} by name ({error}): {remedy}"
+        ) from None
+    outputs = network(**inputs)
+    if not isinstance(outputs, Mapping):
+        raise ConfigError(
+            f"network {type(network).__name__} returns {type(outputs).__name__}, expected outputs by name: {remedy}"
+        )
+    return outputs
+
+
+def training_pass(network: nn.Module) -> PlainPass:
+    """The training pass that fits a network: `GlobalLocalPass` if it has the parts for it, otherwise `PlainPass`.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import training_pass
+        >>> type(training_pass(torch.nn.Conv3d(1, 4, 3))).__name__
+        'PlainPass'
+    """
+    return GlobalLocalPass(network) if collaborates(network) else PlainPass(network)
