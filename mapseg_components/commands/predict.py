@@ -102,7 +102,8 @@ def predict(
         what became of each scan, and the volumes.
 
     Raises:
-        ConfigError: input, bundle or an option is wrong, or results exist. CheckpointError: weights do not fit.
+        ConfigError: input, bundle or an option is wrong, or results exist.
+        CheckpointError: weights do not fit.
         ResourceError: the output folder cannot be written. What is wrong with a scan is in its `Prediction`.
     """
     with working(num_threads, quiet, verbose), stoppable():
@@ -198,7 +199,8 @@ def run(
         what became of each scan.
 
     Raises:
-        CheckpointError: the weights do not fit. ConfigError: a result would replace a file of somebody else.
+        CheckpointError: the weights do not fit.
+        ConfigError: a result would replace a file of somebody else.
         ResourceError: the output folder cannot be written.
     """
     bundle["output_dir"] = str(staging)

@@ -78,7 +78,8 @@ def store(job: Job, sidecar: Sidecar, voxels: np.ndarray, label: np.ndarray | No
     So a run that is killed leaves no result without a sidecar, and one whose disk fills up leaves all as it was.
 
     Raises:
-        NonFiniteError: a voxel is infinite. ResourceError: the output folder is full or cannot be written.
+        NonFiniteError: a voxel is infinite.
+        ResourceError: the output folder is full or cannot be written.
     """
     assert sidecar.prepared is not None
     affine, results = np.array(sidecar.prepared.affine), {}

@@ -14,8 +14,7 @@ from monai.transforms import MapTransform
 
 from mapseg_components.boxes import axis_extremes
 from mapseg_components.errors import DataError
-from mapseg_components.transforms.inputs import as_volume, require_spatial
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name
 
 __all__ = ["AxisExtremesd", "ClassVoxelsd"]
 

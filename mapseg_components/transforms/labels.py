@@ -14,8 +14,7 @@ from monai.transforms import MapLabelValue, Transform
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.structures import structures_of, to_whole, unknown_values
 from mapseg_components.transforms.dictionary import EachKey
-from mapseg_components.transforms.inputs import as_volume
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.inputs import as_volume, scan_name
 
 __all__ = ["SelectLabels", "SelectLabelsd"]
 

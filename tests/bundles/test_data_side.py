@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.data import SeededDataset
 from mapseg_components.handlers import ScoreCheckpoint, TeacherValidation
 from mapseg_components.transforms import PercentileClip
-from mapseg_components.transforms.intensity import clipped
+from mapseg_components.transforms.percentiles import clipped
 from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, overlays
 from tests.conftest import write_nifti
 
