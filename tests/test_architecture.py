@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "session", "sides", "structures"},
+    {"boxes", "masking", "files", "memory", "colours", "precision", "contrast", "quality"}
+    | {"session", "sides", "structures"},
     {"scans"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"methods", "inferers"},

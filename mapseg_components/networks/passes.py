@@ -54,6 +54,7 @@ class PlainPass(nn.Module):
         output = self.network(image)
         if isinstance(output, Mapping):
             return dict(output)
+        output = output.float()  # under amp: sums over many voxels
         if output.ndim == image.ndim + 1:
             first, *others = output.unbind(dim=1)
             return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}

@@ -48,7 +48,7 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
     the polynomials over each image separately: the same anatomy may be bright in the patch and dark in the view.
 
     Args:
-        keys: images of `RandGlobalLocalCropd`.
+        keys: images of `RandGlobalLocalCropd`. Without the global view among them the field is MONAI's, over the patch.
         degree: largest degree of the polynomials, at least 1.
         coeff_range: range of the random coefficients, (lowest, highest).
         prob: probability of a field.
@@ -112,7 +112,8 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         coefficients = self.coefficients()
         shaded = {}
         for key in self.key_iterator(result):
-            box = self.relative_box(result) if key == self.local_key else np.array([[-1.0, 1.0]] * 3)
+            part = key == self.local_key and self.global_key in self.keys
+            box = self.relative_box(result) if part else np.array([[-1.0, 1.0]] * 3)
             image = as_volume(result[key])
             field = legendre_field(coefficients, box, image.shape[1:]).exp_().to(image.device)
             shaded[key] = image * field  # keeps what a MetaTensor knows of its scan
