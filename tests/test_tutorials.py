@@ -86,7 +86,7 @@ def test_adapt_and_then_the_settings(tmp_path):
 
 def test_pipeline(tmp_path):
     printed = follow("pipeline.md", tmp_path)
-    assert "'local_image': (2, 1, 32, 24, 16)" in printed and "'local_box': (2, 3, 2)" in printed
+    assert "'image': (2, 1, 32, 24, 16)" in printed and "'box': (2, 3, 2)" in printed
     assert "GlobalLocalDeepLabV3" in printed and "UNet" in printed
 
 
