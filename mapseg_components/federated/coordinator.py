@@ -21,7 +21,6 @@ from mapseg_components.errors import CheckpointError, FederationError
 from mapseg_components.federated.core import (
     Broadcast,
     Update,
-    WeightedMean,
     local_names,
     movement,
     participants,
@@ -84,7 +83,7 @@ class Coordinator:
     def start(self) -> Broadcast:
         """Open the next round; the task of the server's own source side."""
         self._started = time.monotonic()
-        self._mean, self._steps, self._bytes = WeightedMean(), self.ema_steps, 0
+        self._mean, self._steps, self._bytes = self.plan.aggregation(), self.ema_steps, 0
         self._accepted: dict[str, dict[str, Any]] = {}
         self._excluded: dict[str, str] = {}
         return Broadcast(self.round, self.ema_steps, self.weights)

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import torch
 from mapseg_components.errors import ConfigError, FederationError
 
 __all__ = [
+    "Aggregation",
     "Broadcast",
     "Update",
     "WeightedMean",
@@ -159,6 +161,19 @@ def validate_update(
             "look at the losses of that site, or raise max_movement"
         )
     return distance
+
+
+class Aggregation(Protocol):
+    """How a round's updates become one model: a new object for each round, `add` for each update, `result` once."""
+
+    total: int
+    """Sum of the counts that were added."""
+
+    def add(self, weights: Weights, count: int) -> None:
+        """Take one site's weights, and the number of its scans."""
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The common weights, in the types that came in; empty if nothing was added."""
 
 
 class WeightedMean:

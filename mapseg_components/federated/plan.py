@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.federated.core import cosine_rate
+from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate
 from mapseg_components.federated.privacy import Privacy
 
 __all__ = ["Plan"]
@@ -30,9 +30,10 @@ class Plan:
         round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).
         max_movement: updates that moved further, as a share of the weights' norm, are refused; ``None`` for none.
         spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
-        local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``; each site keeps its own.
-        privacy: what a site does to its update before it leaves; the server's own value is not looked at.
-        seed: of draws of participants, and of every site's own draws together with its name.
+        local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``.
+        aggregation: makes the `Aggregation` of a round.
+        privacy: what a site does to its update before it leaves; the server's value is ignored.
+        seed: of draws of participants, and with its name of the draws of a site.
 
     Raises:
         ConfigError: a value is out of range.
@@ -49,6 +50,7 @@ class Plan:
     max_movement: float | None = None
     spacing_range_mm: Sequence[float] | None = None
     local_layers: Sequence[str] = ()
+    aggregation: Callable[[], Aggregation] = WeightedMean
     privacy: Privacy = field(default_factory=Privacy)
     seed: int = 0
 

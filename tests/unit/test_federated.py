@@ -113,6 +113,36 @@ def test_the_paper_s_losses_are_the_settings_of_the_bundle():
             assert found == pytest.approx([0.5, 0.05, 0.025])
 
 
+class LargestSite:
+    """A rule that somebody adds: the model of the site with most scans."""
+
+    def __init__(self):
+        self.total, self.largest, self.weights = 0, 0, {}
+
+    def add(self, weights, count):
+        self.total += count
+        if count > self.largest:
+            self.largest, self.weights = count, dict(weights)
+
+    def result(self):
+        return self.weights
+
+
+def test_the_plan_names_the_rule_that_makes_one_model(tmp_path):
+    def update(site, weights, scans):
+        return Update(site, 0, weights, scans, 1, list(LABELS), {"target_loss": 0.5})
+
+    for rule, expected in ((LargestSite, model(2)), (WeightedMean, mean([model(1), model(2)], [2, 5]))):
+        folder = tmp_path / rule.__name__
+        coordinator = Coordinator(small_plan(aggregation=rule), model(0), list(LABELS), folder / "m", folder / "o")
+        coordinator.start()
+        coordinator.accept_source(update("server", model(3), 4))
+        for site, seed, scans in (("site-1", 1, 2), ("site-2", 2, 5)):
+            coordinator.accept(update(site, model(seed), scans))
+        coordinator.close()
+        assert all(torch.equal(coordinator.weights[name], value) for name, value in expected.items())
+
+
 def test_a_round_gives_the_same_again_and_reads_one_side_only(tmp_path):
     """Whatever the site did before; the other side's scans are not there at all."""
     datalist, sites = make_federation(tmp_path, 1)

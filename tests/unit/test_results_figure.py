@@ -33,7 +33,8 @@ def test_the_readme_has_the_figures_of_that_table():
 
 
 def test_a_table_ends_where_the_next_begins():
-    text = "## A\n\n| x | a | b |\n|---|---|---|\n| one | 1.5 | **2** |\n\n| y | a | b |\n|---|---|---|\n| one | 3 | 4 |\n"
+    first, second = "| one | 1.5 | **2** |", "| one | 3 | 4 |"
+    text = "## A\n\n" + "\n\n".join(f"| x | a | b |\n|---|---|---|\n{row}" for row in (first, second))
     assert read_table(text, "## A") == (["a", "b"], {"one": [1.5, 2.0]})
 
 
