@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -206,18 +207,23 @@ class EpochLoader:
         for stream, loader in enumerate(self.loaders.values()):
             loader.generator.manual_seed(self.epoch)
             loader.sampler.set_epoch(self.epoch - 1, stream, self.batches * (loader.batch_size or 1))
-        iterator = zip(*self.loaders.values())
+        iterator: Iterator[tuple[Any, ...]] = zip(*self.loaders.values())
         while True:
             try:
                 batches = next(iterator)
             except StopIteration:
                 return
-            except (DataError, ResourceError) as error:  # a worker's error arrives with its traceback as the message
+            except (DataError, ResourceError) as error:
                 last = str(error).strip().splitlines()[-1]
-                raise type(error)(last.partition("Error: ")[2] if str(error).startswith("Caught ") else last) from error
+                if str(error).startswith("Caught "):  # a worker's error arrives with its traceback as the message
+                    last, iterator = last.partition("Error: ")[2], iter(())
+                    end_workers(error)
+                raise type(error)(last) from error
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
+                iterator = iter(())
+                end_workers(error)
                 raise ResourceError(
                     f"{str(error).splitlines()[0]}: usually the memory is full; lower num_workers or cache_rate"
                 ) from error
@@ -266,6 +272,15 @@ def start_worker(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_S))  # the alarm ends the worker
     if then is not None:
         then(worker)
+
+
+def end_workers(error: BaseException) -> None:
+    """Free the loader's iterators, so that their workers end now.
+
+    The frames of an error keep them. Freed by the garbage collector or at the end of the process, their queues are
+    closed before the workers are told to end, and each is waited for until `GRACE_S` is over.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 def case_ids(dataset: Any) -> list[str]:

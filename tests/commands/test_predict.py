@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -29,6 +28,7 @@ from mapseg_components.prediction.writing import Writer
 from mapseg_components.transforms import Probabilitiesd
 from mapseg_components.transforms.probabilities import largest_probability
 from tests.conftest import ROOT, SAMPLE
+from tests.warm import python
 
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
 SCAN = SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz"
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 def results(folder, tmp_path_factory):
     """The command as a user types it; exit code, output and folder."""
     output = tmp_path_factory.mktemp("out") / "new"
-    line = [sys.executable, "-m", "mapseg_components.commands", "predict", str(folder), str(output)]
+    line = [python(), "-m", "mapseg_components.commands", "predict", str(folder), str(output)]
     line += ["--bundle", str(BUNDLE), "--probabilities", "--num_threads", "1"]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done, output

@@ -22,6 +22,7 @@ from mapseg_components.errors import ConfigError, ResourceError
 from mapseg_components.prediction.journal import Journal
 from mapseg_components.prediction.run import Run
 from tests.conftest import ROOT, SAMPLE
+from tests.warm import python
 
 BUNDLE = str(ROOT / "bundles" / "mapseg_adaptation")
 CASES = ["a", "b", "c", "d"]
@@ -99,7 +100,7 @@ def test_a_run_that_is_killed_can_be_gone_on_with(folder, tmp_path):
     process.wait()
     finished, before = done_of(output), written(output)
     assert finished and len(finished) < len(CASES)  # else the test shows nothing
-    again = subprocess.run(line, env=environment, capture_output=True, text=True)
+    again = subprocess.run([python(), *line[1:]], env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and f"{len(finished)} of them by an earlier run" in again.stdout, again.stderr
     assert all(written(output)[f"{case}_seg.nii.gz"] == before[f"{case}_seg.nii.gz"] for case in finished)
     assert done_of(output) == CASES and not list(output.glob(".unfinished*"))

@@ -294,7 +294,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(scans):
         assert tree(out) == before
 
 
-def test_an_output_that_is_a_file_or_in_use_is_refused(scans):
+def test_an_output_that_is_a_file_or_in_use_is_refused(scans, monkeypatch):
     (scans.parent / "file").write_text("")
     with refused(scans.parent, "cannot write", kind=ResourceError):
         prepare(scans, scans.parent / "file", **PLAIN)
@@ -311,6 +311,7 @@ def test_an_output_that_is_a_file_or_in_use_is_refused(scans):
         env=environment,
     ) as other:
         assert other.stdout.readline() == b"1\n"
+        monkeypatch.setattr(lock_folder, "__defaults__", (0.2,))  # seconds to wait
         with pytest.raises(ResourceError, match=f"in use by process {other.pid}"):
             prepare(scans, out, **PLAIN)
         assert written(out) == []
@@ -325,7 +326,7 @@ def dies(job):
     return running.prepare_scan(job)
 
 
-def test_a_worker_that_is_killed_does_not_hang_the_run(scans, monkeypatch):
+def test_a_worker_that_is_killed_does_not_hang_the_run(scans, monkeypatch, warm_processes):
     jobs = [
         Job(
             s,
