@@ -218,6 +218,14 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
     Returns:
         structure to metric to ``n``, ``mean``, ``sd``, ``median`` and ``ci95``; the mean of structures last.
+
+    Examples:
+        >>> from mapseg_components.metrics import METRICS, summarised
+        >>> rows = [{"case": case, "structure": "cortex", **dict.fromkeys(METRICS, dice)}
+        ...         for case, dice in (("a", 0.5), ("b", 0.75))]
+        >>> found = summarised(rows)
+        >>> list(found), found["cortex"]["dice"]["mean"]
+        (['cortex', 'mean of structures'], 0.625)
     """
     result: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
@@ -235,6 +243,14 @@ def compared_sets(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[s
 
     Returns:
         structure to metric to the `paired_comparison` of both; the mean of structures last.
+
+    Examples:
+        >>> from mapseg_components.metrics import METRICS, compared_sets
+        >>> first = [{"case": case, "structure": "cortex", **dict.fromkeys(METRICS, 0.75)} for case in "ab"]
+        >>> second = [{**row, "dice": 0.5} for row in first]
+        >>> found = compared_sets(first, second)["cortex"]["dice"]
+        >>> found["mean_difference"], found["note"]
+        (0.25, 'too few cases for a test (2, at least 6)')
     """
     result: dict[str, dict[str, Any]] = {}
     for metric in METRICS:

@@ -21,7 +21,6 @@ ROOMS = [
     "data.datalist",
     "data.labels",
     "data.loaders",
-    "data.reader",
     "engines",
     "handlers",
     "inferers",
@@ -31,6 +30,7 @@ ROOMS = [
     "metrics",
     "networks",
     "precision",
+    "scans.reader",
     "structures",
     "transforms",
 ]

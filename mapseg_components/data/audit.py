@@ -125,14 +125,24 @@ class Audit:
             self.findings += findings_of(error)
             return None
         self.geometry(path, facts)
-        if facts.not_finite and (with_values or self.non_finite is None):
-            remedy = "repair it or leave the scan out"
-            self.add(
-                path,
-                f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}",
-                remedy if with_values else f"{remedy}, or set non_finite to 'background'",
-            )
+        if with_values:
+            self.finite(path, facts)
+        elif self.non_finite is None:
+            self.finite(path, facts, ", or set non_finite to 'background'")
         return facts
+
+    def finite(self, path: str, facts: Facts, more: str = "") -> bool:
+        """Whether all voxels are finite, or else an error, with another remedy added to that of repairing the scan."""
+        if facts.not_finite:
+            what = f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}"
+            self.add(path, what, f"repair it or leave the scan out{more}")
+        return not facts.not_finite
+
+    def contrast(self, path: str, facts: Facts) -> bool:
+        """Whether the voxels differ, or else an error."""
+        if facts.lowest == facts.highest:
+            self.add(path, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
+        return facts.lowest != facts.highest
 
     def geometry(self, path: str, facts: Facts) -> None:
         """An orientation must be known, the header's two ways to say it must agree, and the size be a body's."""
@@ -156,18 +166,10 @@ class Audit:
             elif distance > GEOMETRY_TOLERANCE_MM:
                 self.warn(path, text, "the sform is used")
 
-    def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
-        """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
-        reason = misplaced(path)
-        if reason is not None:
-            self.add(path, *reason)
-        facts = self.facts(path)
-        if facts is None or (facts.not_finite and self.non_finite is None):
-            return facts
+    def negative(self, path: str, facts: Facts, policy: str | None, knob: str) -> None:
+        """Report negative voxels without a policy for them, and a scan of which the policy leaves nothing."""
         span = f"values from {facts.lowest:g} to {facts.highest:g}"
-        if facts.lowest == facts.highest:
-            self.add(path, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
-        elif facts.negative and policy is None:
+        if facts.negative and policy is None:
             self.add(
                 path,
                 f"{facts.negative} voxels are negative ({span}), and {knob} is null: there must be none",
@@ -176,6 +178,17 @@ class Audit:
             )
         elif facts.highest + (CT_SHIFT if policy == "shift" else 0) <= 0 and policy != "keep":
             self.add(path, f"no voxel is above 0 under {knob} {policy!r} ({span})", "correct it, or leave the scan out")
+
+    def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
+        """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
+        reason = misplaced(path)
+        if reason is not None:
+            self.add(path, *reason)
+        facts = self.facts(path)
+        if facts is None or (facts.not_finite and self.non_finite is None):
+            return facts
+        if self.contrast(path, facts):
+            self.negative(path, facts, policy, knob)
         if facts.label_like and reason is None:
             self.warn(path, LABEL_LIKE, "name the folder of the scans instead, or take it out")
         return facts

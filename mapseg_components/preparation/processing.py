@@ -80,26 +80,20 @@ def check(name: str, scan: Scan, label_path: Path | None, label: Scan | None, se
     audit = Audit(assume_orientation=settings.assume_orientation)
     facts = facts_of_scan(scan, with_values=False)
     audit.geometry(name, facts)
-    if facts.not_finite:
-        what = f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}"
-        audit.add(name, what, "repair it or leave the scan out")
-    elif facts.lowest == facts.highest:
-        audit.add(name, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
+    if audit.finite(name, facts):
+        audit.contrast(name, facts)
     if label is not None:
         found = facts_of_scan(label, with_values=True)
         audit.geometry(str(label_path), found)
         audit.pair(str(label_path), found, facts)
-        check_values(audit, str(label_path), found)
+        if audit.finite(str(label_path), found):
+            check_values(audit, str(label_path), found)
     raise_findings(finding for finding in audit.findings if finding.severity == "error")
     return [f"{finding.what}: {finding.remedy}" for finding in audit.findings]
 
 
 def check_values(audit: Audit, path: str, facts: Facts) -> None:
     """A label map has whole numbers that NIfTI's int16 holds."""
-    if facts.not_finite:
-        what = f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}"
-        audit.add(path, what, "repair it or leave the scan out")
-        return
     wrong = value_fault(facts.values or (), more_values=facts.more_values)
     if wrong is not None:
         audit.add(path, *wrong)
