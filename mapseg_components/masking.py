@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Random block masks, drawn at block resolution. ``True`` means hidden, everywhere.
+"""Random block masks, drawn at block resolution. ``True`` always means hidden.
 
 Source: MAPSeg (arXiv 2303.09373), section 3.2: 70 % of the 8^3 blocks of a local patch and of the 4^3 blocks of a
 global view are hidden.
@@ -128,8 +128,8 @@ def hide(image: torch.Tensor, mask: torch.Tensor, value: float | str = 0.0) -> t
     Args:
         image: (..., X, Y, Z), in [0, 1] with background 0.
         mask: boolean, of the image's shape or broadcast to it, ``True`` = hidden.
-        value: what a hidden voxel shows: a number (0, as in the paper, is what background shows as well), or
-            ``"mean"``, the mean of the sample's own channel over all of its voxels.
+        value: of hidden voxels: a number (0 in the paper, which is also the value of background), or ``"mean"``, the
+            mean of all voxels of the same channel of the sample.
 
     Returns:
         the image's shape and type.

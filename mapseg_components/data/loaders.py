@@ -27,15 +27,13 @@ GRACE_S = 20  # seconds that a worker may take to end
 class DomainBalancedSampler(Sampler[tuple[int, int]]):
     """Draw a domain, then one of its scans, both uniformly, with replacement; each draw has a seed.
 
-    In a distributed run each process draws its own sequence.
+    It yields pairs (index of the scan, seed of its random transforms), for `SeededDataset`. In a distributed run each
+    process draws a different sequence.
 
     Args:
         domains: domain of each case; all equal for a single domain.
         num_samples: draws per epoch.
         seed: draws depend on the seed, the epoch, the stream and the process, on nothing else.
-
-    Yields:
-        (index of the scan, seed of its random transforms), for `SeededDataset`.
 
     Raises:
         ConfigError: there is no case, or ``num_samples`` is below 1.

@@ -44,7 +44,7 @@ class MAETrainer(SupervisedTrainer):
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
             (docs/reference/performance.md).
         train_handlers: handlers with ``attach``.
-        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+        mask_value: value of hidden voxels, see ``masking.hide``; 0 in the paper.
 
     Output:
         ``engine.state.output[0]`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.

@@ -233,7 +233,7 @@ class TrainingCheckpoint:
 
     def _load(self, engine: Engine) -> None:
         if self._engine is engine:
-            return  # run again in this process, as a client does round by round: what it has in memory is the newest
+            return  # run again in this process, as a client does in each round: the state in memory is the newest
         self._settings = running_settings()  # they stay the same from here on
         path = self._file_to_resume()
         if path is None:

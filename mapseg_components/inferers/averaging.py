@@ -92,7 +92,7 @@ class AveragingInferer(Inferer):
 
 
 def require_classes(logits: Any) -> None:
-    """Refuse what has no softmax to average. Raises `ConfigError`."""
+    """Refuse an output that is not logits of two channels or more. Raises `ConfigError`."""
     if not isinstance(logits, torch.Tensor):
         raise ConfigError(
             f"the inferer returned a {type(logits).__name__}, and the mean is one of logits: wrap the network in a "

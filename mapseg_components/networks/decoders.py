@@ -21,8 +21,8 @@ __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
 def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """A 1x1x1 convolution, on a CPU as a matrix product.
 
-    With one thread of a CPU, PyTorch leaves it to a general algorithm that copies its input into its own format. On a
-    GPU it is cuDNN's, with its settings.
+    On one thread of a CPU, PyTorch would use a general algorithm that copies its input. On a GPU this is PyTorch's
+    convolution.
 
     Args:
         features: (B, I, X, Y, Z).

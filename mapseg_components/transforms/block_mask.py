@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Random block masks for MONAI pipelines; the trainers of this package draw theirs on the device instead."""
+"""Random block masks for MONAI pipelines; the trainers of this package draw masks themselves, per batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RandBlockMask(Randomizable, Transform):
     Args:
         block_size: voxels per block side, one number or one per axis.
         mask_ratio: share of hidden blocks, in [0, 1].
-        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+        mask_value: value of hidden voxels, see ``masking.hide``; 0 in the paper.
 
     Raises:
         ConfigError: the mask value is unknown.
@@ -70,7 +70,7 @@ class RandBlockMaskd(Randomizable, MapTransform):
         keys: images (C, X, Y, Z).
         block_size: voxels per block side, one number or one per axis.
         mask_ratio: share of hidden blocks, in [0, 1].
-        mask_value: what a hidden voxel shows, see ``masking.hide``.
+        mask_value: value of hidden voxels, see ``masking.hide``.
         allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:

@@ -18,7 +18,7 @@ from mapseg_components.transforms.inputs import as_volume, require_spatial, scan
 
 __all__ = ["AxisExtremesd", "ClassVoxelsd"]
 
-WHOLE = 1e-3  # how far a class may be from its number
+WHOLE = 1e-3  # tolerance of a class index
 
 
 def foreground_extremes(img: torch.Tensor, lowest: torch.Tensor | None = None) -> np.ndarray:
@@ -26,7 +26,7 @@ def foreground_extremes(img: torch.Tensor, lowest: torch.Tensor | None = None) -
 
     Args:
         img: the volume, tensor or array.
-        lowest: (C,), what background is in each channel, by default 0; foreground is what differs from it.
+        lowest: (C,), intensity of background in each channel, by default 0; foreground differs from it.
 
     Raises:
         DataError: the volume has another number of axes, or no foreground; the message names the file.
@@ -75,8 +75,8 @@ class AxisExtremesd(MapTransform):
 
     Args:
         keys: whole volumes.
-        above_minimum: foreground is what lies above its channel's minimum, which are the voxels that are not 0 once the
-            volume is scaled to [0, 1] (`PercentileClip`). By default it is what is not 0.
+        above_minimum: foreground is the voxels above their channel's minimum, which are those that are not 0 after
+            scaling to [0, 1] (`PercentileClip`). By default it is the voxels that are not 0.
         allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:

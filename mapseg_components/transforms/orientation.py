@@ -21,7 +21,7 @@ __all__ = ["AssumeOrientation", "AssumeOrientationd"]
 
 
 def check_axcodes(axcodes: str | None) -> None:
-    """Refuse what is no orientation and not ``None``. Raises `ConfigError`."""
+    """Refuse a text that is not an orientation; ``None`` passes. Raises `ConfigError`."""
     pairs = [next((n for n, pair in enumerate(("LR", "PA", "IS")) if code in pair), -1) for code in axcodes or ""]
     if axcodes is not None and sorted(pairs) != [0, 1, 2]:
         raise ConfigError(
