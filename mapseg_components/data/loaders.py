@@ -24,7 +24,7 @@ GRACE_S = 20  # seconds that a worker may take to end
 
 
 class DomainBalancedSampler(Sampler[tuple[int, int]]):
-    """Draw a domain, then one of its scans, both uniformly, with replacement; give every draw a seed of its own.
+    """Draw a domain, then one of its scans, both uniformly, with replacement; every draw has a seed.
 
     In a distributed run each process draws its own sequence.
 
