@@ -116,7 +116,7 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
             box = self.relative_box(result) if part else np.array([[-1.0, 1.0]] * 3)
             image = as_volume(result[key])
             field = legendre_field(coefficients, box, image.shape[1:]).exp_().to(image.device)
-            shaded[key] = image * field  # keeps what a MetaTensor knows of its scan
+            shaded[key] = image * field  # keeps the metadata of a MetaTensor
         highest = max((float(image.max()) for image in shaded.values()), default=0.0)
         if self.maximum is not None and highest > self.maximum:
             shaded = {key: (image / (highest / self.maximum)).clamp(max=self.maximum) for key, image in shaded.items()}
