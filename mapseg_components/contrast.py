@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random contrasts of a batch on its device, for what a method shows to a student or a teacher.
 
-Drawn from PyTorch's generator, whose state checkpoints keep: a resumed run draws what an uninterrupted one would. MONAI's
-random transforms have generators of their own, for the data's side.
+Drawn from PyTorch's generator, whose state checkpoints keep: a resumed run draws what an uninterrupted one would.
+MONAI's random transforms have generators of their own, for the data's side.
 """
 
 from __future__ import annotations

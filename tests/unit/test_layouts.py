@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mapseg_components.commands import check
-from mapseg_components.commands.adapt import source_cases, structure_names, target_cases
 from mapseg_components.commands.main import main
 from mapseg_components.commands.prepare import prepare
+from mapseg_components.commands.training_cases import source_cases, structure_names, target_cases
 from mapseg_components.data import ScanAudit, load_datalist, load_scans
 from mapseg_components.data.bids import bids_scans
 from mapseg_components.data.layouts import misplaced
