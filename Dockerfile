@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# MAPSeg for MONAI: package, bundles and shipped weights. See docs/container.md.
+# MAPSeg for MONAI: package, bundles and shipped weights. See docs/how-to/container.md.
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 

@@ -48,7 +48,7 @@ docs: $(STAMP)
 	@echo "runs/site/index.html"
 
 soak: $(STAMP)
-	@OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --kills 100
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.run --kills 100
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/mutants/run.py $(MUTANTS)

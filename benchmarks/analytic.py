@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What full size costs, counted and not measured: operations, bytes, and the time they would take.
 
-    python -m benchmarks.analytic --docs docs/performance.md
+    python -m benchmarks.analytic --docs docs/reference/performance.md
 
 Operations are counted by PyTorch's own counter while the package's networks run on the meta device, forward and
 backward, where nothing is computed; bytes are those of the tensors that autograd keeps. A multiplication and an
@@ -68,7 +68,9 @@ def adaptation_step_flop(network: GlobalLocalDeepLabV3, patch: int, passes: int 
     """Forward and backward of the student's pairs (source clean, masked; target masked), forward of the teacher's.
 
     Args:
-        network: on the meta device. patch: voxels per axis. passes: pairs of the student.
+        network: on the meta device.
+        patch: voxels per axis.
+        passes: pairs of the student.
     """
     student = counted(lambda: pair(network, passes, patch).backward())
     with torch.no_grad():

@@ -41,11 +41,16 @@ class Bench:
     """One benchmark: sizes, data, and how often.
 
     Args:
-        datalist: with ``labels``, from `package.write_datalist`. scan, label: its first case.
+        datalist: with ``labels``, from `package.write_datalist`.
+        scan: image of its first case.
+        label: label map of its first case.
         settings: of the package, from `package.settings_of`.
         batch_size: pairs of an MAE step; adaptation has one of each side.
-        sample_repeats: timed samples of each variant; repeats: of everything else; warmup: calls before.
-        clock: one of `timing.CLOCKS`. amps: variants of the package by the setting ``amp``.
+        sample_repeats: timed samples of each variant.
+        repeats: of everything else.
+        warmup: calls before.
+        clock: one of `timing.CLOCKS`.
+        amps: variants of the package by the setting ``amp``.
     """
 
     width: int
@@ -259,7 +264,8 @@ def same_step(
     package's losses and boxes stay float32.
 
     Args:
-        name: "pretraining" or "adaptation". batches: by side; ``""`` for pretraining.
+        name: "pretraining" or "adaptation".
+        batches: by side; ``""`` for pretraining.
         plain_losses: called with a network, the batches and the masks.
     """
     loss, gradient = differences(bench, name, batches, plain_losses, torch.float32)

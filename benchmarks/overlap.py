@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `mapseg predict` gains by reading and writing while the network works: in turns with one scan after the other.
 
-OMP_NUM_THREADS=1 python -m benchmarks.overlap --shape 160 192 160 --docs docs/performance.md
+OMP_NUM_THREADS=1 python -m benchmarks.overlap --shape 160 192 160 --docs docs/reference/performance.md
 
 The scans are copies of a shipped one, resampled to a realistic number of voxels; bundle and weights are the shipped
 ones. Writes overlap.json, and its table into a page; exit code 1 if the two ways do not write the same bytes.
@@ -30,7 +30,8 @@ import torch
 
 from benchmarks.report import place_of, replace_between, seconds
 from benchmarks.timing import machine, summary
-from mapseg_components.commands.predict import Run, predict
+from mapseg_components.commands.predict import predict
+from mapseg_components.prediction.run import Run
 
 __all__ = ["measure", "table", "write_scans"]
 
@@ -76,7 +77,9 @@ def measure(folder: Path, shape: Sequence[int], scans: int, repeats: int, option
     """Seconds of the whole command each way, in turns, and of the stages of a scan.
 
     Args:
-        folder: for scans and results. shape: voxels of a scan. options: further ones of `predict`.
+        folder: for scans and results.
+        shape: voxels of a scan.
+        options: further ones of `predict`.
 
     Returns:
         ``seconds`` by way and clock, ``speed_up`` (wall clock, median over turns), ``stages`` (processor seconds of a

@@ -67,7 +67,8 @@ def bundle(name: str, datalist: Path, settings: Mapping[str, Any], config: str =
 
     Args:
         name: "adaptation" or "pretraining".
-        datalist: from `write_datalist`. settings: by their name in the config, ``a#b`` for one within.
+        datalist: from `write_datalist`.
+        settings: by their name in the config, ``a#b`` for one within.
         config: file name.
     """
     folder = BUNDLES / f"mapseg_{name}"

@@ -1,8 +1,8 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of a results file in Markdown, and their place in docs/performance.md.
+"""Tables of a results file in Markdown, and their place in docs/reference/performance.md.
 
-python -m benchmarks.report runs/bench/results.json --docs docs/performance.md
+python -m benchmarks.report runs/bench/results.json --docs docs/reference/performance.md
 """
 
 from __future__ import annotations

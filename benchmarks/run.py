@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the package against the plain baseline and write results.json and a table (docs/performance.md).
+"""Measure the package against the plain baseline and write results.json and a table (docs/reference/performance.md).
 
 make bench                                          width 64, some 15 minutes on two cores
 python -m benchmarks.run --width 64 128             two widths

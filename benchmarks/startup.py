@@ -53,7 +53,9 @@ def startup(folder: Path, repeats: int, clock: str = "wall") -> dict[str, Any]:
     """Seconds from the start of a new process, files in the disk cache.
 
     Args:
-        folder: for scans and results. repeats: processes of each kind. clock: a name of `timing.CLOCKS`.
+        folder: for scans and results.
+        repeats: processes of each kind.
+        clock: a name of `timing.CLOCKS`.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["PYTHONWARNINGS"] = "ignore"

@@ -157,7 +157,8 @@ def publish(
         network: as it was trained.
 
     Raises:
-        CheckpointError: the chosen file is damaged. ResourceError: the disk is full.
+        CheckpointError: the chosen file is damaged.
+        ResourceError: the disk is full.
     """
     trained, folder = Path(trained), Path(folder)
     if trained.resolve() == folder.resolve() or idist.get_rank() != 0:

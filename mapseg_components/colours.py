@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One colour per structure, the same in figures, label lookup files and reports.
 
-The first seven are those of Okabe and Ito (2008), told apart with any colour vision; the eighth stands for their black,
+The first seven are those of Okabe and Ito (2008), distinct for any colour vision; the eighth stands for their black,
 which does not show on a scan. Beyond eight structures lighter and darker tones follow, and from 24 on they repeat.
 """
 

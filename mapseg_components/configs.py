@@ -50,7 +50,7 @@ SAFE_TO_CHANGE = {
     *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
     *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans"),
-    *("compile", "activation_checkpointing", "memory_format", "fused_optimizer", "fused", "pin_memory"),
+    *("compile", "activation_checkpointing", "fused_optimizer", "fused", "pin_memory"),
     *("tf32", "cudnn_benchmark", "keep_freed_memory"),
     *TRACKING,
 }
@@ -236,7 +236,9 @@ def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path
     """Refuse to resume with settings that make it another training.
 
     Args:
-        saved: `running_settings` when the resume file was written. now: those of this run. path: the resume file.
+        saved: `running_settings` when the resume file was written.
+        now: those of this run.
+        path: the resume file.
 
     Raises:
         ConfigError: names each differing setting, its old and its new value.
@@ -270,7 +272,12 @@ def leaves(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def running_workflow() -> ConfigWorkflow | None:
-    """The ``ConfigWorkflow`` whose ``run`` calls this expression; MONAI gives expressions no other way to see it."""
+    """The ``ConfigWorkflow`` whose ``run`` calls this expression, found on the call stack.
+
+    MONAI hands an expression what its references evaluate to, never the config itself: ``@name`` gives one value, and
+    ``@`` alone, the whole config, is a circular reference. A workflow class of our own would see the parser, but
+    ``monai.bundle run`` takes one only from its command line (``--workflow_name``), where every user would have to type it.
+    """
     for frame in inspect.stack(context=0):
         owner = frame.frame.f_locals.get("self")
         if isinstance(owner, ConfigWorkflow):

@@ -29,7 +29,7 @@ class RandomContrast:
     Raises:
         ConfigError: a range or a probability is out of bounds.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.contrast import RandomContrast
         >>> image = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 3, 1, 1)

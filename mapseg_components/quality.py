@@ -1,10 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How much a segmentation of an unlabelled scan can be trusted, as far as the scan itself tells.
+"""Quality of a segmentation, estimated without labels of the scan.
 
-A model that knows a scan gives the same label map when the scan is shown a little differently; one that guesses does
-not. `consistency` measures that, `Calibration` turns it into a Dice by what was seen on labelled scans of the source.
-A model can be consistent and wrong: `Positions` bounds the Dice of structures that lie where no labelled scan has them.
+`consistency` is the agreement of the label maps of one scan under changed intensities. `Calibration` maps it to a Dice,
+by a line fitted on labelled source scans. A model can be consistent and wrong, so `Positions` bounds the Dice of a
+structure that lies where no labelled scan has it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positi
 
 # monotone curves of the intensities in [0, 1], as between scanners and protocols
 GAMMAS = (0.7, 1.4)
-# of the foreground's voxels along an axis: what lies beyond is noise
+# of the foreground's voxels along an axis; what lies beyond is taken as noise
 BOX_SHARES = (0.01, 0.99)
-SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that is taken for natural
+SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that counts as normal
 LEAST_SPREAD = 0.05  # of the box
 
 
@@ -29,7 +29,8 @@ def label_agreement(first: torch.Tensor, second: torch.Tensor, classes: int) -> 
     """Dice between two label maps.
 
     Args:
-        first, second: (X, Y, Z), class indices.
+        first: (X, Y, Z), class indices.
+        second: (X, Y, Z), class indices.
         classes: number of classes, background included.
 
     Returns:
@@ -47,13 +48,14 @@ def consistency(
     classes: int,
     flip_axis: int | None = None,
 ) -> torch.Tensor:
-    """Dice between the label map of a scan and those of the same scan shown differently.
+    """Dice between the label map of a scan and those of the same scan changed.
 
-    Shown differently means: intensities raised to 0.7 and to 1.4, and, if an axis is named, mirrored along it (the
+    The changes: intensities raised to the powers 0.7 and 1.4 and, if an axis is named, a mirror image along it (the
     label map is mirrored back). A structure that only some of the label maps have counts as 0 in these.
 
     Args:
-        image: (C, X, Y, Z) in [0, 1]. label_map: (X, Y, Z), its segmentation.
+        image: (C, X, Y, Z) in [0, 1].
+        label_map: (X, Y, Z), its segmentation.
         segment: function from such an image to its label map.
         classes: number of classes, background included.
         flip_axis: 0, 1 or 2; only for structures that are alike on both sides and not named by side.
@@ -72,11 +74,13 @@ class Calibration:
     """A straight line from `consistency` to Dice, fitted to labelled scans of the source.
 
     Args:
-        slope, intercept: of the line; the slope is never negative.
+        slope: slope of the line, never negative.
+        intercept: intercept of the line.
         points: number of structures times scans it was fitted to.
         error: root mean square error on points of scans that were left out, one at a time; on the fitted points if
             there is only one scan.
-        lowest, highest: range of the consistencies seen. An estimate outside of it is a guess.
+        lowest: lowest consistency seen. An estimate below it is a guess.
+        highest: highest consistency seen. An estimate above it is a guess.
     """
 
     slope: float
@@ -122,7 +126,9 @@ def positions_of(image: torch.Tensor, label_map: torch.Tensor, classes: int) -> 
     The foreground is what is brighter than the scan's mean; its box leaves out 1 % of it at each end of an axis.
 
     Args:
-        image: (C, X, Y, Z). label_map: (X, Y, Z). classes: number of classes, background included.
+        image: (C, X, Y, Z).
+        label_map: (X, Y, Z).
+        classes: number of classes, background included.
 
     Returns:
         centres (classes - 1, 3), 0 and 1 at the ends of the box; volumes (classes - 1,) in shares of the box. Both NaN
@@ -150,8 +156,10 @@ class Positions:
     """Where labelled scans have each structure. Scans must show the same part of the body.
 
     Args:
-        centres: (structures, 3), means of `positions_of`. spread: (structures,), distance from them that is natural.
-        radii: (structures,), of balls of the structures' mean volume. always: (structures,), whether all scans have it.
+        centres: (structures, 3), means of `positions_of`.
+        spread: (structures,), distance from them that counts as normal.
+        radii: (structures,), of spheres of the structures' mean volume.
+        always: (structures,), whether all scans have it.
     """
 
     centres: torch.Tensor
@@ -161,7 +169,7 @@ class Positions:
 
     @classmethod
     def fit(cls, found: Sequence[tuple[torch.Tensor, torch.Tensor]], anywhere: bool = False) -> Positions:
-        """From results of `positions_of` for labelled scans. anywhere: let every distance pass for natural."""
+        """From results of `positions_of` for labelled scans. anywhere: every distance counts as normal."""
         centres, volumes = (torch.stack(parts) for parts in zip(*found))
         distances = torch.zeros(len(centres), centres.shape[1])
         for number in range(len(centres)):
@@ -173,7 +181,9 @@ class Positions:
         return cls(centres.nanmean(dim=0), spread + torch.inf if anywhere else spread, radii, always)
 
     def highest_dice(self, centres: torch.Tensor) -> torch.Tensor:
-        """Dice that a structure at such a place can have: that of two balls, as far apart as it is off its place.
+        """Upper bound of the Dice of a structure at a position: that of two spheres of its size at the excess distance.
+
+        The excess distance is the distance from the mean position of labelled scans, less the normal spread.
 
         Args:
             centres: of a label map, by `positions_of`.

@@ -66,7 +66,8 @@ def refuse_sides(option: str, labels: Iterable[str] | Mapping[str, int]) -> None
     """Refuse what mirrors scans left to right where a structure's name says a side.
 
     Args:
-        option: the setting that asks for it. labels: names of all structures.
+        option: the setting that asks for it.
+        labels: names of all structures.
 
     Raises:
         ConfigError: names the structures.

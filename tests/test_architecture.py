@@ -12,11 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory", "colours", "precision", "contrast", "quality", "sides", "structures"},
+    {"boxes", "masking", "files", "memory", "colours", "precision", "contrast", "quality"}
+    | {"session", "sides", "structures"},
+    {"scans"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
     {"methods", "inferers"},
     {"engines", "handlers", "handover"},
-    {"federated", "commands"},
+    {"federated", "prediction", "preparation"},
+    {"commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
@@ -60,6 +63,25 @@ def test_arrows_point_down(path):
 
 def test_every_room_has_a_row():
     assert {room(path) for path in SOURCES} - {"__init__"} == set(ROW)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_room_holds_more_than_15_percent_of_the_package():
+    total = sum(map(lines, SOURCES))
+    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
+    shares = {path.name: sum(map(lines, path.rglob("*.py"))) / total for path in rooms}
+    assert {name: f"{share:.1%}" for name, share in shares.items() if share > 0.15} == {}
+
+
+LARGE = {"commands/adapt.py"}  # files that may have more than 400 lines
+
+
+def test_no_file_has_more_than_400_lines():
+    found = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if lines(path) > 400}
+    assert found <= LARGE
 
 
 VIEW = {"BOX", "VALID_BOX", "GLOBAL_IMAGE", "GLOBAL_LABEL", "global_image", "global_label", "global_logits", "box"}

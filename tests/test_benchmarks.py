@@ -71,15 +71,21 @@ def test_tables_name_every_figure(results):
         assert any(line.startswith(f"| {case} | 8 | {report.NAMES[variant]} |") for line in text.splitlines())
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """Steps are compared and not timed: `results` is of both."""
+    monkeypatch.setattr(cases.Bench, "timed", lambda self, variants: {name: [1.0] for name in variants})
+
+
 @pytest.mark.parametrize("case, losses", [("mae_step", "mae_losses"), ("adaptation_step", "adaptation_losses")])
-def test_another_result_is_noticed(case, losses, monkeypatch, tmp_path):
+def test_another_result_is_noticed(case, losses, monkeypatch, tmp_path, untimed):
     original = getattr(plain_training, losses)
     monkeypatch.setattr(plain_training, losses, lambda *given, **named: 1.01 * original(*given, **named))
     assert run.main([*QUICK, case, "--output", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("case, losses", [("mae_step", "mae_losses"), ("adaptation_step", "adaptation_losses")])
-def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch, tmp_path, capsys):
+def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch, tmp_path, capsys, untimed):
     original = getattr(plain_training, losses)
 
     def changed(*given, **named):
@@ -93,7 +99,7 @@ def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch,
 
 
 @pytest.mark.parametrize("case", ["mae_step", "adaptation_step"])
-def test_both_are_the_same_function_in_float64(case, monkeypatch, tmp_path):
+def test_both_are_the_same_function_in_float64(case, monkeypatch, tmp_path, untimed):
     monkeypatch.setitem(cases.TOLERANCE, "gradient", -1.0)
     run.main([*QUICK, case, "--output", str(tmp_path)])
     (found,) = json.loads((tmp_path / "results.json").read_text())["cases"]
@@ -223,7 +229,7 @@ def test_text_goes_between_the_markers(tmp_path):
 
 
 def test_the_page_shows_the_results_file():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "performance.md").read_text(encoding="utf-8")
     own = {"overlap.json": overlap.table, "scaling.json": scaling.table}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -245,13 +251,13 @@ def test_the_brain_has_tissue_structures_and_no_skull():
 
 
 @pytest.mark.parametrize("side", ["plain", "package"])
-def test_memory_of_a_step_is_measured_in_its_own_process(side):
+def test_memory_of_a_step_is_measured_in_its_own_process(side, warm_processes):
     found = memory.measure("step", side=side, width=8, depth=1, patch=16, target_clean="true")
     assert 0 < found["before"] < found["peak"]
 
 
 @pytest.mark.slow
-def test_first_iteration_of_a_tiny_run_is_timed(tmp_path: Path, monkeypatch):
+def test_first_iteration_of_a_tiny_run_is_timed(tmp_path: Path, monkeypatch, warm_processes):
     monkeypatch.setattr(startup, "IMPORTS", {"import numpy": "import numpy"})
     found = startup.startup(tmp_path, repeats=1, clock="cpu")
     assert found["import numpy"]["median"] < found["tiny bundle run, until its first iteration"]["median"]

@@ -26,7 +26,9 @@ def repository_file(page: str, link: str, docs: Path) -> Path | None:
     """The file outside ``docs`` that a page links to, relative to the repository; None if there is none.
 
     Args:
-        page: the page's path below ``docs``. link: relative to the page. docs: the folder of pages.
+        page: the page's path below ``docs``.
+        link: relative to the page.
+        docs: the folder of pages.
     """
     name = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     inside = name.startswith("docs/") or name.startswith("..")

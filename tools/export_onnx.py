@@ -47,7 +47,9 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
     """Write both graphs of a segmenter, each verified before it takes its name.
 
     Args:
-        network: a `GlobalLocalDeepLabV3`. channels: of its image. patch_size: voxels per axis of image and global view.
+        network: a `GlobalLocalDeepLabV3`.
+        channels: of its image.
+        patch_size: voxels per axis of image and global view.
         folder: where the graphs go.
 
     Returns:

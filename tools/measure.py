@@ -44,7 +44,9 @@ class Experiment:
     """Models of one seed, each made by the bundle commands that a user types.
 
     Args:
-        arguments: of the command line. seed: of every stage. output: folder of this seed.
+        arguments: of the command line.
+        seed: of every stage.
+        output: folder of this seed.
     """
 
     def __init__(self, arguments: argparse.Namespace, seed: int, output: Path) -> None:

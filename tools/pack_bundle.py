@@ -31,7 +31,8 @@ def contents(bundle: Path, package: Path = PACKAGE) -> dict[str, Path]:
     """Files of a release, by their names in the bundle, sorted.
 
     Args:
-        bundle: the bundle's folder. package: the folder of ``mapseg_components``.
+        bundle: the bundle's folder.
+        package: the folder of ``mapseg_components``.
 
     Raises:
         ConfigError: a file that every release needs is not there.

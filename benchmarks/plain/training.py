@@ -62,10 +62,10 @@ def hide(image: torch.Tensor, masks: list[torch.Tensor], block: int) -> torch.Te
 
 
 def plain_network(network: nn.Module) -> nn.Module:
-    """A copy with the same weights, in PyTorch's own modules and memory format."""
-    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    """A copy with the same weights, in PyTorch's own modules."""
+    network = copy.deepcopy(network)
     for module in network.modules():
-        for own in (nn.Conv3d, nn.ConvTranspose3d, nn.GroupNorm):
+        for own in (nn.Conv3d, nn.ConvTranspose3d):
             if isinstance(module, own):
                 module.__class__ = own
     return network
@@ -163,8 +163,10 @@ def adaptation_losses(
     """Eq. 8, or with ``target_clean`` the target's terms shared half and half by the masked and the clean pass.
 
     Args:
-        network: with ``encode`` and ``decode``. teacher: likewise, in evaluation mode.
-        source: labelled `Batch`. target: `Batch` without labels.
+        network: with ``encode`` and ``decode``.
+        teacher: likewise, in evaluation mode.
+        source: labelled `Batch`.
+        target: `Batch` without labels.
         blocks: voxels per side of a hidden block, for ``local`` and ``global``.
         masks: ``source_local``, ``source_global``, ``target_local``, ``target_global``; drawn by default.
         target_clean: the option of that name.

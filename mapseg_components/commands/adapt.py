@@ -26,7 +26,6 @@ from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
 from mapseg_components.commands.training_cases import grid_of, source_cases, structure_names, target_cases
@@ -35,6 +34,7 @@ from mapseg_components.data.datalist import stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.session import choose_device, versions, working
 from mapseg_components.sides import refuse_sides
 
 __all__ = ["adapt"]
@@ -90,7 +90,7 @@ def adapt(
     works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read.
 
     Args:
-        source: labelled scans: a datalist (JSON), a folder in the convention of docs/data.md, a folder with
+        source: labelled scans: a datalist (JSON), a folder in the convention of docs/how-to/data.md, a folder with
             ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
@@ -219,10 +219,10 @@ class Adaptation:
         path = self.folder / "run.json"
         if not path.is_file():
             own = (".run.lock", ".run.lock.json", *(["prepared"] if self.request["prepare"] is not None else []))
-            strangers = [p.name for p in self.folder.iterdir() if p.name not in own]
-            if strangers:
+            others = [p.name for p in self.folder.iterdir() if p.name not in own]
+            if others:
                 raise ConfigError(
-                    f"{self.folder} holds {sorted(strangers)[:3]} and no run of this command: choose a new folder"
+                    f"{self.folder} holds {sorted(others)[:3]} and no run of this command: choose a new folder"
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))

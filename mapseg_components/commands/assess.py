@@ -54,7 +54,9 @@ def assess(
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
         weights: model name to file; "source_only" and "adapted" for a verdict.
-        symmetric, any_position: see `mapseg_components.commands.adapt.adapt`. quiet: no progress bar.
+        symmetric: see `mapseg_components.commands.adapt.adapt`.
+        any_position: see `mapseg_components.commands.adapt.adapt`.
+        quiet: no progress bar.
 
     Returns:
         ``models`` (per model: ``validation_dice``, ``calibration``, ``prior``, ``cases``), ``between`` (Dice between
@@ -151,7 +153,8 @@ class LabelLoader:
     """From a file to a label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
 
     Args:
-        labels: structures and values. preprocessing: of the bundle; its reader and its orientation are used.
+        labels: structures and values.
+        preprocessing: of the bundle; its reader and its orientation are used.
     """
 
     def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:

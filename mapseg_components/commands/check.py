@@ -12,8 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mapseg_components.commands.inputs import NO_DICOM, nifti_inputs
-from mapseg_components.commands.session import listed, working
 from mapseg_components.data import (
     SECTIONS,
     Audit,
@@ -25,11 +23,13 @@ from mapseg_components.data.datalist import has_section, labels_file, open_datal
 from mapseg_components.data.labels import read_labels
 from mapseg_components.data.left_out import left_out, notes_of
 from mapseg_components.data.plausibility import plausibility
-from mapseg_components.data.portraits import PortraitRecord
+from mapseg_components.data.scan_statistics import StatisticsRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.keys import IMAGE, LABEL
+from mapseg_components.prediction.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.reports import answer, page, sortable_table, text_table
+from mapseg_components.session import listed, working
 
 __all__ = ["CheckReport", "check"]
 
@@ -53,7 +53,9 @@ class CheckReport:
     """Result of `check`.
 
     Args:
-        input: what was checked. files: one row per file that was read. findings: errors first.
+        input: what was checked.
+        files: one row per file that was read.
+        findings: errors first.
     """
 
     input: str
@@ -124,7 +126,7 @@ def check(
 
     Errors are what stops a training or an inference: damaged files and headers, orientation that is unknown or
     contradicts itself, voxels that are not finite, label maps that are not on their scan's grid or have unknown values,
-    scans that stand twice. Warnings and notes come from the set as a whole: voxel size, field of view, CT in HU or with
+    scans that occur twice. Warnings and notes come from the set as a whole: voxel size, field of view, CT in HU or with
     1024 added, skull-stripped or not, orientation by content, left and right, histograms of source and target.
 
     Args:
@@ -158,7 +160,7 @@ def check(
         if output is not None:
             refuse_existing([Path(output) / JSON, Path(output) / HTML], output, overwrite)
             require_writable(output)
-        audit, record = Audit(None, "full", assume_orientation, non_finite), PortraitRecord()
+        audit, record = Audit(None, "full", assume_orientation, non_finite), StatisticsRecord()
         audit.record = record
         policy = negative_values or "keep"
         if datalist or source.suffix == ".json" or is_datalist_folder(source):
@@ -170,7 +172,7 @@ def check(
         for path, (side, is_label) in files.items():
             if not is_label:
                 groups.setdefault(side, []).append(path)
-        found = [*audit.findings, *plausibility(groups, record.portraits, facts)]
+        found = [*audit.findings, *plausibility(groups, record.statistics, facts)]
         findings = sorted(dict.fromkeys(found), key=lambda f: SEVERITIES.index(f.severity))
         result = CheckReport(input, [row_of(path, *files[path], record, findings) for path in files], findings)
         if output is not None:
@@ -185,7 +187,7 @@ def is_datalist_folder(folder: Path) -> bool:
 
 def of_scans(
     audit: Audit,
-    record: PortraitRecord,
+    record: StatisticsRecord,
     source: Path,
     modality: str | None,
     policy: str,
@@ -204,7 +206,7 @@ def of_scans(
 
 def of_datalist(
     audit: Audit,
-    record: PortraitRecord,
+    record: StatisticsRecord,
     source: Path,
     labels: str | None,
     dropped: Sequence[str],
@@ -229,8 +231,8 @@ def of_datalist(
             except MAPSegError:  # found above
                 pass
     if source.is_dir():
-        told = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
-        taken = [*files, *maps, *(file for file in told if file)]
+        reported = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
+        taken = [*files, *maps, *(file for file in reported if file)]
         left = left_out(source, taken, nifti="no scan or label map of the datalist", dicom=NO_DICOM)
         audit.findings += notes_of(left, source)
     if not named and maps:
@@ -246,7 +248,7 @@ def labels_of(source: Path) -> str | None:
     return None if found is None else str(found)
 
 
-def values_of(record: PortraitRecord, maps: Sequence[str]) -> list[int]:
+def values_of(record: StatisticsRecord, maps: Sequence[str]) -> list[int]:
     """Whole values above 0 of all label maps that can be read."""
     found: set[int] = set()
     for path in maps:
@@ -257,26 +259,28 @@ def values_of(record: PortraitRecord, maps: Sequence[str]) -> list[int]:
     return sorted(found)
 
 
-def bar(total: int, record: PortraitRecord, quiet: bool) -> Any:
+def bar(total: int, record: StatisticsRecord, quiet: bool) -> Any:
     """Progress bar that counts the files read."""
     shown = tqdm(total=total, desc="reading", disable=True if quiet else None, leave=False)
     record.read = lambda path: shown.update(1)
     return shown
 
 
-def row_of(path: str, side: str, is_label: bool, record: PortraitRecord, findings: Sequence[Finding]) -> dict[str, Any]:
+def row_of(
+    path: str, side: str, is_label: bool, record: StatisticsRecord, findings: Sequence[Finding]
+) -> dict[str, Any]:
     """What is known of a file, and its worst finding."""
-    facts, portrait = record.known.get((path, is_label)), record.portraits.get(path)
+    facts, statistics = record.known.get((path, is_label)), record.statistics.get(path)
     worst = [f.severity for f in findings if f.file == path]
     return {
         "file": path,
         "set": f"{side}, labels" if is_label else side,
         "shape": None if facts is None else list(facts.shape),
-        "spacing_mm": None if portrait is None else [round(side, 4) for side in portrait.spacing_mm],
-        "orientation": None if portrait is None else portrait.axcodes,
+        "spacing_mm": None if statistics is None else [round(side, 4) for side in statistics.spacing_mm],
+        "orientation": None if statistics is None else statistics.axcodes,
         "lowest": None if facts is None else facts.lowest,
         "highest": None if facts is None else facts.highest,
-        "background_share": None if portrait is None else round(portrait.background_share, 4),
+        "background_share": None if statistics is None else round(statistics.background_share, 4),
         "sha256_of_voxels": None if facts is None else facts.digest,
         "status": worst[0] if worst else "ok",
     }

@@ -18,7 +18,9 @@ class Declaration:
     """A command as its source declares it.
 
     Args:
-        name: of the function, and of its module. signature: annotations are text, as they stand. document: docstring.
+        name: of the function, and of its module.
+        signature: annotations are text, as they stand.
+        document: docstring.
     """
 
     name: str

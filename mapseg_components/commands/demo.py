@@ -15,7 +15,6 @@ from typing import Any
 from mapseg_components.commands.evaluate import evaluate
 from mapseg_components.commands.predict import predict
 from mapseg_components.commands.report import require_matplotlib
-from mapseg_components.commands.session import choose_device, working
 from mapseg_components.commands.shipped import SEGMENTS, bundles_folder, sample_folder
 from mapseg_components.commands.stages import run_stage, threads
 from mapseg_components.data import load_datalist, read_nifti
@@ -23,6 +22,7 @@ from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.metrics import require_scipy
 from mapseg_components.reports import ComparedScan, draw_comparison
+from mapseg_components.session import choose_device, working
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["demo"]
@@ -31,7 +31,7 @@ TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedu
 STAGES = ("pretraining", "source_only", "adaptation")
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 OWN = {*STAGES, PREDICTIONS, SCORES, FIGURES, PICTURE, ".run.lock", ".run.lock.json"}
-# gentler than the preset: on this sample faster teachers drift (docs/results.md)
+# gentler than the preset: on this sample faster teachers drift (docs/reference/results.md)
 GENTLE = {"learning_rate": 0.0001, "ema_schedule": [[None, 0.999]], "target_scale_range": [0.9, 1.1], "max_epochs": 10}
 
 
@@ -40,8 +40,9 @@ class DemoReport:
     """Result of `demo`.
 
     Args:
-        folder: of the results. text: what came out, for a person. figures: content of ``metrics.json`` (with ``train``)
-            or of ``scores/evaluation.json``.
+        folder: of the results.
+        text: what came out, for a person.
+        figures: content of ``metrics.json`` (with ``train``) or of ``scores/evaluation.json``.
     """
 
     folder: str
@@ -112,9 +113,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file: name a folder")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    strangers = [name for name in found if name not in OWN]
-    if strangers:
-        raise ConfigError(f"{folder} holds {strangers[:3]}, which no demo wrote: choose a new folder")
+    others = [name for name in found if name not in OWN]
+    if others:
+        raise ConfigError(f"{folder} holds {others[:3]}, which no demo wrote: choose a new folder")
     if found and not overwrite:
         raise ConfigError(f"{folder} holds an earlier demo: set overwrite to remove it, or choose a new folder")
 

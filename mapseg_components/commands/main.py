@@ -14,9 +14,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from inspect import Parameter
-
-import fire
-from fire.decorators import SetParseFns
+from typing import Any
 
 from mapseg_components import __version__, commands
 from mapseg_components.commands.declarations import Declaration, declaration_of
@@ -60,15 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, words: Sequence[str], verbose: bool) -> int:
-    """Import and call a command; Fire converts the values and prints the result."""
+    """Import and call a command, and print its result."""
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")  # of libraries; findings are reported by this package itself
-    command = declaration_of(name)
-    flags = canonical(command, words)
-    parse = {key: str for key, kind in kinds_of(command).items() if kind not in ("bool", "int", "float")}
-    function = SetParseFns(**parse)(getattr(commands, name))
-    result = fire.Fire(function, command=flags, name=f"mapseg {name}")
+    given = arguments_of(declaration_of(name), words)
+    result = getattr(commands, name)(**given)
+    sys.stdout.write(f"{result}\n")
     return int(getattr(result, "exit_code", 0))
 
 
@@ -85,7 +81,7 @@ def report(error: Exception, verbose: bool) -> int:
         return ResourceError.exit_code
     if not verbose:
         traceback.print_exception(error)
-    sys.stderr.write("mapseg: this is an error of the program; please report it with the lines above\n")
+    sys.stderr.write("mapseg: this is a bug in mapseg; please report it with the lines above\n")
     return 1
 
 
@@ -98,8 +94,8 @@ def kinds_of(command: Declaration) -> dict[str, str]:
     return kinds
 
 
-def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
-    """Arguments as ``--name=value``, all known and well formed: Fire alone would complain only after the work.
+def arguments_of(command: Declaration, words: Sequence[str]) -> dict[str, Any]:
+    """Values of the arguments that words give, by name.
 
     Raises:
         ConfigError: an option is unknown, lacks its value or has one of another kind; there are too many or too few
@@ -107,7 +103,7 @@ def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
     """
     kinds, parameters = kinds_of(command), command.signature.parameters
     places = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
     rest, free = list(words), iter(places)
     while rest:
         word = rest.pop(0)
@@ -137,18 +133,18 @@ def canonical(command: Declaration, words: Sequence[str]) -> list[str]:
         named = ", ".join(name.upper() if name in places else f"--{name}" for name in missing)
         meaning = f" ({described(command)[2].get(missing[0], '').rstrip('.')})" if len(missing) == 1 else ""
         raise ConfigError(f"{named} is missing{meaning}: {see(command)}")
-    return [f"--{name}={value}" for name, value in values.items()]
+    return values
 
 
-def checked(name: str, kind: str, value: str) -> str:
-    """A value in the form that Fire reads as its kind. Raises `ConfigError`."""
+def checked(name: str, kind: str, value: str) -> Any:
+    """A value of its kind. Raises `ConfigError`."""
     if kind == "bool":
         if value.lower() not in ("true", "false"):
             raise ConfigError(f"--{name} is {value!r}, expected nothing, true or false")
-        return value.capitalize()
+        return value.lower() == "true"
     if kind in ("int", "float"):
         try:
-            return repr({"int": int, "float": float}[kind](value))
+            return {"int": int, "float": float}[kind](value)
         except ValueError as error:
             raise ConfigError(f"--{name} is {value!r}, expected a{'n' * (kind == 'int')} {kind}") from error
     return value

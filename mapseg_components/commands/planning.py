@@ -17,7 +17,7 @@ __all__ = ["PRESETS", "canonical_grid", "choose_preset", "plan_sizes", "plan_une
 
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
-    # measured on newborns, docs/results.md: with random contrasts the finer features carry over
+    # measured on newborns, docs/reference/results.md: with random contrasts the finer features carry over
     "small-data-cpu": {"overlays": ["small_data.yaml", "fine.yaml"], "patch": 48, "stride": 2},
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
@@ -55,7 +55,8 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     voxels.
 
     Args:
-        shapes: voxels per axis of each scan. spacings: mm per axis. Both in one order of axes.
+        shapes: voxels per axis of each scan.
+        spacings: mm per axis. Both in one order of axes.
         preset: one of `PRESETS`.
 
     Returns:

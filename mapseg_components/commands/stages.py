@@ -42,7 +42,8 @@ def run_stage(
 
     Args:
         title: for messages.
-        bundle: folder. configs: files, relative to the folder or absolute, applied left to right.
+        bundle: folder.
+        configs: files, relative to the folder or absolute, applied left to right.
         output: where the stage writes.
         settings: overrides.
         on_epoch: called now and then with the number of finished epochs.
@@ -118,7 +119,8 @@ def error_of(title: str, log: Path, code: int) -> MAPSegError:
         )
     last = lines[-1][:300] if lines else "it printed nothing"
     return MAPSegError(
-        f"{title} ended with exit code {code} ({last}): see {log}, and report it if it is no fault of yours"
+        f"{title} ended with exit code {code} ({last}): see {log}; if data and settings are right, this is a bug in "
+        "mapseg: please report it"
     )
 
 

@@ -23,11 +23,11 @@ from mapseg_components.data.datalist import (
     scans_below,
     stem,
 )
-from mapseg_components.data.facts import facts_of
-from mapseg_components.data.findings import Finding, fault, raise_findings
 from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
-from mapseg_components.data.nifti import read_geometry
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.scans.facts import facts_of
+from mapseg_components.scans.findings import Finding, fault, raise_findings
+from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.structures import structures_of, value_fault
 
 __all__ = ["grid_of", "source_cases", "structure_names", "target_cases"]
@@ -46,7 +46,7 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
         cases = labelled_folder(path)
     elif path.is_dir() and not (path / "source").is_dir() and open_datalist(path) is None:
         expected = "images/ and labels/, imagesTr/ and labelsTr/ (nnU-Net, Decathlon), or source/"
-        raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/data.md for the folders")
+        raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/how-to/data.md for the folders")
     else:
         cases = load_datalist(path, "source_training")
         refuse_misplaced(cases)

@@ -11,9 +11,9 @@ from typing import Any
 
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.layouts import says_label_map
-from mapseg_components.data.nifti import is_nifti
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE
+from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["bids_scans", "dataset_description", "is_bids", "result_stem"]
 
@@ -32,7 +32,8 @@ def bids_scans(folder: str | Path, modality: str | None = None) -> list[dict[str
     """Anatomical scans of a dataset as cases: ``sub-*/[ses-*/]anat/*_<modality>.nii[.gz]``.
 
     Args:
-        folder: of the dataset. modality: suffix such as ``"T2w"``; may be left out if all scans have the same.
+        folder: of the dataset.
+        modality: suffix such as ``"T2w"``; may be left out if all scans have the same.
 
     Raises:
         ConfigError: there is none of that modality, or several modalities and none is named.
@@ -73,7 +74,10 @@ def dataset_description(dataset: str | Path, name: str, version: str, modalities
     """Content of a derivative's ``dataset_description.json``.
 
     Args:
-        dataset: folder of the scans. name, version: of what made the label maps. modalities: of the scans.
+        dataset: folder of the scans.
+        name: program that made the label maps.
+        version: version of that program.
+        modalities: of the scans.
     """
     return {
         "Name": f"Structures segmented by {name}" + "".join(f", {modality}" for modality in modalities),

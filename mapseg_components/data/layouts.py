@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Scans and label maps told apart by folder and name, as nnU-Net, the Medical Segmentation Decathlon and BIDS have it.
+"""Scans and label maps by folder and name, in the layouts of nnU-Net, the Medical Segmentation Decathlon and BIDS.
 
 ::
 
@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.nifti import is_nifti
-from mapseg_components.data.nifti import stem as stem_of
+from mapseg_components.scans.nifti import is_nifti
+from mapseg_components.scans.nifti import stem as stem_of
 
 __all__ = [
     "DATASET",
@@ -177,7 +177,8 @@ def scans_of_label(stem: str, stems: Sequence[str]) -> list[str] | None:
     ``a_t1``, ``volume-1``).
 
     Args:
-        stem: a file's name without ending. stems: those of all files of its folder.
+        stem: a file's name without ending.
+        stems: those of all files of its folder.
     """
     scans = [other for other in stems if other != stem and not named_as_label(other)]
     if says_label_map(stem):
@@ -251,7 +252,8 @@ def decathlon_content(content: Mapping[str, Any], folder: Path) -> dict[str, Any
     """A ``dataset.json`` as sections of a datalist: its list ``training``, else the folders beside it; else ``None``.
 
     Args:
-        content: of the file. folder: where it lies.
+        content: of the file.
+        folder: where it lies.
     """
     listed = {key: content.get(key) for key in ("training", "validation")}
     beside = dataset_content(folder)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.datalist import stem
-from mapseg_components.data.dicom import has_dicom
-from mapseg_components.data.findings import Finding
 from mapseg_components.data.layouts import named_as_label, scans_of_label, stems_of
-from mapseg_components.data.nifti import is_nifti
 from mapseg_components.files import readable
+from mapseg_components.scans.dicom import has_dicom
+from mapseg_components.scans.findings import Finding
+from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["LeftOut", "in_one_line", "left_out", "notes_of", "records_of", "scans_and_label_maps", "summary"]
 
@@ -59,7 +59,8 @@ class LeftOut:
     """A file or folder that is not used.
 
     Args:
-        path: where it is. reason: why, and what to do if it should be used.
+        path: where it is.
+        reason: why, and what to do if it should be used.
     """
 
     path: Path
@@ -91,11 +92,12 @@ def left_out(
     """All of a folder that is not taken, by path; of a file nothing.
 
     Args:
-        top: the input. taken: files that are used, or that were named as an error.
+        top: the input.
+        taken: files that are used, or that were named as an error.
         known: file to reason, where it is known already.
         results: a folder for results, which is not looked into.
-        nifti: reason for a NIfTI file that is not taken. dicom: for a DICOM file that ``known`` does not have; empty
-            where such are not looked for.
+        nifti: reason for a NIfTI file that is not taken.
+        dicom: for a DICOM file that ``known`` does not have; empty where such are not looked for.
     """
     place = Path(os.path.abspath(top))
     if not place.is_dir():

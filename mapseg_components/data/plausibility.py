@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.facts import Facts
-from mapseg_components.data.findings import Finding
-from mapseg_components.data.portraits import Portrait
+from mapseg_components.data.scan_statistics import ScanStatistics
+from mapseg_components.scans.facts import Facts
+from mapseg_components.scans.findings import Finding
 
 __all__ = ["histogram_distance", "plausibility"]
 
@@ -30,32 +30,33 @@ TURN_MARGIN = 0.02  # by which another orientation must fit better, as a correla
 MIRROR_SHARE = 0.25  # of the reference's usual preference for its own side
 FAR, FAR_RATIO = 0.1, 4.0  # a histogram that far from its set's median, and so many times the usual distance
 AXES = ("left-right", "back-front", "bottom-top")
-Portraits = Mapping[str, Portrait]
+StatisticsByFile = Mapping[str, ScanStatistics]
 
 
 def plausibility(
-    groups: Mapping[str, Sequence[str]], portraits: Portraits, facts: Mapping[str, Facts]
+    groups: Mapping[str, Sequence[str]], statistics: StatisticsByFile, facts: Mapping[str, Facts]
 ) -> list[Finding]:
     """Look at each set, then compare the target with the source.
 
     Args:
         groups: set, ``"source"`` and ``"target"`` or any other name, to its files.
-        portraits, facts: of the files that could be read; others are left out.
+        statistics: statistics of the images that could be read, by file.
+        facts: facts of the same files.
     """
-    known = {name: [file for file in files if file in portraits] for name, files in groups.items()}
+    known = {name: [file for file in files if file in statistics] for name, files in groups.items()}
     known = {name: files for name, files in known.items() if files}
     findings: list[Finding] = []
     for name, files in known.items():
-        findings += grids(name, files, portraits)
-        findings += intensities(name, files, portraits, facts)
-        findings += masking(name, files, portraits)
-        findings += unusual_histograms(name, files, portraits)
+        findings += grids(name, files, statistics)
+        findings += intensities(name, files, statistics, facts)
+        findings += masking(name, files, statistics)
+        findings += unusual_histograms(name, files, statistics)
         findings += copies(files, facts)
     reference = known.get("source") or next(iter(known.values()), [])
     for files in known.values():
-        findings += orientations(files, reference, portraits)
+        findings += orientations(files, reference, statistics)
     if {"source", "target"} <= set(known):
-        findings += domains(known["source"], known["target"], portraits)
+        findings += domains(known["source"], known["target"], statistics)
     return findings
 
 
@@ -74,37 +75,39 @@ def numbers(values: Sequence[float]) -> str:
     return " x ".join(f"{value:.3g}" for value in values)
 
 
-def grids(name: str, files: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
+def grids(name: str, files: Sequence[str], statistics: StatisticsByFile) -> Iterator[Finding]:
     """Voxel sides, fields of view and orientations by the header."""
     for what, attribute, limit in (
         ("voxels", "spacing_mm", SPACING_RATIO),
         ("field of view", "extent_mm", EXTENT_RATIO),
     ):
-        middle = np.median([getattr(portraits[file], attribute) for file in files], axis=0)
+        middle = np.median([getattr(statistics[file], attribute) for file in files], axis=0)
         for file in files:
-            own = getattr(portraits[file], attribute)
+            own = getattr(statistics[file], attribute)
             if max(np.maximum(np.array(own) / middle, middle / np.array(own))) > limit:
                 text = (
                     f"{what} of {numbers(own)} mm, the median of {len(files)} scans of {name} is {numbers(middle)} mm"
                 )
                 yield warning(file, text, "look at it; nothing is resampled by itself")
-    codes = Counter(portraits[file].axcodes for file in files)
+    codes = Counter(statistics[file].axcodes for file in files)
     if len(codes) > 1:
         listed = ", ".join(f"{code} ({count})" for code, count in codes.most_common())
         yield note(name, f"orientations by the header: {listed}", "none needed: all are turned to RAS and back")
 
 
-def kind_of_ct(portrait: Portrait, facts: Facts) -> str | None:
+def kind_of_ct(statistics: ScanStatistics, facts: Facts) -> str | None:
     """``"HU"``, ``"shifted"`` or ``None`` for what does not look like a CT."""
-    if facts.lowest <= CT_AIR_HU and portrait.soft_tissue_hu > CT_SHARE:
+    if facts.lowest <= CT_AIR_HU and statistics.soft_tissue_hu > CT_SHARE:
         return "HU"
-    shifted = facts.lowest >= 0 and portrait.whole_numbers and facts.highest > 1500
-    return "shifted" if shifted and portrait.soft_tissue_shifted > CT_SHARE else None
+    shifted = facts.lowest >= 0 and statistics.whole_numbers and facts.highest > 1500
+    return "shifted" if shifted and statistics.soft_tissue_shifted > CT_SHARE else None
 
 
-def intensities(name: str, files: Sequence[str], portraits: Portraits, facts: Mapping[str, Facts]) -> Iterator[Finding]:
+def intensities(
+    name: str, files: Sequence[str], statistics: StatisticsByFile, facts: Mapping[str, Facts]
+) -> Iterator[Finding]:
     """CT in HU, CT with 1024 added, or other negative values."""
-    kinds = {file: kind_of_ct(portraits[file], facts[file]) for file in files}
+    kinds = {file: kind_of_ct(statistics[file], facts[file]) for file in files}
     counts = Counter(kinds.values())
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
@@ -129,20 +132,20 @@ def intensities(name: str, files: Sequence[str], portraits: Portraits, facts: Ma
             )
 
 
-def is_masked(portrait: Portrait) -> bool:
+def is_masked(statistics: ScanStatistics) -> bool:
     """Whether a scan is surrounded by one constant value, as after skull stripping."""
-    return portrait.background_share >= MASKED_BACKGROUND and portrait.border_share >= MASKED_BORDER
+    return statistics.background_share >= MASKED_BACKGROUND and statistics.border_share >= MASKED_BORDER
 
 
-def masking(name: str, files: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
+def masking(name: str, files: Sequence[str], statistics: StatisticsByFile) -> Iterator[Finding]:
     """Skull-stripped or masked scans among others."""
-    masked = [file for file in files if is_masked(portraits[file])]
+    masked = [file for file in files if is_masked(statistics[file])]
     yield note(name, f"{len(masked)} of {len(files)} scans are skull-stripped or masked (one value all around)")
     if masked and len(masked) < len(files):
         odd = masked if 2 * len(masked) < len(files) else [file for file in files if file not in masked]
         for file in odd:
             here = "is skull-stripped or masked" if file in masked else "is not skull-stripped or masked"
-            share = f"{portraits[file].background_share:.0%} of its voxels have the lowest value"
+            share = f"{statistics[file].background_share:.0%} of its voxels have the lowest value"
             yield warning(file, f"{here} ({share}), unlike most of {name}", "prepare all scans in one way")
 
 
@@ -160,12 +163,12 @@ def histogram_distance(one: np.ndarray, two: np.ndarray) -> float:
     return float(np.abs(one - two).mean())
 
 
-def unusual_histograms(name: str, files: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
+def unusual_histograms(name: str, files: Sequence[str], statistics: StatisticsByFile) -> Iterator[Finding]:
     """Scans whose intensities are distributed unlike those of their set."""
     if len(files) < FEWEST_SCANS:
         return
-    middle = np.median([portraits[file].quantiles for file in files], axis=0)
-    distances = {file: histogram_distance(portraits[file].quantiles, middle) for file in files}
+    middle = np.median([statistics[file].quantiles for file in files], axis=0)
+    distances = {file: histogram_distance(statistics[file].quantiles, middle) for file in files}
     usual = float(np.median(list(distances.values())))
     for file, distance in distances.items():
         if distance > FAR and distance > FAR_RATIO * usual:
@@ -173,29 +176,29 @@ def unusual_histograms(name: str, files: Sequence[str], portraits: Portraits) ->
             yield warning(file, text, "another sequence or contrast? look at it")
 
 
-def domains(source: Sequence[str], target: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
+def domains(source: Sequence[str], target: Sequence[str], statistics: StatisticsByFile) -> Iterator[Finding]:
     """How far the target is from the source."""
-    middle = [np.median([portraits[file].quantiles for file in files], axis=0) for files in (source, target)]
+    middle = [np.median([statistics[file].quantiles for file in files], axis=0) for files in (source, target)]
     far = histogram_distance(*middle)
-    within = np.mean([histogram_distance(portraits[file].quantiles, middle[0]) for file in source])
+    within = np.mean([histogram_distance(statistics[file].quantiles, middle[0]) for file in source])
     scale = f"Wasserstein distance, 0 to 1; within the source {within:.3f}"
     text = f"intensities are {far:.3f} away from the source's ({scale})"
     yield note("target", text)
-    spacing = [np.median([portraits[file].spacing_mm for file in files], axis=0) for files in (source, target)]
+    spacing = [np.median([statistics[file].spacing_mm for file in files], axis=0) for files in (source, target)]
     if max(np.maximum(spacing[0] / spacing[1], spacing[1] / spacing[0])) > DOMAIN_SPACING_RATIO:
         text = f"median voxels of {numbers(spacing[1])} mm, the source's are {numbers(spacing[0])} mm"
         yield warning("target", text, "resample both to one spacing; nothing is resampled by itself")
-    masked = [sum(is_masked(portraits[file]) for file in files) / len(files) for files in (source, target)]
+    masked = [sum(is_masked(statistics[file]) for file in files) / len(files) for files in (source, target)]
     if (masked[0] >= 0.5) != (masked[1] >= 0.5):
         text = f"{masked[1]:.0%} of its scans are skull-stripped or masked, of the source {masked[0]:.0%}"
         yield warning("target", text, "prepare both in one way")
 
 
-def orientations(files: Sequence[str], reference: Sequence[str], portraits: Portraits) -> Iterator[Finding]:
+def orientations(files: Sequence[str], reference: Sequence[str], statistics: StatisticsByFile) -> Iterator[Finding]:
     """Orientation by content: does a scan fit the reference's mean better in another orientation than its header's?"""
     if len(reference) < FEWEST_SCANS:
         return
-    edges = {file: edges_of(portraits[file].view) for file in {*files, *reference}}
+    edges = {file: edges_of(statistics[file].view) for file in {*files, *reference}}
     total = np.sum([edges[file] for file in reference], axis=0)
     left_out = [preference(edges[file], total - edges[file]) for file in reference]
     usual = float(np.median(left_out)) if min(left_out) > 0 else None  # else the reference has no side of its own

@@ -42,7 +42,7 @@ class AdaptationTrainer(SupervisedTrainer):
         max_grad_norm: gradient clipping or ``None``.
         accumulate_steps: iterations per optimizer step.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
-            (docs/performance.md).
+            (docs/reference/performance.md).
         train_handlers: handlers with ``attach``, the method's teacher among them.
 
     Output:

@@ -3,10 +3,10 @@
 """Adaptation without moving scans: a labelled server, unlabelled sites, weights that travel (MAPSeg, Algorithm 1)."""
 
 from mapseg_components.federated.coordinator import Coordinator
-from mapseg_components.federated.core import Broadcast, Update
+from mapseg_components.federated.core import Aggregation, Broadcast, Update, WeightedMean
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.privacy import Privacy
 from mapseg_components.federated.simulation import simulate
 from mapseg_components.federated.site import Site
 
-__all__ = ["Broadcast", "Coordinator", "Plan", "Privacy", "Site", "Update", "simulate"]
+__all__ = ["Aggregation", "Broadcast", "Coordinator", "Plan", "Privacy", "Site", "Update", "WeightedMean", "simulate"]

@@ -21,7 +21,6 @@ from mapseg_components.errors import CheckpointError, FederationError
 from mapseg_components.federated.core import (
     Broadcast,
     Update,
-    WeightedMean,
     local_names,
     movement,
     participants,
@@ -52,12 +51,14 @@ class Coordinator:
         plan: settings of the federation.
         weights: before the first round; names, shapes and types of all that travels.
         labels: class names in the order of their index.
-        ckpt_dir, output_dir: see above.
+        ckpt_dir: see above.
+        output_dir: see above.
         settings: merged config, to refuse going on with another one.
         resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew and replace its files.
 
     Raises:
-        CheckpointError: the state found is damaged or of another network. ConfigError: it has other settings.
+        CheckpointError: the state found is damaged or of another network.
+        ConfigError: it has other settings.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Coordinator:
     def start(self) -> Broadcast:
         """Open the next round; the task of the server's own source side."""
         self._started = time.monotonic()
-        self._mean, self._steps, self._bytes = WeightedMean(), self.ema_steps, 0
+        self._mean, self._steps, self._bytes = self.plan.aggregation(), self.ema_steps, 0
         self._accepted: dict[str, dict[str, Any]] = {}
         self._excluded: dict[str, str] = {}
         return Broadcast(self.round, self.ema_steps, self.weights)

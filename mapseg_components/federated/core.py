@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ import torch
 from mapseg_components.errors import ConfigError, FederationError
 
 __all__ = [
+    "Aggregation",
     "Broadcast",
     "Update",
     "WeightedMean",
@@ -64,7 +66,8 @@ class Update:
         labels: names of its classes in the order of their index, background left out.
         losses: mean of every loss term over the round.
         seconds: that the round took there.
-        privacy: budget that the update spent, see `mapseg_components.federated.privacy.Ledger`; empty without noise.
+        privacy: budget that the update spent, see `mapseg_components.federated.privacy.PrivacyAccountant`; empty
+            without noise.
     """
 
     site: str
@@ -82,7 +85,9 @@ def validate_weights(weights: Weights, reference: Weights, who: str) -> None:
     """Accept weights only if they have exactly the reference's names, shapes and types, and finite values.
 
     Args:
-        weights: what arrived. reference: what this side has. who: sender, for the message.
+        weights: what arrived.
+        reference: what this side has.
+        who: sender, for the message.
 
     Raises:
         FederationError: names sender, key, found and expected.
@@ -158,6 +163,19 @@ def validate_update(
     return distance
 
 
+class Aggregation(Protocol):
+    """How a round's updates become one model: a new object for each round, `add` for each update, `result` once."""
+
+    total: int
+    """Sum of the counts that were added."""
+
+    def add(self, weights: Weights, count: int) -> None:
+        """Take one site's weights, and the number of its scans."""
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The common weights, in the types that came in; empty if nothing was added."""
+
+
 class WeightedMean:
     """``sum_k n_k theta_k / sum_k n_k``, added up one by one in float64: memory for one model however many sites.
 
@@ -209,7 +227,8 @@ def local_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     """Names of tensors that never leave a site.
 
     Args:
-        names: of the network's tensors. patterns: shell patterns such as ``"*norm*"``.
+        names: of the network's tensors.
+        patterns: shell patterns such as ``"*norm*"``.
 
     Raises:
         ConfigError: a pattern fits no name, or nothing would be left to share.

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.federated.core import cosine_rate
+from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate
 from mapseg_components.federated.privacy import Privacy
 
 __all__ = ["Plan"]
@@ -21,16 +21,19 @@ class Plan:
     Args:
         rounds: R (100 in the paper).
         server_steps: T_s, optimizer iterations on the labelled source in a round; ``None`` for as many as it has scans
-            (over the batch size). client_steps: T_t, likewise at each site.
-        first_learning_rate, last_learning_rate: of the cosine over the rounds (1e-4 and 1e-6 in the paper).
+            (over the batch size).
+        client_steps: T_t, likewise at each site.
+        first_learning_rate: start of the cosine over the rounds (1e-4 in the paper).
+        last_learning_rate: its end (1e-6 in the paper).
         min_sites: sites whose update a round needs to be closed.
         participation: share of the sites asked in a round, in (0, 1].
         round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).
         max_movement: updates that moved further, as a share of the weights' norm, are refused; ``None`` for none.
         spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
-        local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``; each site keeps its own.
-        privacy: what a site does to its update before it leaves; the server's own value is not looked at.
-        seed: of draws of participants, and of every site's own draws together with its name.
+        local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``.
+        aggregation: makes the `Aggregation` of a round.
+        privacy: what a site does to its update before it leaves; the server's value is ignored.
+        seed: of draws of participants, and with its name of the draws of a site.
 
     Raises:
         ConfigError: a value is out of range.
@@ -47,6 +50,7 @@ class Plan:
     max_movement: float | None = None
     spacing_range_mm: Sequence[float] | None = None
     local_layers: Sequence[str] = ()
+    aggregation: Callable[[], Aggregation] = WeightedMean
     privacy: Privacy = field(default_factory=Privacy)
     seed: int = 0
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from mapseg_components.errors import ConfigError, FederationError, NonFiniteError, ResourceError
 from mapseg_components.files import write_json
 
-__all__ = ["Ledger", "Privacy", "epsilon_of", "protect"]
+__all__ = ["PrivacyAccountant", "Privacy", "epsilon_of", "protect"]
 
 BISECTIONS = 100  # halves an interval down to the last bit of a float
 NORMAL = NormalDist()
@@ -94,7 +94,8 @@ def protect(
     """Weights as they leave a site.
 
     Args:
-        weights: name to tensor, after training. base: those that arrived, of the same shapes.
+        weights: name to tensor, after training.
+        base: those that arrived, of the same shapes.
         privacy: see `Privacy`.
         generator: of the noise; by default a new one from the operating system's entropy. It must not follow from
             anything that the server knows, such as the seed of the federation: the server could take the noise off.
@@ -163,8 +164,8 @@ def delta_of(epsilon: float, mu: float) -> float:
     return math.exp(above) - math.exp(epsilon + below)
 
 
-class Ledger:
-    """What a site has spent, in a file of its own that is written before an update leaves.
+class PrivacyAccountant:
+    """Privacy accountant of a site: a file with the budget spent so far, written before an update leaves.
 
     A round that is repeated, after a stop of the server, is a second update with new noise, and counted as one. Updates
     without noise have no epsilon and are not counted: a total holds for a site that has sent none.
@@ -177,7 +178,7 @@ class Ledger:
     def __init__(self, path: Path, privacy: Privacy) -> None:
         self.path, self.privacy = path, privacy
 
-    def require_room(self) -> tuple[int, float]:
+    def require_budget(self) -> tuple[int, float]:
         """Another update fits into the budget.
 
         Returns:
@@ -207,13 +208,13 @@ class Ledger:
             Empty without noise.
 
         Raises:
-            FederationError: the budget is spent, or the file cannot be used. ResourceError: it cannot be written;
-                nothing may leave then.
+            FederationError: the budget is spent, or the file cannot be used.
+            ResourceError: it cannot be written; nothing may leave then.
         """
         if not self.privacy.noise:
             return {}
         with self._alone():  # another job of this site may spend from the same file
-            releases, cost = self.require_room()
+            releases, cost = self.require_budget()
             releases, cost = releases + 1, cost + self.privacy.cost
             write_json({"updates": releases, "cost": cost}, self.path)
         delta = self.privacy.delta

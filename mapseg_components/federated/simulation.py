@@ -40,7 +40,8 @@ def simulate(
         plan: settings of the federation.
         datalist: the server's; its ``source_training`` is read.
         sites: name to datalist; the ``target_training`` of each is read, without labels.
-        ckpt_dir, output_dir: see `Coordinator`; each party keeps its own files in ``output_dir/sites/<name>``.
+        ckpt_dir: see `Coordinator`.
+        output_dir: see `Coordinator`; the files of each party are in ``output_dir/sites/<name>``.
         resume: see `Coordinator`.
         settings: merged config; by default that of the bundle run that calls this.
 

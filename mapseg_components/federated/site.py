@@ -30,7 +30,7 @@ from mapseg_components.data.datalist import open_datalist
 from mapseg_components.errors import FederationError, MAPSegError
 from mapseg_components.federated.core import Broadcast, Update, local_names, site_seed, validate_weights
 from mapseg_components.federated.plan import Plan
-from mapseg_components.federated.privacy import Ledger, Privacy, protect
+from mapseg_components.federated.privacy import Privacy, PrivacyAccountant, protect
 from mapseg_components.keys import IMAGE, SOURCE, TARGET
 from mapseg_components.structures import structures_of
 
@@ -74,10 +74,10 @@ class Site:
         self.labels = class_names(settings)
         self.seed = site_seed(plan.seed, SOURCE if side == SOURCE else name)  # whoever has the source draws alike
         self.privacy = plan.privacy if side == TARGET else Privacy()
-        self._ledger = Ledger(self.folder / "privacy.json", self.privacy)
+        self._accountant = PrivacyAccountant(self.folder / "privacy.json", self.privacy)
         self._local = LocalWeights(self.folder / "local.pt")
         self._parser: ConfigParser | None = None
-        self._told = False
+        self._warned = False
 
     def check(self) -> None:
         """Read every scan of this side once, before any round.
@@ -115,7 +115,7 @@ class Site:
         """
         started = time.monotonic()
         with self._named():
-            self._ledger.require_room()
+            self._accountant.require_budget()
             if self._parser is None:
                 self._build()
             try:
@@ -125,7 +125,7 @@ class Site:
                 raise
             if self.privacy.active:
                 weights = protect(weights, broadcast.weights, self.privacy)
-            spent = self._ledger.spend()
+            spent = self._accountant.spend()
         return Update(
             site=self.name,
             round=broadcast.round,
@@ -206,8 +206,8 @@ class Site:
     def _tell_the_pace(self) -> None:
         """Warn once if a round's work hardly reaches the teacher, which is all that is sent."""
         followed = self.teacher.followed(self.steps)
-        if followed < SLOW and not self._told:
-            self._told = True
+        if followed < SLOW and not self._warned:
+            self._warned = True
             logger.warning(
                 f"{self.name}: in a round of {self.steps} steps the teacher, which is what travels, takes "
                 f"{followed:.0%} of the way to its student: more steps or a faster ema_schedule keep more of its work."

@@ -233,7 +233,7 @@ def is_label_table(table: Mapping[Any, Any]) -> bool:
 
 
 def unique(values: Any) -> bool:
-    """Whether the values differ from each other."""
+    """Whether no value occurs twice."""
     return len(set(values)) == len(values)
 
 

@@ -24,7 +24,7 @@ class Supervised:
     Args:
         loss: called with logits (B, classes, X, Y, Z) and label (B, 1, X, Y, Z), e.g. MONAI's ``DiceCELoss``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from monai.losses import DiceCELoss
         >>> from mapseg_components.methods import Supervised
@@ -60,7 +60,7 @@ class MeanTeacher(Supervised):
         change: from the target's image (B, C, X, Y, Z) to what the student sees; it keeps every voxel's place.
         weight: of the target's term.
 
-    Example:
+    Examples:
         >>> from mapseg_components.contrast import RandomContrast
         >>> from mapseg_components.methods import MeanTeacher
         >>> MeanTeacher(loss=None, labels=None, change=RandomContrast(noise=0.05), weight=10.0).weights
@@ -101,7 +101,7 @@ class MaskedConsistency(MeanTeacher):
         confidence_threshold: 0.968 in the paper; 0 weights all images alike.
         pseudo_loss: of pseudo labels, by default ``loss``.
 
-    Example:
+    Examples:
         >>> from mapseg_components.masking import BlockMask
         >>> from mapseg_components.methods import MaskedConsistency
         >>> MaskedConsistency(loss=None, labels=None, change=BlockMask(0.7, 8)).selection

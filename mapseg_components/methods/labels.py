@@ -40,7 +40,7 @@ class ArgmaxLabels:
         teacher: its ``network`` returns named outputs, of which those that end with ``logits`` are labelled; ``active``
             says whether it labels already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from mapseg_components.methods import ArgmaxLabels

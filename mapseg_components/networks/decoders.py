@@ -8,27 +8,51 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
-from mapseg_components.networks.encoder import ResidualBlock
-from mapseg_components.networks.layout import in_layout_of, is_channels_last, pointwise_conv
-from mapseg_components.networks.normalization import group_norm
+from mapseg_components.networks.encoder import ResidualBlock, group_norm
 from mapseg_components.networks.recomputation import Recomputable
 
 __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
 
 
+def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """A 1x1x1 convolution, on a CPU as a matrix product.
+
+    On one thread of a CPU, PyTorch would use a general algorithm that copies its input. On a GPU this is PyTorch's
+    convolution.
+
+    Args:
+        features: (B, I, X, Y, Z).
+        weight: (O, I) with any further axes of length 1.
+        bias: (O,) or ``None``.
+
+    Returns:
+        (B, O, X, Y, Z).
+    """
+    matrix = weight.flatten(1)
+    if features.is_cuda:
+        return F.conv3d(features, matrix[:, :, None, None, None], bias)
+    rows, shape = features.flatten(2), features.shape
+    matrices = matrix.expand(shape[0], matrix.shape[0], matrix.shape[1])
+    output = torch.bmm(matrices, rows) if bias is None else torch.baddbmm(bias[:, None], matrices, rows)
+    return output.view(shape[0], matrix.shape[0], shape[2], shape[3], shape[4])
+
+
 class PatchUpsample(nn.ConvTranspose3d):
-    """Transposed conv whose stride is its kernel, as a 1x1x1 conv to the voxels of each block: no two blocks overlap.
+    """Transposed conv whose kernel equals its stride, computed as a 1x1x1 conv to the voxels of each block.
 
     Equal to ``nn.ConvTranspose3d`` up to rounding, with the same parameters, and on a CPU faster.
 
     Args:
-        in_channels, out_channels: of the features. stride: voxels of a block per axis.
+        in_channels: channels of the features.
+        out_channels: channels of the output.
+        stride: voxels of a block, one number per axis.
 
     Shape:
-        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride), in the same memory format.
+        (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride).
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int]) -> None:
@@ -37,12 +61,6 @@ class PatchUpsample(nn.ConvTranspose3d):
     def forward(self, input: torch.Tensor, output_size: Optional[list[int]] = None) -> torch.Tensor:
         batch, _, x, y, z = input.shape
         i, j, k = self.weight.shape[2:]
-        if is_channels_last(input):
-            weight, bias = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3), self.bias
-            blocks = pointwise_conv(input, weight, None if bias is None else bias.repeat(i * j * k))
-            grid = blocks.permute(0, 2, 3, 4, 1).reshape(batch, x, y, z, i, j, k, self.out_channels)
-            voxels = grid.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, x * i, y * j, z * k, self.out_channels)
-            return voxels.permute(0, 4, 1, 2, 3)
         weight, bias = self.weight.flatten(1).t(), self.bias
         blocks = pointwise_conv(input, weight, None if bias is None else bias.repeat_interleave(i * j * k))
         grid = blocks.reshape(batch, self.out_channels, i, j, k, x, y, z).permute(0, 1, 5, 2, 6, 3, 7, 4)
@@ -61,6 +79,13 @@ class ReconstructionDecoder(Recomputable):
 
     Shape:
         (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ReconstructionDecoder
+        >>> decoder = ReconstructionDecoder(in_channels=8, out_channels=1, stride=(4, 4, 1), channels=(4, 2))
+        >>> decoder(torch.rand(1, 8, 2, 3, 5)).shape
+        torch.Size([1, 1, 8, 12, 5])
     """
 
     def __init__(
@@ -101,7 +126,7 @@ class FoldingConv3d(nn.Conv3d):
 def conv_norm_relu(
     in_channels: int, out_channels: int, kernel_size: int, norm_groups: int, dilation: tuple[int, ...] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Conv3d without bias that keeps the grid, GroupNorm, ReLU. Half the input channels stand for both halves."""
+    """Conv3d without bias that keeps the grid, GroupNorm, ReLU. Half the input channels are used as both halves."""
     padding = tuple(d * (kernel_size // 2) for d in dilation)
     return nn.Sequential(
         FoldingConv3d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
@@ -124,7 +149,17 @@ class ASPP(Recomputable):
         norm_groups: groups of each GroupNorm.
 
     Shape:
-        (B, in_channels, x, y, z) to (B, out_channels, x, y, z). An input of half the channels stands for itself twice.
+        (B, in_channels, x, y, z) to (B, out_channels, x, y, z). An input of half the channels is used as both halves.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ASPP
+        >>> aspp = ASPP(in_channels=8, out_channels=4, dilations=[1, (2, 2, 1)]).eval()
+        >>> features = torch.rand(1, 4, 5, 6, 7)
+        >>> aspp(features).shape
+        torch.Size([1, 4, 5, 6, 7])
+        >>> torch.allclose(aspp(features), aspp(torch.cat([features, features], dim=1)), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -151,15 +186,14 @@ class ASPP(Recomputable):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         pooled = self.pool(features)
         outputs = [branch(features) for branch in self.branches]
-        everywhere = pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4])
-        outputs.append(in_layout_of(everywhere, outputs[0]))
+        outputs.append(pooled.expand(-1, -1, features.shape[2], features.shape[3], features.shape[4]))
         return self.project(torch.cat(outputs, dim=1))
 
 
 class ClassLogits(nn.Conv3d):
-    """1x1x1 Conv3d in float32 under autocast, too: class logits rounded to bfloat16 tie, and labels turn over.
+    """1x1x1 Conv3d that runs in float32 under autocast: logits rounded to bfloat16 tie, which changes labels.
 
-    A scripted network computes it as autocast says.
+    In a scripted network autocast decides.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -183,6 +217,13 @@ class SegmentationHead(Recomputable):
 
     Shape:
         (B, in_channels, x, y, z) to (B, num_classes, x * stride, y * stride, z * stride).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import SegmentationHead
+        >>> head = SegmentationHead(in_channels=8, num_classes=3, stride=(4, 4, 1), channels=4)
+        >>> head(torch.rand(1, 8, 2, 3, 5)).shape
+        torch.Size([1, 3, 8, 12, 5])
     """
 
     def __init__(

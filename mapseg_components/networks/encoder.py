@@ -4,16 +4,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from monai.utils import ensure_tuple_rep
 from torch import nn
 
-from mapseg_components.networks.normalization import group_norm
 from mapseg_components.networks.recomputation import Recomputable
 
-__all__ = ["ResidualBlock", "ResidualEncoder"]
+__all__ = ["ResidualBlock", "ResidualEncoder", "group_norm"]
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm with the largest number of groups up to ``groups`` that divides the channels."""
+    return nn.GroupNorm(math.gcd(channels, groups), channels)
 
 
 class ResidualBlock(Recomputable):
@@ -30,6 +35,13 @@ class ResidualBlock(Recomputable):
 
     Shape:
         (B, in_channels, X, Y, Z) to (B, out_channels, X / stride, Y / stride, Z / stride).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ResidualBlock
+        >>> block = ResidualBlock(in_channels=1, out_channels=8, stride=(4, 4, 1), norm_groups=4)
+        >>> block(torch.rand(1, 1, 8, 12, 5)).shape
+        torch.Size([1, 8, 2, 3, 5])
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int] | int, norm_groups: int) -> None:
@@ -72,6 +84,16 @@ class ResidualEncoder(nn.Module):
     Shape:
         (B, in_channels, X, Y, Z) to (B, width, X / stride, Y / stride, Z / stride). Any spatial size that the
         stride divides.
+
+    Raises:
+        ValueError: in a call, the stride does not divide the image.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ResidualEncoder
+        >>> encoder = ResidualEncoder(in_channels=1, width=8, depth=2, stride=(4, 4, 1))
+        >>> encoder(torch.rand(1, 1, 8, 12, 5)).shape
+        torch.Size([1, 8, 2, 3, 5])
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class PlainPass(nn.Module):
             ``logits``. Of MONAI's ``DynUNet`` with deep supervision, which stacks its outputs along a further axis, the
             first is ``logits`` and the others ``deep_1``, ``deep_2``, ...
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.networks import PlainPass
         >>> outputs = PlainPass(torch.nn.Conv3d(1, 4, 3, padding=1))(image=torch.zeros(2, 1, 8, 8, 8))
@@ -67,7 +67,7 @@ class GlobalLocalPass(PlainPass):
     Args:
         network: a `GlobalLocalDeepLabV3` or any module with its ``encode``, ``context`` and ``decode``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalPass
         >>> network = GlobalLocalDeepLabV3(1, 3, width=8, depth=1, dilations=(1,), head_channels=8)
@@ -137,7 +137,7 @@ def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Map
 def training_pass(network: nn.Module) -> PlainPass:
     """The training pass that fits a network: `GlobalLocalPass` if it has the parts for it, otherwise `PlainPass`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.networks import training_pass
         >>> type(training_pass(torch.nn.Conv3d(1, 4, 3))).__name__

@@ -13,7 +13,6 @@ from torch import nn
 from mapseg_components.boxes import resample_box
 from mapseg_components.networks.decoders import ASPP, SegmentationHead
 from mapseg_components.networks.encoder import ResidualEncoder
-from mapseg_components.networks.layout import in_layout_of
 
 __all__ = ["GlobalLocalDeepLabV3"]
 
@@ -77,8 +76,7 @@ class GlobalLocalDeepLabV3(nn.Module):
         """
         per_voxel = [global_features.shape[2 + axis] / global_size[axis] for axis in range(3)]
         scale = torch.tensor(per_voxel, device=box.device, dtype=torch.float32)
-        context = resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
-        return in_layout_of(context, global_features[:1])  # one view may be expanded to many windows
+        return resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
 
     def decode(self, features: torch.Tensor, context: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Logits (B, num_classes, X, Y, Z) from local features and context, both (B, width, X/s, Y/s, Z/s).

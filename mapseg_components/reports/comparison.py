@@ -36,11 +36,14 @@ def draw_comparison(scans: Sequence[ComparedScan], models: Sequence[str], names:
     The right side of the body is on the left; the scan has letters of the sides and a bar of a length in mm.
 
     Args:
-        scans: the rows. models: titles of the label maps after the truth.
-        names: structures in the order of their value. path: of the PNG.
+        scans: the rows.
+        models: titles of the label maps after the truth.
+        names: structures in the order of their value.
+        path: of the PNG.
 
     Raises:
-        ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
+        ConfigError: matplotlib is missing.
+        ResourceError: the file cannot be written.
     """
     figure = comparison_figure(scans, models, names)
     with replacing(path) as temporary:

@@ -47,14 +47,16 @@ def curves(history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], title:
     """A figure of HTML with one curve per key that some epoch has; empty without any. Up to four curves.
 
     Args:
-        history: one mapping per epoch, with ``epoch``. keys: name in the legend to key. title: plain text.
+        history: one mapping per epoch, with ``epoch``.
+        keys: name in the legend to key.
+        title: plain text.
         quantity: what the values are, and their unit in brackets: the title of the axis.
     """
     found = {name: points for name, key in keys.items() if (points := points_of(history, key))}
     if not found:
         return ""
     lines = list(zip(found.values(), SERIES, DASHES, strict=False))
-    drawing = draw(lines, quantity, (4.8, 2.9), 9, told(title, found, quantity))
+    drawing = draw(lines, quantity, (4.8, 2.9), 9, described(title, found, quantity))
     legend = "".join(
         f'<li><i style="border-top-color:{COLOURS[colour]};border-top-style:{dash.replace("dashdot", "double")}"></i>'
         f"{escape(name)}</li>"
@@ -73,9 +75,11 @@ def small_multiples(
     """One small figure per key that some epoch has, each on an axis of its own from 0: small values beside large ones.
 
     Args:
-        history: as for `curves`. keys: name of a structure, in the order of their colours, to key.
-        quantity, unit: of the values. usual: name to lowest and highest value, shown as a band as far as the axis
-            has it.
+        history: as for `curves`.
+        keys: name of a structure, in the order of their colours, to key.
+        quantity: quantity of the values.
+        unit: unit of the values.
+        usual: name to lowest and highest value, shown as a band as far as the axis has it.
 
     Returns:
         HTML; empty without any value. At most 60 figures.
@@ -90,7 +94,7 @@ def small_multiples(
         band = None if usual is None or name not in usual else (usual[name][0], usual[name][-1])
         if band is not None and band[0] < 2 * top:
             top = max(top, min(1.1 * band[1], 2 * top))
-        description = told(f"{quantity} of {name}", {name: points}, unit)
+        description = described(f"{quantity} of {name}", {name: points}, unit)
         drawing = draw([(points, SERIES[0], "solid")], f"{quantity} ({unit})", (2.5, 1.75), 8, description, top, band)
         parts.append(
             f'<figure><figcaption><i class="swatch" style="background:{colour}"></i><b>{breakable(name)}</b> '
@@ -104,7 +108,7 @@ def points_of(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int,
     return [(line["epoch"], line[key]) for line in history if line.get(key) is not None]
 
 
-def told(title: str, found: Mapping[str, Sequence[tuple[int, float]]], quantity: str) -> str:
+def described(title: str, found: Mapping[str, Sequence[tuple[int, float]]], quantity: str) -> str:
     """A figure in words, for who cannot see it."""
     ends = "; ".join(
         f"{name}: {points[0][1]:.3g} in epoch {points[0][0]}, {points[-1][1]:.3g} in epoch {points[-1][0]}"
@@ -125,8 +129,13 @@ def draw(
     """SVG of curves.
 
     Args:
-        lines: points, colour, dashes. quantity: title of the axis. size: in inches. font: size in points.
-        description: in words. top: of an axis from 0; by default the axis fits the values. band: to shade.
+        lines: points, colour, dashes.
+        quantity: title of the axis.
+        size: in inches.
+        font: size in points.
+        description: in words.
+        top: of an axis from 0; by default the axis fits the values.
+        band: to shade.
     """
     matplotlib, _ = optional_import("matplotlib")
     figure_type, _ = optional_import("matplotlib.figure", name="Figure")

@@ -28,7 +28,7 @@ PANELS = {
 
 
 def sites_of(statistics: dict[str, Any]) -> list[str]:
-    """Sites that told something, sorted."""
+    """Sites with statistics, sorted."""
     return sorted(set(statistics[INTENSITY]["histogram"]) - {TOTAL})
 
 
@@ -36,15 +36,17 @@ def draw_domain_gap(result: str | Path, path: str | Path, asked: Sequence[str] =
     """Write a PNG: intensities of the foreground by site, and beside them volumes and voxel sides, mean and deviation.
 
     Args:
-        result: JSON that NVFlare's statistics job wrote. path: of the PNG.
-        asked: sites of the job, to say who is missing.
+        result: JSON file of NVFlare's statistics job.
+        path: PNG file to write.
+        asked: sites of the job, to name those that are missing.
 
     Returns:
-        the sites that were asked and told nothing.
+        the sites of ``asked`` without an answer.
 
     Raises:
-        ConfigError: matplotlib is missing. DataError: the file is no such result. ResourceError: the picture cannot be
-            written.
+        ConfigError: matplotlib is missing.
+        DataError: the file is no such result.
+        ResourceError: the picture cannot be written.
     """
     figure_module, drawable = optional_import("matplotlib.figure")
     if not drawable:
@@ -70,7 +72,7 @@ def draw_domain_gap(result: str | Path, path: str | Path, asked: Sequence[str] =
         axis.stairs([each[2] for each in bins], edges, color=colours[site], label=f"{site}, {scans[site]} scans")
     axis.set_xlabel("intensity (0: lowest value, 1: 99.5th percentile of each scan)")
     axis.set_ylabel("% of the foreground of an average scan")
-    axis.legend(fontsize=8, title=f"told nothing: {', '.join(missing)}" if missing else None, title_fontsize=8)
+    axis.legend(fontsize=8, title=f"no answer: {', '.join(missing)}" if missing else None, title_fontsize=8)
     for panel, (name, (title, logarithmic)) in zip(right.subplots(2, 2).ravel(), PANELS.items()):
         for number, (site, mean, spread) in enumerate(zip(sites, *rows[name])):
             panel.errorbar(mean, -number, xerr=spread, fmt="o", color=colours[site])

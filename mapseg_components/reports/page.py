@@ -102,7 +102,10 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
     """A whole HTML document, which its own policy forbids to load anything.
 
     Args:
-        title: plain text. body: HTML, of this module's functions for instance. style, script: added to this module's.
+        title: plain text.
+        body: HTML, of this module's functions for instance.
+        style: CSS added to this module's.
+        script: JavaScript added to this module's.
     """
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -118,8 +121,10 @@ def answer(kind: str, headline: str, figures: Sequence[tuple[str, str, str]], se
     """What the page has to say, first: a sentence, the few figures it rests on, and why.
 
     Args:
-        kind: class of the box: good, note, warning or error. headline: plain text.
-        figures: name, value, and a remark or nothing. sentences: plain text.
+        kind: class of the box: good, note, warning or error.
+        headline: plain text.
+        figures: name, value, and a remark or nothing.
+        sentences: plain text.
     """
     listed = "".join(
         f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b>{escape(remark)}</dd></div>"
@@ -151,9 +156,12 @@ def sortable_table(
     any value is left out. In narrow windows each row becomes a block, unless the table is compact.
 
     Args:
-        head: names of the columns. rows: values, escaped here. order: words that sort in this order, not by letters,
-            and are the class of their cell, e.g. severities.
-        name: the column that names the row. caption: plain text. compact: few short columns, which stay columns.
+        head: names of the columns.
+        rows: values, escaped here.
+        order: words that sort in this order, not by letters, and are the class of their cell, e.g. severities.
+        name: the column that names the row.
+        caption: plain text.
+        compact: few short columns, which stay columns.
     """
     kept = [i for i in range(len(head)) if i == name or not rows or any(cell(row[i]) for row in rows)]
     numeric = {i for i in kept if i != name and is_numeric([row[i] for row in rows])}

@@ -46,11 +46,16 @@ def draw_preview(
     as the report of `mapseg adapt` does.
 
     Args:
-        scan: (X, Y, Z). label_map: integers of the same shape. affine: (4, 4), voxel to mm, of both.
-        names: structures in the order of their value. title: above the picture. path: of the PNG.
+        scan: (X, Y, Z).
+        label_map: integers of the same shape.
+        affine: (4, 4), voxel to mm, of both.
+        names: structures in the order of their value.
+        title: above the picture.
+        path: of the PNG.
 
     Raises:
-        ConfigError: matplotlib is missing. ResourceError: the file cannot be written.
+        ConfigError: matplotlib is missing.
+        ResourceError: the file cannot be written.
     """
     figure = preview_figure(scan, label_map, affine, names, title)
     with replacing(path) as temporary:
@@ -105,7 +110,10 @@ def mark(axis: Any, letters: str, shape: Sequence[int], spacing: float) -> None:
     """Letters of the sides of a slice, and a bar of a length in mm.
 
     Args:
-        axis: of matplotlib. letters: left, right, below, above. shape: (up, across) of the slice. spacing: mm across.
+        axis: of matplotlib.
+        letters: left, right, below, above.
+        shape: (up, across) of the slice.
+        spacing: mm across.
     """
     ground = {"color": "white", "fontsize": 10, "bbox": {"facecolor": "#000000A0", "edgecolor": "none", "pad": 1.5}}
     for text, (x, y, ha, va) in zip(letters, PLACES):

@@ -56,8 +56,10 @@ def slice_viewer(
     body on the left. At most 32 slices per plane are kept.
 
     Args:
-        scan: (X, Y, Z) on axes to the right, to the front and up. spacing: mm per axis.
-        label_maps: title to class indices of the same shape. classes: number of classes, background included.
+        scan: (X, Y, Z) on axes to the right, to the front and up.
+        spacing: mm per axis.
+        label_maps: title to class indices of the same shape.
+        classes: number of classes, background included.
         case: name of the scan.
     """
     grey = np.clip(scan / max(float(np.percentile(scan, 99.5)), 1e-6), 0, 1)

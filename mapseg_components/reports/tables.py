@@ -30,7 +30,9 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[Any]], wrap_last: bo
     """Columns side by side, numbers to the right.
 
     Args:
-        head: names of the columns. rows: values. wrap_last: break the last column's text at the terminal's width.
+        head: names of the columns.
+        rows: values.
+        wrap_last: break the last column's text at the terminal's width.
     """
     texts = [[readable(cell(value).replace("\n", " ")) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *texts)]

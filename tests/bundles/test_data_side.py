@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data side as the bundles configure it: what a draw holds, and that each setting reaches the side it is named for.
 
-Settings are told apart by what they do: both sides get different values, and samples, masks and passes are looked at.
+Settings are distinguished by their effect: both sides get different values, and samples, masks and passes are looked
+at.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.data import SeededDataset
 from mapseg_components.handlers import ScoreCheckpoint, TeacherValidation
 from mapseg_components.transforms import PercentileClip
-from mapseg_components.transforms.intensity import clipped
+from mapseg_components.transforms.percentiles import clipped
 from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, overlays
 from tests.conftest import write_nifti
 

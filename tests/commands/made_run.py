@@ -50,7 +50,10 @@ def make_run(folder: Path, structures: int = 8, scans: int = 4, epochs: int = 12
     """Write the run.
 
     Args:
-        folder: to write. structures: up to 8. scans: of the target. epochs: of each history.
+        folder: to write.
+        structures: up to 8.
+        scans: of the target.
+        epochs: of each history.
         sure: no estimate is a guess, no structure is misplaced, no finding has a remedy.
     """
     generator = np.random.default_rng(structures)

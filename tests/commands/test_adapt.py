@@ -25,6 +25,7 @@ from mapseg_components.errors import ConfigError, DataError, MAPSegError, Resour
 from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
+from tests.warm import warm_processes
 
 TINY = {
     "patch_size": [16, 16, 16],
@@ -63,7 +64,8 @@ def call(folders):
 def finished(folders):
     """A whole run at tiny size."""
     output = folders / "out"
-    return output, adapt(**call(folders), output=str(output)).record
+    with warm_processes():
+        return output, adapt(**call(folders), output=str(output)).record
 
 
 @pytest.mark.slow
@@ -107,7 +109,7 @@ def test_the_report_needs_nothing_else(finished):
 
 
 @pytest.mark.slow
-def test_prepared_scans_and_the_way_back(folders, tmp_path):
+def test_prepared_scans_and_the_way_back(folders, warm_processes, tmp_path):
     """Label maps on the prepared grid, which the model saw, and on the scan's own."""
     for number in (7, 8):
         scan = nib.load(folders / "t2" / f"{number}.nii.gz")
@@ -118,7 +120,7 @@ def test_prepared_scans_and_the_way_back(folders, tmp_path):
     options = {"prepare": {"spacing": 1.25, "bias_correction": False}}
     with pytest.raises(ConfigError, match="so that no epoch would be validated"):
         adapt(**{**arguments, **options, "settings": {**TINY, "val_interval": 5}})
-    adapt(**arguments, **options)  # what was prepared already is no stranger
+    adapt(**arguments, **options)  # scans that were prepared already are accepted
     scan = nib.load(tmp_path / "t2" / "7.nii.gz")
     results = tmp_path / "out" / "predictions" / "adapted"
     prepared, native = (nib.load(place / "7_seg.nii.gz") for place in (results, results / "native"))
@@ -298,7 +300,7 @@ def test_a_stages_error_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_says_why(tmp_path):
+def test_a_stage_that_fails_says_why(warm_processes, tmp_path):
     bundle = ROOT / "bundles" / "mapseg_adaptation"
     with pytest.raises(ConfigError, match="no datalist at"):
         run_stage("source", bundle, ["configs/train.json", "configs/tiny.yaml"], tmp_path, {"dataset_dir": tmp_path})

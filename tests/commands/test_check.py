@@ -13,7 +13,7 @@ import pytest
 
 from mapseg_components.commands import check
 from mapseg_components.commands.main import main
-from mapseg_components.data.portraits import coarse
+from mapseg_components.data.scan_statistics import coarse
 from mapseg_components.reports import text_table
 from tests.conftest import SAMPLE, make_dataset, write_nifti
 from tests.faults import damage
@@ -151,7 +151,7 @@ def test_spacing_masking_contrast_and_copies(scans):
 
 
 @pytest.mark.parametrize("factor", [0.4, 2.5])
-def test_voxels_that_are_smaller_or_larger_than_the_others_are_told(scans, factor):
+def test_voxels_that_are_smaller_or_larger_than_the_others_are_reported(scans, factor):
     path = scans / "GA30_operated.nii.gz"
     affine = nib.load(path).affine @ np.diag([factor, 1, 1, 1])
     change(path, lambda voxels: voxels, affine)

@@ -229,7 +229,7 @@ def test_regions_are_refused_and_voxels_to_ignore_are_left_out(folders, capsys):
     assert result.rows[0]["dice"] == pytest.approx(2 * 5 / (5 + 6)) and result.rows[0]["predicted_voxels"] == 5 * 36
 
 
-def test_values_that_are_not_compared_are_told(folders):
+def test_values_that_are_not_compared_are_reported(folders):
     result = evaluate(folders / "pred", folders / "truth", labels='{"box": 1}', quiet=True)
     assert len(result.notes) == 6 and "its values 2 (64 voxels) belong to no structure that is compared" in str(result)
     for number in range(6):  # a structure that the truth lacks, without labels

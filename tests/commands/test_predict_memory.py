@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.predict_memory import measure
 from mapseg_components.data import volumes
 from mapseg_components.reports import draw_preview
 from mapseg_components.reports.preview import middle
 from mapseg_components.transforms import probabilities
 from tests.conftest import make_scan
-from tools.predict_memory import measure
 
 SHAPE = (120, 110, 100)
 NAMES = ["first", "second"]

@@ -275,7 +275,7 @@ const slider = viewer[0].querySelector("input"), panes = [...viewer[0].querySele
 slider.value = 3; slider.dispatchEvent(new Event("input"));
 const at = parseFloat(panes[0].querySelector(".pane").style.backgroundPositionY);
 seen.moved = Math.abs(at - 300 / slider.max) < 0.01;
-seen.told = slider.parentElement.innerText.trim();
+seen.caption = slider.parentElement.innerText.trim();
 const top_of = pane => pane.getBoundingClientRect().top;
 seen.rows = panes.map(plane => new Set([...plane.querySelectorAll(".pane")].map(top_of)).size);
 seen.width = innerWidth; seen.narrow = document.documentElement.scrollWidth <= innerWidth;
@@ -311,6 +311,6 @@ def test_the_report_in_a_browser(run, tmp_path, width):
     assert seen["width"] == width and seen["narrow"]
     assert seen["up"].startswith("sub-101") and seen["down"].startswith("sub-104")
     assert seen["shown"] == seen["chosen"] and seen["moved"]
-    assert re.search(r"sagittal, slice \d+ of 40", seen["told"])
+    assert re.search(r"sagittal, slice \d+ of 40", seen["caption"])
     assert seen["rows"] == [1, 1, 1], "the panes of a plane stand side by side"
     assert seen["under"] and seen["whole"]

@@ -29,7 +29,7 @@ from mapseg_components.transforms import NegativeValues
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage
 from tests.faults.common import LABELS, bundle_run, refused, tree
-from tools.fuzz import datalist_target
+from tests.fuzz.run import datalist_target
 
 LABEL_FAULTS = [
     (damage.stray_label, "unknown values 9 (3 voxels), known are [0, 1, 2]", "labels or in dropped_labels"),
@@ -178,7 +178,7 @@ def test_results_that_would_overwrite_each_other_are_refused(dataset, tmp_path):
     write_nifti(dataset / "other" / "0_label.nii.gz", make_scan(seed=50)[1])
     entry = {"image": "other/0.nii.gz", "label": "other/0_label.nii.gz", "case_id": "other"}
     cases = load_datalist(edit(dataset, lambda c: c["target_test"].append(entry)), "target_test")
-    with refused(tmp_path, "scans named ['0'] stand twice and would overwrite", "rename the files"):
+    with refused(tmp_path, "scans named ['0'] occur twice and would overwrite", "rename the files"):
         check_labelled_scans(cases, LABELS)
 
 
@@ -196,7 +196,7 @@ def test_equal_names_in_two_domains_of_a_folder(tmp_path):
 
 def test_case_id_in_training_and_validation_is_refused(dataset, tmp_path):
     path = edit(dataset, lambda c: c["source_validation"][0].update(case_id="source_training-1"))
-    with refused(tmp_path, "source_validation: case id 'source_training-1' stands in source_training, too", "keep a"):
+    with refused(tmp_path, "source_validation: case id 'source_training-1' is in source_training, too", "keep a"):
         check_training_data(path, LABELS)
     path = edit(dataset, lambda c: c["source_validation"][0].update(case_id="target_training-1"))
     check_training_data(path, LABELS)
@@ -221,7 +221,7 @@ def test_link_to_a_scan_of_another_section_is_the_scan(dataset, tmp_path):
     victim = dataset / "target_training" / "0.nii.gz"
     victim.unlink()
     victim.symlink_to(dataset / "source_training" / "0.nii.gz")
-    words = ["target_training/0.nii.gz: stands in source_training and in target_training", "keep it in one of them"]
+    words = ["target_training/0.nii.gz: is in source_training and in target_training", "keep it in one of them"]
     with refused(tmp_path, *words):
         check_training_data(dataset / "datalist.json", LABELS)
 

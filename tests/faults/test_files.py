@@ -26,16 +26,16 @@ from mapseg_components.data import (
     check_scans,
     check_training_data,
     load_scans,
-    nifti,
     read_nifti,
 )
-from mapseg_components.data.findings import raise_findings
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.scans import nifti
+from mapseg_components.scans.findings import raise_findings
 from mapseg_components.transforms import FillNonFinited
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage
 from tests.faults.common import LABELS, SMALL, bundle_run, refused, save_small_weights, tree
-from tools.fuzz import scan_target
+from tests.fuzz.run import scan_target
 
 COPY = "copy it again"
 FAULTS = [
@@ -408,14 +408,14 @@ def test_scans_that_cannot_be_told_apart_stop_before_any_is_read(tmp_path):
         ScanAudit([]).start()
     for name in ("a.nii", "a.nii.gz"):
         (tmp_path / name).write_text("not read")
-    with refused(tmp_path, "['a'] stand twice"):
+    with refused(tmp_path, "['a'] occur twice"):
         ScanAudit(load_scans(tmp_path)).start()
 
 
 def test_scans_of_one_name_are_refused(tmp_path):
     for name in ("a.nii", "a.nii.gz"):
         write_nifti(tmp_path / name, make_scan()[0])
-    with refused(tmp_path, "['a'] stand twice and would overwrite each other's results", "rename the files"):
+    with refused(tmp_path, "['a'] occur twice and would overwrite each other's results", "rename the files"):
         check_scans(load_scans(tmp_path))
 
 

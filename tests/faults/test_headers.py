@@ -218,8 +218,8 @@ def test_a_size_that_no_body_has_is_a_warning_where_no_unit_is_named(tmp_path, f
 
 def test_a_conversion_is_told_as_a_note(tmp_path):
     in_unit(tmp_path / "a.nii.gz", damage.image(), 1, 1000)
-    told = [str(finding) for finding in check(str(tmp_path), quiet=True).findings if finding.severity == "note"]
-    assert any("its lengths are in metre (xyzt_units 1): they are converted to mm" in line for line in told)
+    notes = [str(finding) for finding in check(str(tmp_path), quiet=True).findings if finding.severity == "note"]
+    assert any("its lengths are in metre (xyzt_units 1): they are converted to mm" in line for line in notes)
 
 
 # extensions and axes

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Files from strangers: weights, datalists, scans. Nothing in them runs, and nothing is written outside the results.
+"""Untrusted files: weights, datalists, scans. Nothing in them runs, and nothing is written outside the results.
 
 A sentinel is a file that hostile input would make; it must not exist afterwards. SECURITY.md names these tests.
 """

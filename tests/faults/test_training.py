@@ -26,7 +26,8 @@ from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, 
 from mapseg_components.files import lock_folder, unlock_folders
 from mapseg_components.methods import MAPSeg
 from tests.conftest import SAMPLE
-from tools.soak import BUNDLE, differences, interrupted, progress, start, train
+from tests.soak.run import BUNDLE, differences, interrupted, progress, start, train
+from tests.warm import python
 
 SHORT = {"epoch_length": 3, "max_epochs": 2, "source_masked": False}
 ERRORS = {error.exit_code: error for error in (ConfigError, CheckpointError, NonFiniteError, ResourceError)}
@@ -183,7 +184,7 @@ def test_fp16_does_not_skip_steps_for_ever():
     """Loss scaling skips a step whose gradient is infinite; if that never ends, the scale is not the reason."""
     network = Exploding(1, 1, bias=False)
     torch.nn.init.zeros_(network.weight)
-    with pytest.raises(NonFiniteError, match=r"infinite whatever the loss is scaled by.*case 7"):
+    with pytest.raises(NonFiniteError, match=r"infinite at every loss scale.*case 7"):
         one_step(network, amp="fp16", steps=60)
     assert network.weight.item() == 0
 
@@ -348,7 +349,8 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the folder
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_folder, "__defaults__", (0.5,))  # seconds to wait
     folder = tmp_path / "run"
     folder.mkdir()
     first = start(train, folder, tmp_path / "first.log", {**SHORT, "max_epochs": 1000})
@@ -391,21 +393,22 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_data(tmp_path):
 # T11
 
 
-OPTIONS = {
-    "cwd": BUNDLE,
-    "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    "stdout": subprocess.PIPE,
-    "stderr": subprocess.STDOUT,
-    "text": True,
-}
-
-
-def distributed(program, out):
-    """Command of two processes that train twelve iterations."""
+def distributed(program, out, epochs=6):
+    """Start two processes that train two iterations an epoch."""
     files = [f"configs/{name}" for name in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
-    line += ["training", "--config_file", str(files), "--dataset_dir", str(SAMPLE), "--max_epochs", "6"]
-    return [*line, "--ckpt_dir", str(out), "--output_dir", str(out), "--save_steps", "1"]
+    line += ["training", "--config_file", str(files), "--dataset_dir", str(SAMPLE), "--max_epochs", str(epochs)]
+    line += ["--ckpt_dir", str(out), "--output_dir", str(out), "--save_steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python()}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, cwd=BUNDLE, env=environment, **streams)
+
+
+def ended(*given, **options):
+    """Exit code and output of two processes."""
+    process = distributed(*given, **options)
+    output = process.communicate()[0]
+    return process.returncode, output
 
 
 SIGNALLED = """
@@ -414,15 +417,17 @@ from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.handlers import checkpointing
 import fire, monai.bundle
 
-step, write = AdaptationTrainer._step, checkpointing.write_atomic
+step, write, signalled = AdaptationTrainer._step, checkpointing.write_atomic, []
 
 def and_signal(self, engine, batch):
     if engine.state.iteration == 3:
         os.kill(os.getpid(), signal.SIGTERM)
+        signalled.append(True)
     return step(self, engine, batch)
 
 def slow(*arguments, **options):
-    time.sleep(3)
+    if signalled:
+        time.sleep(3)
     write(*arguments, **options)
 
 AdaptationTrainer._step, checkpointing.write_atomic = and_signal, slow
@@ -434,26 +439,27 @@ fire.Fire(monai.bundle.run)
 def test_a_signal_to_all_processes_waits_for_the_one_that_writes(tmp_path):
     """As a scheduler sends it: the others must not end first, or torchrun would end the writer."""
     (tmp_path / "signalled.py").write_text(SIGNALLED)
-    done = subprocess.run(distributed([str(tmp_path / "signalled.py")], tmp_path / "run"), **OPTIONS)
-    assert done.returncode != 0
-    assert progress(tmp_path / "run") == 3 and done.stdout.count("SIGTERM: saved") == 1
-    again = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "run"), **OPTIONS)
-    assert again.returncode == 0 and "after iteration 3 (epoch 1 is complete)" in again.stdout
+    code, output = ended([str(tmp_path / "signalled.py")], tmp_path / "run", epochs=2)
+    assert code != 0
+    assert progress(tmp_path / "run") == 3 and output.count("SIGTERM: saved") == 1
+    code, output = ended(["-m", "monai.bundle", "run"], tmp_path / "run", epochs=2)
+    assert code == 0 and "after iteration 3 (epoch 1 is complete)" in output
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(tmp_path):
     """The restart is a new torchrun: within one, PyTorch's gloo meets addresses of the dead rank now and then."""
 
-    done = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "whole"), **OPTIONS)
-    assert done.returncode == 0, done.stdout[-3000:]
-    running = subprocess.Popen(distributed(["-m", "monai.bundle", "run"], tmp_path / "killed"), **OPTIONS)
+    program = ["-m", "monai.bundle", "run"]
+    code, output = ended(program, tmp_path / "whole")
+    assert code == 0, output[-3000:]
+    running = distributed(program, tmp_path / "killed")
     wait_for(lambda: (progress(tmp_path / "killed") or 0) >= 3)
     children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     running.communicate()
     assert running.returncode == 1 and progress(tmp_path / "killed") < 12
-    again = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "killed"), **OPTIONS)
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert f"Resumed from {tmp_path / 'killed' / 'last.pt'}" in again.stdout
+    code, output = ended(program, tmp_path / "killed")
+    assert code == 0, output[-3000:]
+    assert f"Resumed from {tmp_path / 'killed' / 'last.pt'}" in output
     assert differences(tmp_path / "whole", tmp_path / "killed") == []

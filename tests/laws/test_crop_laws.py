@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the crop does with the entries of a stranger's case, and what its draws mean."""
+"""What the crop does with the entries of other people's cases, and what its random draws mean."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from mapseg_components.transforms import (
     RandGlobalLocalCropd,
     RandPercentileClipd,
 )
-from mapseg_components.transforms.intensity import clipped
+from mapseg_components.transforms.percentiles import clipped
 from mapseg_components.transforms.sampling import sample
 from tests.conftest import make_scan
 

@@ -183,7 +183,7 @@ def test_two_processes_make_one_cache(tmp_path):
     assert results[0][1] == results[1][1] and len(entries(tmp_path)) == 2
 
 
-def test_a_full_disk_leaves_no_entry_and_no_stump(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_entry_and_no_partial_file(tmp_path, monkeypatch):
     real = os.fsync
 
     def full(descriptor):

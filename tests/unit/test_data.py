@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 
@@ -77,11 +78,11 @@ def test_domains_of_a_folder(tmp_path):
     "change, message",
     [
         (lambda c: c["source_training"][0].pop("label"), "entry 0: 'label' is missing for .*: name it"),
-        (lambda c: c["source_training"].append(dict(c["source_training"][0])), "'source_training-0' stands twice"),
-        (lambda c: c["source_validation"].append({**c["source_training"][0]}), "stands in source_training and in"),
+        (lambda c: c["source_training"].append(dict(c["source_training"][0])), "'source_training-0' occurs twice"),
+        (lambda c: c["source_validation"].append({**c["source_training"][0]}), "is in source_training and in"),
         (
             lambda c: c["target_test"].append({**c["source_training"][0]}),
-            "stands in source_training and in target_test",
+            "is in source_training and in target_test",
         ),
         (lambda c: c["source_training"][0].update(case_id="../x"), "case id '../x' cannot name a file"),
         (lambda c: c["source_training"][0].update(label="source_training/0.nii.gz"), "named as image and as label"),
@@ -207,7 +208,7 @@ def test_scans_of_a_folder(tmp_path):
     with pytest.raises(ConfigError, match="no NIfTI scan"):
         check_scans(load_scans(tmp_path / "empty"))
     write_nifti(tmp_path / "b.nii.gz", make_scan()[0])
-    with pytest.raises(DataError, match=r"\['b'\] stand twice"):
+    with pytest.raises(DataError, match=r"\['b'\] occur twice"):
         check_scans(load_scans(tmp_path))
 
 
@@ -291,6 +292,7 @@ def test_a_broken_sample_is_named_in_the_first_line(workers, error):
         list(EpochLoader(loader(workers, dataset=dataset, batches=50)))
     name = "ValueError: " if isinstance(error, ValueError) and not isinstance(error, DataError) else ""
     assert str(caught.value) == f"case case 4: {name}{str(error).splitlines()[0]}"
+    assert multiprocessing.active_children() == []  # or they would be waited for at the end of the process
 
 
 def test_exhausted_memory_in_a_sample_is_no_fault_of_the_data():
@@ -312,7 +314,7 @@ class Suicidal(Cases):
 
 
 def test_a_killed_worker_points_to_memory():
-    with pytest.raises(ResourceError, match=r"DataLoader worker.*mostly the memory.*lower num_workers or cache_rate"):
+    with pytest.raises(ResourceError, match=r"DataLoader worker.*the memory is full.*lower num_workers or cache_rate"):
         list(EpochLoader(loader(1, dataset=Suicidal())))
 
 

@@ -15,6 +15,7 @@ from mapseg_components.commands.main import COMMANDS
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
+API = DOCS / "reference" / "api.md"
 
 
 def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
@@ -28,12 +29,12 @@ def test_every_page_is_in_the_navigation_and_every_entry_is_a_page():
 
 def test_every_room_of_the_package_has_its_section():
     rooms = {path.stem for path in (ROOT / "mapseg_components").iterdir() if not path.name.startswith(("_", "py."))}
-    listed = set(re.findall(r"^::: mapseg_components\.(\w+)", (DOCS / "api.md").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^::: mapseg_components\.(\w+)", API.read_text(), re.MULTILINE))
     assert listed == rooms
 
 
 def test_every_command_is_documented_as_a_function():
-    listed = re.findall(r"^::: mapseg_components\.commands\.(.+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^::: mapseg_components\.commands\.(.+)$", API.read_text(), re.MULTILINE)
     assert listed == [f"{name}.{name}" for name in COMMANDS]
 
 
@@ -58,8 +59,8 @@ def test_the_built_site_has_all_commands_and_loads_nothing_from_elsewhere(tmp_pa
     assert [
         name for name, text in pages.items() if re.search(r"<(script|link|img)[^>]*(src|href)=.?https?:", text)
     ] == []
-    assert "__getattr__" not in pages["api.html"]
-    assert all(f'id="mapseg_components.commands.{name}.{name}"' in pages["api.html"] for name in COMMANDS)
+    assert "__getattr__" not in pages["reference/api.html"]
+    assert all(f'id="mapseg_components.commands.{name}.{name}"' in pages["reference/api.html"] for name in COMMANDS)
     assert (tmp_path / "search" / "search_index.js").read_text().startswith("var __index = {")
 
 
@@ -76,6 +77,6 @@ def test_links_out_of_the_docs_lead_to_files():
     ]
     assert broken == []
     assert repository_file("tutorials/a.md", "../../LICENSE", DOCS) == Path("LICENSE")
-    assert repository_file("tutorials/a.md", "../data.md", DOCS) is None  # a page, which MkDocs itself links
+    assert repository_file("tutorials/a.md", "../index.md", DOCS) is None  # a page, which MkDocs itself links
     assert repository_file("a.md", "../../outside", DOCS) is None
     assert name_on_site(Path("tools/demo.py")) == "repository/tools/demo.py.txt"

@@ -113,6 +113,36 @@ def test_the_paper_s_losses_are_the_settings_of_the_bundle():
             assert found == pytest.approx([0.5, 0.05, 0.025])
 
 
+class LargestSite:
+    """A rule that somebody adds: the model of the site with most scans."""
+
+    def __init__(self):
+        self.total, self.largest, self.weights = 0, 0, {}
+
+    def add(self, weights, count):
+        self.total += count
+        if count > self.largest:
+            self.largest, self.weights = count, dict(weights)
+
+    def result(self):
+        return self.weights
+
+
+def test_the_plan_names_the_rule_that_makes_one_model(tmp_path):
+    def update(site, weights, scans):
+        return Update(site, 0, weights, scans, 1, list(LABELS), {"target_loss": 0.5})
+
+    for rule, expected in ((LargestSite, model(2)), (WeightedMean, mean([model(1), model(2)], [2, 5]))):
+        folder = tmp_path / rule.__name__
+        coordinator = Coordinator(small_plan(aggregation=rule), model(0), list(LABELS), folder / "m", folder / "o")
+        coordinator.start()
+        coordinator.accept_source(update("server", model(3), 4))
+        for site, seed, scans in (("site-1", 1, 2), ("site-2", 2, 5)):
+            coordinator.accept(update(site, model(seed), scans))
+        coordinator.close()
+        assert all(torch.equal(coordinator.weights[name], value) for name, value in expected.items())
+
+
 def test_a_round_gives_the_same_again_and_reads_one_side_only(tmp_path):
     """Whatever the site did before; the other side's scans are not there at all."""
     datalist, sites = make_federation(tmp_path, 1)
@@ -137,15 +167,15 @@ def test_a_round_gives_the_same_again_and_reads_one_side_only(tmp_path):
         assert all(torch.equal(value, other.weights[name]) for name, value in results[0].weights.items())
 
 
-@pytest.mark.parametrize(("decay", "told"), [(0.9, ["19%"]), (0.5, [])])
-def test_a_teacher_that_hardly_follows_in_a_round_is_told_once(tmp_path, caplog, decay, told):
+@pytest.mark.parametrize(("decay", "shares"), [(0.9, ["19%"]), (0.5, [])])
+def test_a_teacher_that_hardly_follows_in_a_round_is_reported_once(tmp_path, caplog, decay, shares):
     datalist, sites = make_federation(tmp_path, 1)
     settings = small_settings(ema_schedule=[[None, decay]])
     with caplog.at_level("WARNING"):
         simulate(small_plan(min_sites=1), datalist, sites, tmp_path / "m", tmp_path / "o", settings=settings)
     found = [record.message for record in caplog.records if "ema_schedule" in record.message]
-    assert [re.search(r"in a round of 2 steps .* takes (\d+%)", line)[1] for line in found] == 2 * told
-    assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if told else set())
+    assert [re.search(r"in a round of 2 steps .* takes (\d+%)", line)[1] for line in found] == 2 * shares
+    assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if shares else set())
 
 
 def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
@@ -185,7 +215,7 @@ def test_local_layers_stay_at_their_site(tmp_path):
 
 
 def test_the_patterns_of_the_docs_are_all_normalisation_layers(tiny_network):
-    text = (ROOT / "docs" / "federated.md").read_text()
+    text = (ROOT / "docs" / "reference" / "federation.md").read_text()
     patterns = json.loads(next(line for line in text.splitlines() if line.startswith('    ["*norm*"')))
     layers = [name for name, module in tiny_network.named_modules() if isinstance(module, torch.nn.GroupNorm)]
     expected = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The hand-over package: what is in it, and what of a stranger's package is refused before it is used."""
+"""The hand-over package: what is in it, and what of an untrusted package is refused before it is used."""
 
 from __future__ import annotations
 

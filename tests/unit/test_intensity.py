@@ -20,7 +20,7 @@ from mapseg_components.transforms import (
     SelectLabels,
     SelectLabelsd,
 )
-from mapseg_components.transforms.intensity import clipped, percentile_table
+from mapseg_components.transforms.percentiles import clipped, percentile_table
 
 
 def volume(seed=0):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mapseg_components.errors import ConfigError, FederationError, NonFiniteError, ResourceError
 from mapseg_components.federated import Privacy, simulate
 from mapseg_components.federated.core import movement
-from mapseg_components.federated.privacy import Ledger, delta_of, epsilon_of, protect
+from mapseg_components.federated.privacy import PrivacyAccountant, delta_of, epsilon_of, protect
 from tests.federation import make_federation, small_plan, small_settings
 
 
@@ -136,13 +136,13 @@ def test_epsilon_of_a_known_mechanism():
 
 def test_every_update_is_counted_and_a_site_stops_at_its_limit(tmp_path):
     privacy = Privacy(clip=0.1, noise=2.0, max_epsilon=7.0)
-    spent = [Ledger(tmp_path / "privacy.json", privacy).spend() for _ in range(2)]  # started anew in between
+    spent = [PrivacyAccountant(tmp_path / "privacy.json", privacy).spend() for _ in range(2)]  # started anew in between
     assert [line["updates"] for line in spent] == [1, 2]
     assert spent[0]["epsilon"] == spent[1]["epsilon"] == spent[0]["epsilon_total"] == pytest.approx(4.3772, abs=1e-4)
     assert spent[1]["epsilon_total"] == pytest.approx(epsilon_of(2.0, 1e-5))
     assert epsilon_of(2.0, 1e-5) < 7.0 < epsilon_of(3.0, 1e-5)
     with pytest.raises(FederationError, match=r"budget is spent: after 2 updates.*epsilon to 8\.\d+.*_epsilon is 7"):
-        Ledger(tmp_path / "privacy.json", privacy).require_room()
+        PrivacyAccountant(tmp_path / "privacy.json", privacy).require_budget()
 
 
 def test_two_jobs_of_a_site_share_one_budget(tmp_path):
@@ -152,7 +152,7 @@ def test_two_jobs_of_a_site_share_one_budget(tmp_path):
         sent = 0
         with contextlib.suppress(FederationError):
             for _ in range(8):
-                Ledger(tmp_path / "privacy.json", privacy).spend()
+                PrivacyAccountant(tmp_path / "privacy.json", privacy).spend()
                 sent += 1
         return sent
 
@@ -161,22 +161,22 @@ def test_two_jobs_of_a_site_share_one_budget(tmp_path):
     assert sent == 24 == json.loads((tmp_path / "privacy.json").read_text())["updates"]
 
 
-def test_a_ledger_that_another_job_holds_lets_nothing_leave(tmp_path, monkeypatch):
+def test_an_accountant_that_another_job_holds_lets_nothing_leave(tmp_path, monkeypatch):
     monkeypatch.setattr("mapseg_components.federated.privacy.LOCK_TIMEOUT_S", 0.1)
-    ledger = Ledger(tmp_path / "privacy.json", Privacy(clip=0.1, noise=2.0))
+    accountant = PrivacyAccountant(tmp_path / "privacy.json", Privacy(clip=0.1, noise=2.0))
     with (
         FileLock(tmp_path / ".privacy.json.lock"),
         pytest.raises(ResourceError, match="another job of this site: end that one"),
     ):
-        ledger.spend()
+        accountant.spend()
     assert not (tmp_path / "privacy.json").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"updates": 0, "cost": 0}', '{"updates": 2, "cost": NaN}', "[1]"])
-def test_a_ledger_that_cannot_be_read_stops_the_site(tmp_path, content):
+def test_an_accountant_that_cannot_be_read_stops_the_site(tmp_path, content):
     (tmp_path / "privacy.json").write_text(content)
-    ledger = Ledger(tmp_path / "privacy.json", Privacy(clip=0.1, noise=2.0))
-    for action in (ledger.require_room, ledger.spend):
+    accountant = PrivacyAccountant(tmp_path / "privacy.json", Privacy(clip=0.1, noise=2.0))
+    for action in (accountant.require_budget, accountant.spend):
         with pytest.raises(FederationError, match=r"privacy.json does not say what was spent.*restore it"):
             action()
     assert (tmp_path / "privacy.json").read_text() == content

@@ -13,15 +13,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapseg_components.checkpoints import weights_of
 from mapseg_components.engines import AdaptationTrainer, MAETrainer
-from mapseg_components.errors import ConfigError, NonFiniteError
+from mapseg_components.errors import NonFiniteError
 from mapseg_components.handlers import EMATeacher
 from mapseg_components.losses import MaskedReconstructionLoss
 from mapseg_components.methods import ArgmaxLabels, MAPSeg
 from mapseg_components.networks import ASPP, GlobalLocalPass, MultiScaleMAE, prepare_network
-from mapseg_components.networks.decoders import PatchUpsample
-from mapseg_components.networks.layout import pointwise_conv
+from mapseg_components.networks.decoders import PatchUpsample, pointwise_conv
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
@@ -125,24 +123,6 @@ def test_checkpointing_forgets_activations():
     assert kept[1] < 0.2 * kept[0]
 
 
-def test_memory_format_changes_neither_result_nor_keys(tiny_network):
-    tiny_network.aspp.project[-1].p = 0.0  # dropout draws in the order of memory
-    plain, last = (
-        adaptation(prepare_network(copy.deepcopy(tiny_network), "cpu", memory_format))
-        for memory_format in ("contiguous", "channels_last_3d")
-    )
-    assert list(last.network.state_dict()) == list(plain.network.state_dict())
-    weight = last.network.network.encoder.blocks[0].conv2.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
-    for name, term in plain.state.output[0].items():
-        torch.testing.assert_close(last.state.output[0][name], term, rtol=1e-4, atol=1e-5)
-
-
-def test_unknown_memory_format_is_refused(tiny_network):
-    with pytest.raises(ConfigError, match="memory_format is 'channels_last', expected one of"):
-        prepare_network(tiny_network, "cpu", "channels_last")
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_passes_compile_without_a_graph_break(tiny_network, recompute):
     torch._dynamo.reset()
@@ -207,52 +187,23 @@ def test_a_bad_term_is_named_and_reaches_no_weight(tiny_network):
     torch.testing.assert_close(trainer.network.state_dict(), before, rtol=0, atol=0)
 
 
-def test_features_keep_their_memory_format_through_the_whole_network(tiny_network):
-    network = GlobalLocalPass(prepare_network(tiny_network.train(), "cpu", "channels_last_3d"))
-    formats = {}
-
-    def look(name, output):
-        if isinstance(output, torch.Tensor) and output[0, 0].numel() > 1:
-            formats[name] = output.is_contiguous(memory_format=torch.channels_last_3d)
-
-    for name, module in network.named_modules():
-        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
-    # PyTorch leaves a small float32 batch of one to an algorithm that knows its own format only
-    network(*(torch.cat([pair()[key]] * 2) for key in ("image", "global_image", "box")))
-    assert len(formats) > 30
-    # of one input channel both formats are the same, and PyTorch's own name is taken
-    assert [name for name, kept in formats.items() if not kept and not name.endswith("blocks.0.norm1")] == []
-
-
-def test_written_weights_do_not_tell_the_memory_format(tiny_network):
-    network = prepare_network(copy.deepcopy(tiny_network), "cpu", "channels_last_3d")
-    assert not all(value.is_contiguous() for value in network.state_dict().values())
-    written = weights_of(network)
-    assert all(value.is_contiguous() for value in written.values())
-    torch.testing.assert_close(written, dict(tiny_network.state_dict()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_pointwise_convolution_is_a_convolution(bias, memory_format):
+def test_a_pointwise_convolution_is_a_convolution(bias):
     conv = torch.nn.Conv3d(3, 5, 1, bias=bias).double()
-    image = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    image = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64).requires_grad_()
     found, expected = pointwise_conv(image, conv.weight, conv.bias), conv(image)
-    assert found.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(found, expected)
     slopes = torch.rand_like(expected)
     both = [torch.autograd.grad(output, [image, *conv.parameters()], slopes) for output in (found, expected)]
     torch.testing.assert_close(*both)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("stride", [(4, 4, 1), (2, 2, 2)])
-def test_upsampling_is_the_transposed_convolution(stride, memory_format):
+def test_upsampling_is_the_transposed_convolution(stride):
     ours, plain = PatchUpsample(3, 5, stride).double(), torch.nn.ConvTranspose3d(3, 5, stride, stride).double()
     plain.load_state_dict(ours.state_dict())
-    image = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    image = torch.rand(2, 3, 4, 5, 6, dtype=torch.float64).requires_grad_()
     found, expected = ours(image), plain(image)
-    assert found.is_contiguous(memory_format=memory_format)
     torch.testing.assert_close(found, expected)
     slopes = torch.rand_like(expected)
     both = [torch.autograd.grad(o, [image, *n.parameters()], slopes) for o, n in ((found, ours), (expected, plain))]

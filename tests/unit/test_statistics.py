@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.federated.statistics import FEATURES, Range, summary_of, told
+from mapseg_components.federated.statistics import FEATURES, Range, feature_summary, summary_of
 from mapseg_components.reports.domain_gap import draw_domain_gap
 from tests.conftest import ROOT, write_nifti
 from tests.federation import write_parties
@@ -54,7 +54,7 @@ def test_other_contrasts_give_another_picture(tmp_path):
 
 @pytest.mark.parametrize("scans", [1, 2, 4])
 def test_too_few_scans_tell_nothing(tmp_path, scans):
-    with pytest.raises(DataError, match=rf"has {scans} scans, statistics_min_scans is 5: nothing is told"):
+    with pytest.raises(DataError, match=rf"has {scans} scans, statistics_min_scans is 5: no statistics are sent"):
         summary_of(make_scans(tmp_path, scans), 5)
 
 
@@ -65,20 +65,20 @@ def test_nobody_may_allow_less_than_three(tmp_path):
 
 @given(st.lists(st.floats(-5, 15), min_size=3, max_size=12), st.integers(3, 6))
 def test_no_bin_shows_fewer_scans_than_the_minimum(values, least):
-    bins = told(values, Range(0, 10, 5), least)["histogram"]
+    bins = feature_summary(values, Range(0, 10, 5), least)["histogram"]
     assert all(count == 0 or count >= least for count in bins)
     missing = len(values) - sum(bins)
     assert missing == 0 or missing >= least or sum(bins) == 0
 
 
 def test_who_sees_the_bins_of_the_others_does_not_find_a_single_scan():
-    assert told([1, 1, 1, 1, 9], Range(0, 10, 5), 3)["histogram"] == [0] * 5
-    assert told([1, 1, 1, 1, 5, 7, 9], Range(0, 10, 5), 3)["histogram"] == [4, 0, 0, 0, 0]
+    assert feature_summary([1, 1, 1, 1, 9], Range(0, 10, 5), 3)["histogram"] == [0] * 5
+    assert feature_summary([1, 1, 1, 1, 5, 7, 9], Range(0, 10, 5), 3)["histogram"] == [4, 0, 0, 0, 0]
 
 
 @given(st.lists(st.floats(-5, 15), min_size=3, max_size=12))
 def test_means_and_deviations_are_rounded_to_a_fifth_of_a_bin(values):
-    found, inside = told(values, Range(0, 10, 5), 3), np.clip(values, 0, 10)
+    found, inside = feature_summary(values, Range(0, 10, 5), 3), np.clip(values, 0, 10)
     for name, exact in (("mean", inside.mean()), ("stddev", inside.std(ddof=1))):
         assert abs(found[name] - exact) <= 0.2 + 1e-9 and found[name] / 0.4 == pytest.approx(round(found[name] / 0.4))
 
@@ -208,16 +208,16 @@ def test_nvflare_collects_the_picture_and_goes_on_without_a_site_that_refuses(tm
         return done.stdout + done.stderr
 
     log = run("--statistics", "--min-sites", "2", "--simulate", str(tmp_path / "work"))
-    assert "oslo tells nothing: oslo: has 2 scans, statistics_min_scans is 3" in log
+    assert "oslo sends no statistics: oslo: has 2 scans, statistics_min_scans is 3" in log
     (result,) = (tmp_path / "work").rglob("domain_gap.json")
     content = json.loads(result.read_text())
     for name in FEATURES:
         for site in ("berlin", "lyon"):
             own = json.loads((tmp_path / f"own/{site}/eval/sites/{site}/statistics.json").read_text())
-            told = own["features"][name]
+            expected = own["features"][name]
             assert content[name]["count"][site]["scans"] == own["scans"]
-            assert content[name]["mean"][site]["scans"] == told["mean"]
-            assert [each[2] for each in content[name]["histogram"][site]["scans"]] == told["histogram"]
+            assert content[name]["mean"][site]["scans"] == expected["mean"]
+            assert [each[2] for each in content[name]["histogram"][site]["scans"]] == expected["histogram"]
         assert "oslo" not in content[name]["mean"]
-    assert "oslo told nothing" in run("--draw", str(result), str(tmp_path / "gap.png"))
+    assert "no answer: oslo" in run("--draw", str(result), str(tmp_path / "gap.png"))
     assert (tmp_path / "gap.png").is_file()

@@ -13,9 +13,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from mapseg_components.data import class_weights
-from mapseg_components.data.facts import facts_of
 from mapseg_components.data.volumes import structure_sizes
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.scans.facts import facts_of
 from mapseg_components.structures import are_whole, ignored_value, number_text, structures_of, to_whole, unknown_values
 from mapseg_components.transforms import SelectLabels
 from tests.conftest import ROOT, write_nifti
@@ -33,7 +33,7 @@ FAULTS = [
     ({"background": 0, "liver": 1, "ignore": 2}, "'ignore' is 2.*name 2 in dropped_labels"),
     ({"liver": 0}, "'liver' is 0, but 0 is background.*another value"),
     ({"background": 1, "liver": 2}, "'background' is 1, but background is 0.*dropped_labels"),
-    ({"liver": 1, "spleen": 1}, "value 1 stands twice"),
+    ({"liver": 1, "spleen": 1}, "value 1 occurs twice"),
     ({"liver": -1}, "'liver' is -1, expected a whole number from 1"),
     ({"liver": 1.5}, "'liver' is 1.5, expected a whole number"),
     ({"liver": True}, "'liver' is True, expected a whole number"),

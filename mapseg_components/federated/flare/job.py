@@ -154,7 +154,7 @@ def main() -> None:
     everyone = list(sides_of(given.sites, given.source_site))
     if given.draw:
         for site in draw_domain_gap(*given.draw, everyone):
-            logger.warning(f"{site} told nothing: its own log says why.")
+            logger.warning(f"no answer: {site}; its log gives the reason")
     if not (given.write or given.simulate):
         return
     if not given.sites:

@@ -65,7 +65,8 @@ def from_update(update: Update, base: Mapping[str, torch.Tensor] | None = None) 
     """A site's answer; its name is added by the server, who knows it from the connection.
 
     Args:
-        update: of the site. base: weights of its task, to send differences to them.
+        update: of the site.
+        base: weights of its task, to send differences to them.
     """
     weights = dict(update.weights)
     if base is not None:

@@ -55,7 +55,9 @@ class Party:
         name: as NVFlare knows it; ``"server"`` for the server.
         settings: merged config.
         plan: of these settings.
-        datalist, ckpt_dir, output_dir: of these settings.
+        datalist: value of that setting.
+        ckpt_dir: value of that setting.
+        output_dir: value of that setting.
         resume: of these settings.
     """
 

@@ -64,7 +64,7 @@ class SiteStatistics(Statistics):
         self.site = fl_ctx.get_identity_name()
 
     def features(self) -> dict[str, list[Feature]]:
-        """Names of what is told.
+        """Names of the statistics that the site sends.
 
         Raises:
             ConfigError or DataError: the site takes no part; NVFlare goes on without it.
@@ -72,7 +72,7 @@ class SiteStatistics(Statistics):
         try:
             self._summarize()
         except MAPSegError as error:
-            logger.error(f"{self.site} tells nothing: {error}")
+            logger.error(f"{self.site} sends no statistics: {error}")
             raise
         return {SCANS: [Feature(name, DataType.FLOAT) for name in FEATURES]}
 
