@@ -64,7 +64,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     PyTorch frees and allocates its activations anew in each step. glibc gives large ones back, and the system clears
     each page again: up to a third of a step's time on a CPU. What is computed stays the same. The process keeps the
-    memory of its largest moment, and about half as much again for gaps between its tensors.
+    memory of its largest moment, and up to half as much again for gaps between its tensors.
 
     Args:
         keep: ``False``: take it back, and change nothing if it was never kept.
