@@ -276,7 +276,7 @@ def running_workflow() -> ConfigWorkflow | None:
 
     MONAI hands an expression what its references evaluate to, never the config itself: ``@name`` gives one value, and
     ``@`` alone, the whole config, is a circular reference. A workflow class of our own would see the parser, but
-    ``monai.bundle run`` takes one only from its command line (``--workflow_name``), where every user would have to type it.
+    ``monai.bundle run`` takes one from its command line only (``--workflow_name``), at every call.
     """
     for frame in inspect.stack(context=0):
         owner = frame.frame.f_locals.get("self")
