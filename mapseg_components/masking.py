@@ -89,7 +89,7 @@ def hide(image: torch.Tensor, mask: torch.Tensor, value: float | str = 0.0) -> t
         image: (..., X, Y, Z), in [0, 1] with background 0.
         mask: boolean, of the image's shape or broadcast to it, ``True`` = hidden.
         value: what a hidden voxel shows: a number (0, as in the paper, is what background shows as well), or
-            ``"mean"``, the mean of the sample's own channel over all of its voxels.
+            ``"mean"``, the mean of the sample's channel over all of its voxels.
     """
     if value == MEAN:
         return torch.where(mask, image.mean(dim=(-3, -2, -1), keepdim=True), image)

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How well a label map agrees with the truth, per structure, and what a mean over few cases is worth."""
+"""Agreement of a label map with the truth, per structure, with intervals and tests over cases."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def agreement(
 
 
 def cropped(one: np.ndarray, two: np.ndarray) -> list[np.ndarray]:
-    """Two masks cut to the box that holds both, a voxel of background around it."""
+    """Two masks cropped to the box that holds both, with a margin of one voxel."""
     either = one | two
     box = []
     for axis in range(either.ndim):

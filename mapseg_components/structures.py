@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a mapping of labels means in its several spellings, and which numbers of a label map are whole.
+"""Mappings of labels in their several spellings, and which numbers of a label map are whole.
 
 Structures have names and values from 1; 0 is background and no structure.
 """

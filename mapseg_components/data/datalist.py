@@ -142,7 +142,7 @@ def labels_file(datalist: str | Path) -> Path | None:
 
 
 def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str, Any]]:
-    """Cases of several sections without their labels, each section a domain of its own (or several)."""
+    """Cases of several sections without their labels, each section a separate domain (or several)."""
     cases = []
     for section in sections:
         for case in load_datalist(datalist, section):

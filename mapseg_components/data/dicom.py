@@ -214,7 +214,7 @@ def whole(text: str) -> int:
 
 
 def numbers(text: str) -> list[float]:
-    """Finite numbers of a header; empty if one of them is none, where ITK would take another number of its own."""
+    """Finite numbers of a header; empty if one of them is none, where ITK would assume another number."""
     try:
         found = [float(part) for part in text.split("\\")]
     except ValueError:
@@ -375,7 +375,7 @@ def stack(series: Series, slices: list[Slice]) -> tuple[np.ndarray, list[Slice]]
             )
         if np.abs(normalised(piece.axes) - normalised(first.axes)).max() > DIRECTION_TOLERANCE:
             what = f"{first.file.name} and {piece.file.name} differ in orientation"
-            raise fault(str(series), what, "move localizers and other planes into folders of their own")
+            raise fault(str(series), what, "move localizers and other planes into separate folders")
     normal = np.cross(*normalised(first.axes).T)
     order = sorted(slices, key=lambda piece: float(piece.position @ normal))
     heights = np.array([piece.position @ normal for piece in order])
@@ -411,7 +411,7 @@ def check_steps(series: Series, heights: np.ndarray) -> None:
             str(series),
             f"4D or copied: {copies} of {len(heights)} slices stand where another one stands, the first at "
             f"{heights[at]:.2f} mm",
-            "take copies out, or split the volumes into folders of their own (dcm2niix does)",
+            "take copies out, or split the volumes into separate folders (dcm2niix does)",
         )
     usual = float(np.median(steps))
     wrong = np.flatnonzero(np.abs(steps - usual) > STEP_TOLERANCE * usual)

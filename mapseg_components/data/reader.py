@@ -21,7 +21,7 @@ __all__ = ["NiftiReader"]
 class NiftiReader(NibabelReader):
     """MONAI's ``NibabelReader`` by `read_nifti`: the affine is the one that the audit judged, in mm.
 
-    MONAI's own reader compares sform and qform with ``pixdim`` and takes the one that fits; so a ``pixdim`` that was
+    MONAI's reader compares sform and qform with ``pixdim`` and takes the one that fits; so a ``pixdim`` that was
     not kept up to date mirrors or moves a scan. It stumbles over extensions of the header that other programs skip, and
     takes all lengths as mm.
 
