@@ -53,7 +53,7 @@ def random_batch(patch: int, classes: int) -> dict[str, torch.Tensor]:
     """One labelled pair of noise."""
     batch = {f"{scale}_image": torch.rand(1, 1, patch, patch, patch) for scale in BLOCKS}
     batch |= {f"{scale}_label": torch.randint(classes, (1, 1, patch, patch, patch)) for scale in BLOCKS}
-    return {**batch, "local_box": torch.tensor([[[0.0, patch * 2 / 3]] * 3])}
+    return {**batch, "box": torch.tensor([[[0.0, patch * 2 / 3]] * 3])}
 
 
 def step_memory(options: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,8 @@ import torch
 
 from benchmarks.report import place_of, replace_between, seconds
 from benchmarks.timing import machine, summary
-from mapseg_components.commands.predict import Run, predict
+from mapseg_components.commands.predict import predict
+from mapseg_components.prediction.run import Run
 
 __all__ = ["measure", "table", "write_scans"]
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from mapseg_components.commands.predict import read_bundle
+from mapseg_components.prediction.bundle import read_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"

@@ -146,7 +146,7 @@ def terms(network, batch, labels, masks=None):
 
 def source_loss(network, source, masks):
     """Source side of Eq. 8: a clean and a masked pass."""
-    labels = source["local_label"], source["global_label"]
+    labels = source["label"], source["global_label"]
     return (WEIGHTS * (terms(network, source, labels) + terms(network, source, labels, masks))).sum()
 
 
@@ -183,7 +183,7 @@ def draw_pair(image, label, patch):
         "local": image[inside],
         "view": F.interpolate(image, (patch,) * 3, mode="trilinear"),
         "box": (torch.stack([start, start + patch], dim=1) * (patch / sides)[:, None])[None],
-        "local_label": label[inside],
+        "label": label[inside],
         "global_label": F.interpolate(label[None].float(), (patch,) * 3, mode="nearest-exact")[0].long(),
     }
 

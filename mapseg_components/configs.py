@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import json
@@ -22,7 +23,15 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, sweep_temporaries, unlock_folders
 
-__all__ = ["begin_run", "check_settings", "end_run", "given_lists", "require_same_settings", "running_settings"]
+__all__ = [
+    "begin_run",
+    "check_settings",
+    "end_run",
+    "given_lists",
+    "require_same_settings",
+    "resolved",
+    "running_settings",
+]
 
 # what `monai.bundle run --tracking` adds by itself
 TRACKING = {key for key, value in DEFAULT_MLFLOW_SETTINGS["configs"].items() if not isinstance(value, dict)}
@@ -199,6 +208,28 @@ def running_settings() -> dict[str, Any]:
     """The merged config of the bundle run that calls this, as plain JSON values; empty outside of one."""
     workflow = running_workflow()
     return {} if workflow is None else json.loads(json.dumps(workflow.parser.config, default=repr))
+
+
+def resolved(name: str) -> dict[str, Any]:
+    """A part of the running bundle's config with every reference and expression replaced by its value.
+
+    Args:
+        name: of a component, such as ``network_def``. It is not made.
+
+    Raises:
+        ConfigError: no bundle runs, or a value of it is no plain one.
+    """
+    workflow = running_workflow()
+    if workflow is None:
+        raise ConfigError(f"{name} is asked for outside of a bundle's run: run it by monai.bundle run")
+    parser = ConfigParser(copy.deepcopy(workflow.parser.config))  # a parser of its own: nothing is shared or kept
+    parser.get_parsed_content("imports")
+    config = parser.get_parsed_content(name, instantiate=False)
+    found = config.get_config() if isinstance(config, ConfigComponent) else config
+    try:
+        return json.loads(json.dumps(found, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} has a value that is not plain ({error}): write it out") from error
 
 
 def require_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

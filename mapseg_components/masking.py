@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Random block masks, drawn at block resolution. ``True`` means hidden, everywhere.
+"""Random block masks, drawn at block resolution. ``True`` always means hidden.
 
 Source: MAPSeg (arXiv 2303.09373), section 3.2: 70 % of the 8^3 blocks of a local patch and of the 4^3 blocks of a
 global view are hidden.
@@ -29,6 +29,11 @@ def block_grid(spatial_shape: Sequence[int], block_size: Sequence[int] | int) ->
 
     Raises:
         ConfigError: a block does not divide the image.
+
+    Examples:
+        >>> from mapseg_components.masking import block_grid
+        >>> block_grid((96, 96, 24), (8, 8, 4))
+        (12, 12, 6)
     """
     blocks = (block_size,) * len(spatial_shape) if isinstance(block_size, int) else tuple(block_size)
     if len(blocks) != len(spatial_shape) or any(b < 1 or s % b for s, b in zip(spatial_shape, blocks)):
@@ -55,6 +60,12 @@ def draw_block_mask(
 
     Raises:
         ConfigError: the ratio is outside [0, 1].
+
+    Examples:
+        >>> from mapseg_components.masking import draw_block_mask
+        >>> mask = draw_block_mask(batch=2, grid=(5, 4, 1), mask_ratio=0.7)
+        >>> tuple(mask.shape), mask.flatten(1).sum(dim=1).tolist()  # 14 of 20 blocks in each sample
+        ((2, 1, 5, 4, 1), [14, 14])
     """
     if not 0.0 <= mask_ratio <= 1.0:
         raise ConfigError(f"mask_ratio is {mask_ratio}, expected a share between 0 and 1")
@@ -67,7 +78,21 @@ def draw_block_mask(
 
 
 def expand_block_mask(mask: torch.Tensor, spatial_shape: Sequence[int]) -> torch.Tensor:
-    """Enlarge a mask from block to voxel resolution: (..., *grid) to (..., *spatial_shape)."""
+    """Enlarge a mask from block to voxel resolution.
+
+    Args:
+        mask: (..., *grid), see `draw_block_mask`.
+        spatial_shape: voxels per axis of the image.
+
+    Returns:
+        (..., *spatial_shape).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.masking import expand_block_mask
+        >>> expand_block_mask(torch.tensor([[True, False]]), (2, 4)).int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0]]
+    """
     first = mask.ndim - len(spatial_shape)
     for axis, size in enumerate(spatial_shape):
         mask = mask.repeat_interleave(size // mask.shape[first + axis], dim=first + axis)
@@ -75,7 +100,22 @@ def expand_block_mask(mask: torch.Tensor, spatial_shape: Sequence[int]) -> torch
 
 
 def check_mask_value(value: float | str) -> float | str:
-    """What a hidden voxel shows, unchanged. Raises `ConfigError` if it is neither a finite number nor "mean"."""
+    """The value that replaces hidden voxels, unchanged, see `hide`.
+
+    Args:
+        value: a finite number or ``"mean"``.
+
+    Raises:
+        ConfigError: it is neither.
+
+    Examples:
+        >>> from mapseg_components.masking import check_mask_value
+        >>> check_mask_value("mean")
+        'mean'
+        >>> check_mask_value("median")
+        Traceback (most recent call last):
+        mapseg_components.errors.ConfigError: mask_value is 'median', expected ...
+    """
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number and value != MEAN:
         raise ConfigError(f"mask_value is {value!r}, expected a number (0 in the paper) or {MEAN!r}")
@@ -88,8 +128,19 @@ def hide(image: torch.Tensor, mask: torch.Tensor, value: float | str = 0.0) -> t
     Args:
         image: (..., X, Y, Z), in [0, 1] with background 0.
         mask: boolean, of the image's shape or broadcast to it, ``True`` = hidden.
-        value: what a hidden voxel shows: a number (0, as in the paper, is what background shows as well), or
-            ``"mean"``, the mean of the sample's channel over all of its voxels.
+        value: of hidden voxels: a number (0 in the paper, which is also the value of background), or ``"mean"``, the
+            mean of all voxels of the same channel of the sample.
+
+    Returns:
+        the image's shape and type.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.masking import hide
+        >>> image = torch.tensor([1.0, 2.0, 3.0, 6.0]).reshape(1, 1, 4)
+        >>> mask = torch.tensor([True, False, False, False])
+        >>> hide(image, mask).tolist(), hide(image, mask, "mean").tolist()
+        ([[[0.0, 2.0, 3.0, 6.0]]], [[[3.0, 2.0, 3.0, 6.0]]])
     """
     if value == MEAN:
         return torch.where(mask, image.mean(dim=(-3, -2, -1), keepdim=True), image)
@@ -105,9 +156,10 @@ class BlockMask:
         mask_value: see `hide`.
 
     Raises:
-        ConfigError: the mask value is unknown; or, in a call, a block does not divide the image, or the ratio is no share.
+        ConfigError: the mask value is unknown; or, in a call, a block does not divide the image, or the ratio is no
+            share.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.masking import BlockMask
         >>> hidden = BlockMask(mask_ratio=0.75, block_size=4)(torch.ones(2, 1, 8, 8, 8))

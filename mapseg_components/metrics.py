@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Agreement of a label map with the truth, per structure, with intervals and tests over cases."""
+"""Agreement of a label map with the truth, per structure, and the uncertainty of a mean over few cases."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ from monai.utils import optional_import
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["METRICS", "agreement", "bootstrap_interval", "paired_comparison", "require_scipy"]
+__all__ = [
+    "METRICS",
+    "agreement",
+    "bootstrap_interval",
+    "compared_sets",
+    "paired_comparison",
+    "require_scipy",
+    "summarised",
+]
 
-# column: what it is called in tables, and whether more is better
+# column: its title in tables, and whether higher is better
 METRICS = {
     "dice": ("Dice", True),
     "surface_dice": ("surface Dice", True),
     "hd95_mm": ("HD95 mm", False),
     "assd_mm": ("ASSD mm", False),
 }
+MEAN = "mean of structures"
 RESAMPLES = 10_000
 FEWEST_CASES = 6  # five pairs cannot reach p < 0.05 in a two-sided signed rank test
 
 
 def require_scipy() -> None:
-    """Raise `ConfigError` without scipy, which MONAI's surface metrics and the rank test need."""
+    """Raise `ConfigError` without scipy, which MONAI's surface metrics and the rank test need.
+
+    Examples:
+        >>> from mapseg_components.metrics import require_scipy
+        >>> require_scipy()  # does nothing where scipy is installed
+    """
     if not optional_import("scipy.ndimage")[1]:
         raise ConfigError("surface distances need scipy, which is not installed: pip install scipy")
 
@@ -47,9 +61,9 @@ def agreement(
     Args:
         prediction: label map (X, Y, Z).
         truth: label map (X, Y, Z) on the same grid.
-        values: of the structures.
-        spacing_mm: voxel sides.
-        tolerance_mm: surfaces nearer than this agree, for the surface Dice.
+        values: label values of the structures.
+        spacing_mm: sides of a voxel, (3,), in mm.
+        tolerance_mm: surfaces nearer than this agree, for the surface Dice, in mm.
 
     Returns:
         one row per structure: each of `METRICS`, and ``truth_voxels``, ``predicted_voxels``. All metrics are ``None``
@@ -57,6 +71,16 @@ def agreement(
 
     Raises:
         ConfigError: scipy is missing.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.metrics import agreement
+        >>> truth = np.zeros((10, 11, 12), np.uint8)
+        >>> truth[2:6, 2:6, 2:6] = 1
+        >>> moved = np.roll(truth, 1, axis=0)  # by one voxel of 2 mm
+        >>> row, = agreement(moved, truth, values=[1], spacing_mm=(2.0, 1.0, 1.0), tolerance_mm=2.0)
+        >>> row["dice"], row["surface_dice"], row["hd95_mm"], row["truth_voxels"]
+        (0.75, 1.0, 2.0, 64)
     """
     require_scipy()
     rows: list[dict[str, float | None]] = []
@@ -80,7 +104,7 @@ def agreement(
 
 
 def cropped(one: np.ndarray, two: np.ndarray) -> list[np.ndarray]:
-    """Two masks cropped to the box that holds both, with a margin of one voxel."""
+    """Two masks cut to the box that holds both, a voxel of background around it."""
     either = one | two
     box = []
     for axis in range(either.ndim):
@@ -90,7 +114,25 @@ def cropped(one: np.ndarray, two: np.ndarray) -> list[np.ndarray]:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
-    """95 % interval of the mean by resampling the cases (percentiles of 10,000 means); ``None`` below two cases."""
+    """95 % interval of the mean by resampling the cases (percentiles of 10,000 means); ``None`` below two cases.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+
+    Args:
+        values: one per case.
+        seed: of the resampling.
+
+    Returns:
+        lower and upper end, in the unit of the values.
+
+    Examples:
+        >>> from mapseg_components.metrics import bootstrap_interval
+        >>> low, high = bootstrap_interval([0.7, 0.8, 0.8, 0.9])
+        >>> 0.7 < low < 0.8 < high < 0.9
+        True
+        >>> bootstrap_interval([0.5, 0.5, 0.5])
+        (0.5, 0.5)
+    """
     sample = np.asarray(values, dtype=float)
     if sample.size < 2:
         return None
@@ -117,14 +159,22 @@ def paired_comparison(first: Mapping[str, float | None], second: Mapping[str, fl
     """Difference of two methods on the same cases: mean, its interval, and a two-sided Wilcoxon signed rank test.
 
     Args:
-        first: case to value.
-        second: case to value. Cases that lack one of the two are left out.
+        first: case to value of one method.
+        second: case to value of the other. Cases that lack one of the two are left out.
 
     Returns:
         ``n``, ``mean_difference`` (first minus second), ``ci95``, ``p``, and ``note``: why there is no ``p``.
 
     Raises:
         ConfigError: scipy is missing.
+
+    Examples:
+        >>> from mapseg_components.metrics import paired_comparison
+        >>> before = {case: 0.5 for case in "abcdef"}
+        >>> after = {case: 0.75 for case in "abcdef"}
+        >>> result = paired_comparison(after, before)
+        >>> result["n"], result["mean_difference"], round(result["p"], 5)  # 2 of the 2 ** 6 patterns of signs
+        (6, 0.25, 0.03125)
     """
     require_scipy()
     pairs = [(first[case], second[case]) for case in first if case in second]
@@ -139,4 +189,72 @@ def paired_comparison(first: Mapping[str, float | None], second: Mapping[str, fl
     else:
         wilcoxon, _ = optional_import("scipy.stats", name="wilcoxon")
         result["p"] = float(wilcoxon(difference).pvalue)
+    return result
+
+
+def case_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float | None]:
+    """Case to the mean of its structures."""
+    by_case: dict[str, list[float]] = {}
+    for row in rows:
+        values = by_case.setdefault(row["case"], [])
+        if row[metric] is not None:
+            values.append(row[metric])
+    return {case: float(np.mean(values)) if values else None for case, values in by_case.items()}
+
+
+def by_structure(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float | None]]:
+    """Structure to case to value, and the mean of structures last."""
+    found: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        found.setdefault(row["structure"], {})[row["case"]] = row[metric]
+    return {**found, MEAN: case_means(rows, metric)}
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Figures over cases of each metric.
+
+    Args:
+        rows: one per case and structure, with ``case``, ``structure`` and the metrics of `METRICS`.
+
+    Returns:
+        structure to metric to ``n``, ``mean``, ``sd``, ``median`` and ``ci95``; the mean of structures last.
+
+    Examples:
+        >>> from mapseg_components.metrics import METRICS, summarised
+        >>> rows = [{"case": case, "structure": "cortex", **dict.fromkeys(METRICS, dice)}
+        ...         for case, dice in (("a", 0.5), ("b", 0.75))]
+        >>> found = summarised(rows)
+        >>> list(found), found["cortex"]["dice"]["mean"]
+        (['cortex', 'mean of structures'], 0.625)
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        for name, values in by_structure(rows, metric).items():
+            result.setdefault(name, {})[metric] = summary_of(list(values.values()))
+    return result
+
+
+def compared_sets(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Comparison of two sets of predictions of the same cases.
+
+    Args:
+        first: rows as in `summarised`.
+        second: rows of the other set.
+
+    Returns:
+        structure to metric to the `paired_comparison` of both; the mean of structures last.
+
+    Examples:
+        >>> from mapseg_components.metrics import METRICS, compared_sets
+        >>> first = [{"case": case, "structure": "cortex", **dict.fromkeys(METRICS, 0.75)} for case in "ab"]
+        >>> second = [{**row, "dice": 0.5} for row in first]
+        >>> found = compared_sets(first, second)["cortex"]["dice"]
+        >>> found["mean_difference"], found["note"]
+        (0.25, 'too few cases for a test (2, at least 6)')
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        one, two = by_structure(first, metric), by_structure(second, metric)
+        for name in one:
+            result.setdefault(name, {})[metric] = paired_comparison(one[name], two.get(name, {}))
     return result

@@ -22,6 +22,13 @@ def autocast(device: torch.device | str, amp: str | None) -> torch.autocast:
 
     Raises:
         ConfigError: ``amp`` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.precision import autocast
+        >>> with autocast("cpu", "bf16"):
+        ...     (torch.rand(2, 3) @ torch.rand(3, 4)).dtype
+        torch.bfloat16
     """
     if amp is not None and amp not in AMP_TYPES:
         raise ConfigError(f"amp is {amp!r}, expected one of {sorted(AMP_TYPES)} or null for float32")

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Mappings of labels in their several spellings, and which numbers of a label map are whole.
+"""Mappings of structure names to label values in their usual forms, and label values that are not whole numbers.
 
 Structures have names and values from 1; 0 is background and no structure.
 """
@@ -54,12 +54,19 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
 
     Args:
         labels: the mapping.
-        origin: where the mapping was found, for messages.
+        origin: for messages, the file or setting that it comes from.
         ignore: leave nnU-Net's ``ignore`` out, see `ignored_value`, instead of refusing it.
 
     Raises:
         ConfigError: no structure, a region of several values, a value that is no whole number from 1 or occurs twice,
             a structure of value 0, or ``ignore``.
+
+    Examples:
+        >>> from mapseg_components.structures import structures_of
+        >>> structures_of({"background": 0, "liver": 1, "spleen": 5})
+        {'liver': 1, 'spleen': 5}
+        >>> structures_of({"0": "background", "1": "liver"})
+        {'liver': 1}
     """
     found: dict[str, int] = {}
     for name, given in pairs_of(labels):
@@ -81,7 +88,7 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
             raise ConfigError(f"{what}: take it out of labels, and name {value} in dropped_labels")
         if name.casefold() == IGNORE and not ignore:
             raise ConfigError(
-                f"{origin}: 'ignore' is {value}, voxels that nobody annotated; training has no such thing: annotate "
+                f"{origin}: 'ignore' is {value}, voxels that nobody annotated; training cannot ignore voxels: annotate "
                 f"them, or take 'ignore' out of labels and name {value} in dropped_labels, then they are background"
             )
         if value == 0 or name.casefold() == IGNORE:
@@ -95,12 +102,18 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
 
 
 def ignored_value(labels: Mapping[Any, Any]) -> int | None:
-    """Value of nnU-Net's ``ignore``, voxels that nobody annotated; ``None`` without."""
+    """Value of nnU-Net's ``ignore``, voxels that nobody annotated; ``None`` without.
+
+    Examples:
+        >>> from mapseg_components.structures import ignored_value
+        >>> ignored_value({"background": 0, "liver": 1, "ignore": 2})
+        2
+    """
     return next((whole_value(value) for name, value in pairs_of(labels) if name.casefold() == IGNORE), None)
 
 
 def pairs_of(labels: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
-    """Name and value of each entry of either spelling."""
+    """Name and value of each entry, of name to value as of value to name."""
     inverted = bool(labels) and all(whole_value(key) is not None for key in labels)
     inverted &= all(isinstance(value, str) for value in labels.values())
     return [(str(value), key) if inverted else (str(key), value) for key, value in labels.items()]
@@ -125,6 +138,12 @@ def are_whole(values: np.ndarray) -> np.ndarray:
 
     Returns:
         bool, of the same shape; ``False`` where a value is not finite.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.structures import are_whole
+        >>> are_whole(np.array([0, 1.0000000149, 1.5, np.nan])).tolist()
+        [True, True, False, False]
     """
     if values.dtype.kind in "iub":
         return np.ones(values.shape, bool)
@@ -134,7 +153,14 @@ def are_whole(values: np.ndarray) -> np.ndarray:
 
 
 def to_whole(values: np.ndarray) -> np.ndarray:
-    """Values with those that are whole but for float32 rounding made exact; the others as they are. Any shape."""
+    """Values with those that are whole but for float32 rounding made exact; the others as they are. Any shape.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.structures import to_whole
+        >>> to_whole(np.array([0, 1.0000000149, 1.5])).tolist()
+        [0.0, 1.0, 1.5]
+    """
     if values.dtype.kind in "iub":
         return values
     rounded = np.rint(values)
@@ -142,7 +168,13 @@ def to_whole(values: np.ndarray) -> np.ndarray:
 
 
 def number_text(value: float) -> str:
-    """A value with as many digits as float32 tells apart: ``1``, ``0.9882``, ``10.92``."""
+    """A value with as many digits as float32 distinguishes.
+
+    Examples:
+        >>> from mapseg_components.structures import number_text
+        >>> number_text(1.0), number_text(0.9882)
+        ('1', '0.9882')
+    """
     if float(value).is_integer():
         return f"{int(value)}"
     return str(np.float32(value)) if np.isfinite(value) else str(value)
@@ -151,12 +183,22 @@ def number_text(value: float) -> str:
 def value_fault(
     counts: Iterable[tuple[float, int]], exact: bool = False, more_values: int = 0
 ) -> tuple[str, str] | None:
-    """What of the distinct values of a file no label map has, and the remedy; ``None`` if all may be labels.
+    """Values of a file that cannot be labels.
 
     Args:
         counts: each distinct value, by `to_whole`, with its number of voxels.
-        exact: values are read as integers; else as float32, which ends at `LARGEST_EXACT`.
-        more_values: distinct values that are not in ``counts``.
+        exact: values are read as integers; else as float32, which has all whole numbers up to `LARGEST_EXACT`.
+        more_values: number of distinct values that are not in ``counts``.
+
+    Returns:
+        what is wrong, and the remedy; ``None`` if all values may be labels.
+
+    Examples:
+        >>> from mapseg_components.structures import value_fault
+        >>> value_fault([(0, 60), (1, 40)]) is None
+        True
+        >>> value_fault([(0, 60), (0.5, 40)])[0]
+        'label map has fractions: 0.5 (40 voxels)'
     """
     pairs = list(counts)
     faults = (
@@ -170,7 +212,7 @@ def value_fault(
         (
             [pair for pair in pairs if not exact and pair[0] > LARGEST_EXACT],
             f"values above {LARGEST_EXACT}",
-            "number structures anew: scans are read as float32, which does not tell such values apart",
+            "renumber structures: scans are read as float32, which does not distinguish such values",
         ),
     )
     for found, name, remedy in faults:
@@ -182,12 +224,20 @@ def value_fault(
 def unknown_values(
     counts: Iterable[tuple[float, int]], known: Iterable[int], more_values: int = 0
 ) -> tuple[str, str] | None:
-    """What is wrong with the values of a label map, and the remedy; ``None`` if all are known.
+    """Values of a label map that are not among the known ones.
 
     Args:
-        counts: see `value_fault`.
-        more_values: see `value_fault`.
-        known: values that may be there, besides 0.
+        counts: each distinct value, by `to_whole`, with its number of voxels.
+        known: values that may occur, besides 0.
+        more_values: number of distinct values that are not in ``counts``.
+
+    Returns:
+        what is wrong, and the remedy; ``None`` if all values are known.
+
+    Examples:
+        >>> from mapseg_components.structures import unknown_values
+        >>> unknown_values([(0, 60), (1, 30), (7, 10)], known=[1, 2])[0]
+        'label map has unknown values 7 (10 voxels), known are [0, 1, 2]'
     """
     allowed = sorted({0, *known})
     unknown = [(value, count) for value, count in counts if value not in allowed]
@@ -205,7 +255,13 @@ def unknown_values(
 
 
 def listed_values(counts: Sequence[tuple[float, int]], more_values: int = 0) -> str:
-    """Some values with their voxels, and how many more there are."""
+    """The first eight values with their voxels, and how many more there are, for messages.
+
+    Examples:
+        >>> from mapseg_components.structures import listed_values
+        >>> listed_values([(1, 30), (2.5, 10)], more_values=3)
+        '1 (30 voxels), 2.5 (10 voxels) and 3 more'
+    """
     listed = ", ".join(f"{number_text(value)} ({count} voxels)" for value, count in counts[:LISTED_VALUES])
-    more = len(counts) - LISTED_VALUES + more_values
-    return f"{listed}{f' and {more} more' if more > 0 else ''}"
+    more = max(len(counts) - LISTED_VALUES, 0) + more_values
+    return f"{listed}{f' and {more} more' if more else ''}"

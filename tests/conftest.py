@@ -12,6 +12,7 @@ import torch
 
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.scans import ROOT, SAMPLE, make_dataset, make_scan, write_nifti
+from tests.warm import warm_processes
 
 __all__ = ["ROOT", "SAMPLE", "make_dataset", "make_scan", "write_nifti"]
 
@@ -23,6 +24,13 @@ LONGEST = ("test_installation", "test_names", "test_tutorials", "test_benchmarks
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(name="warm_processes")
+def _warm_processes():
+    """Commands and workers that the package starts are of `tests.warm.python`."""
+    with warm_processes():
+        yield
 
 
 @pytest.fixture

@@ -12,10 +12,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mapseg_components"
 ROWS = [
     {"keys", "errors"},
-    {"boxes", "masking", "files", "memory", "colours", "precision", "quality", "sides", "structures"},
+    {"boxes", "masking", "files", "memory", "colours", "precision", "contrast", "quality"}
+    | {"session", "sides", "structures"},
+    {"scans"},
     {"losses", "networks", "transforms", "checkpoints", "data", "configs", "metrics", "reports"},
-    {"inferers", "engines", "handlers", "handover"},
-    {"federated", "commands"},
+    {"methods", "inferers"},
+    {"engines", "handlers", "handover"},
+    {"federated", "prediction", "preparation"},
+    {"commands"},
 ]
 ROW = {name: number for number, row in enumerate(ROWS) for name in row}
 
@@ -59,6 +63,51 @@ def test_arrows_point_down(path):
 
 def test_every_room_has_a_row():
     assert {room(path) for path in SOURCES} - {"__init__"} == set(ROW)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_room_holds_more_than_15_percent_of_the_package():
+    total = sum(map(lines, SOURCES))
+    rooms = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
+    shares = {path.name: sum(map(lines, path.rglob("*.py"))) / total for path in rooms}
+    assert {name: f"{share:.1%}" for name, share in shares.items() if share > 0.15} == {}
+
+
+LARGE = {"commands/adapt.py"}  # files that may have more than 400 lines
+
+
+def test_no_file_has_more_than_400_lines():
+    found = {path.relative_to(PACKAGE).as_posix() for path in SOURCES if lines(path) > 400}
+    assert found <= LARGE
+
+
+VIEW = {"BOX", "VALID_BOX", "GLOBAL_IMAGE", "GLOBAL_LABEL", "global_image", "global_label", "global_logits", "box"}
+KNOW_THE_VIEW = (
+    "keys.py",
+    "methods/mapseg.py",
+    "networks/segmenter.py",
+    "networks/passes.py",
+    "inferers/global_local.py",
+    "transforms/pairing.py",
+    "transforms/bias_field.py",
+    "engines/pretraining.py",
+)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_global_view_is_known_to_its_own_method_alone(path):
+    """Engine, teacher, checkpoints, Score, hand-over, federation, commands and reports serve any method."""
+    room_of = path.relative_to(PACKAGE).parts[0]
+    if path.relative_to(PACKAGE).as_posix() in KNOW_THE_VIEW or room_of in ("boxes.py", "data", "reports"):
+        return  # there a box is one of voxels
+    tree = ast.parse(path.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id != "box"}
+    names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not names & VIEW
 
 
 def test_one_door_for_torch_load():

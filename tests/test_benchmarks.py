@@ -71,15 +71,21 @@ def test_tables_name_every_figure(results):
         assert any(line.startswith(f"| {case} | 8 | {report.NAMES[variant]} |") for line in text.splitlines())
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """Steps are compared and not timed: `results` is of both."""
+    monkeypatch.setattr(cases.Bench, "timed", lambda self, variants: {name: [1.0] for name in variants})
+
+
 @pytest.mark.parametrize("case, losses", [("mae_step", "mae_losses"), ("adaptation_step", "adaptation_losses")])
-def test_another_result_is_noticed(case, losses, monkeypatch, tmp_path):
+def test_another_result_is_noticed(case, losses, monkeypatch, tmp_path, untimed):
     original = getattr(plain_training, losses)
     monkeypatch.setattr(plain_training, losses, lambda *given, **named: 1.01 * original(*given, **named))
     assert run.main([*QUICK, case, "--output", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("case, losses", [("mae_step", "mae_losses"), ("adaptation_step", "adaptation_losses")])
-def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch, tmp_path, capsys):
+def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch, tmp_path, capsys, untimed):
     original = getattr(plain_training, losses)
 
     def changed(*given, **named):
@@ -93,7 +99,7 @@ def test_another_gradient_of_the_same_loss_is_noticed(case, losses, monkeypatch,
 
 
 @pytest.mark.parametrize("case", ["mae_step", "adaptation_step"])
-def test_both_are_the_same_function_in_float64(case, monkeypatch, tmp_path):
+def test_both_are_the_same_function_in_float64(case, monkeypatch, tmp_path, untimed):
     monkeypatch.setitem(cases.TOLERANCE, "gradient", -1.0)
     run.main([*QUICK, case, "--output", str(tmp_path)])
     (found,) = json.loads((tmp_path / "results.json").read_text())["cases"]
@@ -115,7 +121,7 @@ def test_other_logits_are_noticed():
 def test_an_unseen_mask_is_noticed():
     batch = {f"{scale}_image": torch.rand(1, 1, 16, 16, 16) + 0.01 for scale in cases.BLOCKS}
     with pytest.raises(RuntimeError, match="local image with hidden blocks"):
-        cases.masks_of([batch["local_image"][0]], {"": batch})
+        cases.masks_of([batch["image"][0]], {"": batch})
 
 
 def test_masks_are_read_back():
@@ -245,13 +251,13 @@ def test_the_brain_has_tissue_structures_and_no_skull():
 
 
 @pytest.mark.parametrize("side", ["plain", "package"])
-def test_memory_of_a_step_is_measured_in_its_own_process(side):
+def test_memory_of_a_step_is_measured_in_its_own_process(side, warm_processes):
     found = memory.measure("step", side=side, width=8, depth=1, patch=16, target_clean="true")
     assert 0 < found["before"] < found["peak"]
 
 
 @pytest.mark.slow
-def test_first_iteration_of_a_tiny_run_is_timed(tmp_path: Path, monkeypatch):
+def test_first_iteration_of_a_tiny_run_is_timed(tmp_path: Path, monkeypatch, warm_processes):
     monkeypatch.setattr(startup, "IMPORTS", {"import numpy": "import numpy"})
     found = startup.startup(tmp_path, repeats=1, clock="cpu")
     assert found["import numpy"]["median"] < found["tiny bundle run, until its first iteration"]["median"]

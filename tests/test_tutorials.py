@@ -16,6 +16,7 @@ import nibabel as nib
 import pytest
 
 from tests.conftest import ROOT, SAMPLE
+from tests.warm import python
 
 PAGES = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"^```(?P<language>\S*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -44,7 +45,8 @@ def follow(name: str, out: Path, **settings: str) -> str:
     """Run a page in a fresh shell; returns what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PRESET": "configs/tiny.yaml"}
     environment |= {"OUT": str(out), "CUDA_VISIBLE_DEVICES": "", **settings}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    folders = [str(Path(program).parent) for program in (python(), sys.executable)]
+    environment["PATH"] = os.pathsep.join([*folders, environment["PATH"]])
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     line = ["bash", "-c", script(PAGES / name)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)

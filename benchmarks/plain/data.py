@@ -21,10 +21,10 @@ PROB = 0.35
 class PlainSample:
     """One pair; images and labels (1, P, P, P), box (3, 2) of the patch in voxels of the global view."""
 
-    local_image: torch.Tensor
+    image: torch.Tensor
     global_image: torch.Tensor
-    local_box: torch.Tensor
-    local_label: torch.Tensor | None = None
+    box: torch.Tensor
+    label: torch.Tensor | None = None
     global_label: torch.Tensor | None = None
 
 
@@ -78,7 +78,7 @@ def sample_of(subject: tio.Subject, patch: int) -> PlainSample:
         how = {"mode": "nearest-exact"} if key == "label" else {"mode": "trilinear", "align_corners": False}
         pieces[f"local_{key}"] = region[:, x : x + patch, y : y + patch, z : z + patch].clone()
         pieces[f"global_{key}"] = F.interpolate(region[None], (patch, patch, patch), **how)[0]
-    return PlainSample(local_box=torch.stack([start, start + patch], dim=1) * (patch / sides)[:, None], **pieces)
+    return PlainSample(box=torch.stack([start, start + patch], dim=1) * (patch / sides)[:, None], **pieces)
 
 
 def adaptation_sample(scan: Path, label: Path, patch: int) -> PlainSample:

@@ -27,7 +27,7 @@ BETA, GAMMA, DELTA = 0.5, 0.05, 0.025
 MASK_RATIO = 0.7
 
 Batch = Mapping[str, torch.Tensor]
-"""``local_image``, ``global_image`` (B, 1, P, P, P), ``local_box`` (B, 3, 2); the source has both labels as well."""
+"""``image``, ``global_image`` (B, 1, P, P, P), ``box`` (B, 3, 2); the source has both labels as well."""
 
 
 def patchify(image: torch.Tensor, block: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def mae_losses(
         blocks: voxels per side of a block, for ``local`` and ``global``.
         masks: of each sample, to repeat a step; drawn by default.
     """
-    total = torch.zeros((), device=batch["local_image"].device)
+    total = torch.zeros((), device=batch["image"].device)
     for scale in ("local", "global"):
         image, block = batch[f"{scale}_image"], blocks[scale]
         drawn = [random_mask(one, block) for one in image] if masks is None else masks[scale]
@@ -141,10 +141,10 @@ class PlainOutput(NamedTuple):
     context: torch.Tensor
 
 
-def forward(network: Any, local_image: torch.Tensor, global_image: torch.Tensor, box: torch.Tensor) -> PlainOutput:
+def forward(network: Any, image: torch.Tensor, global_image: torch.Tensor, box: torch.Tensor) -> PlainOutput:
     """Local and global image through the network, one call each."""
     global_features = network.encode(global_image)
-    local_features = network.encode(local_image)
+    local_features = network.encode(image)
     context = crop_features(global_features, box, global_image.shape[2])
     local_logits = network.decode(local_features, context)
     global_logits = network.decode(global_features, global_features)
@@ -177,19 +177,19 @@ def adaptation_losses(
         return hide(image, drawn, blocks[scale])
 
     def terms(side: str, batch: Batch, hidden: bool, labels: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        images = [batch["local_image"], batch["global_image"]]
+        images = [batch["image"], batch["global_image"]]
         if hidden:
             images = [masked(side, scale, image) for scale, image in zip(("local", "global"), images)]
-        output = forward(network, images[0], images[1], batch["local_box"])
+        output = forward(network, images[0], images[1], batch["box"])
         local_loss = segmentation_loss(output.local_logits, labels[0])
         global_loss = segmentation_loss(output.global_logits, labels[1])
         return [local_loss, global_loss, cosine_loss(output.local_features, output.context)]
 
-    truth = (source["local_label"][:, 0].long(), source["global_label"][:, 0].long())
+    truth = (source["label"][:, 0].long(), source["global_label"][:, 0].long())
     clean, hidden = terms("source", source, False, truth), terms("source", source, True, truth)
     loss = sum(weight * (a + b) for weight, a, b in zip((BETA, GAMMA, DELTA), clean, hidden))
     with torch.no_grad():
-        output = forward(teacher, target["local_image"], target["global_image"], target["local_box"])
+        output = forward(teacher, target["image"], target["global_image"], target["box"])
         pseudo = (output.local_logits.argmax(dim=1), output.global_logits.argmax(dim=1))
     weights = (1.0, 2 * GAMMA, 2 * DELTA)
     of_target = terms("target", target, True, pseudo)

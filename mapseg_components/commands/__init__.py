@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from mapseg_components.commands.check import check
     from mapseg_components.commands.demo import demo
     from mapseg_components.commands.evaluate import evaluate
+    from mapseg_components.commands.methods import methods
     from mapseg_components.commands.predict import predict
     from mapseg_components.commands.prepare import prepare
     from mapseg_components.commands.report import report
     from mapseg_components.commands.restore import restore
 
-__all__ = ["adapt", "check", "demo", "evaluate", "predict", "prepare", "report", "restore"]
+__all__ = ["adapt", "check", "demo", "evaluate", "methods", "predict", "prepare", "report", "restore"]
 
 
 class Commands(ModuleType):

@@ -7,9 +7,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,39 +20,27 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
-from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
+from mapseg_components.commands.made_bundle import check_settings, write_bundle
+from mapseg_components.commands.planning import choose_preset, plan_sizes, plan_unet
 from mapseg_components.commands.prepare import prepare as prepare_scans
+from mapseg_components.commands.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.session import choose_device, versions, working
 from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
-from mapseg_components.data import load_datalist, load_scans
-from mapseg_components.data.datalist import (
-    has_section,
-    labels_file,
-    list_scans,
-    open_datalist,
-    read_json,
-    scans_below,
-    stem,
-)
-from mapseg_components.data.facts import facts_of
-from mapseg_components.data.findings import Finding, fault, raise_findings
-from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
-from mapseg_components.data.nifti import read_geometry
+from mapseg_components.commands.training_cases import grid_of, source_cases, structure_names, target_cases
+from mapseg_components.data import load_datalist
+from mapseg_components.data.datalist import stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.session import choose_device, versions, working
 from mapseg_components.sides import refuse_sides
-from mapseg_components.structures import structures_of, value_fault
 
 __all__ = ["adapt"]
 
 logger = logging.getLogger(__name__)
 
-OVERLAYS = ("source_only.yaml", "from_source.yaml", "any_contrast.yaml")
-MOST_LABELS = 255
 NOT_ASKED = {"input", "output", "labels", "series", "overwrite", "quiet", "verbose"}  # of mapseg prepare
 
 
@@ -82,6 +69,7 @@ def adapt(
     target: str,
     output: str,
     labels: str | Mapping[str, int] | None = None,
+    method: str = "mapseg",
     preset: str = "auto",
     prepare: str | Mapping[str, Any] | None = None,
     pretraining: bool = True,
@@ -96,7 +84,7 @@ def adapt(
     quiet: bool = False,
     verbose: bool = False,
 ) -> AdaptReport:
-    """Adapt a model to unlabelled scans: pretraining, source-only, adaptation, a choice, label maps and a report.
+    """Adapt a model to unlabelled scans: the stages of a method, a choice, label maps and a report.
 
     The output folder becomes a bundle of its own: ``python -m monai.bundle run --config_file configs/inference.json``
     works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read.
@@ -109,11 +97,12 @@ def adapt(
         output: folder to write, new or of an earlier call with the same arguments.
         labels: structures and their values, as a mapping, JSON text or a JSON file such as ``dataset.json``. By default
             those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
+        method: how the model learns from the target; ``mapseg methods`` lists them.
         preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
             are taken as they are.
-        pretraining: masked autoencoding on all images first.
+        pretraining: masked autoencoding on all images first, where the method has such a stage.
         random_contrasts: show the source in random contrasts (``any_contrast.yaml``); turn it off if source and target
             have the same contrast.
         validation_share: of the source's cases, one at least, where it names none.
@@ -144,10 +133,12 @@ def adapt(
     if not 0 < validation_share < 1:
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
     choose_device(device)
+    read_recipe(method)
     request = {
         "source": str(Path(source).absolute()),
         "target": str(Path(target).absolute()),
         "labels": read_mapping("labels", labels),
+        "method": method,
         "preset": preset,
         "prepare": preparation(prepare),
         "pretraining": pretraining,
@@ -183,7 +174,7 @@ class Adaptation:
         self.request = request
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
-        self.bundles = bundles_folder()
+        self.recipe = read_recipe(request["method"])
 
     def run(self) -> dict[str, Any]:
         """Every stage that is not done yet."""
@@ -191,31 +182,19 @@ class Adaptation:
         self._resume()
         if "plan" not in self.record:
             self._plan()
-            self._write_bundle()
+            write_bundle(self.folder, self.recipe, self.record["plan"], self.request, self._scans("target"))
             self._save()
         logger.info(describe(self.record["plan"]))
         if "check" not in self.record:
             self._check()
             self._save()
         stages, models = self.folder / "stages", self.folder / "models"
-        encoder: dict[str, Any] = {}
-        if self.request["pretraining"]:
-            bundle = self.bundles / "mapseg_pretraining"
-            pretraining = ["configs/train.json", self.folder / "configs" / "pretraining.json"]
-            self._train("pretraining", bundle, pretraining, {})
-            encoder = {"encoder_weights": stages / "pretraining" / "model.pt"}
-        more = ["configs/any_contrast.yaml"] if self.request["random_contrasts"] else []
-        last = ["configs/settings.json"]
-        configs = ["configs/train.json", *more]
-        self._train("source", self.folder, [*configs, "configs/source_only.yaml", *last], encoder)
-        start = {"initial_weights": stages / "source" / "source_only.pt", "diagnostics_scans": 2}
-        self._train("adaptation", self.folder, [*configs, "configs/from_source.yaml", *last], start)
-        weights = {
-            "source_only": stages / "source" / "source_only.pt",
-            "adapted": stages / "adaptation" / "model.pt",
-        }
+        for stage in self.recipe.stages:
+            if self.request["pretraining"] or not stage.optional:
+                self._train(stage)
+        weights = {name: stages / path for name, path in self.recipe.models.items()}
         if not weights["adapted"].is_file():
-            raise ConfigError(f"{stages / 'adaptation'}: no epoch was validated: let max_epochs reach val_interval")
+            raise ConfigError(f"{weights['adapted'].parent}: no epoch was validated: let max_epochs reach val_interval")
         if "assessment" not in self.record:
             logger.info("Comparing both models on the target, without labels ...")
             self.record["assessment"] = assess(
@@ -282,7 +261,6 @@ class Adaptation:
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
-        self._check_names()
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")
@@ -295,7 +273,8 @@ class Adaptation:
         preset, reason = request["preset"], "asked for"
         if preset == "auto":
             preset, reason = choose_preset(gpu_gib(request["device"]), len(grids))
-        planned = plan_sizes([shape for shape, _ in grids], [spacing for _, spacing in grids], preset)
+        spacings = [spacing for _, spacing in grids]
+        planned = plan_sizes([shape for shape, _ in grids], spacings, preset)
         self.record["plan"] = {
             "preset": preset,
             "reason": reason,
@@ -306,6 +285,7 @@ class Adaptation:
             "median_spacing_mm": np.round(np.median([spacing for _, spacing in grids], axis=0), 3).tolist(),
             "labels": structures,
             "settings": planned,
+            "network": plan_unet(planned["patch_size"], np.median(spacings, axis=0)),
         }
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
@@ -313,7 +293,9 @@ class Adaptation:
             "source_validation": validation,
             "target_training": target,
         }
-        self._check_settings()  # before the folder belongs to this run: it stays free for the corrected command
+        check_settings(
+            self.recipe, self.record["plan"], request
+        )  # before the folder belongs to this run: it stays free for the corrected command
         write_json(content, self.folder / "datalist.json")
 
     def _check(self) -> None:
@@ -331,92 +313,38 @@ class Adaptation:
         self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
         logger.info(f"Check of all scans: {found.verdict()}")
 
-    def _write_bundle(self) -> None:
-        """Configs of this run: the adaptation bundle's, with the preset's and the planned settings put in."""
-        plan, origin = self.record["plan"], self.bundles / "mapseg_adaptation"
-        configs = self.folder / "configs"
-        configs.mkdir(exist_ok=True)
-        (self.folder / "docs").mkdir(exist_ok=True)
-        for name in (*OVERLAYS, "logging.conf", "evaluate.json", "multi_gpu_train.json"):
-            shutil.copyfile(origin / "configs" / name, configs / name)
-        shutil.copyfile(origin / "LICENSE", self.folder / "LICENSE")
-        for name in ("train.json", "inference.json"):
-            write_json(self._settled(origin, name, "$@bundle_root + '/datalist.json'"), configs / name)
-        pretraining = self.bundles / "mapseg_pretraining"
-        known = ConfigParser.load_config_file(pretraining / "configs" / "train.json")
-        settled = self._settled(pretraining, "train.json", str(self.folder / "datalist.json"))
-        write_json({key: settled[key] for key in known if settled[key] != known[key]}, configs / "pretraining.json")
-        own = ConfigParser.load_config_file(origin / "configs" / "train.json")
-        asked = {key: value for key, value in (self.request["settings"] or {}).items() if key in own}
-        write_json(asked, configs / "settings.json")
-        metadata = ConfigParser.load_config_file(origin / "configs" / "metadata.json")
-        write_json(described(metadata, plan), configs / "metadata.json")
-        prepared = (
-            ""
-            if self.request["prepare"] is None
-            else "The scans were prepared by `mapseg prepare` with the options "
-            f"`{json.dumps(self.request['prepare'])}`: prepare others alike.\n\n"
-        )
-        readme = (
-            f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Structures: {', '.join(plan['labels'])}.\n\n"
-            "`models/model.pt` is what inference uses; `source_only.pt` and `adapted.pt` are both kept. Read\n"
-            f"`report.html` before you trust it. {prepared}Research only, not for clinical use.\n"
-        )
-        (self.folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
-
-    def _settled(self, bundle: Path, name: str, datalist: str) -> dict[str, Any]:
-        """A stand-alone config of a bundle with preset, plan, structures, device and the user's settings put in."""
-        plan, request = self.record["plan"], self.request
-        config = ConfigParser.load_config_file(bundle / "configs" / name)
-        known = set(ConfigParser.load_config_file(bundle / "configs" / "train.json")) | set(config)
-        wanted: dict[str, Any] = {}
-        for overlay in PRESETS[plan["preset"]]["overlays"]:
-            if (bundle / "configs" / overlay).is_file():
-                wanted |= ConfigParser.load_config_file(bundle / "configs" / overlay)
-        wanted |= settings_of(dict.fromkeys(known), plan["settings"])
-        wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
-        if name == "train.json":
-            wanted |= {"datalist": datalist}
-        else:
-            wanted |= {"dataset_dir": self._scans("target")}
-        if request["device"] != "auto":
-            wanted["device"] = f"$torch.device('{request['device']}')"
-        return {key: wanted.get(key, value) for key, value in config.items()}
-
-    def _check_names(self) -> None:
-        """Raises `ConfigError` for a setting that no bundle has."""
-        folders = (self.bundles / "mapseg_adaptation", self.bundles / "mapseg_pretraining")
-        known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
-        unknown = set(self.request["settings"] or {}) - known
-        if unknown:
-            raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
-
-    def _check_settings(self) -> None:
-        """That weights will be chosen at all. Raises `ConfigError`."""
-        settled = self._settled(self.bundles / "mapseg_adaptation", "train.json", "")
-        epochs, interval = settled["max_epochs"], settled["val_interval"]
-        if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
-            raise ConfigError(
-                f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "
-                "no weights chosen: set val_interval to 1, or more epochs"
-            )
-
-    def _train(self, name: str, bundle: Path, configs: Sequence[Any], settings: Mapping[str, Any]) -> None:
-        if name in self.record["done"]:
+    def _train(self, stage: Stage) -> None:
+        if stage.name in self.record["done"]:
             return
-        output = self.folder / "stages" / name
+        stages = self.folder / "stages"
+        output = stages / stage.name
+        if stage.bundle == ADAPTATION:
+            bundle = self.folder
+            contrasts = ["any_contrast.yaml"] if self.request["random_contrasts"] else []
+            configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, "settings.json")]
+        else:
+            bundle = bundles_folder() / stage.bundle
+            overlays = [f"configs/{name}" for name in ("train.json", *stage.overlays)]
+            configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
+        earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        logger.info(f"Stage {name}: {merged['max_epochs']} epochs; what it does stands in {output / 'log.txt'}.")
-        with tqdm(total=merged["max_epochs"], desc=name, unit="epoch", disable=True if self.quiet else None) as bar:
+        epochs = merged["max_epochs"]
+        logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
+        with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
 
             def on_epoch(done: int) -> None:
                 bar.update(done - bar.n)
 
-            seconds = run_stage(name, bundle, [str(config) for config in configs], output, settings, on_epoch)
-        self.record["seconds"][name] = round(self.record["seconds"].get(name, 0) + seconds, 1)
-        self.record["done"].append(name)
+            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **stage.settings}, on_epoch)
+        self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
+        self.record["done"].append(stage.name)
         self._save()
+
+    def _comes(self, path: str) -> bool:
+        """Whether what lies there is made at all: not by a stage that is left out."""
+        left_out = {stage.name for stage in self.recipe.stages if stage.optional and not self.request["pretraining"]}
+        return Path(path).parts[0] not in left_out
 
     def _predict(self, name: str) -> None:
         stage = f"predictions of {name}"
@@ -467,100 +395,6 @@ def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     return options
 
 
-def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """Cases for training and validation. Raises `ConfigError`, `DataError`."""
-    path = Path(source)
-    if path.is_dir() and (path / "images").is_dir():
-        if not (path / "labels").is_dir():
-            raise ConfigError(f"{path / 'labels'} does not exist: put the label maps there, named as their images")
-        cases = labelled_folder(path)
-    elif path.is_dir() and not (path / "source").is_dir() and open_datalist(path) is None:
-        expected = "images/ and labels/, imagesTr/ and labelsTr/ (nnU-Net, Decathlon), or source/"
-        raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/how-to/data.md for the folders")
-    else:
-        cases = load_datalist(path, "source_training")
-        refuse_misplaced(cases)
-        if has_section(path, "source_validation"):
-            return cases, load_datalist(path, "source_validation")
-    if len(cases) < 2:
-        raise DataError(
-            f"{path} has {len(cases)} labelled case(s): two at least are needed, one of them for validation"
-        )
-    held_out = min(max(round(len(cases) * validation_share), 1), len(cases) - 1)
-    chosen = set(random.Random(seed).sample(range(len(cases)), held_out))
-    logger.info(f"Held out for validation: {sorted(cases[i]['case_id'] for i in chosen)}.")
-    return [c for i, c in enumerate(cases) if i not in chosen], [c for i, c in enumerate(cases) if i in chosen]
-
-
-def labelled_folder(path: Path) -> list[dict[str, Any]]:
-    """Cases of ``path/images`` and ``path/labels``."""
-    images, labels = list_scans(path / "images"), list_scans(path / "labels")
-    maps = labels_of_scans(images, labels)
-    odd = sorted(
-        {stem(scan) for scan in images if scan not in maps} | {stem(m) for m in set(labels) - {*maps.values()}}
-    )
-    if odd or not images:
-        found = odd[:5] or "there are none"
-        raise DataError(f"{path}: images and labels do not pair ({found}): give both the same names")
-    cases = [{"image": str(s.absolute()), "label": str(m.absolute()), "case_id": stem(m)} for s, m in maps.items()]
-    refuse_misplaced(cases)
-    return cases
-
-
-def target_cases(target: str) -> list[dict[str, Any]]:
-    """Unlabelled cases. Raises `ConfigError`."""
-    path = Path(target)
-    if (path.is_file() and path.suffix == ".json") or (path / "target").is_dir():
-        return load_datalist(path, "target_training")
-    folders = image_folders(path)
-    if len(folders) > 1:
-        named = " and ".join(one.name for one in folders)
-        raise ConfigError(f"{path} has {named}: name the folder of the target's scans, such as {folders[-1]}")
-    folder = folders[0] if folders else path
-    cases = load_scans(folder)
-    if not cases:
-        raise ConfigError(
-            f"{folder} has no NIfTI file (.nii, .nii.gz){scans_below(folder)}: name the folder of the target's scans"
-        )
-    refuse_misplaced(cases)
-    return cases
-
-
-def refuse_misplaced(cases: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse label maps and several channels in the place of scans. Raises `DataError` with all of them."""
-    reasons = ((case["image"], misplaced(case["image"])) for case in cases)
-    raise_findings(Finding("error", str(path), *reason) for path, reason in reasons if reason is not None)
-
-
-def structure_names(
-    labels: Mapping[str, int] | None, source: str, cases: Sequence[Mapping[str, Any]]
-) -> dict[str, int]:
-    """Structures to train for: as asked, as the datalist or ``dataset.json`` says, or as found in the label maps."""
-    if labels:
-        found = labels.get("labels")
-        return structures_of(found if isinstance(found, dict) else labels, "labels")
-    named = labels_file(source)
-    if named is not None:
-        return structures_of(read_json(named)["labels"], f"{named}, labels")
-    values: dict[float, int] = {}
-    for case in cases:
-        facts = facts_of(case["label"], with_values=True)
-        wrong = value_fault(facts.values or (), more_values=facts.more_values)
-        if wrong is not None:
-            raise fault(case["label"], *wrong)
-        values |= {value: 0 for value, _ in facts.values or ()}
-    values.pop(0.0, None)
-    if not values or len(values) > MOST_LABELS:
-        raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
-    return {f"structure {int(value)}": int(value) for value in sorted(values)}
-
-
-def grid_of(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and mm per axis of a scan, from its header. Raises `DataError`."""
-    found = read_geometry(path)
-    return canonical_grid(found.shape, found.affine)
-
-
 def gpu_gib(device: str) -> float:
     """Memory of the GPU that will be used; 0 without one."""
     if device == "cpu" or not torch.cuda.is_available():
@@ -578,22 +412,3 @@ def describe(plan: Mapping[str, Any]) -> str:
         f"voxels of {plan['median_spacing_mm']} mm. "
         f"Structures: {', '.join(plan['labels'])}. {sizes}."
     )
-
-
-def described(metadata: dict[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of the new bundle."""
-    channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
-    sizes = [f"{2 * step}*n" for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
-    metadata = {
-        **metadata,
-        "name": "Adapted segmentation model",
-        "description": f"Made by mapseg adapt (MAPSeg, CVPR 2024) for {', '.join(plan['labels'])}.",
-        "data_source": "scans of the person who made it",
-        "image_classes": "one channel scaled to [0, 1]",
-        "label_classes": f"one channel, 0 background, then {', '.join(plan['labels'])}",
-        "pred_classes": f"{len(channels)} channels: {', '.join(channels.values())}",
-    }
-    formats = metadata["network_data_format"]
-    formats["inputs"]["image"]["spatial_shape"] = formats["outputs"]["pred"]["spatial_shape"] = sizes
-    formats["outputs"]["pred"] |= {"num_channels": len(channels), "channel_def": channels}
-    return metadata

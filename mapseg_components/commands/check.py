@@ -12,8 +12,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mapseg_components.commands.inputs import NO_DICOM, nifti_inputs
-from mapseg_components.commands.session import listed, working
 from mapseg_components.data import (
     SECTIONS,
     Audit,
@@ -29,7 +27,9 @@ from mapseg_components.data.scan_statistics import StatisticsRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.keys import IMAGE, LABEL
+from mapseg_components.prediction.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.reports import answer, page, sortable_table, text_table
+from mapseg_components.session import listed, working
 
 __all__ = ["CheckReport", "check"]
 

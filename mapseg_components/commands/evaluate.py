@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,28 +14,25 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.commands.session import progress, working
 from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
-from mapseg_components.data.bids import is_bids
-from mapseg_components.data.datalist import list_scans, scans_below, stem
-from mapseg_components.data.facts import facts_of_scan
-from mapseg_components.data.findings import Finding, fault, raise_findings
+from mapseg_components.data.datalist import stem
+from mapseg_components.data.label_maps import label_maps, matched, without_channels
 from mapseg_components.data.labels import label_mapping, named_beside, numbered
-from mapseg_components.data.layouts import case_name
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
-from mapseg_components.metrics import FEWEST_CASES, METRICS, agreement, paired_comparison, require_scipy, summary_of
+from mapseg_components.metrics import FEWEST_CASES, MEAN, METRICS, agreement, compared_sets, require_scipy, summarised
 from mapseg_components.reports import text_table
 from mapseg_components.reports.tables import cell
+from mapseg_components.scans.facts import facts_of_scan
+from mapseg_components.scans.findings import Finding, fault, raise_findings
+from mapseg_components.session import progress, working
 from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
 
 __all__ = ["Evaluation", "evaluate"]
 
 TABLE, SUMMARY = "evaluation.csv", "evaluation.json"
-ENDINGS_OF_RESULTS = re.compile(r"(_desc-[^_]+)?_(seg|dseg|pred|label|labels|mask|gt|segmentation)$")
-MEAN = "mean of structures"
 
 
 @dataclass
@@ -180,68 +175,6 @@ def evaluate(
         return result
 
 
-def label_maps(place: str) -> dict[str, Path]:
-    """Case name to file of a file, a folder or a BIDS derivative. Raises `ConfigError` if there is none."""
-    path = Path(place)
-    if path.is_file():
-        return {"": path}
-    if not path.is_dir():
-        raise ConfigError(f"{path} does not exist: correct the path of the label maps")
-    files = sorted(path.rglob("*_dseg.nii*")) if is_bids(path) else list_scans(path)
-    files = [file for file in files if not stem(file).endswith(("_probabilities", "_probseg"))]
-    found: dict[str, Path] = {}
-    for file in files:
-        name = ENDINGS_OF_RESULTS.sub("", stem(file))
-        if name in found:
-            raise DataError(f"{found[name]} and {file} are both label maps of {name!r}: move one away")
-        found[name] = file
-    if not found:
-        raise ConfigError(f"{path} has no label map (*.nii, *.nii.gz){scans_below(path)}: correct the path")
-    return found
-
-
-def without_channels(sets: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, Path]]:
-    """The same, but a name with nnU-Net's number of the channel as that of its case, where another set has that."""
-    result: dict[str, dict[str, Path]] = {}
-    for key, found in sets.items():
-        others = set().union(*(other for name, other in sets.items() if name != key))
-        counts = Counter(map(case_name, found))
-        for name, path in found.items():
-            case = case_name(name)
-            alone = name not in others and case in others and counts[case] == 1
-            result.setdefault(key, {})[case if alone else name] = path
-    return result
-
-
-def matched(sets: Mapping[str, Mapping[str, Path]], places: Mapping[str, str], common: bool) -> list[str]:
-    """Names that all sets have.
-
-    Raises:
-        ConfigError: files stand against folders, or no name is common.
-        DataError: a file has no partner.
-    """
-    single = {"" in found for found in sets.values()}
-    if len(single) > 1:
-        raise ConfigError(
-            f"compare a file with a file, or a folder with a folder: {', '.join(map(str, places.values()))}"
-        )
-    every = set().union(*sets.values())
-    shared = sorted(set.intersection(*map(set, sets.values())))
-    if not shared:
-        examples = "; ".join(f"{places[key]} has {', '.join(sorted(found)[:3])}" for key, found in sets.items())
-        raise ConfigError(f"no name is common: {examples}: name folders of the same scans")
-    findings = [
-        Finding(
-            "error", places[key], f"no label map for {', '.join(sorted(every - set(found)))}", "add it, or set common"
-        )
-        for key, found in sets.items()
-        if every - set(found)
-    ]
-    if not common:
-        raise_findings(findings)
-    return shared
-
-
 def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Voxels (X, Y, Z) of whole numbers, affine and spacing in mm of a label map. Raises `DataError`."""
     scan = read_nifti(path)
@@ -301,43 +234,6 @@ def compared(
         {"case": case, "structure": one, **row, "missed": bool(row["truth_voxels"] and not row["predicted_voxels"])}
         for one, row in zip(structures, rows)
     ]
-
-
-def case_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float | None]:
-    """Case to the mean of its structures."""
-    by_case: dict[str, list[float]] = {}
-    for row in rows:
-        values = by_case.setdefault(row["case"], [])
-        if row[metric] is not None:
-            values.append(row[metric])
-    return {case: float(np.mean(values)) if values else None for case, values in by_case.items()}
-
-
-def by_structure(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, dict[str, float | None]]:
-    """Structure to case to value, and the mean of structures last."""
-    found: dict[str, dict[str, float | None]] = {}
-    for row in rows:
-        found.setdefault(row["structure"], {})[row["case"]] = row[metric]
-    return {**found, MEAN: case_means(rows, metric)}
-
-
-def summarised(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Structure to metric to figures over cases."""
-    result: dict[str, dict[str, Any]] = {}
-    for metric in METRICS:
-        for name, values in by_structure(rows, metric).items():
-            result.setdefault(name, {})[metric] = summary_of(list(values.values()))
-    return result
-
-
-def compared_sets(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Structure to metric to the paired comparison."""
-    result: dict[str, dict[str, Any]] = {}
-    for metric in METRICS:
-        one, two = by_structure(first, metric), by_structure(second, metric)
-        for name in one:
-            result.setdefault(name, {})[metric] = paired_comparison(one[name], two.get(name, {}))
-    return result
 
 
 def write(result: Evaluation, folder: Path, places: Mapping[str, str | None]) -> None:

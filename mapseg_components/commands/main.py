@@ -22,7 +22,7 @@ from mapseg_components.errors import ConfigError, ResourceError, user_error
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "check", "prepare", "adapt", "predict", "restore", "evaluate", "report")
+COMMANDS = ("demo", "check", "prepare", "methods", "adapt", "predict", "restore", "evaluate", "report")
 WIDTH = 100
 EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usage or setting, 3 data, 4 weights,
 5 a result is not finite, 6 disk, memory or permission, 130 interrupted, 143 stopped (SIGTERM)."""

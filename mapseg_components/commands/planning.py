@@ -13,7 +13,7 @@ import numpy as np
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["PRESETS", "canonical_grid", "choose_preset", "plan_sizes"]
+__all__ = ["PRESETS", "canonical_grid", "choose_preset", "plan_sizes", "plan_unet"]
 
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
@@ -22,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
+FILTERS = [12, 24, 48, 96, 160]  # of a DynUNet's levels
 THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
 PAPER_GIB, PAPER_SCANS = 70, 40
 
@@ -74,11 +75,16 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     stride = [reduction >> k for k in halvings]
     local_block = [max(8 >> k, 4) for k in halvings]
     patch = []
+    global_block = [4, 4, 4]
     for axis in range(3):
+        if shape[axis] == 1:  # 2D images are volumes with one slice
+            stride[axis] = local_block[axis] = global_block[axis] = 1
+            patch.append(1)
+            continue
         step = max(stride[axis], local_block[axis])
         side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
         patch.append(max(math.ceil(side / step - 0.5), 2) * step)
-    if min(patch) == 32:  # few blocks are left to hide
+    if min(side for side in patch if side > 1) == 32:  # few blocks are left to hide
         local_block = [min(block, 4) for block in local_block]
     features = [side // s for side, s in zip(patch, stride)]
     settings: dict[str, Any] = {
@@ -86,7 +92,7 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
         "window_stride": [max(side * 5 // 6 // s * s, s) for side, s in zip(patch, stride)],
         "stride": stride,
         "local_block_size": local_block,
-        "global_block_size": [4, 4, 4],
+        "global_block_size": global_block,
     }
     if preset == "paper" and patch == [96, 96, 96]:
         settings["dilations"] = [4, 8, 16]
@@ -95,6 +101,43 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     if ratio.max() >= THICK:
         settings["rotation_deg"] = 0  # out of the plane of thick slices nothing can be rotated
     return settings
+
+
+def plan_unet(patch_size: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
+    """Kernels, strides and filters of MONAI's ``DynUNet``, after nnU-Net's rules (Isensee et al. 2021).
+
+    An axis is halved while four voxels are left of the patch, it divides evenly and its voxels are less than twice as
+    wide as the narrowest; along an axis whose voxels are wider still, kernels have one voxel.
+
+    Args:
+        patch_size: voxels per axis; of one voxel along the slices of 2D images.
+        spacing: mm per axis.
+
+    Returns:
+        ``kernel_size``, ``strides``, ``upsample_kernel_size`` and ``filters``.
+    """
+    sides, widths = list(patch_size), [float(width) for width in spacing]
+    wide = [side == 1 for side in sides]  # nothing to look at beside a single slice
+    kernels, strides = [], [[1, 1, 1]]
+    while True:
+        narrowest = min(width for width, flat in zip(widths, wide) if not flat)
+        near = [width < 2 * narrowest and not flat for width, flat in zip(widths, wide)]
+        kernels.append([3 if one else 1 for one in near])
+        step = [2 if one and side % 2 == 0 and side // 2 >= 4 else 1 for one, side in zip(near, sides)]
+        if step == [1, 1, 1] or len(strides) == len(FILTERS):
+            break
+        strides.append(step)
+        sides = [side // one for side, one in zip(sides, step)]
+        widths = [width * one for width, one in zip(widths, step)]
+    while len(strides) < 3:  # the network's least
+        strides.append([1, 1, 1])
+        kernels.append(kernels[-1])
+    return {
+        "kernel_size": kernels,
+        "strides": strides,
+        "upsample_kernel_size": strides[1:],
+        "filters": FILTERS[: len(strides)],
+    }
 
 
 def settings_of(known: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, Any]:

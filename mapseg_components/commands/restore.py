@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.data.findings import fault
-from mapseg_components.data.nifti import ENDINGS, read_nifti
-from mapseg_components.data.sidecars import read_sidecar
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import require_writable
+from mapseg_components.scans.findings import fault
+from mapseg_components.scans.nifti import ENDINGS, read_nifti
+from mapseg_components.scans.sidecars import read_sidecar
 from mapseg_components.transforms.resampling import resample
 from mapseg_components.transforms.saving import SaveLabelMap
 

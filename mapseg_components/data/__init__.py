@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Datalists, their checks, loaders for several domains, and what is measured on label maps."""
 
-from mapseg_components.data.audit import (
-    Audit,
-    ScanAudit,
+from mapseg_components.data.audit import Audit
+from mapseg_components.data.bids import bids_scans, dataset_description, is_bids, result_stem
+from mapseg_components.data.cache import MappedCacheDataset
+from mapseg_components.data.checks import (
     check_datalist,
     check_labelled_scans,
     check_pretraining_data,
@@ -13,18 +14,24 @@ from mapseg_components.data.audit import (
     check_target_data,
     check_training_data,
 )
-from mapseg_components.data.bids import bids_scans, dataset_description, is_bids, result_stem
-from mapseg_components.data.cache import MappedCacheDataset
 from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
-from mapseg_components.data.facts import AuditRecord, Facts
-from mapseg_components.data.findings import Finding
 from mapseg_components.data.given import given_cases
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
-from mapseg_components.data.lookup import dseg_tsv, freesurfer_table, itksnap_labels
-from mapseg_components.data.nifti import Scan, median_spacing, read_nifti
-from mapseg_components.data.reader import NiftiReader
 from mapseg_components.data.results import check_results, refuse_existing, result_path
+from mapseg_components.data.scan_audit import ScanAudit
 from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
+from mapseg_components.scans import (
+    AuditRecord,
+    Facts,
+    Finding,
+    NiftiReader,
+    Scan,
+    dseg_tsv,
+    freesurfer_table,
+    itksnap_labels,
+    median_spacing,
+    read_nifti,
+)
 from mapseg_components.structures import structures_of
 
 __all__ = [

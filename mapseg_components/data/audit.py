@@ -7,32 +7,22 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.data.datalist import LONGEST_NAME_BYTES, SECTIONS, has_section, read_section, stem
-from mapseg_components.data.facts import AuditRecord, Facts
-from mapseg_components.data.findings import Finding, findings_of, raise_findings
+from mapseg_components.data.datalist import LONGEST_NAME_BYTES, has_section, read_section, stem
 from mapseg_components.data.layouts import misplaced
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
+from mapseg_components.scans.facts import AuditRecord, Facts
+from mapseg_components.scans.findings import Finding, findings_of, raise_findings
 from mapseg_components.structures import structures_of, unknown_values
 
-__all__ = [
-    "Audit",
-    "ScanAudit",
-    "check_datalist",
-    "check_labelled_scans",
-    "check_pretraining_data",
-    "check_scan",
-    "check_scans",
-    "check_target_data",
-    "check_training_data",
-]
+__all__ = ["Audit", "names_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +125,24 @@ class Audit:
             self.findings += findings_of(error)
             return None
         self.geometry(path, facts)
-        if facts.not_finite and (with_values or self.non_finite is None):
-            remedy = "repair it or leave the scan out"
-            self.add(
-                path,
-                f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}",
-                remedy if with_values else f"{remedy}, or set non_finite to 'background'",
-            )
+        if with_values:
+            self.finite(path, facts)
+        elif self.non_finite is None:
+            self.finite(path, facts, ", or set non_finite to 'background'")
         return facts
+
+    def finite(self, path: str, facts: Facts, more: str = "") -> bool:
+        """Whether all voxels are finite, or else an error, with another remedy added to that of repairing the scan."""
+        if facts.not_finite:
+            what = f"{facts.not_finite} voxels are NaN or infinite, the first at {facts.first_not_finite}"
+            self.add(path, what, f"repair it or leave the scan out{more}")
+        return not facts.not_finite
+
+    def contrast(self, path: str, facts: Facts) -> bool:
+        """Whether the voxels differ, or else an error."""
+        if facts.lowest == facts.highest:
+            self.add(path, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
+        return facts.lowest != facts.highest
 
     def geometry(self, path: str, facts: Facts) -> None:
         """An orientation must be known, the header's two ways to say it must agree, and the size be a body's."""
@@ -166,18 +166,10 @@ class Audit:
             elif distance > GEOMETRY_TOLERANCE_MM:
                 self.warn(path, text, "the sform is used")
 
-    def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
-        """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
-        reason = misplaced(path)
-        if reason is not None:
-            self.add(path, *reason)
-        facts = self.facts(path)
-        if facts is None or (facts.not_finite and self.non_finite is None):
-            return facts
+    def negative(self, path: str, facts: Facts, policy: str | None, knob: str) -> None:
+        """Report negative voxels without a policy for them, and a scan of which the policy leaves nothing."""
         span = f"values from {facts.lowest:g} to {facts.highest:g}"
-        if facts.lowest == facts.highest:
-            self.add(path, f"all voxels are {facts.lowest:g}, no contrast to segment", "leave the scan out")
-        elif facts.negative and policy is None:
+        if facts.negative and policy is None:
             self.add(
                 path,
                 f"{facts.negative} voxels are negative ({span}), and {knob} is null: there must be none",
@@ -186,6 +178,17 @@ class Audit:
             )
         elif facts.highest + (CT_SHIFT if policy == "shift" else 0) <= 0 and policy != "keep":
             self.add(path, f"no voxel is above 0 under {knob} {policy!r} ({span})", "correct it, or leave the scan out")
+
+    def scan(self, path: str, policy: str | None, knob: str) -> Facts | None:
+        """Facts of an image that can be segmented under a policy for negative values; ``None`` if it was not read."""
+        reason = misplaced(path)
+        if reason is not None:
+            self.add(path, *reason)
+        facts = self.facts(path)
+        if facts is None or (facts.not_finite and self.non_finite is None):
+            return facts
+        if self.contrast(path, facts):
+            self.negative(path, facts, policy, knob)
         if facts.label_like and reason is None:
             self.warn(path, LABEL_LIKE, "name the folder of the scans instead, or take it out")
         return facts
@@ -340,185 +343,3 @@ def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
             what = f"its name has {length} bytes, results can be named by {LONGEST_NAME_BYTES}"
             found.append(Finding("error", case[IMAGE], what, "shorten it"))
     return found
-
-
-def check_scan(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Read a scan to its end and refuse what cannot be segmented; negative values are allowed.
-
-    Returns:
-        its shape and affine.
-
-    Raises:
-        DataError: see `read_nifti`; or NaN or infinite voxels, no contrast, or no orientation.
-    """
-    audit = Audit()
-    facts = audit.scan(str(path), "keep", "negative_values")
-    audit.close()
-    assert facts is not None
-    return facts.shape, np.array(facts.affine)
-
-
-def check_datalist(datalist: str | Path, sections: Sequence[str] = tuple(SECTIONS)) -> dict[str, list[dict[str, Any]]]:
-    """Load the sections that a datalist has and refuse duplicates and leaks between them. No scan is opened.
-
-    Equal case ids in source and target are allowed: they are often numbered alike. A scan may be in
-    ``target_training`` and in ``target_test``.
-
-    Returns:
-        section to cases.
-
-    Raises:
-        ConfigError: there is no datalist, it has no ``source_training``, or a section is empty.
-        DataError: a case id occurs twice in a section, or in source training and validation; or a file occurs twice.
-    """
-    audit = Audit()
-    cases = audit.datalist(datalist, sections)
-    audit.close()
-    return cases
-
-
-def check_training_data(
-    datalist: str | Path,
-    labels: Mapping[str, int] | Sequence[int],
-    dropped_labels: Sequence[int] = (),
-    source_negative_values: str | None = None,
-    target_negative_values: str | None = None,
-    sections: Sequence[str] = APART,
-    given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
-    **options: Any,
-) -> None:
-    """Check all that a training run will read, before it starts; target labels are not read.
-
-    Args:
-        datalist: see `load_datalist`.
-        labels: kept label values, or a mapping of structure name to value.
-        dropped_labels: the other values.
-        source_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
-        target_negative_values: the same for the target.
-        sections: what is looked at, by default both sides; a stage that reads one side names its sections.
-        given: cases in place of the datalist's, see `given_cases`.
-        options: see `Audit`.
-
-    Raises:
-        ConfigError, DataError or ResourceError: what is wrong, one finding a line, each with its file and remedy;
-            `DataError` if the findings are of several kinds.
-    """
-    policies = source_negative_values, target_negative_values
-    Audit(**options).training(datalist, labels, dropped_labels, *policies, sections, given).close()
-
-
-def check_pretraining_data(
-    datalist: str | Path,
-    negative_values: str | None = None,
-    **options: Any,
-) -> None:
-    """Check the scans that pretraining will read; no label is read. Arguments and errors as `check_training_data`."""
-    Audit(**options).pretraining(datalist, negative_values).close()
-
-
-def check_target_data(datalist: str | Path, negative_values: str | None = None, **options: Any) -> None:
-    """Check what a site without source data will read. Arguments and errors as `check_training_data`."""
-    Audit(**options).target(datalist, negative_values).close()
-
-
-def check_labelled_scans(
-    cases: Sequence[Mapping[str, Any]],
-    labels: Mapping[str, int] | Sequence[int],
-    dropped_labels: Sequence[int] = (),
-    negative_values: str | None = None,
-    **options: Any,
-) -> None:
-    """Check scans and label maps before an evaluation. Arguments and errors as `check_training_data`."""
-    Audit(**options).labelled(cases, labels, dropped_labels, negative_values).close()
-
-
-def check_scans(cases: Sequence[Mapping[str, Any]], negative_values: str | None = "keep") -> None:
-    """Check scans, all or none; labels are not read. To go on without the bad ones see `ScanAudit`.
-
-    Raises:
-        ConfigError: there is none.
-        DataError: two would write the same file, or what `check_scan` finds.
-    """
-    raise_findings(names_of(cases))
-    audit = Audit()
-    for case in cases:
-        audit.scan(case[IMAGE], negative_values, "negative_values")
-    audit.close()
-
-
-class ScanAudit:
-    """The usable ones of many scans, for batch inference: the bad ones are named at once, and again by `finish`.
-
-    Args:
-        cases: see `load_scans`.
-        negative_values: see `NegativeValues`; ``None`` refuses scans with negative voxels.
-        assume_orientation: see `Audit`.
-        record: see `Audit`.
-        audit: see `Audit`.
-        non_finite: see `Audit`.
-    """
-
-    def __init__(
-        self,
-        cases: Sequence[Mapping[str, Any]],
-        negative_values: str | None = None,
-        assume_orientation: str | None = None,
-        record: str | Path | None = None,
-        audit: str = "full",
-        non_finite: str | None = None,
-    ) -> None:
-        self.cases = list(cases)
-        self.negative_values = negative_values
-        self.audit = Audit(record, audit, assume_orientation, non_finite)
-        self.progress: Callable[[Iterable[Any]], Iterable[Any]] = iter  # a progress bar may be put around the reading
-        self._usable: list[Mapping[str, Any]] | None = None
-
-    @property
-    def findings(self) -> list[Finding]:
-        """All findings so far."""
-        return self.audit.findings
-
-    def start(self) -> None:
-        """First step of a run: read the scans.
-
-        Raises:
-            ConfigError: there is no scan.
-            DataError: two would write the same file. Else as `usable`.
-        """
-        raise_findings(names_of(self.cases))
-        logger.info(f"{len(self.usable)} of {len(self.cases)} scans are usable.")
-
-    @property
-    def usable(self) -> list[Mapping[str, Any]]:
-        """Cases without an error, none without cases; the scans are read at the first use.
-
-        Raises:
-            ConfigError, DataError or ResourceError: there are scans and none is usable.
-        """
-        if self._usable is None:
-            usable = []
-            for case in self.progress(self.cases):
-                before = len(self.findings)
-                self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
-                errors = [f for f in self.findings[before:] if f.severity == "error"]
-                for finding in self.findings[before:]:
-                    if finding.severity == "warning":
-                        logger.warning(str(finding))
-                if not errors:
-                    usable.append(case)
-                for finding in errors:
-                    logger.error(f"left out: {finding}")
-            if not usable:
-                self.audit.close()
-            self.audit.record.save()
-            self._usable = usable
-        return self._usable
-
-    def finish(self) -> None:
-        """Last step of a run: nothing if all scans were usable.
-
-        Raises:
-            ConfigError, DataError or ResourceError: the scans that were left out, one finding a line.
-        """
-        self.audit.record.save()
-        raise_findings(finding for finding in self.findings if finding.severity == "error")

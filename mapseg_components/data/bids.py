@@ -11,9 +11,9 @@ from typing import Any
 
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.layouts import says_label_map
-from mapseg_components.data.nifti import is_nifti
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE
+from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["bids_scans", "dataset_description", "is_bids", "result_stem"]
 

@@ -1,10 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Scans decoded once: in memory, or in files that loader workers, processes and later runs map and share.
+"""Scans decoded once: in memory, or in memory-mapped files that loader workers, processes and later runs share.
 
-An entry of the cache on disk is a folder named by what it was made from: the bytes of the case's files, the settings of
-the deterministic transforms, and the versions of the packages. It holds one ``.npy`` file per tensor and, written last,
-``entry.json``. Nothing in it is unpickled.
+An entry of the cache on disk is a folder named by a digest of its origin: the bytes of the case's files, the settings
+of the deterministic transforms, and the versions of the packages. It holds one ``.npy`` file per tensor and, written
+last, ``entry.json``. Nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -39,30 +39,41 @@ FORMAT = 2  # raise it when the same settings make another entry
 RECORD = "entry.json"
 NAME = "filename_or_obj"  # the scan's file in MONAI's metadata
 NARROW = (torch.uint8, torch.int16)
-RUNNING = {"filenames", "_tracing"}  # what MONAI's readers and spatial transforms note while they run: no settings
+RUNNING = {"filenames", "_tracing"}  # attributes that MONAI's readers and spatial transforms set while they run
 
 
 class MappedCacheDataset(CacheDataset):
     """MONAI's ``CacheDataset`` whose cache may lie on disk, for more scans than fit into memory.
 
-    With ``cache_dir``, what the deterministic transforms make is written once and mapped: the operating system reads
-    the voxels that a crop touches, keeps them while there is memory, and shares them between processes. Of a scan's
-    metadata the affine and the file's name are kept. Random transforms must not write into what is cached.
+    With ``cache_dir``, the results of the deterministic transforms are written once and memory-mapped: the operating
+    system reads the voxels that a crop needs, caches them while there is memory, and shares them between processes. Of
+    a scan's metadata the affine and the file's name are kept. Random transforms must not change what is cached.
 
     Args:
-        data: cases; a text that names a file stands for the file's content.
+        data: cases; the path of a file stands for the file's content.
         transform: deterministic transforms, then random ones.
-        cache_dir: folder of the entries, made if it is missing; ``None`` keeps them in memory. Runs may share it. It is
-            never tidied: remove it between runs as you like.
+        cache_dir: folder of the entries, made if it is missing; ``None`` keeps them in memory. Runs may share it. Old
+            entries stay; remove the folder between runs to free the space.
         cache_rate: share of the cases that are cached; the others are decoded for every sample.
         narrow: on disk, keep volumes of whole numbers as uint8 or int16, without loss; they come back as that.
         num_workers: threads that fill the cache.
-        progress: show a bar meanwhile.
+        progress: show a bar while the cache is filled.
 
     Raises:
         ConfigError: the settings of a transform cannot be distinguished from others.
         DataError: a transform leaves something that is no tensor and was not in the case.
         ResourceError: the folder cannot be written, or its disk is full.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from monai.transforms import Compose, ScaleIntensityd
+        >>> from mapseg_components.data import MappedCacheDataset
+        >>> cases = [{"image": torch.tensor([[0.0, 50.0, 100.0]]), "case_id": "a"}]
+        >>> transform = Compose([ScaleIntensityd("image")])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     MappedCacheDataset(cases, transform, cache_dir=folder, progress=False)[0]["image"].tolist()
+        [[0.0, 0.5, 1.0]]
     """
 
     def __init__(
@@ -89,7 +100,7 @@ class MappedCacheDataset(CacheDataset):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A started (not forked) worker maps the entries anew."""
+        """State for a spawned (not forked) worker, which maps the entries again."""
         return self.__dict__ if self.cache_dir is None else {**self.__dict__, "_cache": [None] * len(self._cache)}
 
     def _load_cache_item(self, idx: int) -> dict[str, Any]:
@@ -110,7 +121,7 @@ class MappedCacheDataset(CacheDataset):
         return {**case, **tensors}
 
     def _key(self, case: Mapping[str, Any]) -> str:
-        """Name of a case's entry: a digest of all that it is made from."""
+        """Name of a case's entry: a digest of files, settings and versions."""
         origin = {
             "format": [FORMAT, mapseg_components.__version__, monai.__version__, torch.__version__, self.narrow],
             "transforms": self.settings,
@@ -120,7 +131,7 @@ class MappedCacheDataset(CacheDataset):
 
 
 def content(value: Any) -> Any:
-    """What a file holds, by its digest; any other entry of a case as it is."""
+    """Digest of a file's content; any other entry of a case as it is."""
     if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
         return sha256_of(value)
     return describe(value)
@@ -170,11 +181,11 @@ def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
 
 
 def tensors_of(item: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What the deterministic transforms made of a case. Raises `DataError` if that is not tensors."""
+    """Entries that the deterministic transforms added or changed. Raises `DataError` if one is not a tensor."""
     made = {key: value for key, value in item.items() if key not in case or value is not case[key]}
     for key, value in made.items():
         if not isinstance(value, torch.Tensor):
-            raise DataError(f"entry {key!r} is a {type(value).__name__}, a cache on disk keeps tensors: make it one")
+            raise DataError(f"entry {key!r} is a {type(value).__name__}, a cache on disk keeps tensors: convert it")
     return made
 
 
@@ -205,9 +216,9 @@ def narrowed(volume: torch.Tensor) -> torch.Tensor:
 
 
 def read_entry(folder: Path, case: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-    """Map an entry, or ``None`` if there is none, or none that is whole.
+    """Tensors of an entry, memory-mapped; ``None`` if it is absent or incomplete.
 
-    The mapping is private: what a process writes into a tensor stays with it.
+    The mapping is private: changes that a process makes to a tensor are not written to the file.
     """
     if not (folder / RECORD).exists():
         return None

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""From a datalist file or a folder to cases. The target's training side has no label key at all.
+"""Cases of a datalist file or a folder. The training cases of the target have no label key at all.
 
 A datalist is a JSON file in MONAI's decathlon style::
 
@@ -35,11 +35,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.findings import Finding, findings_of, raise_findings
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
-from mapseg_components.data.nifti import is_nifti, stem
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
+from mapseg_components.scans.findings import Finding, findings_of, raise_findings
+from mapseg_components.scans.nifti import is_nifti, stem
 
 __all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans"]
 
@@ -52,14 +52,14 @@ SECTIONS = {
     "target_training": "target",
     "target_test": "test",
 }
-MOST_FOLDERS = 200  # that are looked into for the text of an error
+MOST_FOLDERS = 200  # searched for the text of an error
 WITHOUT_LABELS = ("target_training",)
 # what is added to a case id when its results are written, and what a file system allows for a name
 LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
 
 
 def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
-    """Cases of one section. No scan is opened, and nothing of another section is looked at.
+    """Cases of one section. No scan is opened, and other sections are not checked.
 
     Args:
         datalist: a JSON file, or a folder in the convention above.
@@ -71,7 +71,18 @@ def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: the section is unknown, empty, or the file or folder does not have it.
-        DataError: an entry lacks its image or label, or a case id is no safe file name; all of them, one a line.
+        DataError: an entry lacks its image or label, or a case id is no safe file name; all of them, one per line.
+
+    Examples:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from mapseg_components.data import load_datalist
+        >>> content = {"target_training": [{"image": "t2/c.nii.gz"}, {"image": "t2/d.nii.gz", "case_id": "d-2"}]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = Path(folder, "datalist.json").write_text(json.dumps(content))
+        ...     cases = load_datalist(f"{folder}/datalist.json", "target_training")
+        >>> [case["case_id"] for case in cases], sorted(cases[0])
+        (['c', 'd-2'], ['case_id', 'image'])
     """
     cases, findings = read_section(datalist, section)
     raise_findings(findings)
@@ -79,7 +90,7 @@ def load_datalist(datalist: str | Path, section: str) -> list[dict[str, Any]]:
 
 
 def read_section(datalist: str | Path, section: str) -> tuple[list[dict[str, Any]], list[Finding]]:
-    """Sound cases of one section, and what is wrong with the others. Raises `ConfigError` as `load_datalist`."""
+    """Valid cases of one section, and findings on the others. Raises `ConfigError` as `load_datalist`."""
     if section not in SECTIONS:
         raise ConfigError(f"section {section!r} is unknown, expected one of {sorted(SECTIONS)}")
     content, path = open_datalist(datalist), Path(datalist)
@@ -142,7 +153,28 @@ def labels_file(datalist: str | Path) -> Path | None:
 
 
 def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str, Any]]:
-    """Cases of several sections without their labels, each section a separate domain (or several)."""
+    """Cases of several sections without their labels, each section a separate domain (or several), for pretraining.
+
+    Args:
+        datalist: see `load_datalist`.
+        sections: of `SECTIONS`.
+
+    Raises:
+        ConfigError: as `load_datalist`.
+        DataError: as `load_datalist`.
+
+    Examples:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from mapseg_components.data import load_images
+        >>> content = {"source_training": [{"image": "a.nii.gz", "label": "labels/a.nii.gz", "domain": "site 1"}]}
+        >>> content["target_training"] = [{"image": "c.nii.gz"}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     written = Path(folder, "datalist.json").write_text(json.dumps(content))
+        ...     cases = load_images(f"{folder}/datalist.json", ["source_training", "target_training"])
+        >>> [case["domain"] for case in cases], "label" in cases[0]
+        (['source_training site 1', 'target_training'], False)
+    """
     cases = []
     for section in sections:
         for case in load_datalist(datalist, section):
@@ -152,7 +184,27 @@ def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str,
 
 
 def load_scans(folder: str | Path) -> list[dict[str, Any]]:
-    """Every NIfTI scan of a folder (or one scan) as a case, for inference; empty if there is none."""
+    """Every NIfTI scan of a folder (or one scan) as a case, for inference; empty if there is none.
+
+    Args:
+        folder: a folder, whose hidden files are left out, or a file.
+
+    Returns:
+        one dictionary per scan, in order of their names: ``image`` (absolute path) and ``case_id``.
+
+    Raises:
+        ConfigError: the folder cannot be listed.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from mapseg_components.data import load_scans
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("b.nii.gz", "a.nii", "notes.txt"):
+        ...         Path(folder, name).touch()
+        ...     [case["case_id"] for case in load_scans(folder)]
+        ['a', 'b']
+    """
     path = Path(folder)
     try:
         scans = [path] if path.is_file() else list_scans(path)
@@ -162,7 +214,7 @@ def load_scans(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def scans_below(folder: str | Path) -> str:
-    """For the error of a folder without scans: in which sub-folder some are, if it is quickly found; else nothing."""
+    """For the error of a folder without scans: a sub-folder that has some, if it is found quickly; else empty."""
     for place, folders, files in itertools.islice(os.walk(folder), MOST_FOLDERS):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         count = sum(is_nifti(name) and not name.startswith(".") for name in files)
@@ -194,8 +246,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def entries_of_folder(folder: Path, with_labels: bool, findings: list[Finding]) -> list[dict[str, str]]:
     """Entries of ``folder/images`` and ``folder/labels``, or of each ``folder/<domain>`` that has them.
 
-    With several domains a case id is ``<domain>_<name>``, since sites number alike. A scan without a label map, or the
-    reverse, is added to ``findings``.
+    With several domains a case id is ``<domain>_<name>``, since sites may use the same names. A scan without a label
+    map, or the reverse, is added to ``findings``.
     """
     if (folder / "images").is_dir():
         domains = {"": folder}

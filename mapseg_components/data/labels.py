@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Names and values of structures as a command is given them: JSON, a datalist, a ``dataset.json`` or a bundle."""
+"""Names and values of structures from JSON, a datalist, a ``dataset.json`` or a bundle."""
 
 from __future__ import annotations
 
@@ -20,19 +20,54 @@ __all__ = ["label_mapping", "named_beside", "numbered", "read_labels"]
 
 
 def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
-    """Structure name to its value in predictions and in the truth; empty if none are named. Raises `ConfigError`."""
+    """Structure name to its value in predictions and in the truth; empty if none are named.
+
+    Args:
+        labels: see `label_mapping`.
+
+    Raises:
+        ConfigError: as `label_mapping` and `mapseg_components.structures.structures_of`.
+
+    Examples:
+        >>> from mapseg_components.data.labels import read_labels
+        >>> read_labels('{"liver": 1, "spleen": 5}')
+        {'liver': (1, 1), 'spleen': (5, 5)}
+    """
     mapping, named_by_bundle = label_mapping(labels)
     return {} if labels is None else numbered(structures_of(mapping, f"labels is {labels}"), named_by_bundle)
 
 
 def numbered(structures: Mapping[str, int], by_index: bool) -> dict[str, tuple[int, int]]:
-    """Structure name to its value in predictions, which may be its class index, and in the truth."""
+    """Structure name to its value in predictions and in the truth.
+
+    Args:
+        structures: name to value in the truth.
+        by_index: predictions hold class indices, counted from 1 in the order given; else the values of the truth.
+
+    Examples:
+        >>> from mapseg_components.data.labels import numbered
+        >>> numbered({"liver": 1, "spleen": 5}, by_index=True)
+        {'liver': (1, 1), 'spleen': (2, 5)}
+    """
     indices = enumerate(structures.items(), start=1)
     return {name: (index if by_index else value, value) for index, (name, value) in indices}
 
 
 def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
-    """A mapping of labels in any spelling, and whether it is a bundle's; empty without. Raises `ConfigError`."""
+    """A mapping of labels, and whether it is that of a bundle.
+
+    Args:
+        labels: JSON, a JSON file with or without ``labels`` (such as a datalist), a folder of nnU-Net or the Medical
+            Segmentation Decathlon, or the folder of a bundle; ``None`` gives an empty mapping.
+
+    Raises:
+        ConfigError: it is none of these.
+
+    Examples:
+        >>> from mapseg_components.data.labels import label_mapping
+        >>> label_mapping('{"labels": {"0": "background", "1": "liver"}}')
+        ({'0': 'background', '1': 'liver'}, False)
+    """
     if labels is None:
         return {}, False
     path = Path(labels)
@@ -55,7 +90,22 @@ def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
 
 
 def named_beside(truth: Path) -> str | None:
-    """The ``dataset.json`` of a folder ``labelsTr`` and the like, which names its structures; ``None`` without."""
+    """The ``dataset.json`` that names the structures of a folder such as ``labelsTr``; ``None`` without.
+
+    Args:
+        truth: the folder of label maps, or one of its files.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from mapseg_components.data.labels import named_beside
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("imagesTr", "labelsTr"):
+        ...         Path(folder, name).mkdir()
+        ...     written = Path(folder, "dataset.json").write_text('{"labels": {"liver": 1}}')
+        ...     Path(named_beside(Path(folder, "labelsTr"))).name
+        'dataset.json'
+    """
     folder = truth.absolute() if truth.is_dir() else truth.absolute().parent
     named = folder.parent / DATASET
     return str(named) if images_beside(folder) is not None and labels_file(named) is not None else None

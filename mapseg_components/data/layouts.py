@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.nifti import is_nifti
-from mapseg_components.data.nifti import stem as stem_of
+from mapseg_components.scans.nifti import is_nifti
+from mapseg_components.scans.nifti import stem as stem_of
 
 __all__ = [
     "DATASET",

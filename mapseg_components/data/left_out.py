@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.datalist import stem
-from mapseg_components.data.dicom import has_dicom
-from mapseg_components.data.findings import Finding
 from mapseg_components.data.layouts import named_as_label, scans_of_label, stems_of
-from mapseg_components.data.nifti import is_nifti
 from mapseg_components.files import readable
+from mapseg_components.scans.dicom import has_dicom
+from mapseg_components.scans.findings import Finding
+from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["LeftOut", "in_one_line", "left_out", "notes_of", "records_of", "scans_and_label_maps", "summary"]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.facts import Facts
-from mapseg_components.data.findings import Finding
 from mapseg_components.data.scan_statistics import ScanStatistics
+from mapseg_components.scans.facts import Facts
+from mapseg_components.scans.findings import Finding
 
 __all__ = ["histogram_distance", "plausibility"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from mapseg_components.data.facts import AuditRecord, Facts, facts_of_scan
-from mapseg_components.data.nifti import Scan, read_nifti
+from mapseg_components.scans.facts import AuditRecord, Facts, facts_of_scan
+from mapseg_components.scans.nifti import Scan, read_nifti
 from mapseg_components.structures import are_whole
 
 __all__ = ["ScanStatistics", "StatisticsRecord", "scan_statistics"]

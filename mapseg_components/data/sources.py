@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mapseg_components.data.datalist import LONGEST_NAME_BYTES, list_scans, stem
-from mapseg_components.data.dicom import Contents, Series, look_into
-from mapseg_components.data.findings import Finding
 from mapseg_components.data.layouts import (
     images_beside,
     label_of,
@@ -23,8 +21,10 @@ from mapseg_components.data.layouts import (
     misplaced,
 )
 from mapseg_components.data.left_out import LeftOut, in_one_line, left_out
-from mapseg_components.data.nifti import is_nifti
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.scans.dicom import Contents, Series, look_into
+from mapseg_components.scans.findings import Finding
+from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["Source", "find_series", "find_sources"]
 

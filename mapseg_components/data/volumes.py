@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from mapseg_components.data.nifti import read_nifti
 from mapseg_components.errors import DataError
 from mapseg_components.files import write_text
 from mapseg_components.keys import LABEL
+from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.structures import structures_of, to_whole
 
 __all__ = [

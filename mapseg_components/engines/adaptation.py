@@ -16,6 +16,7 @@ from mapseg_components.engines.optimization import OptimizationStep
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE, TARGET_LOSS, TOTAL_LOSS
 from mapseg_components.methods import Method, Pass
+from mapseg_components.networks.passes import named_outputs
 
 __all__ = ["AdaptationTrainer", "UDATrainer"]
 
@@ -106,7 +107,7 @@ class AdaptationTrainer(SupervisedTrainer):
             )
         if not passes:
             raise ConfigError(
-                f"nothing to train on: of the batch's {sorted(batchdata)}, {type(self.method).__name__} makes no pass yet; "
+                f"nothing to train on: {type(self.method).__name__} makes no pass of a batch of {sorted(batchdata)}; "
                 "without source data set warmup_epochs to 0"
             )
         groups = list(grouped(passes).values()) if self.batched_passes else [[one] for one in passes]
@@ -131,12 +132,7 @@ class AdaptationTrainer(SupervisedTrainer):
         """Named, unweighted terms of several passes that run as one batch."""
         inputs = {name: torch.cat([one.inputs[name] for one in group]) for name in group[0].inputs}
         with self.optimization.autocast():
-            outputs = self.network(**inputs)
-        if not isinstance(outputs, Mapping):
-            raise ConfigError(
-                f"network {type(self.network).__name__} returns {type(outputs).__name__}, expected outputs by name: wrap "
-                "it by mapseg_components.networks.training_pass"
-            )
+            outputs = named_outputs(self.network, inputs)
         sizes = [len(next(iter(one.inputs.values()))) for one in group]
         parts = {name: output.split(sizes) for name, output in outputs.items()}
         losses: dict[str, torch.Tensor] = {}

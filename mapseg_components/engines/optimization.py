@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One optimization step: mixed precision, gradient accumulation and clipping, alike for every trainer."""
+"""One optimization step for every trainer: mixed precision, gradient accumulation and clipping."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ class OptimizationStep:
 
     Raises:
         ConfigError: a setting is unknown or out of range.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.engines import OptimizationStep
+        >>> network = torch.nn.ParameterList([torch.tensor(2.0)])
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+        >>> step = OptimizationStep(
+        ...     network, optimizer, torch.device("cpu"), amp=None, max_grad_norm=1.0, accumulate_steps=1
+        ... )
+        >>> loss = network[0].square()  # its gradient, 4, is clipped to 1
+        >>> step.backward(loss)
+        >>> step.finish({"loss": loss.detach()}, ends=True)
+        >>> round(network[0].item(), 3)
+        1.5
     """
 
     def __init__(
@@ -56,7 +70,7 @@ class OptimizationStep:
         self.amp = amp
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.pending = False
-        """Whether gradients wait for the rest of their step: no state to save or resume at."""
+        """Whether gradients are accumulated but not applied; such a state can be neither saved nor resumed."""
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes."""
@@ -73,11 +87,11 @@ class OptimizationStep:
 
     @contextlib.contextmanager
     def naming_errors(self, iteration: int, cases: Any, sizes: Sequence[int]) -> Iterator[None]:
-        """Context of an iteration: errors of numbers and of memory name the iteration, the cases and what to do.
+        """Context of an iteration: numeric and memory errors name the iteration, the cases and the remedy.
 
         Args:
             iteration: counted from 1.
-            cases: of the batch.
+            cases: case ids of the batch, for the message.
             sizes: (B, C, X, Y, Z) of its local patches.
         """
         what = f"iteration {iteration} on {self.device}, batch of {sizes[0]} patches {tuple(sizes[2:])}"
@@ -103,7 +117,8 @@ class OptimizationStep:
     def finish(self, terms: Mapping[str, torch.Tensor], ends: bool) -> None:
         """End an iteration after its backward passes: check its numbers; where it ends a step, clip, step and clear.
 
-        All numbers are checked at once, so that a GPU is waited for once per iteration (fp16 waits for its scale too).
+        All numbers are checked at once, so that the host synchronises with a GPU once per iteration (with fp16 for the
+        scale as well).
 
         Args:
             terms: scalar loss terms of the iteration, by name.
@@ -111,8 +126,8 @@ class OptimizationStep:
 
         Raises:
             NonFiniteError: a loss term, or the gradient of a step, is NaN or infinite; no weight has been touched. The
-                loss scaling of fp16 skips a step with such a gradient, as it is meant to, until the scale has become
-                too small to be the reason.
+                loss scaling of fp16 skips a step with such a gradient, until the scale has become too small to be the
+                cause.
         """
         checked = dict(terms)
         if ends:
@@ -135,8 +150,6 @@ class OptimizationStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise NonFiniteError(
-                f"the gradient is NaN or infinite whatever the loss is scaled by, {SMALLEST_SCALE:g} at last"
-            )
+            raise NonFiniteError(f"the gradient is NaN or infinite at every loss scale down to {SMALLEST_SCALE:g}")
         self.optimizer.zero_grad(set_to_none=True)
         self.pending = False

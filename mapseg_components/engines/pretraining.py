@@ -32,18 +32,19 @@ class MAETrainer(SupervisedTrainer):
         optimizer: over the network's parameters.
         loss_function: called with reconstruction, image and mask, e.g. ``MaskedReconstructionLoss``.
         mask_ratio: share of hidden blocks (0.7 in the paper).
-        local_block_size: voxels per side of a hidden block of the local patch (8).
-        global_block_size: of the global view (4). One number or one per axis.
-        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+        local_block_size: voxels per side of a hidden block of the local patch, one number or one per axis (8 in the
+            paper).
+        global_block_size: voxels per side of a hidden block of the global view, likewise (4 in the paper).
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: encode both scales as one batch (needs equal sizes); otherwise one after the other, in
             about half the memory.
-        amp: ``"bf16"``, ``"fp16"`` or ``None``.
-        max_grad_norm: gradient clipping or ``None``.
-        accumulate_steps: iterations per optimizer step. See `OptimizationStep`.
+        amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+        max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
+        accumulate_steps: iterations per optimizer step.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain
             (docs/reference/performance.md).
         train_handlers: handlers with ``attach``.
+        mask_value: value of hidden voxels, see ``masking.hide``; 0 in the paper.
 
     Output:
         ``engine.state.output[0]`` holds ``loss`` and the terms ``local_reconstruction`` and ``global_reconstruction``.
@@ -51,6 +52,24 @@ class MAETrainer(SupervisedTrainer):
     Raises:
         ConfigError: the mask value is unknown.
         NonFiniteError: while running, if the loss is NaN or infinite; the message names the cases.
+
+    Examples:
+        >>> import torch
+        >>> from monai.data import DataLoader, Dataset
+        >>> from mapseg_components.engines import MAETrainer
+        >>> from mapseg_components.losses import MaskedReconstructionLoss
+        >>> from mapseg_components.networks import MultiScaleMAE
+        >>> from mapseg_components.transforms import RandGlobalLocalCropd
+        >>> scans = Dataset([{"image": torch.rand(1, 20, 24, 28)}] * 3, RandGlobalLocalCropd(patch_size=(16, 8, 8)))
+        >>> network = MultiScaleMAE(in_channels=1, width=8, depth=1, decoder_channels=(4, 2))
+        >>> optimizer, loss = torch.optim.Adam(network.parameters()), MaskedReconstructionLoss()
+        >>> trainer = MAETrainer(
+        ...     "cpu", 1, DataLoader(scans), network, optimizer, loss,
+        ...     mask_ratio=0.75, local_block_size=8, global_block_size=4,
+        ... )
+        >>> trainer.run()
+        >>> trainer.state.iteration, sorted(trainer.state.output[0])
+        (3, ['global_reconstruction', 'local_reconstruction', 'loss'])
     """
 
     def __init__(

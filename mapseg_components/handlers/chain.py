@@ -15,12 +15,22 @@ __all__ = ["HandlerChain"]
 class HandlerChain:
     """Several handlers as one, attached in their order.
 
-    In a config each has an id of its own, and ``handlers`` refers to them: others find them by that id, and a client
-    that puts an entry of its own before or after the chain moves none of them. MONAI and its clients expect every entry
-    of ``train#handlers`` to be a dictionary, so that references cannot stand there by themselves.
+    In a config each handler has its own id, and ``handlers`` refers to them: other entries find them by that id, and a
+    client that inserts a handler before or after the chain shifts none of them. MONAI and its clients expect every
+    entry of ``train#handlers`` to be a dictionary, so that references cannot be entries themselves.
 
     Args:
-        handlers: with ``attach``; ``None``, a disabled one, is left out.
+        handlers: objects with ``attach``; ``None``, a disabled one, is left out.
+
+    Examples:
+        >>> from ignite.engine import Engine, Events
+        >>> from ignite.handlers import EpochOutputStore
+        >>> from mapseg_components.handlers import HandlerChain
+        >>> engine, store = Engine(lambda engine, number: 2 * number), EpochOutputStore()
+        >>> HandlerChain([None, store]).attach(engine)
+        >>> state = engine.run([1, 2, 3])
+        >>> store.data
+        [2, 4, 6]
     """
 
     def __init__(self, handlers: Sequence[Any]) -> None:

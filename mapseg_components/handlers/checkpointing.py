@@ -1,17 +1,14 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Load weights at the start; save the state of training, resume it, and end in good order when asked to."""
+"""Load weights at the start; save the state of training, resume it, and stop cleanly on a signal."""
 
 from __future__ import annotations
 
 import json
 import logging
 import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ignite
@@ -33,6 +30,7 @@ from mapseg_components.checkpoints import (
 )
 from mapseg_components.configs import require_same_settings, running_settings
 from mapseg_components.errors import CheckpointError
+from mapseg_components.handlers.signals import EndRequest
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
 
@@ -40,18 +38,17 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FILES_OF_A_RUN = ("last.pt", "previous.pt", "model.pt", "source_only.pt", "model_selection.json")
-REPEATED_S = 2.0  # schedulers and torchrun send a signal several times; a person who insists waits
 START_ANEW = "choose another ckpt_dir, or set resume to false to start anew"
 
 
 class WeightsLoader:
-    """Load weights into a network when the engine starts, and say how many of its tensors were covered.
+    """Load weights into a network when the engine starts, and log how many of its tensors were loaded.
 
-    Unlike a loader that skips what does not match, it covers everything below the prefix or raises. When training
-    resumes, its state replaces all weights: then nothing is loaded, and the file need not exist any more.
+    It loads every tensor below the prefix or raises; tensors that do not match are never skipped. When training
+    resumes, the resumed state replaces all weights: then nothing is loaded, and the file need not exist any more.
 
     Args:
-        load_path: a state_dict file; ``None`` loads nothing and says so.
+        load_path: a state_dict file; ``None`` loads nothing, which is logged.
         network: receives the weights.
         prefix: load only names that begin with it, e.g. ``"encoder."`` to take the encoder of a pretrained
             ``MultiScaleMAE``; empty loads the whole network.
@@ -59,6 +56,19 @@ class WeightsLoader:
 
     Raises:
         CheckpointError: when the engine starts, if the file is missing, damaged or of another network.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import WeightsLoader
+        >>> network, engine = torch.nn.Linear(1, 1), Engine(lambda engine, batch: None)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"weight": torch.tensor([[7.0]]), "bias": torch.zeros(1)}, f"{folder}/model.pt")
+        ...     WeightsLoader(f"{folder}/model.pt", network).attach(engine)
+        ...     state = engine.run([0])
+        >>> network.weight.item()
+        7.0
     """
 
     def __init__(
@@ -85,19 +95,19 @@ class WeightsLoader:
 
 
 class TrainingCheckpoint:
-    """Save everything that training needs, go on from there, and end in good order on Ctrl-C and SIGTERM.
+    """Save the complete state of training, resume from it, and stop cleanly on Ctrl-C and SIGTERM.
 
-    The state is written after each epoch, every ``save_steps`` optimizer steps, and when the process is asked to end:
-    then the iteration that runs is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143
-    (SIGTERM); while an epoch's validation runs, that is finished first. Another signal, two seconds later or more and
-    not while the state is being written, ends the process at once.
+    The state is written after each epoch, every ``save_steps`` optimizer steps, and on a signal: the current iteration
+    is finished, the state written, and the process exits with code 130 (Ctrl-C) or 143 (SIGTERM); a validation that
+    runs is finished first. A second signal, two seconds later or more and not while the state is being written, ends
+    the process at once.
 
-    The file is replaced as a whole and read back; the one before it stays as ``previous.pt`` beside it. Only the first
-    process of a distributed run writes. Attach it after the handlers that load initial weights and before those that
-    act on epochs, so that a resumed state wins.
+    The file is replaced as a whole and read back; the one before it is kept as ``previous.pt`` in the same folder. Only
+    the first process of a distributed run writes. Attach it after the handlers that load initial weights and before
+    those that act on epochs, so that the resumed state takes precedence.
 
     A resumed run equals an uninterrupted one bit for bit on a CPU, at the end of an epoch and in the middle of one, if
-    its data loader is in ``save_dict`` and can go on there (`mapseg_components.data.EpochLoader`).
+    its data loader is in ``save_dict`` and can continue there (`mapseg_components.data.EpochLoader`).
 
     Args:
         path: the resume file.
@@ -114,6 +124,21 @@ class TrainingCheckpoint:
             network (both fingerprints and the first tensors), or does not hold exactly the named objects.
         ConfigError: on resume, if settings have changed that make it another training.
         ResourceError: the file cannot be written; the old one is untouched.
+
+    Examples:
+        >>> import tempfile
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import TrainingCheckpoint
+        >>> def train(path, max_epochs):
+        ...     epochs, network = [], torch.nn.Linear(1, 1)
+        ...     engine = Engine(lambda engine, batch: epochs.append(engine.state.epoch))
+        ...     TrainingCheckpoint(path, {"network": network}).attach(engine)
+        ...     engine.run([0], max_epochs=max_epochs)
+        ...     return epochs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train(f"{folder}/last.pt", max_epochs=2), train(f"{folder}/last.pt", max_epochs=3)
+        ([1, 2], [3])
     """
 
     def __init__(
@@ -135,54 +160,22 @@ class TrainingCheckpoint:
         self.network = self.save_dict.get("network", weights)
         self._engine: Engine | None = None
         self._settings: dict[str, Any] = {}
-        self._signal: int | None = None
-        self._signalled_at = 0.0
-        self._saving = False
-        self._handlers: dict[int, Any] = {}
+        self._end = EndRequest()
         self._steps = 0
 
     def attach(self, engine: Engine) -> None:
         """Load when training starts, save from then on."""
         engine.add_event_handler(Events.STARTED, self._load)
         engine.add_event_handler(Events.STARTED, self._start)
+        self._end.end_with(engine)
 
     def _start(self, engine: Engine) -> None:
         # handlers run in the order of their attachment: attached when training starts, these run last
         if not engine.has_event_handler(self._end_of_epoch, Events.EPOCH_COMPLETED):
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_of_epoch)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._end_of_iteration)
-            engine.add_event_handler(Events.COMPLETED, self._restore_signals)
-            engine.add_event_handler(Events.EXCEPTION_RAISED, self._restore_signals_and_raise)
-        self._engine, self._signal = engine, None
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no signal handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._note_signal)
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        # an error may have ended the run in another handler, before this one could restore what was there
-        running = any(each is self._engine for each in selves(frame))
-        repeated = self._signal is not None and time.monotonic() - self._signalled_at > REPEATED_S and not self._saving
-        if repeated or not running:
-            self._restore_signals()
-            signal.raise_signal(number)
-        elif self._signal is None:
-            self._signal, self._signalled_at = number, time.monotonic()
-
-    def _restore_signals(self, engine: Engine | None = None) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-
-    def _restore_signals_and_raise(self, engine: Engine, error: BaseException) -> None:
-        self._restore_signals()
-        raise error
-
-    def _asked_to_end(self) -> int | None:
-        """The signal that some process of the run has received, if any; all processes agree on it."""
-        number = self._signal or 0
-        if idist.get_world_size() > 1:
-            number = int(idist.all_reduce(number, op="MAX"))
-        return number or None
+        self._engine = engine
+        self._end.install()
 
     def _end_of_iteration(self, engine: Engine) -> None:
         optimization = getattr(engine, "optimization", None)
@@ -190,7 +183,7 @@ class TrainingCheckpoint:
         if within_step or engine.state.iteration % engine.state.epoch_length == 0:
             return  # gradients that are not applied yet cannot be resumed; the end of an epoch saves anyway
         self._steps += 1
-        number = self._asked_to_end()
+        number = self._end.number
         if number is not None or (self.save_steps is not None and self._steps % self.save_steps == 0):
             self._save(engine, epoch=engine.state.epoch - 1)
         self._exit(number, engine)
@@ -200,7 +193,7 @@ class TrainingCheckpoint:
             # before the state: a run that was stopped in between writes them again
             write_atomic(weights_of(self.weights), self.weights_path)
         self._save(engine, epoch=engine.state.epoch)
-        self._exit(self._asked_to_end(), engine)
+        self._exit(self._end.number, engine)
 
     def _exit(self, number: int | None, engine: Engine) -> None:
         if number is None:
@@ -235,58 +228,30 @@ class TrainingCheckpoint:
             "epoch_length": engine.state.epoch_length,
             "processes": processes,
         }
-        self._saving = True
-        try:
+        with self._end.protected():
             write_atomic(state, self.path, keep_previous=self.previous)
-        finally:
-            self._saving = False
 
     def _load(self, engine: Engine) -> None:
         if self._engine is engine:
-            return  # run again in this process, as a client does round by round: what it has in memory is the newest
+            return  # run again in this process, as a client does in each round: the state in memory is the newest
         self._settings = running_settings()  # they stay the same from here on
         path = self._file_to_resume()
         if path is None:
             return
         state = self._read(path)
-        expected = {*self.save_dict, "run", *(["scaler"] if hasattr(engine, "optimization") else [])}
-        if not isinstance(state, Mapping) or set(state) != expected:
-            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise CheckpointError(
-                f"{path} is no resume file of this run (found {found}, expected {sorted(expected)}): {START_ANEW}"
-            )
-        run = state["run"]
-        if run["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {run['format']}, this version reads {FORMAT}: "
-                f"finish the run with the version that started it, or {START_ANEW}"
-            )
-        self._require_same_network(path, state)
-        require_same_settings(json.loads(run["settings"]), self._settings, path)
-        if run["epoch_length"] != engine.state.epoch_length:
-            raise CheckpointError(
-                f"{path} was written with {run['epoch_length']} iterations an epoch, this run has "
-                f"{engine.state.epoch_length}: keep epoch_length, or {START_ANEW}"
-            )
+        self._require_this_run(path, state, engine)
+        run, processes = state["run"], state["run"]["processes"]
+        own = processes[idist.get_rank()] if idist.get_rank() < len(processes) else {}
         if hasattr(engine, "optimization"):
             engine.optimization.scaler.load_state_dict(state["scaler"])
-        rank, count = idist.get_rank(), len(run["processes"])
-        own = run["processes"][rank] if rank < count else {}
         for name, thing in self.save_dict.items():
-            try:
-                thing.load_state_dict(own[name] if name in own else state[name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                reason = str(error).splitlines()[0]
-                raise CheckpointError(
-                    f"{path}: its {name!r} does not fit this run ({reason}): "
-                    f"keep the settings it was trained with, or {START_ANEW}"
-                ) from error
+            put_back(thing, own.get(name, state[name]), f"{path}: its {name!r}")
         engine.state.epoch, engine.state.iteration = run["epoch"], run["iteration"]
         if own:
             restore_random_state(own["random"])
-        if count != idist.get_world_size():
+        if len(processes) != idist.get_world_size():
             logger.warning(
-                f"{path} was written by {count} processes, now there are {idist.get_world_size()}: "
+                f"{path} was written by {len(processes)} processes, now there are {idist.get_world_size()}: "
                 "training goes on, but with other draws."
             )
         logger.info(f"Resumed from {path} after iteration {run['iteration']} (epoch {run['epoch']} is complete).")
@@ -322,27 +287,54 @@ class TrainingCheckpoint:
                 ) from error
             raise
 
-    def _require_same_network(self, path: Path, state: Mapping[str, Any]) -> None:
-        if self.network is None or state["run"]["fingerprint"] == fingerprint(self.network):
-            return
-        own, other = self.network.state_dict(), state.get("network", {})
-        names = [*own, *(name for name in other if name not in own)]
-        shapes = {n: [str(tuple(w[n].shape)) if n in w else "absent" for w in (other, own)] for n in names}
-        differing = [f"{n} {found}, expected {wanted}" for n, (found, wanted) in shapes.items() if found != wanted]
+    def _require_this_run(self, path: Path, state: Any, engine: Engine) -> None:
+        """Refuse the state of another run: other parts, network, settings or length of an epoch."""
+        expected = {*self.save_dict, "run", *(["scaler"] if hasattr(engine, "optimization") else [])}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise CheckpointError(
+                f"{path} is no resume file of this run (found {found}, expected {sorted(expected)}): {START_ANEW}"
+            )
+        run = state["run"]
+        if run["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {run['format']}, this version reads {FORMAT}: "
+                f"finish the run with the version that started it, or {START_ANEW}"
+            )
+        if self.network is not None and run["fingerprint"] != fingerprint(self.network):
+            raise CheckpointError(
+                f"{path} is of another network: fingerprint {run['fingerprint']}, expected "
+                f"{fingerprint(self.network)} ({differing_shapes(state.get('network', {}), self.network)}): "
+                f"use the network settings it was trained with, or {START_ANEW}"
+            )
+        require_same_settings(json.loads(run["settings"]), self._settings, path)
+        if run["epoch_length"] != engine.state.epoch_length:
+            raise CheckpointError(
+                f"{path} was written with {run['epoch_length']} iterations an epoch, this run has "
+                f"{engine.state.epoch_length}: keep epoch_length, or {START_ANEW}"
+            )
+
+
+def put_back(thing: Any, state: Any, name: str) -> None:
+    """Load the state of one part. Raises `CheckpointError` if it does not fit; ``name`` is for the message."""
+    try:
+        thing.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} is of another network: fingerprint {state['run']['fingerprint']}, expected "
-            f"{fingerprint(self.network)} ({'; '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}): "
-            f"use the network settings it was trained with, or {START_ANEW}"
-        )
+            f"{name} does not fit this run ({reason}): keep the settings it was trained with, or {START_ANEW}"
+        ) from error
+
+
+def differing_shapes(state: Mapping[str, torch.Tensor], network: nn.Module) -> str:
+    """The first tensors of a state whose name or shape is not that of a network."""
+    expected = network.state_dict()
+    names = [*expected, *(name for name in state if name not in expected)]
+    shapes = {n: [str(tuple(w[n].shape)) if n in w else "absent" for w in (state, expected)] for n in names}
+    differing = [f"{n} {found}, expected {wanted}" for n, (found, wanted) in shapes.items() if found != wanted]
+    return "; ".join(differing[:5]) + (" ..." if len(differing) > 5 else "")
 
 
 def differs_by_process(thing: Any) -> bool:
-    """Whether each process of a distributed run has a state of its own."""
+    """Whether each process of a distributed run has a separate state."""
     return getattr(thing, "differs_by_process", False)
-
-
-def selves(frame: FrameType | None) -> Iterator[Any]:
-    """The objects whose methods are on the stack of a frame."""
-    while frame is not None:
-        yield frame.f_locals.get("self")
-        frame = frame.f_back

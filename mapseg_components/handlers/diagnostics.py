@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of an adaptation on unlabelled scans while it runs."""
+"""Figures of an adaptation on unlabelled scans while it runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["TargetDiagnostics"]
 
 
 class TargetDiagnostics:
-    """Segment a few whole target scans with teacher and student, and log what needs no label.
+    """Segment a few whole target scans with teacher and student, and log figures that need no label.
 
     Once the teacher exists, every ``interval`` epochs, these figures are put into the trainer's ``state.metrics``, from
     where ``EpochHistory`` and MONAI's loggers take them:
 
     - ``target_agreement_teacher_student``: Dice between their label maps, mean over structures and scans.
-    - ``target_agreement_previous``: between the teacher's label maps and those at its last look: how much the pseudo
-      labels still move. Absent at the first look.
+    - ``target_agreement_previous``: between the teacher's label maps and its previous ones: how much the pseudo labels
+      still change. Absent the first time.
     - ``target_confident_share``: share of the voxels that the teacher labels as a structure with a probability
       above ``confidence``.
     - ``target_ml_<structure>``: mean volume per scan in the teacher's label maps, in ml. ``target_voxels_<structure>``,
@@ -41,10 +41,28 @@ class TargetDiagnostics:
         scans: whole preprocessed target scans, mappings with ``image`` (C, X, Y, Z) in [0, 1]; empty for none.
         names: structures in the order of their class index, background left out.
         inferer: segments a scan.
-        teacher: an ``EMATeacher``, whose network is called as the student is. student: the segmenter in training.
-        interval: epochs between two looks.
+        teacher: an ``EMATeacher``, or any object with ``active``.
+        teacher_network: the teacher's segmenter, called as the student is.
+        student: the segmenter in training.
+        interval: every so many epochs.
         device: where the networks are.
-        confidence: a probability.
+        confidence: probability above which a voxel counts as confident.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from monai.inferers import SimpleInferer
+        >>> from mapseg_components.handlers import TargetDiagnostics
+        >>> engine, network = Engine(lambda engine, batch: None), torch.nn.Identity()
+        >>> scan = torch.tensor([0.0, 9.0]).reshape(2, 1, 1, 1).expand(2, 3, 4, 5)  # the logits of two classes
+        >>> teacher = SimpleNamespace(active=True)
+        >>> handler = TargetDiagnostics(
+        ...     [{"image": scan}], ["liver"], SimpleInferer(), teacher, network, network, interval=1, device="cpu"
+        ... )
+        >>> handler.attach(engine)
+        >>> engine.run([0]).metrics
+        {'target_agreement_teacher_student': 1.0, 'target_confident_share': 1.0, 'target_voxels_liver': 60.0}
     """
 
     def __init__(
@@ -71,11 +89,11 @@ class TargetDiagnostics:
         self._previous: list[torch.Tensor] = []
 
     def attach(self, engine: Engine) -> None:
-        """Look at the end of an epoch."""
+        """Measure at the end of every ``interval``-th epoch."""
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._look)
 
     def state_dict(self) -> dict[str, Any]:
-        """Label maps of the last look, so that a resumed run goes on with the same figures."""
+        """The last label maps, so that a resumed run goes on with the same figures."""
         return {"previous": self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

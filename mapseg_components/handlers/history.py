@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a run leaves beside its weights: its history by epoch, volumes and Dice of its label maps."""
+"""Files of a run besides its weights: its history by epoch, volumes and Dice of its label maps."""
 
 from __future__ import annotations
 
@@ -32,9 +32,28 @@ class EpochHistory:
     Loss terms are the scalars of a trainer's output, ``loss`` among them.
 
     Args:
-        output_dir: folder of ``history.jsonl``. A resumed run goes on in the same file; epochs that it repeats replace
-            their lines. A run that starts anew moves the old file to ``history.previous.jsonl``.
+        output_dir: folder of ``history.jsonl``. A resumed run appends to the same file; epochs that it repeats replace
+            their lines. A new run renames an earlier file to ``history.previous.jsonl``.
         optimizer: for the learning rate.
+
+    Raises:
+        ConfigError: while running, the trainer's output has no ``loss``.
+        ResourceError: while running, the file cannot be written.
+
+    Examples:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import EpochHistory
+        >>> engine = Engine(lambda engine, batch: {"loss": float(batch)})
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     EpochHistory(folder, optimizer).attach(engine)
+        ...     state = engine.run([1, 2, 3])
+        ...     line = json.loads(Path(folder, "history.jsonl").read_text())
+        >>> line["epoch"], line["iteration"], line["learning_rate"], line["loss"]
+        (1, 3, 0.1, 2.0)
     """
 
     def __init__(self, output_dir: str, optimizer: torch.optim.Optimizer) -> None:
@@ -111,14 +130,34 @@ def epoch_of_line(line: str) -> int:
 
 
 class VolumesTable:
-    """Write ``volumes.csv`` for the label maps of an evaluator: voxels and mm3 per structure, edge flag. Whole or not.
+    """Write ``volumes.csv`` for the label maps of an evaluator: voxels and mm3 per structure, and an edge flag.
 
-    Attach it to an evaluator whose output ``pred`` is the label map (1, X, Y, Z) on the scan's own grid. Each run of
-    the evaluator has its own table.
+    Attach it to an evaluator whose output ``pred`` is the label map (1, X, Y, Z) on the scan's original grid. Each run
+    of the evaluator replaces the table, as a whole.
 
     Args:
         output_dir: folder of the table.
         names: structures in the order of their class index, background left out.
+
+    Raises:
+        ConfigError: while running, the output is no label map of these classes with a voxel size.
+        ResourceError: the file cannot be written.
+
+    Examples:
+        >>> import csv, tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.handlers import VolumesTable
+        >>> label_map = MetaTensor(torch.ones(1, 3, 4, 5), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+        >>> engine = Engine(lambda engine, batch: [{"pred": label_map}])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     VolumesTable(folder, ["liver"]).attach(engine)
+        ...     state = engine.run([[{"case_id": "a"}]])
+        ...     row = next(csv.DictReader(Path(folder, "volumes.csv").read_text().splitlines()))
+        >>> row["case"], row["structure"], row["voxels"], float(row["volume_mm3"])  # voxels of 8 mm3
+        ('a', 'liver', '60', 480.0)
     """
 
     def __init__(self, output_dir: str, names: list[str]) -> None:
@@ -143,16 +182,34 @@ class VolumesTable:
 
 
 class DiceReport:
-    """Write ``metrics.json``: Dice per case and structure and their means, on the scans' own grids. Whole or not.
+    """Write ``metrics.json``: Dice per case and structure and their means, on the scans' original grids.
 
     Attach it to an evaluator whose output holds ``pred`` and ``label`` (1, X, Y, Z) of class indices. A structure that
-    the truth does not hold in a case is ``null`` there and left out of the means. Each run of the evaluator has its own
-    file; cases of one name are numbered.
+    is absent from the truth of a case is ``null`` there and left out of the means. Each run of the evaluator replaces
+    the file, as a whole; cases of one name are numbered.
 
     Args:
         output_dir: folder of the file.
         names: structures in the order of their class index, background left out.
-        settings: what else to write down, e.g. the weights' path.
+        settings: further entries of the file, e.g. the weights' path.
+
+    Raises:
+        ConfigError: while running, the output does not hold two label maps of these classes.
+        ResourceError: the file cannot be written.
+
+    Examples:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import DiceReport
+        >>> label_map = torch.ones(1, 3, 4, 5)
+        >>> engine = Engine(lambda engine, batch: [{"pred": label_map, "label": label_map}])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     DiceReport(folder, ["liver", "spleen"]).attach(engine)
+        ...     state = engine.run([[{"case_id": "a"}]])
+        ...     json.loads(Path(folder, "metrics.json").read_text())["cases"]
+        {'a': {'liver': 1.0, 'spleen': None}}
     """
 
     def __init__(self, output_dir: str, names: list[str], settings: dict[str, Any] | None = None) -> None:

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What handlers read of an engine, whoever made it: loss terms of a trainer, label maps of an evaluator."""
+"""What handlers read from the output of any engine: loss terms of a trainer, label maps of an evaluator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["affine_of", "cases_of", "free_name", "label_map_of", "loss_terms"]
 
 
 def loss_terms(engine: Engine) -> dict[str, torch.Tensor]:
-    """The scalars of a trainer's output, which MONAI has for a whole batch or, decollated, for each of its items.
+    """The scalars of a trainer's output, which MONAI stores per batch or, decollated, for each item.
 
     Raises:
         ConfigError: there is no ``loss`` among them.
@@ -84,7 +84,7 @@ def affine_of(case: Mapping[str, Any], key: str) -> torch.Tensor:
 
 
 def free_name(known: Mapping[str, Any], name: str) -> str:
-    """A name that no other case has: ``a``, then ``a (2)``."""
+    """A name that is not in use: ``a``, then ``a (2)``."""
     count, result = 1, name
     while result in known:
         count += 1

@@ -20,6 +20,17 @@ class LossProgressBar(ProgressBar):
 
     Args:
         tqdm_kwargs: passed to tqdm, e.g. ``desc``.
+
+    Raises:
+        ConfigError: while running, the trainer's output has no ``loss``.
+
+    Examples:
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import LossProgressBar
+        >>> engine = Engine(lambda engine, batch: {"loss": 0.5})
+        >>> LossProgressBar(desc="training", disable=True).attach(engine)  # disable: no bar in this example
+        >>> engine.run([1, 2, 3]).iteration
+        3
     """
 
     def __init__(self, **tqdm_kwargs: Any) -> None:

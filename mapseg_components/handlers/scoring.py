@@ -57,9 +57,9 @@ class TeacherValidation(ValidationHandler):
 class ScoreCheckpoint:
     """Keep the best weights by ``Score = source validation Dice - loss_weight * mean target loss of the epoch``.
 
-    The target loss is the trainer's output ``target_loss``, so that no target label is needed: the terms that the method
-    names for selection; for MAPSeg the local segmentation term of the masked pass, as in the paper's section 3.7. The
-    Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
+    The target loss is the trainer's output ``target_loss``, so that no target label is needed: the terms that the
+    method names for selection; for MAPSeg the local segmentation term of the masked pass, section 3.7 of the paper.
+    The Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
     better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with
     the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
     never becomes the best.

@@ -22,16 +22,26 @@ __all__ = ["AveragingInferer"]
 class AveragingInferer(Inferer):
     """Run an inferer with several weights, and on mirrored scans as well, and average the probabilities.
 
-    An inferer around another, so that the evaluator and all else of a bundle's config stay as they are; MONAI's
+    It wraps another inferer, so that the evaluator and the rest of a bundle's config stay as they are. MONAI's
     ``EnsembleEvaluator`` would replace the evaluator and keep the logits of all members at once.
 
     Args:
-        inferer: of one member.
-        weights: files of further weights of the network that the evaluator has; all members count equally.
-        flip_axes: spatial axes (0 to 2) that are mirrored together for a second look of each member; empty for none.
+        inferer: runs one member.
+        weights: files of further weights of the evaluator's network; all members count equally.
+        flip_axes: spatial axes (0 to 2) that are mirrored together for a second pass of each member; empty for none.
 
     Raises:
         ConfigError: an axis is no spatial axis.
+
+    Examples:
+        >>> import torch
+        >>> from monai.inferers import SimpleInferer
+        >>> from mapseg_components.inferers import AveragingInferer
+        >>> scan = torch.rand(1, 1, 4, 5, 6)
+        >>> network = lambda image: torch.cat([torch.zeros_like(image), image], dim=1)
+        >>> logits = AveragingInferer(SimpleInferer(), flip_axes=[0])(scan, network)  # scan and mirror image agree
+        >>> torch.allclose(logits, network(scan).log_softmax(dim=1), atol=1e-6)
+        True
     """
 
     def __init__(
@@ -49,7 +59,10 @@ class AveragingInferer(Inferer):
         """Logarithm of the mean probabilities: its softmax gives them, its argmax the label.
 
         Args:
-            inputs: (B, C, X, Y, Z). network: the first member; the others are copies of it with other weights.
+            inputs: (B, C, X, Y, Z).
+            network: the first member; the others are copies of it with other weights.
+            args: passed on to the inferer.
+            kwargs: passed on to the inferer.
 
         Returns:
             (B, classes, X, Y, Z), float32.
@@ -79,7 +92,7 @@ class AveragingInferer(Inferer):
 
 
 def require_classes(logits: Any) -> None:
-    """Refuse what has no softmax to average. Raises `ConfigError`."""
+    """Refuse an output that is not logits of two channels or more. Raises `ConfigError`."""
     if not isinstance(logits, torch.Tensor):
         raise ConfigError(
             f"the inferer returned a {type(logits).__name__}, and the mean is one of logits: wrap the network in a "

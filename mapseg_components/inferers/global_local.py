@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sliding windows that know the whole scan (MAPSeg, arXiv 2303.09373, sections 3.4 and 4.1)."""
+"""Sliding windows with the global context of the scan (MAPSeg, arXiv 2303.09373, sections 3.4 and 4.1)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mapseg_components.memory import naming_memory_errors, require_memory
 from mapseg_components.networks import PlainPass
 from mapseg_components.networks.passes import collaborates
 
-tqdm, _ = optional_import("tqdm", name="tqdm")  # MONAI's way: needed for ``progress`` alone
+tqdm, _ = optional_import("tqdm", name="tqdm")  # needed for ``progress`` alone
 
 __all__ = ["GlobalLocalSlidingWindowInferer"]
 
@@ -39,7 +39,8 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
     to the global view, whose features are computed once. Unique windows over the box are encoded in batches, windows
     without foreground are skipped, and the logits of overlapping windows are averaged. Outside the box is background.
 
-    A subclass of MONAI's ``SlidingWindowInferer``, for clients that look for one: what both have means the same.
+    A subclass of MONAI's ``SlidingWindowInferer``, for clients that check the type; arguments of the same name mean the
+    same.
 
     Args:
         roi_size: window, voxels per axis.
@@ -49,7 +50,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
         sw_batch_size: windows per batch.
         mode: ``"constant"`` for a plain mean (the paper), ``"gaussian"`` to weight a window's centre more.
         stitching_device: another name of ``device``.
-        background_margin: logit that background has over every other class where no window looked. An output of one
+        background_margin: logit of background minus that of every other class where no window lies. An output of one
             channel, the logit of one structure, is minus this there.
         overlap: share of a window that the next one covers, one number or one per axis; instead of ``stride``, whole
             voxels of which are ``window * (1 - overlap)``, rounded down.
@@ -65,6 +66,15 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
     Raises:
         ConfigError: a size is not positive, ``stride`` exceeds the window, ``overlap`` is outside [0, 1), or two names
             of one setting disagree.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
+        >>> from mapseg_components.networks import GlobalLocalDeepLabV3
+        >>> network = GlobalLocalDeepLabV3(in_channels=1, num_classes=3, width=8, depth=1, dilations=[1]).eval()
+        >>> inferer = GlobalLocalSlidingWindowInferer(roi_size=(8, 8, 8), overlap=0.5)
+        >>> inferer(torch.rand(1, 1, 13, 11, 10), network).shape
+        torch.Size([1, 3, 13, 11, 10])
     """
 
     def __init__(
@@ -86,7 +96,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
         window = positive_sides("roi_size", roi_size)
         if stride is not None and overlap is not None:
             raise ConfigError(
-                f"stride {stride} and overlap {overlap} both say where windows lie: leave one of them out"
+                f"stride {stride} and overlap {overlap} both set the distance of windows: leave one of them out"
             )
         if None not in (device, stitching_device) and torch.device(device) != torch.device(stitching_device):  # type: ignore[arg-type]
             raise ConfigError(f"device {device} and stitching_device {stitching_device} are one setting: give one")
@@ -209,9 +219,9 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
     def _require_memory(
         self, name: str, classes: float, image: torch.Tensor, device: torch.device, outputs: int = 1
     ) -> None:
-        """Compare with the device's memory what stitching takes: sums of logits, a count for each of the network's
-        outputs and a mask of the whole scan; and the scan itself where it lies on the same device but is not counted as
-        used. Of an output in another resolution ``classes`` has the share that its voxels are."""
+        """Refuse a scan whose stitching needs more than the device's memory: sums of logits, a count for each of the
+        network's outputs and a mask of the whole scan; and the scan itself where it is on the same device but not
+        counted as used. An output in another resolution contributes to ``classes`` in proportion to its voxels."""
         voxels = image[0].numel()
         values = (classes + outputs) * voxels + (image.numel() if device.type == "cpu" else 0)
         remedy = "crop the scan or resample it to larger voxels"
@@ -316,13 +326,13 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(logits: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits (B, ...) with all that a ``MetaTensor`` (B, ...) knows of its scans, if they are on its grid."""
+    """Logits (B, ...) with the metadata of a ``MetaTensor`` (B, ...), if they are on its grid."""
     same = isinstance(inputs, MetaTensor) and logits.shape[2:] == inputs.shape[2:]
     return MetaTensor(logits).copy_meta_from(inputs) if same else logits
 
 
 def scans_of(inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The scans (C, X, Y, Z) of a batch; where their files are known, each knows its own."""
+    """The scans (C, X, Y, Z) of a batch, each with the name of its file where that is known."""
     scans = list(plain(inputs))
     known = inputs.meta.get("filename_or_obj") if isinstance(inputs, MetaTensor) else None
     if known is None:

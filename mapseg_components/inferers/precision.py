@@ -22,10 +22,19 @@ class AutocastInferer(Inferer):
     The ``amp`` of MONAI 1.6.1's evaluators is ``torch.autocast("cuda")``, which does nothing on a CPU.
 
     Args:
-        inferer: does the work. amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+        inferer: any inferer of MONAI.
+        amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
 
     Raises:
         ConfigError: ``amp`` is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from monai.inferers import SimpleInferer
+        >>> from mapseg_components.inferers import AutocastInferer
+        >>> inferer = AutocastInferer(SimpleInferer(), amp="bf16")
+        >>> inferer(torch.rand(1, 1, 4, 5, 6), torch.nn.Conv3d(1, 2, kernel_size=1)).dtype
+        torch.bfloat16
     """
 
     def __init__(self, inferer: Inferer, amp: str | None) -> None:
@@ -35,7 +44,7 @@ class AutocastInferer(Inferer):
         self.amp = amp
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the inferer makes of ``inputs`` (B, C, X, Y, Z) and network under autocast; its errors are its own."""
+        """The output of the inferer for ``inputs`` (B, C, X, Y, Z) and network under autocast; errors as of it."""
         parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
         device = next((parameter.device for parameter in parameters), inputs.device)  # windows may be moved to it
         with autocast(device, self.amp):

@@ -19,9 +19,13 @@ class Stitching:
     """The weighted mean of one output of a network over the windows of a box, on the grid of the whole scan.
 
     Args:
-        output: (channels, *sides) of a window's output. roi_size: of the window. box: (3, 2), where the windows lie in
-            the scan. shape: (X, Y, Z) of the scan.
-        device: where sum and count are kept. mode, sigma_scale: of MONAI's ``compute_importance_map``.
+        output: (channels, *sides), shape of the output of one window.
+        roi_size: voxels per axis of the window.
+        box: (3, 2), integer, the region of the scan that the windows cover.
+        shape: (X, Y, Z) of the scan.
+        device: where sum and count are kept.
+        mode: ``"constant"`` or ``"gaussian"``, of MONAI's ``compute_importance_map``.
+        sigma_scale: of the Gaussian, in windows.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Stitching:
             self.count[target] += self.weight[source]
 
     def mean(self, background_margin: float) -> torch.Tensor:
-        """(channels, *shape); where no window looked, background."""
+        """(channels, *shape); background where no window lies."""
         unseen = self.count == 0
         self.total /= self.count.clamp_(min=1e-6)  # in place: for a large scan these are gigabytes
         for number, one in enumerate(self.total):

@@ -40,7 +40,7 @@ class Method(Protocol):
         """The passes of one iteration.
 
         Args:
-            batch: ``source`` (with ``image`` and ``label``) and ``target`` (with ``image``), one of them or both. Images
-                are (B, C, X, Y, Z) in [0, 1] with background 0, labels (B, 1, X, Y, Z), all on the network's device. A
-                crop with a global view adds its entries.
+            batch: ``source`` (with ``image`` and ``label``) and ``target`` (with ``image``), one of them or both.
+                Images are (B, C, X, Y, Z) in [0, 1] with background 0, labels (B, 1, X, Y, Z), all on the network's
+                device. A crop with a global view adds its entries.
         """

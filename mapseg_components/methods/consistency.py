@@ -23,6 +23,15 @@ class Supervised:
 
     Args:
         loss: called with logits (B, classes, X, Y, Z) and label (B, 1, X, Y, Z), e.g. MONAI's ``DiceCELoss``.
+
+    Examples:
+        >>> import torch
+        >>> from monai.losses import DiceCELoss
+        >>> from mapseg_components.methods import Supervised
+        >>> method = Supervised(DiceCELoss(to_onehot_y=True, softmax=True))
+        >>> sample = {"image": torch.rand(1, 1, 4, 4, 4), "label": torch.ones(1, 1, 4, 4, 4)}
+        >>> [sorted(one.inputs) for one in method.passes({"source": sample, "target": {}})]
+        [['image']]
     """
 
     selection: tuple[str, ...] = ()
@@ -50,6 +59,12 @@ class MeanTeacher(Supervised):
         labels: of the teacher.
         change: from the target's image (B, C, X, Y, Z) to what the student sees; it keeps every voxel's place.
         weight: of the target's term.
+
+    Examples:
+        >>> from mapseg_components.contrast import RandomContrast
+        >>> from mapseg_components.methods import MeanTeacher
+        >>> MeanTeacher(loss=None, labels=None, change=RandomContrast(noise=0.05), weight=10.0).weights
+        {'source': 1.0, 'target': 10.0}
     """
 
     selection = ("target",)
@@ -79,11 +94,18 @@ class MaskedConsistency(MeanTeacher):
     The pseudo-label loss is weighted by the share of voxels whose probability exceeds ``confidence_threshold``.
 
     Args:
-        loss: see `Supervised`; of source labels and of pseudo labels.
+        loss: see `Supervised`.
         labels: of the teacher.
         change: hides parts of the image, e.g. ``mapseg_components.masking.BlockMask``.
         weight: of the target's term.
         confidence_threshold: 0.968 in the paper; 0 weights all images alike.
+        pseudo_loss: of pseudo labels, by default ``loss``.
+
+    Examples:
+        >>> from mapseg_components.masking import BlockMask
+        >>> from mapseg_components.methods import MaskedConsistency
+        >>> MaskedConsistency(loss=None, labels=None, change=BlockMask(0.7, 8)).selection
+        ('target',)
     """
 
     def __init__(
@@ -93,11 +115,13 @@ class MaskedConsistency(MeanTeacher):
         change: Change,
         weight: float = 1.0,
         confidence_threshold: float = 0.968,
+        pseudo_loss: nn.Module | None = None,
     ) -> None:
         super().__init__(loss, labels, change, weight)
+        self.pseudo_loss = loss if pseudo_loss is None else pseudo_loss
         self.confidence_threshold = confidence_threshold
 
     def _target_terms(self, image: torch.Tensor) -> Callable[[Tensors], dict[str, torch.Tensor]]:
         label, confidence = self.labels(image=image)["logits"]
         sure = (confidence > self.confidence_threshold).float().mean()
-        return lambda output: {"target": sure * self.loss(output["logits"], label)}
+        return lambda output: {"target": sure * self.pseudo_loss(output["logits"], label)}

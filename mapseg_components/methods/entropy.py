@@ -23,7 +23,7 @@ class EntropyMinimization:
     Train the scales and shifts of the normalization layers alone, `norm_parameters`: with all weights free, one class
     everywhere is the surest prediction. It goes that way in the end in any case: few steps, a small learning rate.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.methods import EntropyMinimization
         >>> image = torch.rand(1, 1, 4, 4, 4)
@@ -58,7 +58,7 @@ def norm_parameters(network: nn.Module) -> list[nn.Parameter]:
     Raises:
         ConfigError: there are none that can be trained.
 
-    Example:
+    Examples:
         >>> from torch import nn
         >>> from mapseg_components.methods import norm_parameters
         >>> network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True))

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.passes import named_outputs
 
 __all__ = ["ArgmaxLabels", "PseudoLabel", "Teacher"]
 
@@ -40,12 +40,14 @@ class ArgmaxLabels:
         teacher: its ``network`` returns named outputs, of which those that end with ``logits`` are labelled; ``active``
             says whether it labels already.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from types import SimpleNamespace
         >>> from mapseg_components.methods import ArgmaxLabels
-        >>> logits = torch.tensor([0.0, 2.0, -1.0]).view(1, 3, 1, 1, 1)
-        >>> teacher = SimpleNamespace(active=True, network=lambda image: {"logits": logits})
+        >>> from mapseg_components.networks import PlainPass
+        >>> network = torch.nn.Conv3d(1, 3, 1)
+        >>> network.bias.data = torch.tensor([0.0, 2.0, -1.0])
+        >>> teacher = SimpleNamespace(active=True, network=PlainPass(network))
         >>> found = ArgmaxLabels(teacher)(image=torch.zeros(1, 1, 1, 1, 1))["logits"]
         >>> found.label.item(), round(found.confidence.item(), 3)
         (1, 0.844)
@@ -69,14 +71,11 @@ class ArgmaxLabels:
         Raises:
             ConfigError: the network's output is no mapping, or holds no logits of two classes or more.
         """
-        outputs = self.teacher.network(**inputs)
-        named = outputs if isinstance(outputs, Mapping) else {}
-        logits = {name: value for name, value in named.items() if name.endswith(LOGITS)}
+        outputs = named_outputs(self.teacher.network, inputs)
+        logits = {name: value for name, value in outputs.items() if name.endswith(LOGITS)}
         if not logits:
-            found = sorted(named) or type(outputs).__name__
             raise ConfigError(
-                f"the teacher's output is {found}, expected logits by name: wrap the network by "
-                "mapseg_components.networks.training_pass"
+                f"the teacher's outputs are {sorted(outputs)}, expected one whose name ends with {LOGITS}"
             )
         for name, value in logits.items():
             if value.ndim < 3 or value.shape[1] < 2:

@@ -56,7 +56,7 @@ class MAPSeg:
     Raises:
         ConfigError: a threshold is no probability, or a mask setting is unknown.
 
-    Example:
+    Examples:
         >>> from mapseg_components.methods import MAPSeg
         >>> method = MAPSeg(labels=None, source_masked=False)
         >>> method.weights["source_local"], method.weights["target_local_masked"]

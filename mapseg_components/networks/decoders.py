@@ -21,11 +21,13 @@ __all__ = ["ASPP", "ReconstructionDecoder", "SegmentationHead"]
 def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """A 1x1x1 convolution, on a CPU as a matrix product.
 
-    With one thread of a CPU, PyTorch leaves it to a general algorithm that copies its input into its own format. On a
-    GPU it is cuDNN's, with its settings.
+    On one thread of a CPU, PyTorch would use a general algorithm that copies its input. On a GPU this is PyTorch's
+    convolution.
 
     Args:
-        features: (B, I, X, Y, Z). weight: (O, I) with any further axes of length 1. bias: (O,) or ``None``.
+        features: (B, I, X, Y, Z).
+        weight: (O, I) with any further axes of length 1.
+        bias: (O,) or ``None``.
 
     Returns:
         (B, O, X, Y, Z).
@@ -40,12 +42,14 @@ def pointwise_conv(features: torch.Tensor, weight: torch.Tensor, bias: Optional[
 
 
 class PatchUpsample(nn.ConvTranspose3d):
-    """Transposed conv whose stride is its kernel, as a 1x1x1 conv to the voxels of each block: no two blocks overlap.
+    """Transposed conv whose kernel equals its stride, computed as a 1x1x1 conv to the voxels of each block.
 
     Equal to ``nn.ConvTranspose3d`` up to rounding, with the same parameters, and on a CPU faster.
 
     Args:
-        in_channels, out_channels: of the features. stride: voxels of a block per axis.
+        in_channels: channels of the features.
+        out_channels: channels of the output.
+        stride: voxels of a block, one number per axis.
 
     Shape:
         (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride).
@@ -75,6 +79,13 @@ class ReconstructionDecoder(Recomputable):
 
     Shape:
         (B, in_channels, x, y, z) to (B, out_channels, x * stride, y * stride, z * stride).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ReconstructionDecoder
+        >>> decoder = ReconstructionDecoder(in_channels=8, out_channels=1, stride=(4, 4, 1), channels=(4, 2))
+        >>> decoder(torch.rand(1, 8, 2, 3, 5)).shape
+        torch.Size([1, 1, 8, 12, 5])
     """
 
     def __init__(
@@ -115,7 +126,7 @@ class FoldingConv3d(nn.Conv3d):
 def conv_norm_relu(
     in_channels: int, out_channels: int, kernel_size: int, norm_groups: int, dilation: tuple[int, ...] = (1, 1, 1)
 ) -> nn.Sequential:
-    """Conv3d without bias that keeps the grid, GroupNorm, ReLU. Half the input channels stand for both halves."""
+    """Conv3d without bias that keeps the grid, GroupNorm, ReLU. Half the input channels are used as both halves."""
     padding = tuple(d * (kernel_size // 2) for d in dilation)
     return nn.Sequential(
         FoldingConv3d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
@@ -138,7 +149,17 @@ class ASPP(Recomputable):
         norm_groups: groups of each GroupNorm.
 
     Shape:
-        (B, in_channels, x, y, z) to (B, out_channels, x, y, z). An input of half the channels stands for itself twice.
+        (B, in_channels, x, y, z) to (B, out_channels, x, y, z). An input of half the channels is used as both halves.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ASPP
+        >>> aspp = ASPP(in_channels=8, out_channels=4, dilations=[1, (2, 2, 1)]).eval()
+        >>> features = torch.rand(1, 4, 5, 6, 7)
+        >>> aspp(features).shape
+        torch.Size([1, 4, 5, 6, 7])
+        >>> torch.allclose(aspp(features), aspp(torch.cat([features, features], dim=1)), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -170,9 +191,9 @@ class ASPP(Recomputable):
 
 
 class ClassLogits(nn.Conv3d):
-    """1x1x1 Conv3d in float32 under autocast, too: class logits rounded to bfloat16 tie, and labels turn over.
+    """1x1x1 Conv3d that runs in float32 under autocast: logits rounded to bfloat16 tie, which changes labels.
 
-    A scripted network computes it as autocast says.
+    In a scripted network autocast decides.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -196,6 +217,13 @@ class SegmentationHead(Recomputable):
 
     Shape:
         (B, in_channels, x, y, z) to (B, num_classes, x * stride, y * stride, z * stride).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import SegmentationHead
+        >>> head = SegmentationHead(in_channels=8, num_classes=3, stride=(4, 4, 1), channels=4)
+        >>> head(torch.rand(1, 8, 2, 3, 5)).shape
+        torch.Size([1, 3, 8, 12, 5])
     """
 
     def __init__(

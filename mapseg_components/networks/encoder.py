@@ -35,6 +35,13 @@ class ResidualBlock(Recomputable):
 
     Shape:
         (B, in_channels, X, Y, Z) to (B, out_channels, X / stride, Y / stride, Z / stride).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ResidualBlock
+        >>> block = ResidualBlock(in_channels=1, out_channels=8, stride=(4, 4, 1), norm_groups=4)
+        >>> block(torch.rand(1, 1, 8, 12, 5)).shape
+        torch.Size([1, 8, 2, 3, 5])
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: Sequence[int] | int, norm_groups: int) -> None:
@@ -77,6 +84,16 @@ class ResidualEncoder(nn.Module):
     Shape:
         (B, in_channels, X, Y, Z) to (B, width, X / stride, Y / stride, Z / stride). Any spatial size that the
         stride divides.
+
+    Raises:
+        ValueError: in a call, the stride does not divide the image.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import ResidualEncoder
+        >>> encoder = ResidualEncoder(in_channels=1, width=8, depth=2, stride=(4, 4, 1))
+        >>> encoder(torch.rand(1, 1, 8, 12, 5)).shape
+        torch.Size([1, 8, 2, 3, 5])
     """
 
     def __init__(

@@ -16,10 +16,10 @@ __all__ = ["MultiScaleMAE"]
 
 
 class MultiScaleMAE(nn.Module):
-    """One encoder and one decoder that reconstruct hidden blocks, of local patches and of global views alike.
+    """One encoder and one decoder that reconstruct the hidden blocks of local patches and global views.
 
-    The two scales share all weights, so a local patch and a global view of equal size may be one batch. The image
-    comes in with its hidden blocks already set to 0 (see ``mapseg_components.masking``).
+    The two scales share all weights, so that a local patch and a global view of equal size may be one batch. The hidden
+    blocks of the input are already replaced (see ``mapseg_components.masking``).
 
     Args:
         in_channels: image channels.
@@ -31,6 +31,13 @@ class MultiScaleMAE(nn.Module):
 
     Shape:
         (B, in_channels, X, Y, Z) to the same, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import MultiScaleMAE
+        >>> network = MultiScaleMAE(in_channels=1, width=8, depth=1, decoder_channels=(4, 2))
+        >>> network(torch.rand(2, 1, 8, 12, 4)).shape
+        torch.Size([2, 1, 8, 12, 4])
     """
 
     def __init__(

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from mapseg_components.errors import ConfigError
 
 __all__ = ["GlobalLocalPass", "PlainPass", "training_pass"]
 
@@ -23,7 +26,7 @@ class PlainPass(nn.Module):
             ``logits``. Of MONAI's ``DynUNet`` with deep supervision, which stacks its outputs along a further axis, the
             first is ``logits`` and the others ``deep_1``, ``deep_2``, ...
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.networks import PlainPass
         >>> outputs = PlainPass(torch.nn.Conv3d(1, 4, 3, padding=1))(image=torch.zeros(2, 1, 8, 8, 8))
@@ -51,6 +54,7 @@ class PlainPass(nn.Module):
         output = self.network(image)
         if isinstance(output, Mapping):
             return dict(output)
+        output = output.float()  # under amp: sums over many voxels
         if output.ndim == image.ndim + 1:
             first, *others = output.unbind(dim=1)
             return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}
@@ -63,7 +67,7 @@ class GlobalLocalPass(PlainPass):
     Args:
         network: a `GlobalLocalDeepLabV3` or any module with its ``encode``, ``context`` and ``decode``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalPass
         >>> network = GlobalLocalDeepLabV3(1, 3, width=8, depth=1, dilations=(1,), head_channels=8)
@@ -109,10 +113,31 @@ def collaborates(network: nn.Module) -> bool:
     return all(hasattr(network, part) for part in ("encode", "context", "decode"))
 
 
+def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """What a network gives for named inputs.
+
+    Raises:
+        ConfigError: it does not take these names, or returns no outputs by name.
+    """
+    remedy = "wrap it by mapseg_components.networks.training_pass"
+    try:
+        inspect.signature(network.forward).bind(**inputs)
+    except TypeError as error:
+        raise ConfigError(
+            f"network {type(network).__name__} does not take {sorted(inputs)} by name ({error}): {remedy}"
+        ) from None
+    outputs = network(**inputs)
+    if not isinstance(outputs, Mapping):
+        raise ConfigError(
+            f"network {type(network).__name__} returns {type(outputs).__name__}, expected outputs by name: {remedy}"
+        )
+    return outputs
+
+
 def training_pass(network: nn.Module) -> PlainPass:
     """The training pass that fits a network: `GlobalLocalPass` if it has the parts for it, otherwise `PlainPass`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mapseg_components.networks import training_pass
         >>> type(training_pass(torch.nn.Conv3d(1, 4, 3))).__name__

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How a network runs, whatever it computes: device, activations kept or computed again."""
+"""How a network runs: device, activations kept or computed again."""
 
 from __future__ import annotations
 
@@ -14,14 +14,26 @@ __all__ = ["Recomputable", "prepare_network"]
 
 
 class Recomputable(nn.Module):
-    """A module that can forget its activations and compute them again in the backward pass (activation checkpointing).
+    """A module that can drop its activations and compute them again in the backward pass (activation checkpointing).
 
-    Results, gradients and random state are those of the plain module. TorchScript compiles ``forward`` and never sees
-    the switch.
+    Results, gradients and random state are those of the plain module. TorchScript compiles ``forward`` alone, without
+    this behaviour.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import Recomputable
+        >>> class Square(Recomputable):
+        ...     def forward(self, x):
+        ...         return x * x
+        >>> square, x = Square(), torch.tensor(3.0, requires_grad=True)
+        >>> square.recompute = True
+        >>> square(x).backward()
+        >>> x.grad.item()
+        6.0
     """
 
     recompute = False
-    """Whether the next training pass forgets its activations, see `prepare_network`."""
+    """Whether the next training pass computes its activations again, see `prepare_network`."""
 
     def __call__(self, *args: Any) -> Any:
         if self.recompute and self.training and torch.is_grad_enabled():
@@ -32,16 +44,24 @@ class Recomputable(nn.Module):
 def prepare_network(
     network: nn.Module, device: torch.device | str, activation_checkpointing: bool = False
 ) -> nn.Module:
-    """Put a network on a device and set how it runs; neither changes what it computes, or its keys.
+    """Put a network on a device and set how it runs; its results and the names of its weights stay the same.
 
     Args:
         network: changed in place.
-        device: where to.
+        device: where it will run.
         activation_checkpointing: compute the activations of residual blocks and decoders again in the backward pass:
             a fraction of the memory for one more forward pass.
 
     Returns:
         the network.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import MultiScaleMAE, prepare_network
+        >>> network = MultiScaleMAE(in_channels=1, width=8, depth=1, decoder_channels=(4, 2))
+        >>> network = prepare_network(network, "cpu", activation_checkpointing=True)
+        >>> network.encoder.blocks[0].recompute
+        True
     """
     for module in network.modules():
         if isinstance(module, Recomputable):

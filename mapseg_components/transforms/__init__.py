@@ -6,20 +6,17 @@ from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
 from mapseg_components.transforms.contrast import RandGlobalLocalAdjustContrastd, RandGlobalLocalHistogramShiftd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
-from mapseg_components.transforms.intensity import (
-    FillNonFinite,
-    FillNonFinited,
-    NegativeValues,
-    NegativeValuesd,
+from mapseg_components.transforms.intensity import FillNonFinite, FillNonFinited, NegativeValues, NegativeValuesd
+from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
+from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
+from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
+from mapseg_components.transforms.percentiles import (
     PercentileClip,
     PercentileClipd,
     PercentileTabled,
     RandPercentileClip,
     RandPercentileClipd,
 )
-from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
-from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
-from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
 from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One random bias field for a scan, seen alike by its local patch and its global view."""
+"""One random bias field for a scan, the same in its local patch and its global view."""
 
 from __future__ import annotations
 
@@ -45,21 +45,32 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
 
     Draws and their meaning are MONAI's: the image times the exponential of a sum of Legendre polynomials with random
     coefficients, from -1 to 1 over the image. Here that image is the global view, from edge to edge. MONAI evaluates
-    the polynomials over each image for itself, so that the same anatomy is bright in the patch and dark in the view.
+    the polynomials over each image separately: the same anatomy may be bright in the patch and dark in the view.
 
     Args:
-        keys: images of `RandGlobalLocalCropd`.
-        degree: of the polynomials, at least 1.
-        coeff_range: of the coefficients.
+        keys: images of `RandGlobalLocalCropd`. Without the global view among them the field is MONAI's, over the patch.
+        degree: largest degree of the polynomials, at least 1.
+        coeff_range: range of the random coefficients, (lowest, highest).
         prob: probability of a field.
         local_key: which of the keys is the patch; the others are views of the whole box.
         global_key: the image whose voxels ``box_key`` counts.
         box_key: (3, 2), the patch in voxels of the global view.
         maximum: largest intensity afterwards. Where the field lifts an image above it, all images are divided by the
             same number, which is a change of the field's constant term; nothing is cut off. By default there is none.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
         ConfigError: the maximum is not above 0.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalBiasFieldd
+        >>> shade = RandGlobalLocalBiasFieldd(["image", "global_image"], prob=1.0, local_key="image", box_key="box")
+        >>> sample = {"image": torch.ones(1, 4, 6, 5), "global_image": torch.ones(1, 8, 6, 5)}
+        >>> sample["box"] = torch.tensor([[0, 4], [0, 6], [0, 5]])  # the patch is the first half of the view
+        >>> shaded = shade(sample)
+        >>> torch.allclose(shaded["image"], shaded["global_image"][:, :4])
+        True
     """
 
     def __init__(
@@ -101,10 +112,11 @@ class RandGlobalLocalBiasFieldd(RandBiasFieldd):
         coefficients = self.coefficients()
         shaded = {}
         for key in self.key_iterator(result):
-            box = self.relative_box(result) if key == self.local_key else np.array([[-1.0, 1.0]] * 3)
+            part = key == self.local_key and self.global_key in self.keys
+            box = self.relative_box(result) if part else np.array([[-1.0, 1.0]] * 3)
             image = as_volume(result[key])
             field = legendre_field(coefficients, box, image.shape[1:]).exp_().to(image.device)
-            shaded[key] = image * field  # keeps what a MetaTensor knows of its scan
+            shaded[key] = image * field  # keeps the metadata of a MetaTensor
         highest = max((float(image.max()) for image in shaded.values()), default=0.0)
         if self.maximum is not None and highest > self.maximum:
             shaded = {key: (image / (highest / self.maximum)).clamp(max=self.maximum) for key, image in shaded.items()}

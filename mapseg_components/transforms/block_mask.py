@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Random block masks for MONAI pipelines; the trainers of this package draw theirs on the device instead."""
+"""Random block masks for MONAI pipelines; the trainers of this package draw masks themselves, per batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,18 @@ class RandBlockMask(Randomizable, Transform):
     Args:
         block_size: voxels per block side, one number or one per axis.
         mask_ratio: share of hidden blocks, in [0, 1].
-        mask_value: what a hidden voxel shows, see ``masking.hide``; 0 in the paper.
+        mask_value: value of hidden voxels, see ``masking.hide``; 0 in the paper.
 
     Raises:
         ConfigError: the mask value is unknown.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandBlockMask
+        >>> hide = RandBlockMask(block_size=2, mask_ratio=0.25)
+        >>> hidden = hide(torch.ones(1, 4, 4, 4))
+        >>> tuple(hidden.shape), int((hidden == 0).sum())  # 2 of 8 blocks, 8 voxels each
+        ((1, 4, 4, 4), 16)
     """
 
     def __init__(self, block_size: Sequence[int] | int, mask_ratio: float, mask_value: float | str = 0.0) -> None:
@@ -56,7 +64,26 @@ class RandBlockMask(Randomizable, Transform):
 
 
 class RandBlockMaskd(Randomizable, MapTransform):
-    """Dictionary version of `RandBlockMask`: each key has its own mask, stored as ``<key>_mask``."""
+    """Dictionary version of `RandBlockMask`: each key has its own mask, stored as ``<key>_mask``.
+
+    Args:
+        keys: images (C, X, Y, Z).
+        block_size: voxels per block side, one number or one per axis.
+        mask_ratio: share of hidden blocks, in [0, 1].
+        mask_value: value of hidden voxels, see ``masking.hide``.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        ConfigError: the mask value is unknown; or, in a call, as `RandBlockMask`.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandBlockMaskd
+        >>> hide = RandBlockMaskd(keys="image", block_size=2, mask_ratio=0.25)
+        >>> sample = hide({"image": torch.ones(1, 4, 4, 4)})
+        >>> sorted(sample), int(sample["image_mask"].sum())
+        (['image', 'image_mask'], 16)
+    """
 
     def __init__(
         self,

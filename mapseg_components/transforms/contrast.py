@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random intensity curves of a scan, the same for its local patch and its global view.
 
-MONAI's curves run between the extremes of the image that they change. A patch and a view of one scan have other
-extremes, so that MONAI gives the same tissue another intensity in each. Here one curve runs between the extremes of all
-keys together. The view shows the whole foreground box, so that these are the scan's extremes; no range is assumed, so
-that images in any unit keep theirs, and images in [0, 1] stay there with 0, the background, at 0.
+MONAI's curves run between the extremes of the image that they change. A patch and a view of one scan have different
+extremes, so that MONAI gives the same tissue a different intensity in each. Here one curve runs between the extremes of
+all keys together. The view shows the whole foreground box, so that these are the scan's extremes. No range is assumed:
+images in any unit keep theirs, and images in [0, 1] stay there with 0, the background, at 0.
 """
 
 from __future__ import annotations
@@ -27,6 +27,22 @@ class RandGlobalLocalAdjustContrastd(RandAdjustContrastd):
 
     Draws, arguments and the curve are MONAI's; the extremes, and with ``retain_stats`` mean and standard deviation, are
     those of all keys together.
+
+    Args:
+        keys: the images of one scan.
+        prob: probability of a curve.
+        gamma: range of the random exponent, (lowest, highest); a number g above 0.5 stands for (0.5, g).
+        invert_image: apply the curve to the inverted image.
+        retain_stats: restore mean and standard deviation after the curve.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalAdjustContrastd
+        >>> adjust = RandGlobalLocalAdjustContrastd(["image", "global_image"], prob=1.0, gamma=(2.0, 2.0))
+        >>> sample = {"image": torch.tensor([[0.0, 0.5]]), "global_image": torch.tensor([[0.0, 0.5, 1.0]])}
+        >>> [values.round(decimals=3).tolist() for values in adjust(sample).values()]  # x -> x ** 2
+        [[[0.0, 0.25]], [[0.0, 0.25, 1.0]]]
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -43,6 +59,23 @@ class RandGlobalLocalHistogramShiftd(RandHistogramShiftd):
     """MONAI's ``RandHistogramShiftd`` with one random monotone curve for all keys: equal intensities stay equal.
 
     Draws, arguments and the curve are MONAI's; the extremes are those of all keys together.
+
+    Args:
+        keys: the images of one scan.
+        num_control_points: points of the curve, one number or the range of a random one.
+        prob: probability of a curve.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalHistogramShiftd
+        >>> shift = RandGlobalLocalHistogramShiftd(["image", "global_image"], prob=1.0)
+        >>> sample = {"image": torch.tensor([[0.0, 0.5]]), "global_image": torch.tensor([[0.0, 0.5, 1.0]])}
+        >>> shifted = shift(sample)
+        >>> [round(value, 3) for value in shifted["global_image"][0, [0, 2]].tolist()]  # the extremes stay
+        [0.0, 1.0]
+        >>> bool(shifted["image"][0, 1] == shifted["global_image"][0, 1])  # equal intensities stay equal
+        True
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

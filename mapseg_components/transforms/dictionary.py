@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What dictionary versions of transforms share."""
+"""Base class of dictionary versions of transforms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EachKey"]
 
 
 class EachKey(MapTransform):
-    """Apply ``self.transform``, which a subclass makes, to each of the keys."""
+    """Apply ``self.transform``, set by a subclass, to each of the keys."""
 
     transform: Callable[[Any], Any]
 

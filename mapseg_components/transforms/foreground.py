@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a random crop must know of a whole volume, found once and cached."""
+"""Properties of a whole volume that random crops need: foreground extremes and voxels of each class, to be cached."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from monai.transforms import MapTransform
 
 from mapseg_components.boxes import axis_extremes
 from mapseg_components.errors import DataError
-from mapseg_components.transforms.inputs import as_volume, require_spatial
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name
 
 __all__ = ["AxisExtremesd", "ClassVoxelsd"]
 
-WHOLE = 1e-3  # how far a class may be from its number
+WHOLE = 1e-3  # tolerance of a class index
 
 
 def foreground_extremes(img: torch.Tensor, lowest: torch.Tensor | None = None) -> np.ndarray:
@@ -27,7 +26,7 @@ def foreground_extremes(img: torch.Tensor, lowest: torch.Tensor | None = None) -
 
     Args:
         img: the volume, tensor or array.
-        lowest: (C,), what background is in each channel, by default 0; foreground is what differs from it.
+        lowest: (C,), intensity of background in each channel, by default 0; foreground differs from it.
 
     Raises:
         DataError: the volume has another number of axes, or no foreground; the message names the file.
@@ -76,11 +75,21 @@ class AxisExtremesd(MapTransform):
 
     Args:
         keys: whole volumes.
-        above_minimum: foreground is what lies above its channel's minimum, which are the voxels that are not 0 once the
-            volume is scaled to [0, 1] (`PercentileClip`). By default it is what is not 0.
+        above_minimum: foreground is the voxels above their channel's minimum, which are those that are not 0 after
+            scaling to [0, 1] (`PercentileClip`). By default it is the voxels that are not 0.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
-        DataError: the scan has no foreground; the message names the file.
+        DataError: in a call, the scan has no foreground; the message names the file.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import AxisExtremesd
+        >>> image = torch.zeros(1, 5, 6, 7)
+        >>> image[:, 1:3, 2:4, 3:6] = 1
+        >>> points = AxisExtremesd(keys="image")({"image": image})["image_extremes"]  # (N, 3)
+        >>> points.amin(dim=0).tolist(), points.amax(dim=0).tolist()
+        ([1, 2, 3], [2, 3, 5])
     """
 
     def __init__(self, keys: KeysCollection, above_minimum: bool = False, allow_missing_keys: bool = False) -> None:
@@ -106,10 +115,19 @@ class ClassVoxelsd(MapTransform):
     Args:
         keys: labels of class indices.
         max_per_class: rows per class.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
-        DataError: the label has another shape, such as one channel per class, or values that are not whole; the
-            message names the file.
+        DataError: in a call, the label has another shape, such as one channel per class, or values that are not whole;
+            the message names the file.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import ClassVoxelsd
+        >>> label = torch.zeros(1, 5, 6, 7)
+        >>> label[0, 1, 2, 3], label[0, 4, 5, 6] = 1, 2
+        >>> ClassVoxelsd(keys="label")({"label": label})["label_voxels"].tolist()  # class, x, y, z
+        [[1, 1, 2, 3], [2, 4, 5, 6]]
     """
 
     def __init__(self, keys: KeysCollection, max_per_class: int = 2000, allow_missing_keys: bool = False) -> None:

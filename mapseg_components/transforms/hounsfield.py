@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Is a CT in Hounsfield units (HU), or were 1024 added to keep it positive? Recognised, never assumed."""
+"""Whether a CT is in Hounsfield units (HU), or in HU + 1024 to be positive: recognised by its intensities."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def ct_scale(voxels: np.ndarray) -> str | None:
     Returns:
         ``"hu"``; ``"shifted"`` for HU + 1024; ``None`` if neither is recognised, as in a scan that is cropped within
         an organ, or one that was clipped.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.transforms.hounsfield import ct_scale
+        >>> body = np.array([-1000.0, -1000.0, -100.0, 40.0, 50.0, 60.0])  # air, fat and soft tissue
+        >>> ct_scale(body), ct_scale(body + 1024), ct_scale(np.array([5.0, 9.0]))
+        ('hu', 'shifted', None)
     """
     lowest = float(voxels.min())
     if lowest < AIR_BELOW:
@@ -36,7 +43,7 @@ def ct_scale(voxels: np.ndarray) -> str | None:
 
 
 def soft_tissue_share(voxels: np.ndarray, offset: float) -> float:
-    """Share of soft tissue among what is denser than lung, in HU + ``offset``; 0 without any."""
+    """Share of soft tissue among the voxels denser than lung, in HU + ``offset``; 0 if there are none."""
     dense = voxels[voxels > DENSER_THAN_LUNG + offset]
     low, high = (bound + offset for bound in SOFT_TISSUE)
     return float(((dense > low) & (dense < high)).mean()) if dense.size else 0.0

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a transform may be given: tensors with and without metadata, and NumPy arrays, as in MONAI."""
+"""Inputs of transforms: tensors with and without metadata, and NumPy arrays, as in MONAI."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 
 from mapseg_components.errors import ConfigError, DataError
 
-__all__ = ["as_volume", "require_spatial"]
+__all__ = ["as_volume", "channel_name", "require_spatial", "scan_name"]
 
 WIDENED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
@@ -35,3 +36,13 @@ def require_spatial(img: torch.Tensor, name: str) -> None:
     """Refuse what is not (C, X, Y, Z). Raises `DataError`; ``name`` is for its message."""
     if img.ndim != 4:
         raise DataError(f"{name} has shape {tuple(img.shape)}, expected (C, X, Y, Z): put EnsureChannelFirstd before")
+
+
+def scan_name(image: Any) -> str:
+    """File name of a scan for messages, if it is in the tensor's metadata."""
+    return str(image.meta.get("filename_or_obj", "a scan in memory")) if isinstance(image, MetaTensor) else "a scan"
+
+
+def channel_name(image: Any, channel: int) -> str:
+    """Name of a scan, and of its channel if it has several, for messages."""
+    return f"{scan_name(image)}, channel {channel}" if len(image) > 1 else scan_name(image)

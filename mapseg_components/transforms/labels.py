@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""From the values of a label map to consecutive class indices, with nothing dropped silently."""
+"""Map the values of a label map to consecutive class indices; no value is dropped silently."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from monai.transforms import MapLabelValue, Transform
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.structures import structures_of, to_whole, unknown_values
 from mapseg_components.transforms.dictionary import EachKey
-from mapseg_components.transforms.inputs import as_volume
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.inputs import as_volume, scan_name
 
 __all__ = ["SelectLabels", "SelectLabelsd"]
 
@@ -29,6 +28,13 @@ class SelectLabels(Transform):
 
     Raises:
         ConfigError: a value is named twice, or 0 is among them.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import SelectLabels
+        >>> select = SelectLabels(kept={"left hippocampus": 17, "right hippocampus": 53}, dropped=[2])
+        >>> select(torch.tensor([[0, 2, 17, 53]])).tolist()
+        [[0, 0, 1, 2]]
     """
 
     def __init__(self, kept: Sequence[int] | Mapping[str, int], dropped: Sequence[int] = ()) -> None:
@@ -47,8 +53,8 @@ class SelectLabels(Transform):
         """Label of class indices, uint8, of the same shape.
 
         Raises:
-            DataError: a value is neither kept nor dropped (fractions included); the message names the file. What is
-                whole but for float32 rounding is that number.
+            DataError: a value is neither kept nor dropped (fractions included); the message names the file. A value
+                that differs from a whole number by float32 rounding alone counts as that number.
         """
         img = as_volume(img)
         found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)
@@ -61,7 +67,25 @@ class SelectLabels(Transform):
 
 
 class SelectLabelsd(EachKey):
-    """Dictionary version of `SelectLabels`."""
+    """Dictionary version of `SelectLabels`.
+
+    Args:
+        keys: label maps of any shape.
+        kept: values in the order of their class index, or a mapping of structure name to value.
+        dropped: values that the dataset has and this task does not want.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        ConfigError: a value is named twice, or 0 is among them.
+        DataError: in a call, a value is neither kept nor dropped; the message names the file.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import SelectLabelsd
+        >>> select = SelectLabelsd(keys="label", kept=[17, 53], dropped=[2])
+        >>> select({"label": torch.tensor([[0, 2, 17, 53]])})["label"].tolist()
+        [[0, 0, 1, 2]]
+    """
 
     def __init__(
         self,

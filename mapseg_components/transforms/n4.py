@@ -14,7 +14,7 @@ from mapseg_components.transforms.resampling import resample, spacing_of
 
 __all__ = ["MASKS", "bias_field"]
 
-itk, _ = optional_import("itk")  # MONAI's way: ITK is loaded where it is used, which takes seconds
+itk, _ = optional_import("itk")  # loaded at its first use, since that takes seconds
 
 MASKS = ("otsu", "foreground")
 OTSU_BINS = 200
@@ -30,19 +30,19 @@ def bias_field(
     iterations: Sequence[int],
     convergence: float,
 ) -> np.ndarray:
-    """The smooth factor by which a scan is too bright; dividing by it corrects the scan.
+    """Multiplicative bias field of a scan; dividing by it corrects the scan.
 
     The field is fitted on every ``shrink``-th voxel and evaluated between them linearly. One thread, so that equal
     scans give equal fields on any number of cores.
 
     Args:
         voxels: (X, Y, Z), not negative.
-        affine: (4, 4), for the spacing.
+        affine: (4, 4), from voxel index to mm, for the spacing.
         mask: where the field is fitted: ``"otsu"``, above Otsu's threshold, or ``"foreground"``, above 0 (for scans
             whose background is 0, such as skull-stripped ones).
-        shrink: see above; along an axis less, where fewer than 16 voxels would be left.
-        iterations: the most at each level; each level halves the distance of the spline's knots.
-        convergence: of the field's change at which a level ends.
+        shrink: see above; less along an axis of which fewer than 16 voxels would be left.
+        iterations: maximum number at each level; each level halves the distance of the spline's knots.
+        convergence: a level ends when the field's change falls below it.
 
     Returns:
         float32 (X, Y, Z), positive.

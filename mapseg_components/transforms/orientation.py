@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Orientation of scans whose header names none: said explicitly, never guessed."""
+"""Orientation of scans whose header has none: set explicitly, never guessed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from monai.transforms import Transform
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms.dictionary import EachKey
-from mapseg_components.transforms.inputs import as_volume
-from mapseg_components.transforms.intensity import scan_name
+from mapseg_components.transforms.inputs import as_volume, scan_name
 
 __all__ = ["AssumeOrientation", "AssumeOrientationd"]
 
 
 def check_axcodes(axcodes: str | None) -> None:
-    """Refuse what is no orientation and not ``None``. Raises `ConfigError`."""
+    """Refuse a text that is not an orientation; ``None`` passes. Raises `ConfigError`."""
     pairs = [next((n for n, pair in enumerate(("LR", "PA", "IS")) if code in pair), -1) for code in axcodes or ""]
     if axcodes is not None and sorted(pairs) != [0, 1, 2]:
         raise ConfigError(
@@ -51,6 +50,15 @@ class AssumeOrientation(Transform):
 
     Raises:
         ConfigError: the letters are no orientation.
+
+    Examples:
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import AssumeOrientation
+        >>> header = {"sform_code": 0, "qform_code": 0, "pixdim": [1.0, 2.0, 2.0, 3.0]}
+        >>> scan = MetaTensor(torch.zeros(1, 5, 6, 7), meta=header)
+        >>> AssumeOrientation("LPS")(scan).affine.diagonal().tolist()  # in mm; RAS+ is positive
+        [-2.0, -2.0, 3.0, 1.0]
     """
 
     def __init__(self, axcodes: str | None = None) -> None:
@@ -82,7 +90,26 @@ class AssumeOrientation(Transform):
 
 
 class AssumeOrientationd(EachKey):
-    """Dictionary version of `AssumeOrientation`."""
+    """Dictionary version of `AssumeOrientation`.
+
+    Args:
+        keys: scans (C, X, Y, Z).
+        axcodes: where the three axes point to, e.g. ``"RAS"``; ``None`` refuses scans without an orientation.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Raises:
+        ConfigError: the letters are no orientation.
+        DataError: in a call, the header names no orientation and none is assumed.
+
+    Examples:
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import AssumeOrientationd
+        >>> header = {"sform_code": 0, "qform_code": 0, "pixdim": [1.0, 2.0, 2.0, 3.0]}
+        >>> case = {"image": MetaTensor(torch.zeros(1, 5, 6, 7), meta=header)}
+        >>> AssumeOrientationd(keys="image", axcodes="RAS")(case)["image"].affine.diagonal().tolist()
+        [2.0, 2.0, 3.0, 1.0]
+    """
 
     def __init__(self, keys: KeysCollection, axcodes: str | None = None, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)

@@ -19,8 +19,8 @@ from mapseg_components.boxes import expand_box, index_affine, relative_box, tran
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import BOX, IMAGE, LABEL, VALID_BOX
 from mapseg_components.transforms.foreground import foreground_extremes, voxels_of_classes
-from mapseg_components.transforms.inputs import as_volume, require_spatial
-from mapseg_components.transforms.intensity import LIMITS_POSTFIX, scan_name
+from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name
+from mapseg_components.transforms.percentiles import LIMITS_POSTFIX
 from mapseg_components.transforms.sampling import sample
 
 __all__ = ["RandGlobalLocalCrop", "RandGlobalLocalCropd"]

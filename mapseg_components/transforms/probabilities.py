@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a network was: the largest probability of each voxel, and the probabilities of all classes as a file."""
+"""Confidence of a network: the largest probability of each voxel, and the probabilities of all classes as a file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,20 @@ def largest_probability(logits: torch.Tensor) -> torch.Tensor:
 
 
 class Confidenced(MapTransform):
-    """Add ``confidence`` (1, X, Y, Z) to a case: `largest_probability` of the logits under the key."""
+    """Add ``confidence`` (1, X, Y, Z), float32, to a case: the largest of the logits' probabilities.
+
+    Args:
+        keys: logits (classes, X, Y, Z).
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import Confidenced
+        >>> logits = torch.zeros(4, 2, 3, 5)  # four classes, all as likely
+        >>> confidence = Confidenced(keys="pred")({"pred": logits})["confidence"]
+        >>> tuple(confidence.shape), confidence.unique().tolist()
+        ((1, 2, 3, 5), [0.25])
+    """
 
     def __init__(self, keys: KeysCollection = "pred", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -58,7 +71,19 @@ class Confidenced(MapTransform):
 
 
 class Probabilitiesd(MapTransform):
-    """Add ``probabilities`` (classes, X, Y, Z), uint8 from 0 to 255, to a case: softmax of the logits under the key."""
+    """Add ``probabilities`` (classes, X, Y, Z), uint8 from 0 to 255, to a case: softmax of the logits under the key.
+
+    Args:
+        keys: logits (classes, X, Y, Z).
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import Probabilitiesd
+        >>> logits = torch.tensor([0.6, 0.4]).log().reshape(2, 1, 1, 1)
+        >>> Probabilitiesd(keys="pred")({"pred": logits})["probabilities"].flatten().tolist()  # 255 is 1
+        [153, 102]
+    """
 
     def __init__(self, keys: KeysCollection = "pred", allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
@@ -82,21 +107,34 @@ def plain(logits: Any) -> torch.Tensor:
 
 
 def beside(values: torch.Tensor, logits: Any) -> MetaTensor:
-    """Values with what logits on the same grid know of their scan; MONAI inverts no plain tensor."""
+    """Values with the metadata of logits on the same grid, which MONAI's ``Invertd`` needs."""
     return MetaTensor(values).copy_meta_from(logits) if isinstance(logits, MetaTensor) else MetaTensor(values)
 
 
 def save_probabilities(steps: np.ndarray, affine: np.ndarray, path: str | Path) -> None:
-    """Write probabilities as 4D NIfTI, read it back, or leave what was there.
+    """Write probabilities as 4D NIfTI and verify the file; after an error an earlier file is unchanged.
 
     Stored as uint8 with the slope 1/255, which every reader applies: a quarter of float32's size at a resolution of
     0.4 %. NIfTI has no 16-bit floating point type.
 
     Args:
-        steps: (classes, X, Y, Z), uint8, background first. affine: (4, 4). path: the file.
+        steps: (classes, X, Y, Z), uint8, background first, 255 for 1.
+        affine: (4, 4), from voxel index to mm.
+        path: the file, ``.nii`` or ``.nii.gz``.
 
     Raises:
         ResourceError: the disk is full, cannot be written, or does not give back what was written.
+
+    Examples:
+        >>> import tempfile
+        >>> import nibabel as nib
+        >>> import numpy as np
+        >>> from mapseg_components.transforms import save_probabilities
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_probabilities(np.full((2, 3, 4, 5), 51), np.eye(4), f"{folder}/scan.nii.gz")
+        ...     volume = nib.load(f"{folder}/scan.nii.gz").get_fdata()
+        >>> volume.shape, round(float(volume[0, 0, 0, 0]), 3)
+        ((3, 4, 5, 2), 0.2)
     """
     volume = nifti_image(np.moveaxis(np.asarray(steps, dtype=np.uint8), 0, -1), np.asarray(affine, dtype=float))
     volume.header.set_slope_inter(1 / STEPS, 0)

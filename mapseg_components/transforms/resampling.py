@@ -44,7 +44,7 @@ def to_canonical(voxels: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np
 def spaced_grid(
     shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float | None]
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """The grid of another spacing over the same field of view: equal axes and centre, so both ends differ alike.
+    """The grid of another spacing over the same field of view, with the same axes and centre.
 
     Args:
         shape: (3,) of the old grid.

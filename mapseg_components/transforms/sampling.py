@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values of a volume on another grid, without touching more of the volume than the grid does.
 
-Random crops sample large volumes at few voxels. A grid along the volume's axes is a resized box of it; any other one is
-looked up voxel by voxel. Neither copies or converts the whole volume, which may be of integers or mapped from a file.
+Random crops sample large volumes at few voxels. A grid along the volume's axes is a resized box of it; any other grid
+is sampled voxel by voxel. Neither copies or converts the whole volume, which may hold integers or be a mapped file.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mapseg_components.transforms.intensity import clipped
+from mapseg_components.transforms.percentiles import clipped
 
 __all__ = ["sample"]
 
-SLAB = 16  # planes looked up at a time: what is in between stays in the processor's cache
-COPIED = 4  # a box of so many voxels per sample is clipped as a whole; the samples of a larger one are looked up
+SLAB = 16  # planes per step, so that intermediate results stay in the processor's cache
+COPIED = 4  # most voxels per sample of a box that is clipped as a whole; in a larger one, only what is read is clipped
 
 
 def sample(
@@ -142,7 +142,10 @@ def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], d
     border voxel times the share of the way: with the shares the values are those of a volume surrounded by 0.
 
     Args:
-        affine: (3, 4), voxel index of the grid to voxel index of the volume. size: of the grid. shape: of the volume.
+        affine: (3, 4), voxel index of the grid to voxel index of the volume.
+        size: voxels per axis of the grid.
+        shape: (X, Y, Z) of the volume.
+        device: of the result.
     """
     strides = [shape[1] * shape[2], shape[2], 1]
     index_type = torch.int32 if shape[0] * strides[0] <= torch.iinfo(torch.int32).max else torch.int64
@@ -155,7 +158,7 @@ def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], d
         reach = row[:3] * (np.asarray(size) - 1)
         if row[3] + reach.clip(max=0).sum() < 0.01 or row[3] + reach.clip(min=0).sum() > side - 1.01:
             shares.append(torch.minimum(position + 1, side - position).clamp_(0, 1))
-            # short of the last voxel by nothing that counts, so that there is a next one
+            # the largest float32 below the last voxel, so that a next voxel exists
             position = position.clamp(0, max(float(np.nextafter(np.float32(side - 1), np.float32(0))), 0))
         fractions.append(position.frac())
         below.append(position.to(index_type))
@@ -188,5 +191,5 @@ def nearest(values: torch.Tensor, places: Places) -> torch.Tensor:
         index = torch.add(index, fraction.round().to(index.dtype), alpha=step)
     result = values.index_select(0, index.reshape(-1)).view(tuple(places.size))
     for share in places.shares:
-        result.mul_(share >= 0.5)  # half a voxel beside the border a 0 is nearer
+        result.mul_(share >= 0.5)  # beyond half a voxel outside the border, the nearest value is 0
     return result

@@ -1,10 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Saving volumes: a file that was read back and found equal, or no file at all.
+"""Saving volumes with verification: a file is read back and compared before it gets its name.
 
-MONAI's ``SaveImage`` writes in place, accepts what a full disk left behind from some writers, and blames missing
-libraries for every failure of the others. Its ``NibabelWriter`` names no unit, and writes a qform also where that
-cannot hold the affine.
+MONAI's ``SaveImage`` writes in place, accepts incomplete files of some writers on a full disk, and reports every
+failure of the others as a missing library. Its ``NibabelWriter`` writes no unit of length, and a qform also where that
+cannot represent the affine.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ QFORM_TOLERANCE_MM = 1e-3  # of a corner; readers that compare the forms may ref
 
 
 class SaveVolume(SaveImage):
-    """Save a volume of numbers as float32 NIfTI, whole and read back, or not at all.
+    """Save a volume as float32 NIfTI and verify the file; after an error there is no new file.
 
-    The file is written beside its place, read to its end, compared (shape, type, affine and every voxel, all without
-    tolerance; NIfTI keeps the affine as float32) and then renamed. Whatever fails, what was there before stays.
+    The file is written under a temporary name in the same folder, read back, compared (shape, type, affine and every
+    voxel, all without tolerance; NIfTI keeps the affine as float32) and then renamed. If a step fails, an earlier file
+    of that name is unchanged.
 
     Args:
         output_dir: folder; made if missing.
@@ -50,6 +51,20 @@ class SaveVolume(SaveImage):
         separate_folder: put each file into a folder named as its scan.
         overwrite: replace an existing file; otherwise it is an error. A symbolic link is replaced, never followed.
         savepath_in_metadict: note the path in the metadata as ``saved_to``.
+
+    Raises:
+        ConfigError: the ending is another one.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveVolume
+        >>> volume = MetaTensor(torch.rand(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     volume = SaveVolume(folder, output_postfix="map")(volume)
+        ...     os.listdir(folder)
+        ['a_map.nii.gz']
     """
 
     def __init__(
@@ -124,13 +139,33 @@ class SaveVolume(SaveImage):
 
 
 class SaveLabelMap(SaveVolume):
-    """Save a label map as integers (uint8, or int16 for classes above 255), whole and read back, or not at all.
+    """Save a label map as integers (uint8, or int16 for classes above 255) and verify the file, see `SaveVolume`.
 
     Args:
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        output_ext: ``".nii.gz"`` or ``".nii"``.
+        separate_folder: put each file into a folder named as its scan.
+        overwrite: replace an existing file; otherwise it is an error. A symbolic link is replaced, never followed.
+        savepath_in_metadict: note the path in the metadata as ``saved_to``.
         num_classes: with background; fixes the type of all files and refuses higher values. By default the
             largest value of each map decides.
 
-    The other arguments are those of `SaveVolume`.
+    Raises:
+        ConfigError: the ending is another one, or ``num_classes`` is out of bounds; or, in a call, values are not
+            whole numbers from 0 to the largest class, or as `SaveVolume`.
+
+    Examples:
+        >>> import tempfile
+        >>> import nibabel as nib
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveLabelMap
+        >>> label_map = MetaTensor(torch.ones(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     label_map = SaveLabelMap(folder, num_classes=3)(label_map)
+        ...     nib.load(f"{folder}/a_seg.nii.gz").get_data_dtype()
+        dtype('uint8')
     """
 
     def __init__(
@@ -162,10 +197,13 @@ class SaveLabelMap(SaveVolume):
 
 
 def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    """Write voxels (X, Y, Z) in their own type with an affine (4, 4), and compare what is read back.
+    """Write voxels (X, Y, Z) in their type with an affine (4, 4), and verify the file.
 
     Args:
-        temporary: of `replacing`. path: the file's later name.
+        temporary: path that `replacing` gave.
+        voxels: (X, Y, Z).
+        affine: (4, 4), from voxel index to mm.
+        path: the file's later name, for messages.
 
     Raises:
         ResourceError: it differs; see `verify`.
@@ -175,7 +213,7 @@ def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path
 
 
 def nifti_image(voxels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
-    """Voxels (X, Y, Z) or (X, Y, Z, channels) in their own type, with a header that every program reads alike.
+    """NIfTI image of voxels (X, Y, Z) or (X, Y, Z, channels) in their type, with an unambiguous header.
 
     The sform is the affine (4, 4), from voxel to mm. So is the qform, or it is not in use (code 0) where a quaternion
     cannot hold the affine: if that is sheared, or by rounding near a half turn. ``pixdim`` and the unit (mm) agree.
@@ -222,7 +260,29 @@ def verify(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) 
 
 
 class SaveVolumed(SaveImaged):
-    """Dictionary version of `SaveVolume`, with its arguments."""
+    """Dictionary version of `SaveVolume`.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+        settings: the other arguments of `SaveVolume`.
+
+    Raises:
+        ConfigError: as `SaveVolume`.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveVolumed
+        >>> case = {"image": MetaTensor(torch.rand(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     case = SaveVolumed(keys="image", output_dir=folder, output_ext=".nii")(case)
+        ...     os.listdir(folder)
+        ['a_trans.nii']
+    """
 
     saver_type: type[SaveVolume] = SaveVolume
 
@@ -243,9 +303,30 @@ class SaveVolumed(SaveImaged):
 
 
 class SaveLabelMapd(SaveVolumed):
-    """Dictionary version of `SaveLabelMap`, with its arguments.
+    """Dictionary version of `SaveLabelMap`.
 
     A subclass of MONAI's ``SaveImaged``, which MONAI Label drops from a bundle's postprocessing by its type.
+
+    Args:
+        keys: label maps (1, X, Y, Z).
+        output_dir: folder; made if missing.
+        output_postfix: ``scan.nii.gz`` becomes ``scan_<postfix>.nii.gz``.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+        settings: the other arguments of `SaveLabelMap`.
+
+    Raises:
+        ConfigError: as `SaveLabelMap`.
+
+    Examples:
+        >>> import os, tempfile
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import SaveLabelMapd
+        >>> case = {"pred": MetaTensor(torch.ones(1, 5, 6, 7), meta={"filename_or_obj": "scans/a.nii.gz"})}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     case = SaveLabelMapd(keys="pred", output_dir=folder)(case)
+        ...     os.listdir(folder)
+        ['a_seg.nii.gz']
     """
 
     saver_type = SaveLabelMap

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +18,7 @@ from monai.inferers import SimpleInferer
 from mapseg_components.errors import ConfigError
 from mapseg_components.inferers import AutocastInferer
 from tests.conftest import ROOT, SAMPLE, make_scan, write_nifti
+from tests.warm import python
 from tools.check_bundles import findings
 
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
@@ -53,7 +53,7 @@ def train(bundle, folder, dataset, *extra, cwd=None, **settings):
 
 def command(bundle, *arguments, cwd=None, run_id="training"):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    line = [sys.executable, "-m", "monai.bundle", "run", run_id, *arguments]
+    line = [python(), "-m", "monai.bundle", "run", run_id, *arguments]
     return subprocess.run(line, cwd=cwd or bundle, capture_output=True, text=True, env=environment)
 
 
@@ -246,12 +246,12 @@ def test_required_properties_are_there(bundle, name, dataset):
 @pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda b: b.name)
 def test_two_processes_train_one_network(bundle, dataset, tmp_path):
     files = "['configs/train.json','configs/tiny.yaml','configs/multi_gpu_train.json']"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle"]
+    line = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle"]
     line += ["run", "training", "--config_file", files, "--dataset_dir", str(dataset)]
     line += ["--ckpt_dir", str(tmp_path / "out"), "--output_dir", str(tmp_path / "out")]
     if bundle == ADAPTATION:
         line += ["--labels", json.dumps(LABELS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python()}
     done = subprocess.run(line, cwd=bundle, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len((tmp_path / "out" / "history.jsonl").read_text().splitlines()) == 2

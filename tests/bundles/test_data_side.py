@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.data import SeededDataset
 from mapseg_components.handlers import ScoreCheckpoint, TeacherValidation
 from mapseg_components.transforms import PercentileClip
-from mapseg_components.transforms.intensity import clipped
+from mapseg_components.transforms.percentiles import clipped
 from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, overlays
 from tests.conftest import write_nifti
 
@@ -123,7 +123,7 @@ def test_every_config_gives_images_in_0_to_1_with_background_0(bundle, overlay, 
     for dataset in ("train#dataset", *(["train#target_dataset"] if bundle == ADAPTATION else [])):
         samples = draws(parser, dataset, 16)
         for sample in samples:
-            for key in ("local_image", "global_image"):
+            for key in ("image", "global_image"):
                 image = torch.as_tensor(sample[key])
                 assert image.isfinite().all() and image.min() >= 0 and image.max() <= 1, (dataset, key)
         assert any((torch.as_tensor(sample["global_image"]) == 0).any() for sample in samples)
@@ -143,12 +143,12 @@ def test_equal_intensities_of_patch_and_view_stay_equal_in_every_overlay():
         parser = training(ADAPTATION, *more, intensity_prob=1.0, bias_field_range=[0.0, 0.0])
         steps = parser.get_parsed_content("source_intensity")
         for seed in range(8):
-            sample = {"local_image": patch, "global_image": view, "local_box": box}
+            sample = {"image": patch, "global_image": view, "box": box}
             for number, step in enumerate(steps):
                 step.set_random_state(seed * 100 + number)
                 sample = step(sample)
             same_place = patch == view[:, :9]
-            difference = torch.as_tensor(sample["local_image"]) - torch.as_tensor(sample["global_image"])[:, :9]
+            difference = torch.as_tensor(sample["image"]) - torch.as_tensor(sample["global_image"])[:, :9]
             assert difference[same_place].abs().max() < 1e-5, overlay
             assert torch.as_tensor(sample["global_image"])[0, :2].eq(0).all(), overlay
             changed |= {overlay} if not torch.allclose(torch.as_tensor(sample["global_image"]), view) else set()
@@ -187,11 +187,11 @@ def test_percentile_foreground_reaches_training_validation_and_inference(foregro
     """A patch of the scan's own shape is the scan, so that a sample can be computed by hand."""
     settings = make_scans(tmp_path) | STILL | {"percentile": 95.0, "percentile_foreground": foreground}
     adaptation = training(ADAPTATION, intensity_prob=0.0, **settings)
-    found = {name: draws(adaptation, name, 1)[0]["local_image"] for name in ("train#dataset", "train#target_dataset")}
+    found = {name: draws(adaptation, name, 1)[0]["image"] for name in ("train#dataset", "train#target_dataset")}
     found["validate#dataset"] = adaptation.get_parsed_content("validate#dataset")[0]["image"]
     scans = {name: raw(adaptation, name) for name in found}
     pretraining = training(PRETRAINING, flip_prob=0.0, **settings)
-    found["pretraining"] = draws(pretraining, "train#dataset", 1)[0]["local_image"]
+    found["pretraining"] = draws(pretraining, "train#dataset", 1)[0]["image"]
     scans["pretraining"] = raw(pretraining, "train#dataset")
     scan = adaptation.get_parsed_content("train#target_dataset").data[0]["image"]
     for bundle in (ADAPTATION, PRETRAINING):
@@ -211,14 +211,12 @@ def test_percentile_foreground_reaches_training_validation_and_inference(foregro
 
 def zooms(samples):
     """Voxel sizes of the patch on each axis, mm; the scans have 1 mm."""
-    return np.array([np.linalg.norm(np.asarray(sample["local_image"].affine)[:3, :3], axis=0) for sample in samples])
+    return np.array([np.linalg.norm(np.asarray(sample["image"].affine)[:3, :3], axis=0) for sample in samples])
 
 
 def turned(samples):
     """Whether each patch is turned against the scan."""
-    return [
-        bool(np.abs(np.asarray(s["local_image"].affine)[:3, :3][~np.eye(3, dtype=bool)]).max() > 0.01) for s in samples
-    ]
+    return [bool(np.abs(np.asarray(s["image"].affine)[:3, :3][~np.eye(3, dtype=bool)]).max() > 0.01) for s in samples]
 
 
 def test_each_side_has_its_own_scales_and_rotations(tmp_path):
@@ -247,8 +245,8 @@ def test_each_side_has_its_own_policy_for_negative_values(source, target, tmp_pa
     settings |= {"source_negative_values": source, "target_negative_values": target, "diagnostics_scans": 1}
     parser = training(ADAPTATION, **settings)
     found = {
-        "train#dataset": (source, draws(parser, "train#dataset", 1)[0]["local_image"]),
-        "train#target_dataset": (target, draws(parser, "train#target_dataset", 1)[0]["local_image"]),
+        "train#dataset": (source, draws(parser, "train#dataset", 1)[0]["image"]),
+        "train#target_dataset": (target, draws(parser, "train#target_dataset", 1)[0]["image"]),
         "train#diagnostic_dataset": (target, parser.get_parsed_content("train#diagnostic_dataset")[0]["image"]),
         "validate#dataset": (source, parser.get_parsed_content("validate#dataset")[0]["image"]),
     }
@@ -277,7 +275,9 @@ def test_blocks_of_patch_and_view_have_their_own_sizes_and_show_the_mask_value(b
         settings |= {"warmup_epochs": 0, "source_masked": True, "target_clean": True}
     parser = training(bundle, **settings)
     trainer, seen = parser.get_parsed_content("train#trainer"), []  # the teacher has been copied by now
-    trainer.network.register_forward_pre_hook(lambda _, inputs: seen.append([image.clone() for image in inputs]))
+    trainer.network.register_forward_pre_hook(
+        lambda _, inputs, named: seen.append([image.clone() for image in (*inputs, *named.values())]), with_kwargs=True
+    )
     trainer.run()
     if bundle == PRETRAINING:  # patch, then view
         pairs = [(seen[0][0], seen[1][0])]

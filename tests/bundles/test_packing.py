@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -18,17 +19,26 @@ from monai.bundle import run
 
 from mapseg_components.errors import ConfigError
 from tests.conftest import ROOT, SAMPLE
+from tests.warm import Server
 from tools.pack_bundle import contents, pack
 
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
 SCAN = SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz"
 
 
+def installed():
+    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+
+
+@functools.cache
+def without_links():
+    return Server({**os.environ, "PYTHONPATH": os.pathsep.join(installed())}, "-S")
+
+
 def python_without_the_package(*arguments, cwd):
     """A process that sees the installed packages, but no editable install: -S leaves every .pth file unread."""
-    installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(installed), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-S", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(installed()), "OMP_NUM_THREADS": "1"}
+    line = [*without_links().command, *map(str, arguments)]
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment)
 
 

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from mapseg_components.commands.adapt import adapt, read_mapping, source_cases, structure_names, target_cases
+from mapseg_components.commands.adapt import adapt, read_mapping
 from mapseg_components.commands.assess import case_figures, verdict_of
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
+from mapseg_components.commands.training_cases import source_cases, structure_names, target_cases
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
 from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
+from tests.warm import warm_processes
 
 TINY = {
     "patch_size": [16, 16, 16],
@@ -62,7 +64,8 @@ def call(folders):
 def finished(folders):
     """A whole run at tiny size."""
     output = folders / "out"
-    return output, adapt(**call(folders), output=str(output)).record
+    with warm_processes():
+        return output, adapt(**call(folders), output=str(output)).record
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_the_report_needs_nothing_else(finished):
 
 
 @pytest.mark.slow
-def test_prepared_scans_and_the_way_back(folders, tmp_path):
+def test_prepared_scans_and_the_way_back(folders, warm_processes, tmp_path):
     """Label maps on the prepared grid, which the model saw, and on the scan's own."""
     for number in (7, 8):
         scan = nib.load(folders / "t2" / f"{number}.nii.gz")
@@ -297,7 +300,7 @@ def test_a_stages_error_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_says_why(tmp_path):
+def test_a_stage_that_fails_says_why(warm_processes, tmp_path):
     bundle = ROOT / "bundles" / "mapseg_adaptation"
     with pytest.raises(ConfigError, match="no datalist at"):
         run_stage("source", bundle, ["configs/train.json", "configs/tiny.yaml"], tmp_path, {"dataset_dir": tmp_path})

@@ -15,8 +15,8 @@ import pytest
 from mapseg_components import commands
 from mapseg_components.commands.declarations import declaration_of
 from mapseg_components.commands.main import COMMANDS, arguments_of, main
-from mapseg_components.commands.session import choose_device, exit_code_of, working
 from mapseg_components.errors import CheckpointError, ConfigError, DataError
+from mapseg_components.session import choose_device, exit_code_of, working
 from tests.conftest import ROOT
 
 

@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -19,6 +18,7 @@ from mapseg_components.files import as_written, readable, write_text
 from mapseg_components.reports import text_table
 from tests.commands.test_predict import BUNDLE, SCAN
 from tests.conftest import ROOT
+from tests.warm import python
 
 NAMES = [b"M\xfcller", "Müller".encode(), "e\u0301".encode(), b"two\nlines", b"tab\there", b"-dash", b"esc\x1b[31m"]
 NAMES += [
@@ -51,7 +51,7 @@ def scan(tmp_path_factory):
 
 def mapseg(*words, **environment):
     """Run the command line; returns its exit code and all it printed, as bytes."""
-    command = [sys.executable, "-m", "mapseg_components.commands", *words]
+    command = [python(), "-m", "mapseg_components.commands", *words]
     known = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
     done = subprocess.run(
         command, capture_output=True, env={**known, "PYTHONPATH": str(ROOT), **environment}, check=False

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -22,12 +21,14 @@ from monai.inferers import SimpleInferer
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
-from mapseg_components.commands.predict import Run
 from mapseg_components.errors import ConfigError, ResourceError
 from mapseg_components.inferers import AveragingInferer
+from mapseg_components.prediction.run import Run
+from mapseg_components.prediction.writing import Writer
 from mapseg_components.transforms import Probabilitiesd
 from mapseg_components.transforms.probabilities import largest_probability
 from tests.conftest import ROOT, SAMPLE
+from tests.warm import python
 
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
 SCAN = SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz"
@@ -60,7 +61,7 @@ def folder(tmp_path_factory):
 def results(folder, tmp_path_factory):
     """The command as a user types it; exit code, output and folder."""
     output = tmp_path_factory.mktemp("out") / "new"
-    line = [sys.executable, "-m", "mapseg_components.commands", "predict", str(folder), str(output)]
+    line = [python(), "-m", "mapseg_components.commands", "predict", str(folder), str(output)]
     line += ["--bundle", str(BUNDLE), "--probabilities", "--num_threads", "1"]
     done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done, output
@@ -245,14 +246,14 @@ def test_a_run_that_is_interrupted_keeps_what_is_finished(folder, tmp_path, monk
 
 
 def test_an_error_in_one_scan_while_segmenting_is_its_own(folder, tmp_path, monkeypatch, capsys):
-    keep = Run.keep
+    keep = Writer.keep
 
-    def full(run, one, case, place, output):
+    def full(writer, one, case, place, output):
         if one.case == "oblique":
             raise ResourceError("disk full")
-        keep(run, one, case, place, output)
+        return keep(writer, one, case, place, output)
 
-    monkeypatch.setattr(Run, "keep", full)
+    monkeypatch.setattr(Writer, "keep", full)
     (tmp_path / "in").mkdir()
     for name in ("oblique", "turned"):
         shutil.copyfile(folder / f"{name}.nii.gz", tmp_path / "in" / f"{name}.nii.gz")

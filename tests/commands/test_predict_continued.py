@@ -18,9 +18,11 @@ import torch
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
-from mapseg_components.commands.predict import Run
 from mapseg_components.errors import ConfigError, ResourceError
+from mapseg_components.prediction.journal import Journal
+from mapseg_components.prediction.run import Run
 from tests.conftest import ROOT, SAMPLE
+from tests.warm import python
 
 BUNDLE = str(ROOT / "bundles" / "mapseg_adaptation")
 CASES = ["a", "b", "c", "d"]
@@ -98,7 +100,7 @@ def test_a_run_that_is_killed_can_be_gone_on_with(folder, tmp_path):
     process.wait()
     finished, before = done_of(output), written(output)
     assert finished and len(finished) < len(CASES)  # else the test shows nothing
-    again = subprocess.run(line, env=environment, capture_output=True, text=True)
+    again = subprocess.run([python(), *line[1:]], env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and f"{len(finished)} of them by an earlier run" in again.stdout, again.stderr
     assert all(written(output)[f"{case}_seg.nii.gz"] == before[f"{case}_seg.nii.gz"] for case in finished)
     assert done_of(output) == CASES and not list(output.glob(".unfinished*"))
@@ -161,14 +163,14 @@ def test_scans_of_which_a_manifest_does_not_say_when_they_were_read_are_done_aga
 
 
 def test_a_full_disk_fails_the_scan_before_its_files_are_written(folder, tmp_path, monkeypatch):
-    output, finish = tmp_path / "out", Run.finish
+    output, finish = tmp_path / "out", Journal.write_manifest
 
-    def full(run, *arguments):
-        if any(one.case == "b" and one.claimed for one in run.predictions):
+    def full(journal):
+        if any(one.case == "b" and one.claimed for one in journal.predictions):
             raise ResourceError("disk full")
-        finish(run, *arguments)
+        finish(journal)
 
-    monkeypatch.setattr(Run, "finish", full)
+    monkeypatch.setattr(Journal, "write_manifest", full)
     with pytest.raises(ResourceError, match="disk full"):
         go_on(folder, output, no_preview=True)
     assert set(written(output)) == {"a_seg.nii.gz"}

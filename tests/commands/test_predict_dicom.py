@@ -20,11 +20,11 @@ from pydicom.uid import generate_uid
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
-from mapseg_components.commands.series import without_path
-from mapseg_components.data import segmentation
-from mapseg_components.data.dicom import Series, list_series, read_series
-from mapseg_components.data.segmentation import Algorithm, write_segmentation
 from mapseg_components.errors import ConfigError, DataError, ResourceError
+from mapseg_components.prediction.series import without_path
+from mapseg_components.scans import segmentation
+from mapseg_components.scans.dicom import Series, list_series, read_series
+from mapseg_components.scans.segmentation import Algorithm, write_segmentation
 from tests import dicom
 from tests.commands.test_predict import BUNDLE, NAMES, SCAN
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import threading
 import time
 
@@ -18,10 +17,11 @@ from monai.bundle import run as bundle_run
 from monai.transforms import LoadImage, SpatialResample
 
 from mapseg_components.commands import predict
-from mapseg_components.commands.predict import Run
+from mapseg_components.prediction import run as running
+from mapseg_components.prediction.run import Run
+from mapseg_components.prediction.writing import Writer
 from tests.conftest import ROOT, SAMPLE
 
-predict_module = sys.modules[Run.__module__]  # the package has the function by that name
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
 SCAN = SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz"
 LONG = 20  # seconds that no stage waits if all is well
@@ -133,12 +133,12 @@ def test_the_bundles_own_run_reads_ahead_in_a_worker_with_equal_label_maps(folde
 @pytest.mark.parametrize("spare, threads", [(0, {"read", "write"}), (-1, set())])
 def test_scans_for_which_memory_is_short_are_done_one_by_one(folder, tmp_path, monkeypatch, spare, threads):
     largest = max(np.prod(nib.load(path).shape) for path in folder.glob("*.nii.gz") if "1" not in path.name)
-    needed = int(largest) * (predict_module.BYTES_OVERLAPPED + predict_module.BYTES_A_CLASS * 9)
-    monkeypatch.setattr(predict_module, "memory_of", lambda device: 2 * needed + spare)
+    needed = int(largest) * (running.BYTES_OVERLAPPED + running.BYTES_A_CLASS * 9)
+    monkeypatch.setattr(running, "memory_of", lambda device: 2 * needed + spare)
     used = set()
-    keep, read = Run.keep, LoadImage.__call__
+    keep, read = Writer.keep, LoadImage.__call__
     monkeypatch.setattr(LoadImage, "__call__", lambda *arguments: used.add(thread()) or read(*arguments))
-    monkeypatch.setattr(Run, "keep", lambda *arguments: used.add(thread()) or keep(*arguments))
+    monkeypatch.setattr(Writer, "keep", lambda *arguments: used.add(thread()) or keep(*arguments))
     predict(folder, tmp_path, bundle=BUNDLE, no_preview=True, quiet=True)
     assert used - {"MainThread"} == {f"{name}_0" for name in threads} and len(used) == (2 if threads else 1)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from mapseg_components.errors import DataError, MAPSegError
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.conftest import ROOT
+from tests.warm import python
 
 ADAPTATION = ROOT / "bundles" / "mapseg_adaptation"
 LABELS = {"first": 1, "second": 2}
@@ -74,7 +74,7 @@ def save_small_weights(path: Path) -> Path:
 def bundle_run(files: list[str], **settings) -> subprocess.CompletedProcess:
     """``python -m monai.bundle run`` from the bundle's folder."""
     names = str([f"configs/{name}" for name in files])
-    line = [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file", names, "--device", "cpu"]
+    line = [python(), "-m", "monai.bundle", "run", "run", "--config_file", names, "--device", "cpu"]
     line[-1] = "$torch.device('cpu')"
     for key, value in settings.items():
         line += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]

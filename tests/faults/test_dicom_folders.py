@@ -15,10 +15,10 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
 
-from mapseg_components.commands.inputs import inputs_of
 from mapseg_components.commands.prepare import prepare
-from mapseg_components.data.dicom import list_series, look_into, read_series
 from mapseg_components.errors import DataError
+from mapseg_components.prediction.inputs import inputs_of
+from mapseg_components.scans.dicom import list_series, look_into, read_series
 from tests import dicom
 
 VOXELS = np.random.default_rng(3).integers(0, 900, (6, 7, 5))

@@ -38,7 +38,7 @@ def weights(value=1.0):
 def update(site="site-1", number=0, value=1.1, scans=1, labels=NAMES, **changes):
     content = {**weights(value), **changes}
     content = {name: tensor for name, tensor in content.items() if tensor is not None}
-    return Update(site, number, content, scans, 2, labels, {"target_segmentation": 0.5})
+    return Update(site, number, content, scans, 2, labels, {"target_loss": 0.5})
 
 
 @pytest.fixture

@@ -26,11 +26,11 @@ from mapseg_components.data import (
     check_scans,
     check_training_data,
     load_scans,
-    nifti,
     read_nifti,
 )
-from mapseg_components.data.findings import raise_findings
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
+from mapseg_components.scans import nifti
+from mapseg_components.scans.findings import raise_findings
 from mapseg_components.transforms import FillNonFinited
 from tests.conftest import make_scan, write_nifti
 from tests.faults import damage

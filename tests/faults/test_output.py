@@ -13,7 +13,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +41,7 @@ from mapseg_components.memory import memory_of, require_memory
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from mapseg_components.transforms import SaveLabelMap, SaveLabelMapd, SaveVolume
 from tests.conftest import ROOT, make_scan, write_nifti
+from tests.warm import python
 
 ADAPTATION = ROOT / "bundles" / "mapseg_adaptation"
 AFFINE = np.array([[0.7, 0.1, 0, -3.3], [-0.1, 1.1, 0, 5.7], [0, 0, 3.1, 7.9], [0, 0, 0, 1.0]])
@@ -465,7 +465,7 @@ def test_nan_of_the_network_ends_inference_without_a_label_map(dataset, tmp_path
     torch.save({name: torch.full_like(value, 3e38) for name, value in weights.items()}, tmp_path / "huge.pt")
     settings = {**model, "weights": tmp_path / "huge.pt", "dataset_dir": dataset / "target_training"}
     settings |= {"output_dir": tmp_path / "out", "device": "$torch.device('cpu')"}
-    line = [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file", "configs/inference.json"]
+    line = [python(), "-m", "monai.bundle", "run", "run", "--config_file", "configs/inference.json"]
     line += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     done = subprocess.run(line, cwd=ADAPTATION, capture_output=True, text=True)
     assert done.returncode == 1

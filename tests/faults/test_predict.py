@@ -19,9 +19,10 @@ import pytest
 
 from mapseg_components.commands import predict
 from mapseg_components.commands.main import main
-from mapseg_components.commands.predict import Run
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
+from mapseg_components.prediction.run import Run
+from mapseg_components.prediction.writing import Writer
 from tests.conftest import ROOT, SAMPLE
 
 BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
@@ -59,7 +60,7 @@ def checked(output):
 @OVERLAP
 def test_a_scan_that_fails_at_any_stage_is_its_own(tmp_path, monkeypatch, no_overlap):
     scans = write_scans(tmp_path / "in", [20] * 6)
-    segment_all, segment_one, keep = Run.all, GlobalLocalSlidingWindowInferer._segment, Run.keep
+    segment_all, segment_one, keep = Run.all, GlobalLocalSlidingWindowInferer._segment, Writer.keep
 
     def gone(run):
         (scans / "1.nii.gz").unlink()  # it was there when all scans were checked
@@ -70,14 +71,14 @@ def test_a_scan_that_fails_at_any_stage_is_its_own(tmp_path, monkeypatch, no_ove
             raise MemoryError
         return segment_one(inferer, scan, *arguments)
 
-    def blocked(run, one, case, place, output):
+    def blocked(writer, one, case, place, output):
         if one.case == "4":
             place.label_map.mkdir()  # the name is taken by a folder, in which nothing can be put
-        keep(run, one, case, place, output)
+        return keep(writer, one, case, place, output)
 
     monkeypatch.setattr(Run, "all", gone)
     monkeypatch.setattr(GlobalLocalSlidingWindowInferer, "_segment", tight)
-    monkeypatch.setattr(Run, "keep", blocked)
+    monkeypatch.setattr(Writer, "keep", blocked)
     found = predict(scans, tmp_path / "out", bundle=BUNDLE, no_preview=True, quiet=True, no_overlap=no_overlap)
     (tmp_path / "out" / "4_seg.nii.gz").rmdir()
     assert checked(tmp_path / "out") == {
@@ -121,10 +122,10 @@ def test_a_full_disk_fails_the_scans_that_do_not_fit(tmp_path, no_overlap):
 
 @OVERLAP
 def test_a_run_in_which_nothing_can_be_written_ends(tmp_path, no_overlap, monkeypatch):
-    def full(run, *arguments):
+    def full(writer, *arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Run, "keep", full)
+    monkeypatch.setattr(Writer, "keep", full)
     scans = write_scans(tmp_path / "in", [20] * 4)
     found = predict(scans, tmp_path / "out", bundle=BUNDLE, no_preview=True, quiet=True, no_overlap=no_overlap)
     assert set(checked(tmp_path / "out").values()) == {"failed"}

@@ -14,15 +14,17 @@ import pytest
 
 from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.restore import restore
+from mapseg_components.data.sources import find_sources
 from mapseg_components.errors import ConfigError, DataError, ResourceError
 from mapseg_components.files import lock_folder, unlock_folders
+from mapseg_components.preparation import run as running
+from mapseg_components.preparation.jobs import Job
+from mapseg_components.preparation.settings import checked_settings
 from tests import dicom
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.faults import damage
 from tests.faults.common import refused, tree
 from tests.faults.test_output import in_child
-
-command = sys.modules["mapseg_components.commands.prepare"]  # the function of this name hides the module
 
 PLAIN = {"bias_correction": False}
 
@@ -292,7 +294,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(scans):
         assert tree(out) == before
 
 
-def test_an_output_that_is_a_file_or_in_use_is_refused(scans):
+def test_an_output_that_is_a_file_or_in_use_is_refused(scans, monkeypatch):
     (scans.parent / "file").write_text("")
     with refused(scans.parent, "cannot write", kind=ResourceError):
         prepare(scans, scans.parent / "file", **PLAIN)
@@ -309,6 +311,7 @@ def test_an_output_that_is_a_file_or_in_use_is_refused(scans):
         env=environment,
     ) as other:
         assert other.stdout.readline() == b"1\n"
+        monkeypatch.setattr(lock_folder, "__defaults__", (0.2,))  # seconds to wait
         with pytest.raises(ResourceError, match=f"in use by process {other.pid}"):
             prepare(scans, out, **PLAIN)
         assert written(out) == []
@@ -320,22 +323,22 @@ def dies(job):
     """Instead of `prepare_scan`: a worker that the system kills on scan b."""
     if job.source.name.endswith("b"):
         os._exit(9)
-    return command.prepare_scan(job)
+    return running.prepare_scan(job)
 
 
-def test_a_worker_that_is_killed_does_not_hang_the_run(scans, monkeypatch):
+def test_a_worker_that_is_killed_does_not_hang_the_run(scans, monkeypatch, warm_processes):
     jobs = [
-        command.Job(
+        Job(
             s,
             scans.parent / "out",
-            command.checked_settings(None, False, None, None, "otsu", 4, (50, 50, 50, 50), 0.001),
+            checked_settings(None, False, None, None, "otsu", 4, (50, 50, 50, 50), 0.001),
         )
-        for s in command.find_sources(scans)[0]
+        for s in find_sources(scans)[0]
     ]
-    done = command.prepare_scan
-    monkeypatch.setattr(command, "prepare_scan", dies)
-    outcomes = {outcome.name: outcome for outcome in command.run(jobs, 2)}
-    monkeypatch.setattr(command, "prepare_scan", done)
+    done = running.prepare_scan
+    monkeypatch.setattr(running, "prepare_scan", dies)
+    outcomes = {outcome.name: outcome for outcome in running.run(jobs, 2)}
+    monkeypatch.setattr(running, "prepare_scan", done)
     assert outcomes["images/b"].status == "failed"
     assert (
         "a worker process was killed" in outcomes["images/b"].message

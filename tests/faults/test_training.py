@@ -21,12 +21,13 @@ import torch
 
 from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.data import SECTIONS, load_datalist
-from mapseg_components.engines import UDATrainer
+from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.files import lock_folder, unlock_folders
-from mapseg_components.losses import AdaptationLoss
+from mapseg_components.methods import MAPSeg
 from tests.conftest import SAMPLE
 from tests.soak.run import BUNDLE, differences, interrupted, progress, start, train
+from tests.warm import python
 
 SHORT = {"epoch_length": 3, "max_epochs": 2, "source_masked": False}
 ERRORS = {error.exit_code: error for error in (ConfigError, CheckpointError, NonFiniteError, ResourceError)}
@@ -90,7 +91,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path, whole):
 
 def signalled(folder, log, settings, iteration, number):
     """Train; the process gets a signal while it is in an iteration."""
-    step = UDATrainer._step
+    step = AdaptationTrainer._step
 
     def and_signal(self, engine, batch):
         if engine.state.iteration == iteration:
@@ -98,7 +99,7 @@ def signalled(folder, log, settings, iteration, number):
             signal.raise_signal(number)  # schedulers repeat themselves
         return step(self, engine, batch)
 
-    UDATrainer._step = and_signal
+    AdaptationTrainer._step = and_signal
     train(folder, log, settings)
 
 
@@ -174,7 +175,7 @@ def test_bad_numbers_stop_training_and_do_not_reach_a_checkpoint(tmp_path):
 class Exploding(torch.nn.Linear):
     """A finite loss whose gradient is infinite."""
 
-    def forward(self, local_image, *others):
+    def forward(self, image, *others):
         logits = self.weight.sum().sqrt().expand(1, 2, 4, 4, 4)
         return logits, logits, logits, logits
 
@@ -183,31 +184,27 @@ def test_fp16_does_not_skip_steps_for_ever():
     """Loss scaling skips a step whose gradient is infinite; if that never ends, the scale is not the reason."""
     network = Exploding(1, 1, bias=False)
     torch.nn.init.zeros_(network.weight)
-    with pytest.raises(NonFiniteError, match=r"infinite whatever the loss is scaled by.*case 7"):
+    with pytest.raises(NonFiniteError, match=r"infinite at every loss scale.*case 7"):
         one_step(network, amp="fp16", steps=60)
     assert network.weight.item() == 0
 
 
 class Greedy(torch.nn.Linear):
-    def forward(self, local_image, *others):
+    def forward(self, image, *others):
         return torch.empty(2**60)
 
 
 def one_step(network, amp=None, steps=1):
     image = torch.rand(1, 1, 4, 4, 4)
-    batch = {"local_image": image, "global_image": image, "local_box": torch.zeros(1, 3, 2), "case_id": ["case 7"]}
-    batch |= {"local_label": torch.zeros(1, 1, 4, 4, 4), "global_label": torch.zeros(1, 1, 4, 4, 4)}
-    trainer = UDATrainer(
+    batch = {"image": image, "global_image": image, "box": torch.zeros(1, 3, 2), "case_id": ["case 7"]}
+    batch |= {"label": torch.zeros(1, 1, 4, 4, 4), "global_label": torch.zeros(1, 1, 4, 4, 4)}
+    trainer = AdaptationTrainer(
         device="cpu",
         max_epochs=1,
         train_data_loader=[{"source": batch}] * steps,
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=1.0),
-        loss_function=AdaptationLoss(source_masked=False),
-        teacher=None,
-        mask_ratio=0.5,
-        local_block_size=2,
-        global_block_size=2,
+        method=MAPSeg(None, source_masked=False),
         amp=amp,
     )
     trainer.logger.disabled = True
@@ -352,7 +349,8 @@ def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]  # the content, the name, the folder
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_folder, "__defaults__", (0.5,))  # seconds to wait
     folder = tmp_path / "run"
     folder.mkdir()
     first = start(train, folder, tmp_path / "first.log", {**SHORT, "max_epochs": 1000})
@@ -395,41 +393,44 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_data(tmp_path):
 # T11
 
 
-OPTIONS = {
-    "cwd": BUNDLE,
-    "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    "stdout": subprocess.PIPE,
-    "stderr": subprocess.STDOUT,
-    "text": True,
-}
-
-
-def distributed(program, out):
-    """Command of two processes that train twelve iterations."""
+def distributed(program, out, epochs=6):
+    """Start two processes that train two iterations an epoch."""
     files = [f"configs/{name}" for name in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
-    line += ["training", "--config_file", str(files), "--dataset_dir", str(SAMPLE), "--max_epochs", "6"]
-    return [*line, "--ckpt_dir", str(out), "--output_dir", str(out), "--save_steps", "1"]
+    line += ["training", "--config_file", str(files), "--dataset_dir", str(SAMPLE), "--max_epochs", str(epochs)]
+    line += ["--ckpt_dir", str(out), "--output_dir", str(out), "--save_steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python()}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, cwd=BUNDLE, env=environment, **streams)
+
+
+def ended(*given, **options):
+    """Exit code and output of two processes."""
+    process = distributed(*given, **options)
+    output = process.communicate()[0]
+    return process.returncode, output
 
 
 SIGNALLED = """
 import os, signal, sys, time
-from mapseg_components.engines import UDATrainer
+from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.handlers import checkpointing
 import fire, monai.bundle
 
-step, write = UDATrainer._step, checkpointing.write_atomic
+step, write, signalled = AdaptationTrainer._step, checkpointing.write_atomic, []
 
 def and_signal(self, engine, batch):
     if engine.state.iteration == 3:
         os.kill(os.getpid(), signal.SIGTERM)
+        signalled.append(True)
     return step(self, engine, batch)
 
 def slow(*arguments, **options):
-    time.sleep(3)
+    if signalled:
+        time.sleep(3)
     write(*arguments, **options)
 
-UDATrainer._step, checkpointing.write_atomic = and_signal, slow
+AdaptationTrainer._step, checkpointing.write_atomic = and_signal, slow
 fire.Fire(monai.bundle.run)
 """
 
@@ -438,26 +439,27 @@ fire.Fire(monai.bundle.run)
 def test_a_signal_to_all_processes_waits_for_the_one_that_writes(tmp_path):
     """As a scheduler sends it: the others must not end first, or torchrun would end the writer."""
     (tmp_path / "signalled.py").write_text(SIGNALLED)
-    done = subprocess.run(distributed([str(tmp_path / "signalled.py")], tmp_path / "run"), **OPTIONS)
-    assert done.returncode != 0
-    assert progress(tmp_path / "run") == 3 and done.stdout.count("SIGTERM: saved") == 1
-    again = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "run"), **OPTIONS)
-    assert again.returncode == 0 and "after iteration 3 (epoch 1 is complete)" in again.stdout
+    code, output = ended([str(tmp_path / "signalled.py")], tmp_path / "run", epochs=2)
+    assert code != 0
+    assert progress(tmp_path / "run") == 3 and output.count("SIGTERM: saved") == 1
+    code, output = ended(["-m", "monai.bundle", "run"], tmp_path / "run", epochs=2)
+    assert code == 0 and "after iteration 3 (epoch 1 is complete)" in output
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_the_same_command_goes_on(tmp_path):
     """The restart is a new torchrun: within one, PyTorch's gloo meets addresses of the dead rank now and then."""
 
-    done = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "whole"), **OPTIONS)
-    assert done.returncode == 0, done.stdout[-3000:]
-    running = subprocess.Popen(distributed(["-m", "monai.bundle", "run"], tmp_path / "killed"), **OPTIONS)
+    program = ["-m", "monai.bundle", "run"]
+    code, output = ended(program, tmp_path / "whole")
+    assert code == 0, output[-3000:]
+    running = distributed(program, tmp_path / "killed")
     wait_for(lambda: (progress(tmp_path / "killed") or 0) >= 3)
     children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[1]), signal.SIGKILL)
     running.communicate()
     assert running.returncode == 1 and progress(tmp_path / "killed") < 12
-    again = subprocess.run(distributed(["-m", "monai.bundle", "run"], tmp_path / "killed"), **OPTIONS)
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert f"Resumed from {tmp_path / 'killed' / 'last.pt'}" in again.stdout
+    code, output = ended(program, tmp_path / "killed")
+    assert code == 0, output[-3000:]
+    assert f"Resumed from {tmp_path / 'killed' / 'last.pt'}" in output
     assert differences(tmp_path / "whole", tmp_path / "killed") == []

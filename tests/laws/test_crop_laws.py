@@ -34,24 +34,23 @@ def test_further_volumes_are_cropped_as_image_and_label_are(options, kind):
     )
     found = crop.set_random_state(1)(data)
     alone = RandGlobalLocalCropd((20, 24, 16), **options).set_random_state(1)(case())
-    assert not {"image", "label", "mask", "t2", "prior"} & set(found)
-    for side in ("local", "global"):
-        assert torch.equal(found[f"{side}_image"], alone[f"{side}_image"])
-        assert torch.equal(found[f"{side}_mask"], found[f"{side}_label"].as_tensor())
-        assert found[f"{side}_mask"].dtype == torch.uint8
-        torch.testing.assert_close(found[f"{side}_t2"][:1], found[f"{side}_image"].as_tensor())
-        torch.testing.assert_close(found[f"{side}_t2"][1:], 2 * found[f"{side}_image"].as_tensor())
+    for side in ("", "global_"):
+        assert torch.equal(found[f"{side}image"], alone[f"{side}image"])
+        assert torch.equal(found[f"{side}mask"], found[f"{side}label"].as_tensor())
+        assert found[f"{side}mask"].dtype == torch.uint8
+        torch.testing.assert_close(found[f"{side}t2"][:1], found[f"{side}image"].as_tensor())
+        torch.testing.assert_close(found[f"{side}t2"][1:], 2 * found[f"{side}image"].as_tensor())
         if options["prob"]:
-            assert ((found[f"{side}_prior"] % 1) > 0.01).any()  # a smooth prior is not made a mask
+            assert ((found[f"{side}prior"] % 1) > 0.01).any()  # a smooth prior is not made a mask
 
 
 def test_one_mode_holds_for_all_further_volumes_and_nearest_is_the_default():
     data = case() | {"a": torch.rand(1, 34, 42, 38), "b": torch.rand(1, 34, 42, 38)}
     for options in ({}, {"other_modes": "nearest"}):
         found = RandGlobalLocalCropd(8, **WARPED, other_keys=["a", "b"], **options)(data)
-        assert set(found["local_a"].unique().tolist()) <= {0.0, *data["a"].unique().tolist()}
+        assert set(found["a"].unique().tolist()) <= {0.0, *data["a"].unique().tolist()}
     absent = RandGlobalLocalCropd(8, other_keys="mask", allow_missing_keys=True)(case())
-    assert "local_image" in absent and "local_mask" not in absent
+    assert "image" in absent and "mask" not in absent
 
 
 @pytest.mark.parametrize(
@@ -76,9 +75,40 @@ def test_entries_that_are_no_volume_of_the_grid_stay():
 
 
 def test_a_second_crop_does_not_overwrite_the_first():
-    first = RandGlobalLocalCropd(8, image_key="image")(case())
-    with pytest.raises(ConfigError, match=r"'local_box', 'local_image'.*CopyItemsd"):
-        RandGlobalLocalCropd(8, image_key="t2")(first | {"t2": torch.ones(1, 20, 24, 28)})
+    first = RandGlobalLocalCropd(8)(case())
+    with pytest.raises(ConfigError, match=r"'box'.*CopyItemsd"):
+        RandGlobalLocalCropd(8, image_key="t2", label_key="seg")(first | {"t2": torch.ones(1, 20, 24, 28)})
+
+
+def test_patches_and_views_have_the_names_of_their_keys():
+    data = {"t2": case()["image"], "seg": case()["label"]}
+    found = RandGlobalLocalCropd(8, image_key="t2", label_key="seg")(data)
+    assert set(found) == {"t2", "seg", "global_t2", "global_seg", "box", "valid_box"}
+
+
+def test_without_a_global_view_the_patch_is_the_same():
+    whole, alone = (
+        RandGlobalLocalCropd((8, 12, 10), **WARPED, global_view=view).set_random_state(2)(case())
+        for view in (True, False)
+    )
+    assert set(alone) == {"image", "label", "valid_box"} == set(alone) & set(whole)
+    assert torch.equal(alone["image"], whole["image"]) and torch.equal(alone["label"], whole["label"])
+
+
+def test_a_slice_is_neither_scaled_nor_turned_out_of_its_plane():
+    """A 2D image is a volume with one slice: nothing of it is lost to the empty space beside it."""
+    image = torch.rand(1, 40, 36, 1) * 0.5 + 0.5
+    turned = set()
+    for seed in range(5):
+        crop = RandGlobalLocalCropd(
+            (16, 24, 1), prob=1.0, scale_range=(0.7, 1.4), rotate_range_deg=40, global_view=False
+        )
+        patch = crop.set_random_state(seed)({"image": image})["image"]
+        centre = patch[0, 7:9, 11:13, 0]
+        assert centre.min() > 0.45
+        turned.add(float(np.abs(crop.transform.warp[0, 1]).round(3)))
+        np.testing.assert_allclose(crop.transform.warp[2], [0, 0, 1, 0], atol=1e-9)
+    assert len(turned) == 5
 
 
 @pytest.mark.parametrize(
@@ -111,7 +141,7 @@ def test_foreground_fraction_needs_no_table_but_a_label():
     options = {"prob": 0.0, "foreground_fraction": 1.0}
     with_table = RandGlobalLocalCropd(8, **options).set_random_state(0)(ClassVoxelsd("label")(case()))
     without = RandGlobalLocalCropd(8, **options).set_random_state(0)(case())
-    assert torch.equal(with_table["local_label"], without["local_label"]) and without["local_label"].any()
+    assert torch.equal(with_table["label"], without["label"]) and without["label"].any()
     with pytest.raises(ConfigError, match=r"foreground_fraction is 1\.0 and .* has no label"):
         RandGlobalLocalCropd(8, **options)({"image": case()["image"]})
 
@@ -121,7 +151,7 @@ def test_a_patch_comes_back_to_its_place_by_its_affine(seed):
     """What the refusal of an inverse advises."""
     image = case()["image"]
     crop = RandGlobalLocalCrop((20, 24, 16), prob=0.0, flip_prob=0.5).set_random_state(seed)
-    patch = crop(image)["local_image"]
+    patch = crop(image)["image"]
     back = ResampleToMatch(mode="nearest", padding_mode="zeros")(patch, image)
     inside = back != 0
     assert inside.sum() == (patch != 0).sum() > 1000
@@ -136,7 +166,7 @@ def test_a_scale_above_one_enlarges(scale):
     sides = np.array([34, 42, 38]) - 5  # the foreground of a scan of the factory
     np.testing.assert_allclose(crop.foreground[:, 1] - crop.foreground[:, 0], (sides - 1) * scale + 1)
     spacing = np.array([0.9, 1.1, 1.3])
-    np.testing.assert_allclose(found["local_image"].pixdim.numpy(), spacing / scale, rtol=1e-5)
+    np.testing.assert_allclose(found["image"].pixdim.numpy(), spacing / scale, rtol=1e-5)
 
 
 def test_scales_are_drawn_evenly_over_their_range():

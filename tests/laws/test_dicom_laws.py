@@ -11,8 +11,8 @@ import pytest
 from pydicom import dcmread
 
 from mapseg_components.commands.prepare import prepare
-from mapseg_components.data.dicom import list_series, read_series
 from mapseg_components.errors import DataError
+from mapseg_components.scans.dicom import list_series, read_series
 from tests import dicom
 
 VOXELS = np.random.default_rng(5).integers(1, 900, (6, 7, 9))

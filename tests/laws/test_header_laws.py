@@ -15,8 +15,8 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose, Invertd, LoadImage
 
 from mapseg_components.data import Audit, NiftiReader, median_spacing, read_nifti, structure_sizes
-from mapseg_components.data.facts import facts_of
-from mapseg_components.data.nifti import read_geometry
+from mapseg_components.scans.facts import facts_of
+from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.transforms import SaveLabelMapd
 from mapseg_components.transforms.saving import nifti_image
 from tests.conftest import ROOT, make_scan

@@ -15,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mapseg_components.commands.check import check
-from mapseg_components.commands.inputs import inputs_of, nifti_inputs
 from mapseg_components.commands.prepare import prepare
 from mapseg_components.data.bids import is_bids
 from mapseg_components.data.left_out import left_out, summary
-from mapseg_components.data.nifti import read_nifti
 from mapseg_components.data.sources import files_of, find_sources
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import IMAGE
+from mapseg_components.prediction.inputs import inputs_of, nifti_inputs
+from mapseg_components.scans.nifti import read_nifti
 from tests import dicom
 from tests.conftest import make_scan, write_nifti
 

@@ -23,7 +23,7 @@ from mapseg_components.transforms import (
     RandGlobalLocalCropd,
     RandPercentileClipd,
 )
-from mapseg_components.transforms.intensity import clipped
+from mapseg_components.transforms.percentiles import clipped
 from mapseg_components.transforms.sampling import sample
 from tests.conftest import make_scan
 
@@ -53,11 +53,11 @@ def test_global_label_in_the_box_is_the_local_label(seed, options):
     image, label = scan()
     crop = RandGlobalLocalCrop((20, 24, 16), (40, 32, 36), **options).set_random_state(seed)
     out = crop(image, label)
-    inside = resample_box((out["global_label"].as_tensor() > 0)[None].float(), out["local_box"][None], [20, 24, 16])
-    local = out["local_label"].as_tensor()[None] > 0
+    inside = resample_box((out["global_label"].as_tensor() > 0)[None].float(), out["box"][None], [20, 24, 16])
+    local = out["label"].as_tensor()[None] > 0
     if local.sum() > 200:
         assert dice(inside > 0.5, local) > 0.85
-    box = out["local_box"]
+    box = out["box"]
     assert (box[:, 0] >= -1e-4).all() and (box[:, 1] <= torch.tensor([40, 32, 36]) + 1e-3).all()
 
 
@@ -66,15 +66,15 @@ def test_without_a_warp_the_patch_is_an_exact_copy():
     crop = RandGlobalLocalCrop((20, 24, 16), prob=0.0).set_random_state(5)
     out = crop(image, label)
     part = tuple(slice(int(a), int(b)) for a, b in crop.window)
-    assert torch.equal(out["local_image"].as_tensor(), image.as_tensor()[(slice(None), *part)])
-    assert torch.equal(out["local_label"].as_tensor(), label.as_tensor()[(slice(None), *part)])
-    assert out["local_label"].dtype == torch.uint8
+    assert torch.equal(out["image"].as_tensor(), image.as_tensor()[(slice(None), *part)])
+    assert torch.equal(out["label"].as_tensor(), label.as_tensor()[(slice(None), *part)])
+    assert out["label"].dtype == torch.uint8
 
 
 def test_flip_copies_voxels_exactly():
     image, _ = scan()
     crop = RandGlobalLocalCrop((20, 24, 16), prob=0.0, flip_prob=1.0).set_random_state(1)
-    patch = crop(image)["local_image"].as_tensor()
+    patch = crop(image)["image"].as_tensor()
     assert set(patch.unique().tolist()) <= set(image.as_tensor().unique().tolist())
 
 
@@ -93,7 +93,7 @@ def test_pair_equals_warping_the_whole_volume_and_then_cropping(seed):
     canvas = AffineTransform(spatial_size=tuple(size), normalized=False, padding_mode="zeros", align_corners=False)
     warped = canvas(image[None], theta)
     for key, box, grid in (
-        ("local_image", crop.window, [16, 20, 12]),
+        ("image", crop.window, [16, 20, 12]),
         ("global_image", crop.box, [24, 16, 20]),
     ):
         expected = resample_box(warped, torch.from_numpy(box - low[:, None])[None].float(), grid)[0]
@@ -112,7 +112,7 @@ def test_box_of_the_warped_scan_holds_the_warped_foreground():
 def test_small_scan_is_padded_and_comes_back():
     image, label = scan((10, 14, 30))
     out = RandGlobalLocalCrop((24, 20, 16), prob=0.0).set_random_state(2)(image, label)
-    patch, box = out["local_image"].as_tensor(), out["valid_box"].int().tolist()
+    patch, box = out["image"].as_tensor(), out["valid_box"].int().tolist()
     inner = patch[(slice(None), *(slice(*ends) for ends in box))]
     assert patch.shape == (1, 24, 20, 16)
     assert (
@@ -134,8 +134,8 @@ def test_landmark_keeps_its_place_in_the_world(options):
     marked[(0, *place)] = 1000
     crop = RandGlobalLocalCrop((24, 28, 24), **options).set_random_state(3)
     out = crop(MetaTensor(marked, affine=AFFINE.double()))
-    found = torch.tensor(np.unravel_index(int(out["local_image"].argmax()), (24, 28, 24))).double()
-    world = out["local_image"].affine @ torch.cat([found, torch.ones(1)]).double()
+    found = torch.tensor(np.unravel_index(int(out["image"].argmax()), (24, 28, 24))).double()
+    world = out["image"].affine @ torch.cat([found, torch.ones(1)]).double()
     expected = AFFINE.double() @ torch.tensor([*place, 1.0]).double()
     assert (world - expected)[:3].norm() < 1.3  # within a voxel
 
@@ -149,7 +149,7 @@ def test_foreground_fraction_centres_on_every_class():
             RandGlobalLocalCropd(8, prob=0.0, foreground_fraction=1.0),
         ]
     ).set_random_state(0)
-    centres = [int(crop({"image": image, "label": label})["local_label"][0, 4, 4, 4]) for _ in range(30)]
+    centres = [int(crop({"image": image, "label": label})["label"][0, 4, 4, 4]) for _ in range(30)]
     assert 8 <= centres.count(1) and 8 <= centres.count(2) and centres.count(0) <= 2
 
 
@@ -162,7 +162,7 @@ def test_same_seed_same_sample_and_inputs_stay_untouched():
     assert torch.equal(image, before)
     crop = RandGlobalLocalCrop(16, **WARPED).set_random_state(9)
     first = crop(image)
-    assert torch.equal(crop(image, randomize=False)["local_image"], first["local_image"])
+    assert torch.equal(crop(image, randomize=False)["image"], first["image"])
 
 
 def test_works_in_a_cached_dataset_and_collates():
@@ -177,9 +177,9 @@ def test_works_in_a_cached_dataset_and_collates():
     )
     data = [{"image": image, "label": label, "case_id": str(i)} for i in range(2)]
     batch = next(iter(DataLoader(CacheDataset(data, transform, progress=False, copy_cache=False), batch_size=2)))
-    assert batch["local_image"].shape == batch["global_label"].shape == (2, 1, 16, 16, 16)
-    assert batch["local_box"].shape == (2, 3, 2) and batch["case_id"] == ["0", "1"]
-    assert 0 <= batch["local_image"].min() and batch["local_image"].max() <= 1
+    assert batch["image"].shape == batch["global_label"].shape == (2, 1, 16, 16, 16)
+    assert batch["box"].shape == (2, 3, 2) and batch["case_id"] == ["0", "1"]
+    assert 0 <= batch["image"].min() and batch["image"].max() <= 1
 
 
 @pytest.mark.parametrize("copy_cache", [True, False])
@@ -188,7 +188,7 @@ def test_cached_scan_gives_a_new_crop_each_time(copy_cache):
     steps = [AxisExtremesd("image"), ClassVoxelsd("label"), RandGlobalLocalCropd(16, **WARPED)]
     data = CacheDataset([{"image": image, "label": label}], Compose(steps), progress=False, copy_cache=copy_cache)
     first, second = data[0], data[0]
-    assert not torch.equal(first["local_box"], second["local_box"])
+    assert not torch.equal(first["box"], second["box"])
     assert torch.equal(data._cache[0]["image"], image)
 
 
@@ -222,7 +222,7 @@ def test_every_voxel_shows_its_place_in_the_world(options, seed):
     ramp = torch.from_numpy(places(AFFINE.double().numpy(), shape) @ weights + 500)[None].float()
     crop = RandGlobalLocalCrop((16, 20, 12), (24, 18, 22), **options).set_random_state(seed)
     out = crop(MetaTensor(ramp, affine=AFFINE.double()))
-    for key in ("local_image", "global_image"):
+    for key in ("image", "global_image"):
         affine, size = out[key].affine.numpy(), out[key].shape[1:]
         source = places(np.linalg.inv(AFFINE.double().numpy()) @ affine, size)
         inside = ((source > 1e-3) & (source < np.array(shape) - 1.001)).all(-1)

@@ -12,7 +12,7 @@ from numpy.polynomial.legendre import legval3d
 from mapseg_components.errors import DataError
 from mapseg_components.transforms import RandGlobalLocalBiasFieldd
 
-KEYS = ["local_image", "global_image"]
+KEYS = ["image", "global_image"]
 BOX = [[1.5, 6.0], [0.0, 8.0], [3.25, 9.25]]
 LOCAL, GLOBAL = (9, 8, 12), (12, 10, 14)
 
@@ -20,9 +20,9 @@ LOCAL, GLOBAL = (9, 8, 12), (12, 10, 14)
 def pair(value=1.0):
     affine = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0])).double()
     return {
-        "local_image": MetaTensor(torch.full((1, *LOCAL), value), affine=affine, meta={"filename_or_obj": "a.nii"}),
+        "image": MetaTensor(torch.full((1, *LOCAL), value), affine=affine, meta={"filename_or_obj": "a.nii"}),
         "global_image": torch.full((1, *GLOBAL), value),
-        "local_box": torch.tensor(BOX),
+        "box": torch.tensor(BOX),
     }
 
 
@@ -44,17 +44,17 @@ def test_field_is_the_polynomial_at_the_voxel_centres(degree):
     coefficients = bias.coefficients()
     assert np.count_nonzero(coefficients) == {1: 4, 2: 10, 3: 20}[degree]
     whole = [[0, side] for side in GLOBAL]
-    for key, box, size in (("local_image", BOX, LOCAL), ("global_image", whole, GLOBAL)):
+    for key, box, size in (("image", BOX, LOCAL), ("global_image", whole, GLOBAL)):
         expected = np.exp(legval3d(*centres(box, size, GLOBAL), coefficients))
         np.testing.assert_allclose(out[key][0].numpy(), expected, rtol=1e-5)
 
 
 def test_patch_has_the_part_of_the_field_of_the_view():
     whole_voxels = [[2, 11], [1, 9], [2, 14]]  # of the view, at its own resolution
-    data = pair() | {"local_box": torch.tensor(whole_voxels).float()}
+    data = pair() | {"box": torch.tensor(whole_voxels).float()}
     out = transform()(data)
     part = out["global_image"][(slice(None), *(slice(*ends) for ends in whole_voxels))]
-    torch.testing.assert_close(out["local_image"].as_tensor(), part)
+    torch.testing.assert_close(out["image"].as_tensor(), part)
     assert part.std() > 0.05
 
 
@@ -73,25 +73,25 @@ def test_coefficients_and_chances_are_those_of_monai(prob):
 
 def test_same_seed_same_field_and_inputs_stay_untouched():
     data = pair(2.0)
-    first, again, other = (transform(seed)(data)["local_image"].as_tensor() for seed in (4, 4, 5))
+    first, again, other = (transform(seed)(data)["image"].as_tensor() for seed in (4, 4, 5))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert data["local_image"].eq(2).all() and data["global_image"].eq(2).all()
+    assert data["image"].eq(2).all() and data["global_image"].eq(2).all()
 
 
 def test_metadata_and_type_are_kept():
     out = transform()(pair())
-    assert isinstance(out["local_image"], MetaTensor) and not isinstance(out["global_image"], MetaTensor)
-    assert out["local_image"].meta["filename_or_obj"] == "a.nii"
-    assert torch.equal(out["local_image"].affine, pair()["local_image"].affine)
-    assert out["local_image"].dtype == torch.float32
+    assert isinstance(out["image"], MetaTensor) and not isinstance(out["global_image"], MetaTensor)
+    assert out["image"].meta["filename_or_obj"] == "a.nii"
+    assert torch.equal(out["image"].affine, pair()["image"].affine)
+    assert out["image"].dtype == torch.float32
 
 
 def test_missing_images():
     data = pair()
     view = {"global_image": data["global_image"]}
-    with pytest.raises(KeyError, match="local_image"):
+    with pytest.raises(KeyError, match="image"):
         transform()(view)
     out = transform(allow_missing_keys=True)(view)
     assert torch.equal(out["global_image"], transform()(data)["global_image"])
-    with pytest.raises(DataError, match="local_box"):
+    with pytest.raises(DataError, match="box"):
         transform()({key: data[key] for key in KEYS})

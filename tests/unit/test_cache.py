@@ -166,7 +166,7 @@ def build(folder, barrier, queue):
 
     LoadImaged.__call__ = counting
     data = SeededDataset(mapped(folder))
-    queue.put((len(loads), float(data[0, 1]["local_image"].sum())))
+    queue.put((len(loads), float(data[0, 1]["image"].sum())))
 
 
 def test_two_processes_make_one_cache(tmp_path):
@@ -216,7 +216,7 @@ def test_workers_give_the_same_samples(tmp_path):
     loader = DataLoader(data, batch_size=1, sampler=draws, num_workers=2)
     for batch, draw in zip(loader, draws):
         alone = data[draw]
-        assert torch.equal(torch.as_tensor(batch["local_image"])[0], torch.as_tensor(alone["local_image"]))
+        assert torch.equal(torch.as_tensor(batch["image"])[0], torch.as_tensor(alone["image"]))
         assert batch["case_id"] == [alone["case_id"]]
 
 

@@ -17,7 +17,7 @@ from mapseg_components.transforms import (
     RandGlobalLocalHistogramShiftd,
 )
 
-KEYS = ["local_image", "global_image"]
+KEYS = ["image", "global_image"]
 CURVES = {
     "gamma": (RandGlobalLocalAdjustContrastd, RandAdjustContrastd, {"gamma": (0.67, 1.5)}),
     "gamma of the inverse": (
@@ -36,13 +36,13 @@ def pair(scale=1.0, seed=0):
     patch = view[:, :5, :7, 2:8].clone()
     patch[(patch < 0.2 * scale) | (patch > 0.7 * scale)] = 0.5 * scale
     affine = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0])).double()
-    return {"local_image": MetaTensor(patch, affine=affine, meta={"filename_or_obj": "a.nii"}), "global_image": view}
+    return {"image": MetaTensor(patch, affine=affine, meta={"filename_or_obj": "a.nii"}), "global_image": view}
 
 
 def largest_difference(before, after):
     """Between what patch and view make of one intensity."""
     curve = {float(x): float(y) for x, y in zip(before["global_image"].flatten(), after["global_image"].flatten())}
-    pairs = zip(before["local_image"].flatten().tolist(), after["local_image"].flatten().tolist())
+    pairs = zip(before["image"].flatten().tolist(), after["image"].flatten().tolist())
     return max(abs(curve[x] - y) for x, y in pairs if x in curve)
 
 
@@ -78,7 +78,7 @@ def test_the_range_and_the_background_are_kept(name):
     for seed in range(10):
         after = ours(KEYS, prob=1.0, **settings).set_random_state(seed)(pair())
         assert all(0 <= after[key].min() and after[key].max() <= 1 for key in KEYS)
-        assert after["global_image"][0, 0, 0, 0] == 0 and (after["local_image"] > 0).all()
+        assert after["global_image"][0, 0, 0, 0] == 0 and (after["image"] > 0).all()
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -86,11 +86,11 @@ def test_metadata_is_kept_and_inputs_stay_untouched(name):
     ours, _, settings = CURVES[name]
     data = pair()
     after = ours(KEYS, prob=1.0, **settings)(data)
-    assert after["local_image"].meta["filename_or_obj"] == "a.nii" and not isinstance(after["global_image"], MetaTensor)
-    assert torch.equal(after["local_image"].affine, data["local_image"].affine)
-    assert after["local_image"].shape == data["local_image"].shape and after["local_image"].dtype == torch.float32
+    assert after["image"].meta["filename_or_obj"] == "a.nii" and not isinstance(after["global_image"], MetaTensor)
+    assert torch.equal(after["image"].affine, data["image"].affine)
+    assert after["image"].shape == data["image"].shape and after["image"].dtype == torch.float32
     assert all(torch.equal(torch.as_tensor(data[key]), torch.as_tensor(pair()[key])) for key in KEYS)
-    with pytest.raises(KeyError, match="local_image"):
+    with pytest.raises(KeyError, match="image"):
         ours(KEYS, prob=1.0, **settings)({"global_image": data["global_image"]})
     alone = ours(KEYS, prob=1.0, allow_missing_keys=True, **settings)({"global_image": data["global_image"]})
     assert set(alone) == {"global_image"}
@@ -98,7 +98,7 @@ def test_metadata_is_kept_and_inputs_stay_untouched(name):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_field_with_a_maximum_divides_patch_and_view_alike(seed):
-    data = pair() | {"local_box": torch.tensor([[1.0, 6.0], [0.0, 7.0], [2.0, 8.0]])}
+    data = pair() | {"box": torch.tensor([[1.0, 6.0], [0.0, 7.0], [2.0, 8.0]])}
     settings = {"prob": 1.0, "coeff_range": (-0.3, 0.3)}
     free, held = (
         RandGlobalLocalBiasFieldd(KEYS, maximum=maximum, **settings).set_random_state(seed)(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 
@@ -291,6 +292,7 @@ def test_a_broken_sample_is_named_in_the_first_line(workers, error):
         list(EpochLoader(loader(workers, dataset=dataset, batches=50)))
     name = "ValueError: " if isinstance(error, ValueError) and not isinstance(error, DataError) else ""
     assert str(caught.value) == f"case case 4: {name}{str(error).splitlines()[0]}"
+    assert multiprocessing.active_children() == []  # or they would be waited for at the end of the process
 
 
 def test_exhausted_memory_in_a_sample_is_no_fault_of_the_data():
@@ -312,7 +314,7 @@ class Suicidal(Cases):
 
 
 def test_a_killed_worker_points_to_memory():
-    with pytest.raises(ResourceError, match=r"DataLoader worker.*mostly the memory.*lower num_workers or cache_rate"):
+    with pytest.raises(ResourceError, match=r"DataLoader worker.*the memory is full.*lower num_workers or cache_rate"):
         list(EpochLoader(loader(1, dataset=Suicidal())))
 
 

@@ -14,12 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from mapseg_components.engines import MAETrainer, UDATrainer, adaptation, pretraining
+from mapseg_components import masking
+from mapseg_components.engines import AdaptationTrainer, MAETrainer
 from mapseg_components.handlers import EMATeacher
-from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
+from mapseg_components.losses import MaskedReconstructionLoss
+from mapseg_components.methods import ArgmaxLabels, MAPSeg
 from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalPass, MultiScaleMAE
 
 STEPS = 3
+BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +35,9 @@ def float64():
 
 def sample(number):
     image = torch.rand(1, 1, 8, 12, 8, generator=torch.Generator().manual_seed(number))
-    pair = {"local_image": image, "global_image": image.flip(2)}
-    pair["local_box"] = torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 8.0]]])
-    return pair | {"local_label": (image > 0.5).long(), "global_label": (image.flip(2) > 0.5).long()}
+    pair = {"image": image, "global_image": image.flip(2)}
+    pair["box"] = torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 8.0]]])
+    return pair | {"label": (image > 0.5).long(), "global_label": (image.flip(2) > 0.5).long()}
 
 
 def together(first, second):
@@ -49,16 +52,17 @@ def same_mask(batch, grid, ratio, generator=None):
 
 def train(kind, batches, wrap, **options):
     """Losses of each iteration and the final weights, of network and teacher."""
-    pretraining.draw_block_mask = adaptation.draw_block_mask = same_mask
+    masking.draw_block_mask = same_mask
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if kind == "mae":
         network = wrap(MultiScaleMAE(1, 8, 1, 4, (8, 4)))
-        trainer_type, more = MAETrainer, {"loss_function": MaskedReconstructionLoss()}
+        trainer_type, more = MAETrainer, {"loss_function": MaskedReconstructionLoss(), **BLOCKS}
     else:
         network = wrap(GlobalLocalPass(GlobalLocalDeepLabV3(1, 2, 8, 1, 4, (1, 2), 8, dropout=0.0)))
-        trainer_type, more = UDATrainer, {"loss_function": AdaptationLoss()}
-        more["teacher"] = EMATeacher(network, 0, [[None, 0.9]])
+        teacher = EMATeacher(network, 0, [[None, 0.9]])
+        method = MAPSeg(ArgmaxLabels(teacher), **BLOCKS)
+        trainer_type, more = AdaptationTrainer, {"method": method, "train_handlers": [teacher]}
         batches = [{"source": batch, "target": batch} for batch in batches]
     trainer = trainer_type(
         device="cpu",
@@ -66,9 +70,6 @@ def train(kind, batches, wrap, **options):
         train_data_loader=batches,
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=0.05),
-        mask_ratio=0.5,
-        local_block_size=4,
-        global_block_size=4,
         **more,
         **options,
     )
@@ -78,7 +79,7 @@ def train(kind, batches, wrap, **options):
     trainer.run()
     state = {f"network.{name.removeprefix('module.')}": value for name, value in network.state_dict().items()}
     if kind == "uda":
-        state |= {f"teacher.{name}": value for name, value in more["teacher"].network.state_dict().items()}
+        state |= {f"teacher.{name}": value for name, value in teacher.network.state_dict().items()}
     return losses, state
 
 
@@ -96,8 +97,7 @@ def test_two_processes_follow_the_curve_of_one_with_twice_the_batch(tmp_path, mo
     for name, value in weights.items():  # one teacher and one student
         assert torch.equal(others[name], value), name
 
-    monkeypatch.setattr(pretraining, "draw_block_mask", pretraining.draw_block_mask)  # put back afterwards
-    monkeypatch.setattr(adaptation, "draw_block_mask", adaptation.draw_block_mask)
+    monkeypatch.setattr(masking, "draw_block_mask", masking.draw_block_mask)  # put back afterwards
     samples = [[sample(10 * step + rank) for rank in range(2)] for step in range(STEPS)]
     if kind == "mae":
         losses, single = train(kind, [together(*both) for both in samples], lambda network: network)

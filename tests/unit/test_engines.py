@@ -9,10 +9,11 @@ import torch
 from monai.handlers import from_engine
 from monai.utils import set_determinism
 
-from mapseg_components.engines import MAETrainer, UDATrainer
+from mapseg_components.engines import AdaptationTrainer, MAETrainer
 from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.handlers import EMATeacher
-from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss, WeightAnchor
+from mapseg_components.losses import MaskedReconstructionLoss
+from mapseg_components.methods import ArgmaxLabels, MAPSeg
 from mapseg_components.networks import GlobalLocalPass, MultiScaleMAE
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
@@ -22,14 +23,14 @@ def pair(labels=True, batch=1, value=None):
     torch.manual_seed(1)
     image = torch.rand(batch, 1, 8, 8, 12) if value is None else torch.full((batch, 1, 8, 8, 12), value)
     result = {
-        "local_image": image,
+        "image": image,
         "global_image": image.flip(2),
-        "local_box": torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 12.0]]] * batch),
+        "box": torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 12.0]]] * batch),
         "case_id": ["case 7"] * batch,
     }
     if labels:
-        result["local_label"] = (image > 0.5).long() + (image > 0.8)
-        result["global_label"] = result["local_label"].flip(2)
+        result["label"] = (image > 0.5).long() + (image > 0.8)
+        result["global_label"] = result["label"].flip(2)
     return result
 
 
@@ -39,7 +40,7 @@ def twice_as_large(batch):
         for key, value in batch.items()
         if torch.is_tensor(value) and value.dim() == 5
     }
-    return {**batch, **larger, "local_box": 2 * batch["local_box"]}
+    return {**batch, **larger, "box": 2 * batch["box"]}
 
 
 def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimizer=torch.optim.AdamW, **options):
@@ -54,16 +55,18 @@ def adaptation(network, data, epochs=1, warmup=0, teacher=True, lr=0.01, optimiz
     return trainer
 
 
-def trainer_of(network, data, teacher, optimizer, loss=None, max_epochs=1, **options):
-    return UDATrainer(
+def trainer_of(network, data, teacher, optimizer, method=None, max_epochs=1, **options):
+    """A trainer of MAPSeg; ``method`` holds settings of it."""
+    labels = None if teacher is None else ArgmaxLabels(teacher)
+    return AdaptationTrainer(
         device="cpu",
         max_epochs=max_epochs,
         train_data_loader=data,
         network=network,
         optimizer=optimizer,
-        loss_function=AdaptationLoss() if loss is None else loss,
-        teacher=teacher,
-        **{**BLOCKS, **options},
+        method=MAPSeg(labels, **{**BLOCKS, **(method or {})}),
+        train_handlers=[] if teacher is None else [teacher],
+        **options,
     )
 
 
@@ -76,7 +79,7 @@ def same_weights(first, second, **tolerance):
 def test_separate_passes_give_the_gradients_of_batched_ones(tiny_network, clean):
     data = [{"source": pair(), "target": pair(labels=False)}]
     options = {
-        "loss": AdaptationLoss(target_clean=clean),
+        "method": {"target_clean": clean},
         "optimizer": torch.optim.SGD,
     }  # SGD: the step is the gradient
     runs = [adaptation(tiny_network, data, batched_passes=batched, **options) for batched in (True, False)]
@@ -86,19 +89,19 @@ def test_separate_passes_give_the_gradients_of_batched_ones(tiny_network, clean)
 
 
 def test_output_names_every_term(tiny_network):
-    loss = AdaptationLoss(target_clean=True)
-    output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output[0]
-    assert set(output) == {*loss.weights, "loss", "target_segmentation"}
-    assert output["loss"].item() == pytest.approx(sum(w * output[n].item() for n, w in loss.weights.items()), rel=1e-5)
+    run = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], method={"target_clean": True})
+    output, weights = run.state.output[0], run.method.weights
+    assert set(output) == {*weights, "loss", "target_loss"}
+    assert output["loss"].item() == pytest.approx(sum(w * output[n].item() for n, w in weights.items()), rel=1e-5)
 
 
 @pytest.mark.parametrize("clean", [False, True])
 def test_the_score_reads_the_masked_target_term_alone(tiny_network, clean):
     """Section 3.7: clean terms fall as pseudo labels repeat themselves."""
-    loss = AdaptationLoss(target_clean=clean)
-    output = adaptation(tiny_network, [{"source": pair(), "target": pair(False)}], loss=loss).state.output[0]
+    sides = {"source": pair(), "target": pair(False)}
+    output = adaptation(tiny_network, [sides], method={"target_clean": clean}).state.output[0]
     assert ("target_local" in output) == clean
-    assert output["target_segmentation"] == output["target_local_masked"] != output.get("target_local")
+    assert output["target_loss"] == output["target_local_masked"] != output.get("target_local")
 
 
 def test_target_is_not_touched_in_warmup(tiny_network):
@@ -115,29 +118,6 @@ def test_target_alone_trains_when_the_teacher_exists(tiny_network):
     assert all(name.startswith("target") or name == "loss" for name in output)
 
 
-def test_an_anchor_is_a_named_term_and_keeps_the_weights_near(tiny_network):
-    data = [{"target": pair(labels=False)}] * 3
-
-    def distance(strength, **options):
-        set_determinism(0)
-        network = copy.deepcopy(tiny_network)
-        anchor = WeightAnchor(network, tiny_network.state_dict(), strength)
-        loss = AdaptationLoss(target_clean=True, anchor=anchor)  # two passes
-        trainer = adaptation(network, data, epochs=2, loss=loss, copied=False, **options)
-        pairs = zip(network.parameters(), tiny_network.parameters())
-        return trainer.state.output[0], sum(float((a - b).detach().square().sum()) for a, b in pairs)
-
-    free, far = distance(0.0, optimizer=torch.optim.SGD)
-    held, near = distance(10.0, optimizer=torch.optim.SGD)
-    assert "anchor" not in free and 0 < float(held["anchor"]) and near < 0.9 * far
-    weights = {"anchor": 10.0, **AdaptationLoss(target_clean=True).weights}
-    expected = sum(weight * float(held[name]) for name, weight in weights.items() if name in held)
-    assert float(held["loss"]) == pytest.approx(expected, rel=1e-5)
-    for batched in (True, False):  # once an iteration, not once a pass
-        _, distance_again = distance(10.0, optimizer=torch.optim.SGD, batched_passes=batched)
-        assert distance_again == pytest.approx(near, rel=1e-4)
-
-
 def test_nothing_to_train_on_is_an_error(tiny_network):
     with pytest.raises(ConfigError, match=r"nothing to train on.*warmup_epochs"):
         adaptation(tiny_network, [{"target": pair(False)}], warmup=1)
@@ -145,9 +125,9 @@ def test_nothing_to_train_on_is_an_error(tiny_network):
 
 def test_accumulated_steps_go_along_the_mean_gradient(tiny_network):
     """SGD: the way that the weights take is the gradient. No larger batch: Dice is a ratio over one."""
-    options = {"loss": AdaptationLoss(source_masked=False), "teacher": False, "optimizer": torch.optim.SGD}
+    options = {"method": {"source_masked": False}, "teacher": False, "optimizer": torch.optim.SGD}
     first, second = (pair(batch=2) for _ in range(2))
-    second["local_image"] = second["local_image"].flip(3) ** 2
+    second["image"] = second["image"].flip(3) ** 2
 
     def way(batches, steps=1):
         run = adaptation(tiny_network, [{"source": one} for one in batches], accumulate_steps=steps, **options)
@@ -160,19 +140,19 @@ def test_accumulated_steps_go_along_the_mean_gradient(tiny_network):
 
 
 def test_the_last_iterations_of_an_epoch_step_without_waiting_for_more(tiny_network):
-    options = {"loss": AdaptationLoss(source_masked=False), "teacher": False}
+    options = {"method": {"source_masked": False}, "teacher": False}
     run = adaptation(tiny_network, [{"source": pair()}] * 3, accumulate_steps=2, **options)
     assert run.optimizer.state_dict()["state"][0]["step"] == 2 and not run.optimization.pending
 
 
 def test_a_network_without_its_training_pass_is_refused(tiny_network):
-    with pytest.raises(ConfigError, match=r"GlobalLocalDeepLabV3 returns one tensor.*GlobalLocalPass"):
+    with pytest.raises(ConfigError, match=r"GlobalLocalDeepLabV3 returns Tensor.*training_pass"):
         trainer_of(tiny_network, [{"source": pair()}], None, torch.optim.SGD(tiny_network.parameters(), 0.1)).run()
 
 
 def test_nan_names_term_and_case(tiny_network):
     bad = pair()
-    bad["local_image"][0, 0, 0, 0, 0] = float("nan")
+    bad["image"][0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"source_local.*iteration 1.*case 7"):
         adaptation(tiny_network, [{"source": bad}], teacher=False)
 
@@ -192,10 +172,10 @@ def test_unknown_amp_is_refused(tiny_network):
 
 def test_sixty_steps_fit_one_pair(tiny_network):
     """Overfit: the loss above its floor of -1 falls to a quarter at most."""
-    loss = AdaptationLoss(source_masked=False)
+    options = {"teacher": False, "method": {"source_masked": False}}
     data = [{"source": pair()}] * 60
-    start = adaptation(tiny_network, data[:1], teacher=False, loss=loss).state.output[0]["source_local"].item()
-    end = adaptation(tiny_network, data, teacher=False, loss=loss, lr=0.02).state.output[0]["source_local"].item()
+    start = adaptation(tiny_network, data[:1], **options).state.output[0]["source_local"].item()
+    end = adaptation(tiny_network, data, lr=0.02, **options).state.output[0]["source_local"].item()
     assert (end + 1) <= 0.25 * (start + 1)
 
 
@@ -204,7 +184,7 @@ def autoencoding(steps, seed=0, **options):
     network = MultiScaleMAE(1, 16, 1, 4, (8, 8))
     x = torch.linspace(0, 1, 8)
     image = (x[:, None, None] + x[:, None] ** 2 + x)[None, None] / 3
-    batch = {"local_image": image, "global_image": image.flip(2), "case_id": ["case 9"]}
+    batch = {"image": image, "global_image": image.flip(2), "case_id": ["case 9"]}
     trainer = MAETrainer(
         device="cpu",
         max_epochs=1,

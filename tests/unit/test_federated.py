@@ -29,7 +29,7 @@ from mapseg_components.federated.core import (
 )
 from mapseg_components.federated.flare.party import sides_of
 from mapseg_components.federated.site import initial_weights
-from mapseg_components.losses import AdaptationLoss
+from mapseg_components.methods import MAPSeg
 from tests.conftest import ROOT
 from tests.faults.common import bundle_run
 from tests.federation import FILES, LABELS, make_federation, small_plan, small_settings, write_parties
@@ -106,10 +106,10 @@ def test_bytes_are_those_of_the_tensors():
 def test_the_paper_s_losses_are_the_settings_of_the_bundle():
     """Eq. 9 and Eq. 10: beta, gamma and delta for the clean and for the masked pass, on either side."""
     config = small_settings()
-    loss = AdaptationLoss(**{key: config[key] for key in ("beta", "gamma", "delta", "target_clean", "source_masked")})
+    method = MAPSeg(None, **{key: config[key] for key in ("beta", "gamma", "delta", "target_clean", "source_masked")})
     for side in ("source", "target"):
         for ending in ("", "_masked"):
-            found = [loss.weights[f"{side}_{kind}{ending}"] for kind in ("local", "global", "cosine")]
+            found = [method.weights[f"{side}_{kind}{ending}"] for kind in ("local", "global", "cosine")]
             assert found == pytest.approx([0.5, 0.05, 0.025])
 
 
@@ -194,7 +194,7 @@ def test_the_round_with_the_highest_score_becomes_the_model(tmp_path):
         common = {"round": number, "weights": {"w": torch.full((2,), number + 1.0)}, "scans": 1, "labels": ["a"]}
         coordinator.start()
         coordinator.accept_source(Update(site="server", ema_steps=1, **common))
-        coordinator.accept(Update(site="site-1", ema_steps=2, losses={"target_segmentation": loss}, **common))
+        coordinator.accept(Update(site="site-1", ema_steps=2, losses={"target_loss": loss}, **common))
         coordinator.close()
     chosen = json.loads((tmp_path / "model_selection.json").read_text())["model.pt"]
     assert chosen == {"weights": "global", "round": 1, "score": pytest.approx(-0.2)}

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.handlers import StatsHandler
 from torch import nn
 
 from mapseg_components.checkpoints import read_checked, write_atomic
@@ -105,14 +107,43 @@ def test_starting_anew_sets_aside_what_an_earlier_run_left(tmp_path, caplog):
 
 
 def test_a_signal_after_the_run_has_its_usual_effect(tmp_path):
-    """An error may end a run in a handler that comes before the one that restores signals."""
-    handler = TrainingCheckpoint(str(tmp_path / "last.pt"), {})
-    engine, _ = counting_engine(nn.Linear(1, 1))
+    """Also after an error that a handler before this one raises again, as MONAI's StatsHandler does."""
+    engine, run = counting_engine(nn.Linear(1, 1))
+    engine.logger.disabled = True
+    engine.add_event_handler(Events.EXCEPTION_RAISED, StatsHandler().exception_raised)
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {}).attach(engine)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda _: 1 / 0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
-        handler._start(engine)
+        with pytest.raises(ZeroDivisionError):
+            engine.run(**run)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_ends_the_run_once_and_insisting_ends_the_process(tmp_path, monkeypatch):
+    engine, run = counting_engine(nn.Linear(1, 1))
+    TrainingCheckpoint(str(tmp_path / "last.pt"), {}).attach(engine)
+    clock = [100.0]
+    monkeypatch.setattr("mapseg_components.handlers.signals.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    seen = []
+
+    def insist(_):
+        for seconds in (0, 1.5, 1.5):
+            clock[0] += seconds
+            seen.append(seconds)
+            signal.raise_signal(signal.SIGINT)
+
+    engine.add_event_handler(Events.ITERATION_STARTED, insist)
+    engine.logger.disabled = True
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(**run)
+        assert seen == [0, 1.5, 1.5] and not (tmp_path / "last.pt").exists()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -20,7 +20,7 @@ from mapseg_components.transforms import (
     SelectLabels,
     SelectLabelsd,
 )
-from mapseg_components.transforms.intensity import clipped, percentile_table
+from mapseg_components.transforms.percentiles import clipped, percentile_table
 
 
 def volume(seed=0):
@@ -117,12 +117,12 @@ def test_foreground_above_the_minimum_is_what_scaling_leaves_above_0(lowest):
 
 def test_random_percentile_is_shared_and_seeded():
     data = {"image_percentiles": PercentileTabled("image")({"image": volume()})["image_percentiles"]}
-    data |= {"local_image": volume()[:, :5], "global_image": volume()[:, :5]}
-    keys = ["local_image", "global_image"]
+    data |= {"image": volume()[:, :5], "global_image": volume()[:, :5]}
+    keys = ["image", "global_image"]
     draw = [RandPercentileClipd(keys, prob=1.0).set_random_state(seed)(data) for seed in (1, 1, 2)]
-    torch.testing.assert_close(draw[0]["local_image"], draw[0]["global_image"])
-    torch.testing.assert_close(draw[0]["local_image"], draw[1]["local_image"])
-    assert not torch.allclose(draw[0]["local_image"], draw[2]["local_image"])
+    torch.testing.assert_close(draw[0]["image"], draw[0]["global_image"])
+    torch.testing.assert_close(draw[0]["image"], draw[1]["image"])
+    assert not torch.allclose(draw[0]["image"], draw[2]["image"])
     assert "image_percentiles" not in draw[0] and "image_percentiles" in data
 
 

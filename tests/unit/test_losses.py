@@ -10,16 +10,9 @@ import torch
 from monai.data import MetaTensor, list_data_collate
 from monai.engines import SupervisedTrainer
 
-from mapseg_components.errors import ConfigError
-from mapseg_components.losses import (
-    AdaptationLoss,
-    LocalGlobalCosineLoss,
-    MaskedReconstructionLoss,
-    SegmentationLoss,
-    WeightAnchor,
-)
-
-BETA, GAMMA, DELTA = 0.5, 0.05, 0.025
+from mapseg_components.losses import LocalGlobalCosineLoss, MaskedReconstructionLoss, SegmentationLoss
+from mapseg_components.methods import MAPSeg
+from mapseg_components.methods.labels import PseudoLabel
 
 
 def numpy_segmentation_loss(logits, label, include_absent=False, eps=1e-5):
@@ -104,115 +97,6 @@ def test_cosine_is_per_channel_over_space():
     assert LocalGlobalCosineLoss()(local, context).item() == pytest.approx(0.5, abs=1e-6)  # 1 and 0
 
 
-def all_terms(loss):
-    return {name: torch.tensor(float(number)) for number, name in enumerate(loss.weights, start=1)}
-
-
-def test_equation_8():
-    loss = AdaptationLoss(BETA, GAMMA, DELTA)
-    t = {name: float(value) for name, value in all_terms(loss).items()}
-    expected = BETA * (t["source_local"] + t["source_local_masked"]) + t["target_local_masked"]
-    expected += GAMMA * (t["source_global"] + t["source_global_masked"]) + 2 * GAMMA * t["target_global_masked"]
-    expected += DELTA * (t["source_cosine"] + t["source_cosine_masked"]) + 2 * DELTA * t["target_cosine_masked"]
-    assert loss(all_terms(loss)).item() == pytest.approx(expected, rel=1e-6)
-    assert loss.passes("target") == ("_masked",) and loss.passes("source") == ("", "_masked")
-
-
-def test_target_clean_with_half_beta_is_equation_10():
-    loss = AdaptationLoss(BETA, GAMMA, DELTA, target_clean=True)
-    target = {name: weight for name, weight in loss.weights.items() if name.startswith("target")}
-    expected = {"local": BETA, "global": GAMMA, "cosine": DELTA}
-    assert target == pytest.approx({f"target_{k}{end}": w for k, w in expected.items() for end in ("", "_masked")})
-
-
-@pytest.mark.parametrize("side", ["source", "target"])
-def test_one_side_equals_equation_9_or_10_written_out(side):
-    """Numbers from logits and features to the weighted sum, computed a second time in numpy."""
-    generator = torch.Generator().manual_seed(3)
-    loss, sizes = AdaptationLoss(BETA, GAMMA, DELTA, target_clean=True), (2, 3, 4, 5, 6)
-    labels = [torch.randint(0, 3, (2, 1, 4, 5, 6), generator=generator) for _ in range(2)]
-    confidences = [torch.rand(2, 1, 4, 5, 6, generator=generator) for _ in range(2 if side == "target" else 0)]
-    terms, expected = {}, 0.0
-    for ending in ("", "_masked"):
-        logits = [torch.randn(sizes, generator=generator) for _ in range(2)]
-        features = [torch.randn(2, 4, 2, 3, 3, generator=generator) for _ in range(2)]
-        terms.update(loss.terms((side, ending), (*logits, *features), *labels, *confidences))
-        expected += BETA * numpy_segmentation_loss(logits[0], labels[0])
-        expected += GAMMA * numpy_segmentation_loss(logits[1], labels[1])
-        local, context = (feature.double().flatten(2).numpy() for feature in features)
-        norms = np.linalg.norm(local, axis=2) * np.linalg.norm(context, axis=2)
-        expected += DELTA * np.mean(1 - (local * context).sum(2) / norms)
-    assert len(terms) == 6 and loss(terms).item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_anchor_is_half_the_squared_distance_and_pulls_back():
-    network = torch.nn.Linear(3, 2)
-    start = {name: value.clone() for name, value in network.state_dict().items()}
-    loss = AdaptationLoss(anchor=WeightAnchor(network, start, 0.25))
-    assert loss.penalties()["anchor"].item() == 0.0
-    with torch.no_grad():
-        network.weight += 2.0
-    terms = loss.penalties()
-    assert terms["anchor"].item() == pytest.approx(6 * 4 / 2)
-    loss(terms).backward()
-    torch.testing.assert_close(network.weight.grad, torch.full((2, 3), 0.25 * 2.0))
-    assert AdaptationLoss(anchor=WeightAnchor(network, None, 0.0)).penalties() == {}
-
-
-@pytest.mark.parametrize(
-    "weights, strength, words",
-    [
-        (None, 0.1, "set initial_weights"),
-        ({}, 0.1, "weight is absent in initial_weights, expected \\(2, 3\\)"),
-        ({"weight": torch.zeros(2, 4)}, 0.1, "weight is \\(2, 4\\) in initial_weights"),
-        (None, -1.0, "anchor_weight is -1.0, expected 0"),
-        (None, float("nan"), "anchor_weight is nan"),
-    ],
-)
-def test_an_anchor_needs_the_networks_weights(weights, strength, words):
-    with pytest.raises(ConfigError, match=words):
-        WeightAnchor(torch.nn.Linear(3, 2), weights, strength)
-
-
-def test_source_without_masked_terms_keeps_its_total_weight():
-    full, half = AdaptationLoss(), AdaptationLoss(source_masked=False)
-    for kind in ("local", "global", "cosine"):
-        total = full.weights[f"source_{kind}"] + full.weights[f"source_{kind}_masked"]
-        assert half.weights[f"source_{kind}"] == pytest.approx(total)
-    assert half.passes("source") == ("",)
-
-
-def test_confidence_options_weigh_and_ignore():
-    torch.manual_seed(0)
-    logits, features = torch.randn(1, 3, 2, 2, 4), torch.rand(1, 2, 2, 2, 2)
-    label = torch.randint(0, 3, (1, 1, 2, 2, 4))
-    confidence = torch.full((1, 1, 2, 2, 4), 0.99)
-    confidence[..., 1:] = 0.5  # a quarter is sure
-    output = (logits, logits, features, features)
-
-    def local(**options):
-        loss = AdaptationLoss(**options)
-        return loss.terms(("target", "_masked"), output, label, label, confidence, confidence)["target_local_masked"]
-
-    plain = SegmentationLoss()(logits, label)
-    assert local().item() == pytest.approx(plain.item(), abs=1e-6)
-    assert local(confidence_threshold=0.95).item() == pytest.approx(0.25 * plain.item(), abs=1e-6)
-    sure = SegmentationLoss()(logits[..., :1], label[..., :1])
-    assert local(ignore_unsure=0.95).item() == pytest.approx(sure.item(), abs=1e-5)
-    with pytest.raises(ConfigError, match="ignore_unsure is 95"):
-        AdaptationLoss(ignore_unsure=95)
-
-
-def test_pseudo_labels_are_not_class_weighted():
-    loss = AdaptationLoss(segmentation=SegmentationLoss(class_weights=[1.0, 50.0]))
-    logits, label = torch.randn(1, 2, 3, 3, 3), torch.randint(0, 2, (1, 1, 3, 3, 3))
-    output, sure = (logits, logits, logits, logits), torch.ones(1, 1, 3, 3, 3)
-    source = loss.terms(("source", ""), output, label, label)["source_local"]
-    target = loss.terms(("target", ""), output, label, label, sure, sure)["target_local"]
-    assert target.item() == pytest.approx(SegmentationLoss()(logits, label).item())
-    assert source.item() != pytest.approx(target.item())
-
-
 def batch_of_scans(*shape, whole=False):
     """A collated batch of three MetaTensors with a place of their own."""
     values = torch.rand(3, *shape)
@@ -229,18 +113,17 @@ def test_batches_of_metatensors_have_the_loss_of_plain_ones():
         batch_of_scans(1, 4, 6, 5),
     )
     features, confidence = batch_of_scans(4, 4, 6, 5), batch_of_scans(1, 4, 6, 5)
-    output = (logits, logits, features, features + 1)
 
     def pseudo(*given):
-        loss = AdaptationLoss(confidence_threshold=0.4, ignore_unsure=0.5)
-        return torch.stack(list(loss.terms(("target", "_masked"), given[:4], *given[4:]).values())).sum()
+        method = MAPSeg(None, confidence_threshold=0.4, ignore_unsure=0.5)
+        return method._segmentation(given[0], PseudoLabel(*given[1:]))
 
     cases = [
         (SegmentationLoss(), (logits, label)),
         (SegmentationLoss(class_weights=[1.0, 2.0, 3.0]), (logits, label, image > 0.5)),
         (MaskedReconstructionLoss(), (image, image + 0.1, image > 0.5)),
         (LocalGlobalCosineLoss(), (features, features**2)),
-        (pseudo, (*output, label, label, confidence, confidence)),
+        (pseudo, (logits, label, confidence)),
     ]
     for loss, inputs in cases:
         found, expected = loss(*inputs), loss(*(one.as_tensor() for one in inputs))

@@ -85,15 +85,15 @@ def test_training_pass_agrees_with_separate_calls(tiny_network, view_shape):
     image, view = torch.rand(2, 1, 16, 12, 20), torch.rand(2, 1, *view_shape)
     box = torch.tensor([[[1.0, 9.0], [2.0, 10.0], [0.0, 8.0]]] * 2)
     output = GlobalLocalPass(tiny_network)(image, view, box)
-    torch.testing.assert_close(output.local_logits, tiny_network(image, view, box), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.global_logits, tiny_network(view), rtol=1e-4, atol=1e-5)
-    assert output.local_features.shape == output.context_features.shape == (2, 8, 4, 3, 5)
+    torch.testing.assert_close(output["logits"], tiny_network(image, view, box), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output["global_logits"], tiny_network(view), rtol=1e-4, atol=1e-5)
+    assert output["local_features"].shape == output["context_features"].shape == (2, 8, 4, 3, 5)
 
 
 def test_gradients_reach_every_parameter(tiny_network):
     network = tiny_network.train()
     output = GlobalLocalPass(network)(torch.rand(1, 1, 16, 12, 20), torch.rand(1, 1, 16, 12, 20), BOX)
-    sum(tensor.square().mean() for tensor in output).backward()
+    sum(tensor.square().mean() for tensor in output.values()).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
     autoencoder = MultiScaleMAE(1, 8, 2, 4, (8, 4))
     autoencoder(torch.rand(1, 1, 8, 12, 16)).square().mean().backward()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from mapseg_components.commands.overlap import in_stages
+from mapseg_components.prediction.overlap import in_stages
 
 LONG = 20  # seconds that no stage waits if all is well
 

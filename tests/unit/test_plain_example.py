@@ -16,17 +16,19 @@ import pytest
 import torch
 from monai.utils import set_determinism
 
-from mapseg_components.engines import MAETrainer, UDATrainer, adaptation, pretraining
+from mapseg_components import masking
+from mapseg_components.engines import AdaptationTrainer, MAETrainer
 from mapseg_components.handlers import EMATeacher
 from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
-from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
+from mapseg_components.losses import MaskedReconstructionLoss
+from mapseg_components.methods import ArgmaxLabels, MAPSeg
 from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalPass, MultiScaleMAE
 from tests.conftest import ROOT
 
 STRIDE, LOCAL_BLOCK, GLOBAL_BLOCK = (2, 4, 1), (4, 8, 2), (2, 4, 3)
 SIZE, STEPS, DECAY = (8, 16, 6), 2, 0.8
 LR = 0.05
-LABELS = ("local_label", "global_label")
+LABELS = ("label", "global_label")
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +46,17 @@ def batch_of_two(seed):
     start = torch.rand(2, 3, generator=generator) * torch.tensor(SIZE) / 2
     box = torch.stack([start, start + torch.tensor(SIZE) / torch.tensor([2, 3, 4])], dim=2)
     return {
-        "local_image": images[0],
+        "image": images[0],
         "global_image": images[1],
-        "local_box": box,
-        "local_label": labels[0],
+        "box": box,
+        "label": labels[0],
         "global_label": labels[1],
         "case_id": ["a", "b"],
     }
 
 
 def as_plain(batch):
-    names = {"local_image": "local", "global_image": "view", "local_box": "box"}
+    names = {"image": "local", "global_image": "view", "box": "box"}
     labels = {key: batch[key][:, 0] for key in LABELS if key in batch}
     return {**{plain: batch[ours] for ours, plain in names.items()}, **labels}
 
@@ -72,8 +74,7 @@ def drawn(monkeypatch):
 
         return draw
 
-    for module in (adaptation, pretraining):
-        monkeypatch.setattr(module, "draw_block_mask", record(module.draw_block_mask))
+    monkeypatch.setattr(masking, "draw_block_mask", record(masking.draw_block_mask))
     return masks
 
 
@@ -116,17 +117,14 @@ def same(ours, other):
 def train(network, data, **options):
     student = GlobalLocalPass(network)
     teacher = EMATeacher(student, 0, [[None, DECAY]])
-    trainer = UDATrainer(
+    trainer = AdaptationTrainer(
         device="cpu",
         max_epochs=1,
         train_data_loader=data,
         network=student,
         optimizer=torch.optim.SGD(student.parameters(), LR),
-        loss_function=AdaptationLoss(),
-        teacher=teacher,
-        mask_ratio=0.7,
-        local_block_size=LOCAL_BLOCK,
-        global_block_size=GLOBAL_BLOCK,
+        method=MAPSeg(ArgmaxLabels(teacher), 0.7, LOCAL_BLOCK, GLOBAL_BLOCK),
+        train_handlers=[teacher],
         **options,
     )
     trainer.run()

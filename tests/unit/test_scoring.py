@@ -15,7 +15,7 @@ from torch import nn
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.handlers import EMATeacher, ScoreCheckpoint
-from mapseg_components.keys import TARGET_SEGMENTATION
+from mapseg_components.keys import TARGET_LOSS
 
 
 class Fake:
@@ -39,7 +39,7 @@ def run(tmp_path, epochs, active_from=1, **options):
         **options,
     )
     losses = iter([loss for _, _, values in epochs for loss in values])
-    trainer = Engine(lambda engine, batch: [{TARGET_SEGMENTATION: next(losses)} if activity.active else {}])
+    trainer = Engine(lambda engine, batch: [{TARGET_LOSS: next(losses)} if activity.active else {}])
     seen = []
 
     @trainer.on(Events.EPOCH_STARTED)
@@ -84,7 +84,7 @@ def test_without_validation_the_score_is_minus_the_target_loss_and_the_teacher_i
     candidates = {"student": (nn.Linear(1, 1), None), "teacher": (nn.Linear(1, 1), None)}
     score = ScoreCheckpoint(str(tmp_path), candidates, SimpleNamespace(active=True), loss_weight=1.0, patience=2)
     losses = iter([0.5, -0.5, -0.25, 0.0, 9.0])
-    trainer = Engine(lambda engine, batch: [{TARGET_SEGMENTATION: next(losses)}])
+    trainer = Engine(lambda engine, batch: [{TARGET_LOSS: next(losses)}])
     score.attach(trainer)
     assert trainer.run(range(1), max_epochs=5).epoch == 4  # two epochs without a better Score
     record = json.loads((tmp_path / "model_selection.json").read_text())

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mapseg_components.engines import MAETrainer, UDATrainer
+from mapseg_components.engines import AdaptationTrainer, MAETrainer
 from mapseg_components.errors import NonFiniteError
 from mapseg_components.handlers import EMATeacher
-from mapseg_components.losses import AdaptationLoss, MaskedReconstructionLoss
+from mapseg_components.losses import MaskedReconstructionLoss
+from mapseg_components.methods import ArgmaxLabels, MAPSeg
 from mapseg_components.networks import ASPP, GlobalLocalPass, MultiScaleMAE, prepare_network
 from mapseg_components.networks.decoders import PatchUpsample, pointwise_conv
 
@@ -27,25 +28,25 @@ def pair(labels=True):
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(1, 1, 8, 12, 16, generator=generator)
     box = torch.tensor([[[0.0, 4.0], [2.0, 8.0], [0.0, 12.0]]])
-    result = {"local_image": image, "global_image": image.flip(2), "local_box": box}
+    result = {"image": image, "global_image": image.flip(2), "box": box}
     if labels:
-        result["local_label"] = (image > 0.5).long() + (image > 0.8)
-        result["global_label"] = result["local_label"].flip(2)
+        result["label"] = (image > 0.5).long() + (image > 0.8)
+        result["global_label"] = result["label"].flip(2)
     return result
 
 
 def adaptation(network, steps=1, **options):
     torch.manual_seed(0)
     network = GlobalLocalPass(network)
-    trainer = UDATrainer(
+    teacher = EMATeacher(network, 0, [[None, 0.9]])
+    trainer = AdaptationTrainer(
         device="cpu",
         max_epochs=1,
         train_data_loader=[{"source": pair(), "target": pair(labels=False)}] * steps,
         network=network,
         optimizer=torch.optim.AdamW(network.parameters(), lr=0.01),
-        loss_function=AdaptationLoss(target_clean=True),
-        teacher=EMATeacher(network, 0, [[None, 0.9]]),
-        **BLOCKS,
+        method=MAPSeg(ArgmaxLabels(teacher), target_clean=True, **BLOCKS),
+        train_handlers=[teacher],
         **options,
     )
     trainer.run()
@@ -126,12 +127,12 @@ def test_checkpointing_forgets_activations():
 def test_training_passes_compile_without_a_graph_break(tiny_network, recompute):
     torch._dynamo.reset()
     network = GlobalLocalPass(prepare_network(tiny_network.train(), "cpu", activation_checkpointing=recompute))
-    batch = [pair()[key] for key in ("local_image", "global_image", "local_box")]
+    batch = [pair()[key] for key in ("image", "global_image", "box")]
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.manual_seed(0)
     expected = network(*batch)
     torch.manual_seed(0)
-    for ours, theirs in zip(compiled(*batch), expected):
+    for ours, theirs in zip(compiled(*batch).values(), expected.values()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     encoder = prepare_network(autoencoder().train(), "cpu", activation_checkpointing=recompute)
     compiled = torch.compile(encoder, fullgraph=True, backend="eager")
@@ -180,7 +181,7 @@ def test_a_bad_term_is_named_and_reaches_no_weight(tiny_network):
     trainer = adaptation(tiny_network)
     before = copy.deepcopy(trainer.network.state_dict())
     batch = pair()
-    batch["local_image"][0, 0, 0, 0, 0] = float("inf")
+    batch["image"][0, 0, 0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"loss terms \['source_local', .*are NaN or infinite"):
         trainer._step(trainer, {"source": batch})
     torch.testing.assert_close(trainer.network.state_dict(), before, rtol=0, atol=0)

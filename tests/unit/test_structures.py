@@ -13,9 +13,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from mapseg_components.data import class_weights
-from mapseg_components.data.facts import facts_of
 from mapseg_components.data.volumes import structure_sizes
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.scans.facts import facts_of
 from mapseg_components.structures import are_whole, ignored_value, number_text, structures_of, to_whole, unknown_values
 from mapseg_components.transforms import SelectLabels
 from tests.conftest import ROOT, write_nifti

@@ -14,7 +14,8 @@ from torch import nn
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.handlers import EMATeacher
-from mapseg_components.networks import GlobalLocalPass
+from mapseg_components.methods import ArgmaxLabels
+from mapseg_components.networks import PlainPass
 
 
 class OneWeight(nn.Module):
@@ -26,9 +27,8 @@ class OneWeight(nn.Module):
         self.register_buffer("count", torch.zeros(1))
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, local_image, global_image, box):
-        logits = torch.cat([self.dropout(local_image) * self.weight, 1 - local_image], dim=1)
-        return logits, logits, None, None
+    def forward(self, image):
+        return {"logits": torch.cat([self.dropout(image) * self.weight, 1 - image], dim=1)}
 
 
 def engine_that_steps(student):
@@ -78,7 +78,7 @@ def test_teacher_labels_without_dropout_and_without_gradient():
     teacher = EMATeacher(student, 0, [[None, 0.9]])
     teacher.start()
     image = torch.tensor([0.1, 0.9]).view(1, 1, 1, 1, 2)
-    label, _, confidence, _ = teacher.pseudo_label(image, image, None)
+    label, confidence = ArgmaxLabels(teacher)(image=image)["logits"]
     assert not teacher.network.training and student.training
     assert label.flatten().tolist() == [1, 0]  # logits (0.3, 0.9) and (2.7, 0.1)
     assert confidence.flatten().tolist() == pytest.approx([torch.sigmoid(torch.tensor(x)).item() for x in (0.6, 2.6)])
@@ -126,28 +126,6 @@ def test_state_survives_a_round_trip():
 def unet(classes=3):
     torch.manual_seed(0)
     return UNet(3, in_channels=1, out_channels=classes, channels=(4, 8), strides=(2,), norm="batch")
-
-
-def a_pair(batch):
-    torch.manual_seed(1)
-    box = torch.tensor([[[0.0, 8.0], [2.0, 8.0], [0.0, 12.0]]] * batch)
-    return torch.rand(batch, 1, 8, 12, 16), torch.rand(batch, 1, 12, 8, 16), box
-
-
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_segmenter_labels_pairs_like_its_training_pass(tiny_network, batch):
-    pair = a_pair(batch)
-    alone, wrapped = (
-        EMATeacher(student, 0, [[None, 0.9]]) for student in (tiny_network, GlobalLocalPass(tiny_network))
-    )
-    for found, expected, image in zip(alone.pseudo_label(*pair), wrapped.pseudo_label(*pair), [*pair[:2], *pair[:2]]):
-        assert torch.equal(found, expected) and found.shape == image.shape
-    assert set(alone.network.state_dict()) == set(tiny_network.state_dict())
-    for teacher in (alone, wrapped):
-        label, confidence = teacher.pseudo_label(pair[0])
-        expected = tiny_network(pair[0]).softmax(1)
-        assert torch.equal(label, expected.argmax(1, keepdim=True))
-        torch.testing.assert_close(confidence, expected.amax(1, keepdim=True))
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -224,13 +202,10 @@ def test_a_teacher_starts_where_its_student_is():
 
 
 def test_what_a_teacher_cannot_label_is_refused():
-    image, view, box = a_pair(2)
-    teacher = EMATeacher(unet(), 0, [[None, 0.9]])
-    label, confidence = teacher.pseudo_label(image)
+    image = torch.rand(2, 1, 8, 12, 16)
+    label, confidence = ArgmaxLabels(EMATeacher(PlainPass(unet()), 0, [[None, 0.9]]))(image=image)["logits"]
     assert label.shape == confidence.shape == image.shape
-    with pytest.raises(ConfigError, match=r"student UNet does not take a pair.*GlobalLocalPass.*pseudo_label\(image\)"):
-        teacher.pseudo_label(image, view, box)
-    with pytest.raises(ConfigError, match="local_box belongs to a global_image"):
-        teacher.pseudo_label(image, None, box)
-    with pytest.raises(ConfigError, match=r"output is \(2, 1, 8, 12, 16\).*background as a class"):
-        EMATeacher(unet(1), 0, [[None, 0.9]]).pseudo_label(image)
+    with pytest.raises(ConfigError, match=r"network UNet does not take \['image'\] by name.*training_pass"):
+        ArgmaxLabels(EMATeacher(unet(), 0, [[None, 0.9]]))(image=image)
+    with pytest.raises(ConfigError, match=r"logits have shape \(2, 1, 8, 12, 16\).*background as a class"):
+        ArgmaxLabels(EMATeacher(PlainPass(unet(1)), 0, [[None, 0.9]]))(image=image)

@@ -9,8 +9,8 @@ import torch
 from monai.utils import set_determinism
 from torch import nn
 
-from mapseg_components.engines import MAETrainer, UDATrainer
-from mapseg_components.losses import AdaptationLoss
+from mapseg_components.engines import AdaptationTrainer, MAETrainer
+from mapseg_components.methods import ArgmaxLabels, MAPSeg
 
 SHAPE, BATCH, RATIO = (8, 16, 24), 3, 0.5
 LOCAL_BLOCK, GLOBAL_BLOCK = (4, 4, 8), (2, 4, 4)
@@ -23,69 +23,71 @@ class Mirror(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
 
-    def forward(self, local_image, global_image=None, local_box=None):
+    def forward(self, image, global_image=None, box=None):
         if global_image is None:
-            return local_image * self.weight
-        local, view = local_image * self.weight, global_image * self.weight
-        return local, view, local, view
+            return image * self.weight
+        local, view = image * self.weight, global_image * self.weight
+        return {"logits": local, "global_logits": view, "local_features": local, "context_features": view}
 
 
-class Recorder(AdaptationLoss):
-    """The passes of a loss, recorded by name."""
+class Recorder:
+    """A loss that remembers what it compares."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.seen = {}
+    def __init__(self):
+        self.seen = []
 
-    def terms(self, name, output, *labels):
-        self.seen[name] = [part.detach() for part in output[:2]], labels
-        side, end = name
-        return {f"{side}_local{end}": output[0].mean()}
+    def __call__(self, logits, label):
+        self.seen.append((logits.detach(), label))
+        return logits.mean()
 
 
-class Teacher:
+class Teacher(nn.Module):
     """Labels by a threshold, and remembers what it was shown."""
 
     active = True
 
     def __init__(self):
+        super().__init__()
         self.shown = None
 
-    def attach(self, engine):
-        pass
+    @property
+    def network(self):
+        return self
 
-    def pseudo_label(self, local_image, global_image, local_box):
-        self.shown = local_image.clone(), global_image.clone()
-        labels = [(image > 0.75).long() for image in self.shown]
-        return (*labels, *(torch.ones_like(image) for image in self.shown))
+    def forward(self, image, global_image, box):
+        self.shown = image.clone(), global_image.clone()
+        logits, view = (torch.cat([0.75 - one, one - 0.75], dim=1) for one in self.shown)
+        return {"logits": logits, "global_logits": view}
 
 
 def side(seed):
     """Images without a 0 or 1, so that a hidden voxel differs from what it was; labels that tell the sides apart."""
     generator = torch.Generator().manual_seed(seed)
     local, view = (torch.rand(BATCH, 1, *SHAPE, generator=generator) / 2 + 0.5 - seed / 100 for _ in range(2))
-    labels = {"local_label": torch.full_like(local, seed).long(), "global_label": torch.full_like(view, seed).long()}
-    return {"local_image": local, "global_image": view, "local_box": torch.zeros(BATCH, 3, 2), **labels}
+    labels = {"label": torch.full_like(local, seed).long(), "global_label": torch.full_like(view, seed).long()}
+    return {"image": local, "global_image": view, "box": torch.zeros(BATCH, 3, 2), **labels}
 
 
 def adapt(batched, **options):
+    """The batch, the teacher, and by side and ending of each pass what patch and view were compared with."""
     set_determinism(0)
-    network, teacher, loss = Mirror(), Teacher(), Recorder(**options)
+    network, teacher, loss = Mirror(), Teacher(), Recorder()
     batch = {"source": side(1), "target": {k: v for k, v in side(2).items() if "label" not in k}}
-    UDATrainer(
+    labels = ArgmaxLabels(teacher)
+    method = MAPSeg(labels, RATIO, LOCAL_BLOCK, GLOBAL_BLOCK, loss=loss, pseudo_loss=loss, **options)
+    AdaptationTrainer(
         device="cpu",
         max_epochs=1,
         train_data_loader=[batch],
         network=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
-        loss_function=loss,
-        teacher=teacher,
-        mask_ratio=RATIO,
-        local_block_size=LOCAL_BLOCK,
-        global_block_size=GLOBAL_BLOCK,
+        method=method,
         batched_passes=batched,
     ).run()
-    return batch, teacher, loss.seen
+    names = [(side_, ending) for side_ in ("source", "target") for ending in method.endings[side_]]
+    seen = {name: tuple(zip(*loss.seen[2 * n : 2 * n + 2])) for n, name in enumerate(names)}
+    assert len(loss.seen) == 2 * len(names)
+    return batch, teacher, seen
 
 
 def blocks(hidden, size):
@@ -111,9 +113,11 @@ def check_mask(hidden, size, other):
 @pytest.mark.parametrize("options", [{}, {"target_clean": True}, {"source_masked": False}])
 def test_each_pass_shows_what_its_name_says(batched, options):
     batch, _, seen = adapt(batched, **options)
-    assert set(seen) == {(s, end) for s in ("source", "target") for end in AdaptationLoss(**options).passes(s)}
+    assert ("target", "_masked") in seen and ("source", "") in seen
+    assert (("target", "") in seen) == ("target_clean" in options)
+    assert (("source", "_masked") in seen) == ("source_masked" not in options)
     for (name, ending), (images, _) in seen.items():
-        given = [batch[name]["local_image"], batch[name]["global_image"]]
+        given = [batch[name]["image"], batch[name]["global_image"]]
         hidden = [image != whole for image, whole in zip(images, given)]
         if not ending:
             assert not hidden[0].any() and not hidden[1].any(), f"the clean {name} pass is masked"
@@ -126,12 +130,11 @@ def test_each_pass_shows_what_its_name_says(batched, options):
 @pytest.mark.parametrize("batched", [True, False])
 def test_the_teacher_labels_clean_images_and_both_passes_get_its_labels(batched):
     batch, teacher, seen = adapt(batched, target_clean=True)
-    target = batch["target"]["local_image"], batch["target"]["global_image"]
+    target = batch["target"]["image"], batch["target"]["global_image"]
     assert all(torch.equal(shown, given) for shown, given in zip(teacher.shown, target))
     for ending in ("", "_masked"):
         labels = seen["target", ending][1]
         assert all(torch.equal(label, (image > 0.75).long()) for label, image in zip(labels, target))
-        assert len(labels) == 4 and all((confidence == 1).all() for confidence in labels[2:])
         own = seen["source", ending][1]
         assert len(own) == 2 and all((label == 1).all() for label in own)
 
@@ -158,7 +161,7 @@ def test_the_autoencoder_sees_masked_images_and_is_compared_to_whole_ones(batche
         batched_passes=batched,
     ).run()
     for (shown, image, mask), key, sizes in zip(
-        seen, ("local_image", "global_image"), ((LOCAL_BLOCK, GLOBAL_BLOCK), (GLOBAL_BLOCK, LOCAL_BLOCK))
+        seen, ("image", "global_image"), ((LOCAL_BLOCK, GLOBAL_BLOCK), (GLOBAL_BLOCK, LOCAL_BLOCK))
     ):
         assert torch.equal(image, batch[key]) and torch.equal(shown != image, mask)
         check_mask(mask, *sizes)

@@ -13,9 +13,10 @@ from typing import Any
 from mapseg_components.data.volumes import read_volumes_csv
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import as_written
+from mapseg_components.reports import text_table
+from mapseg_components.session import exit_code_of
 
-__all__ = ["Earlier", "Prediction", "read_earlier"]
-
+__all__ = ["Earlier", "Prediction", "Predictions", "read_earlier"]
 
 REMEDY = "choose another output folder, or overwrite"
 
@@ -38,8 +39,8 @@ class Prediction:
         stamp: size in bytes and time of change in ns when the run began; of a series, their sum and the latest.
         notes: what was done to the values of a DICOM series beyond rescaling.
         claimed: the files of this scan in the output are, or may be, this command's, whatever became of the scan.
-        kind: class of the error.
-        place: folder of a series below the input; both are in no file.
+        kind: class of the error; in no file.
+        place: folder of a series below the input; in no file.
     """
 
     case: str
@@ -61,6 +62,54 @@ class Prediction:
     def record(self) -> dict[str, Any]:
         """As plain values, for the manifest."""
         return {name: value for name, value in asdict(self).items() if name not in ("kind", "place")}
+
+
+@dataclass
+class Predictions:
+    """Result of ``mapseg predict``.
+
+    Args:
+        output: folder.
+        predictions: one per scan.
+        volumes: rows of ``volumes.csv``.
+        seconds: in all.
+        kept: how many were finished by an earlier run.
+        left_out: what else lies in the input, for the screen.
+    """
+
+    output: str
+    predictions: list[Prediction]
+    volumes: list[dict[str, Any]]
+    seconds: float
+    kept: int = 0
+    left_out: str = ""
+
+    @property
+    def failed(self) -> list[Prediction]:
+        """Scans without a label map."""
+        return [one for one in self.predictions if one.status != "done"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every scan has its label map; else that of the errors (3 if they are of several kinds)."""
+        return exit_code_of([one.kind for one in self.failed])
+
+    def __str__(self) -> str:
+        placed = any(one.place for one in self.predictions)
+        head = ("scan", *(("found in",) if placed else ()), "status", "seconds", "result")
+        rows = [
+            (
+                one.case,
+                *((one.place,) if placed else ()),
+                *(one.status, one.seconds, str(one.label_map) if one.status == "done" else one.message),
+            )
+            for one in self.predictions
+        ]
+        done = len(self.predictions) - len(self.failed)
+        count = f"{done} of {len(self.predictions)} scans segmented in {self.seconds:.0f} s"
+        count += f", {self.kept} of them by an earlier run" if self.kept else ""
+        end = f"{count}; tables and manifest in {self.output}"
+        return "\n\n".join([text_table(head, rows, wrap_last=True), *filter(None, (self.left_out, end))])
 
 
 @dataclass(frozen=True)

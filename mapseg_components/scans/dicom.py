@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from monai.utils import optional_import
 
-from mapseg_components.data.dicom_objects import MAGIC, PREAMBLE, WANTED, DicomObject, begins_like_dicom, describe
-from mapseg_components.data.dicom_values import require_grey, values_of_tissue
-from mapseg_components.data.findings import Finding, fault, findings_of
-from mapseg_components.data.headers import SHEAR_TOLERANCE_DEG, check_affine
-from mapseg_components.data.nifti import Scan, is_nifti
-from mapseg_components.errors import DataError, MAPSegError
+from mapseg_components.errors import MAPSegError
 from mapseg_components.memory import require_memory
+from mapseg_components.scans.dicom_geometry import DCM2NIIX, Slice, stack
+from mapseg_components.scans.dicom_objects import MAGIC, PREAMBLE, WANTED, DicomObject, begins_like_dicom, describe
+from mapseg_components.scans.dicom_values import require_grey, values_of_tissue
+from mapseg_components.scans.findings import Finding, fault, findings_of
+from mapseg_components.scans.nifti import Scan, is_nifti
 
 __all__ = [
     "Contents",
@@ -42,20 +42,12 @@ __all__ = [
 itk, _ = optional_import("itk")  # MONAI's way: ITK is loaded where it is used, which takes seconds
 
 INDEX_FILE = "DICOMDIR"
-STEP_TOLERANCE = 0.05  # of the distance between slices; positions are rounded in headers
-SAME_POSITION_MM = 1e-3
-# of a voxel's side: so far a slice may lie from where the volume's regular grid has it. Positions rounded to 0.01 mm
-# stay far below, and half a voxel, from where another voxel would be nearer, far above
-GRID_TOLERANCE = 0.1
-DIRECTION_TOLERANCE = 1e-3  # of direction cosines between slices
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # the only tags that are taken from ITK
 FRAMES = "0028|0008"
 GEOMETRY = {"0020|0032": ("position", 3), "0020|0037": ("orientation", 6), "0028|0030": ("pixel spacing", 2)}
 SPACING = "0028|0030"
 RESCALE = {"0028|1052": "rescale intercept", "0028|1053": "rescale slope"}
 TAGS = (FRAMES, *GEOMETRY, *RESCALE)
-DCM2NIIX = "convert the series with dcm2niix, which can take it apart"
 
 
 @dataclass(frozen=True)
@@ -88,25 +80,6 @@ class Series:
 
     def __str__(self) -> str:
         return f"{self.folder}, series {self.number}"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Geometry of one file, in LPS.
-
-    Args:
-        file: where it is.
-        shape: columns and rows.
-        axes: (3, 2), mm per voxel along a row and along a column.
-        position: (3,), mm, of the first voxel.
-        header: what it says of its values.
-    """
-
-    file: Path
-    shape: tuple[int, int]
-    axes: np.ndarray
-    position: np.ndarray
-    header: DicomObject
 
 
 def has_dicom(file: Path) -> bool:
@@ -214,7 +187,7 @@ def whole(text: str) -> int:
 
 
 def numbers(text: str) -> list[float]:
-    """Finite numbers of a header; empty if one of them is none, where ITK would assume another number."""
+    """Finite numbers of a header; empty if one of them is none, where ITK would take another number of its own."""
     try:
         found = [float(part) for part in text.split("\\")]
     except ValueError:
@@ -247,7 +220,7 @@ def read_series(series: Series) -> SeriesScan:
         ResourceError: the volume does not fit into memory.
     """
     with names_for_itk(series.files) as names:
-        affine, slices = stack(series, [read_slice(file, names[file]) for file in series.files])
+        affine, slices = stack(str(series), [read_slice(file, names[file]) for file in series.files])
         columns, rows = slices[0].shape
         shape = (columns, rows, len(slices))
         require_memory(13 * columns * rows * len(slices), "cpu", f"{series}: shape {shape}", "use a larger machine")
@@ -269,7 +242,7 @@ def read_series(series: Series) -> SeriesScan:
 def ordered_files(series: Series) -> list[Path]:
     """Files of a series in the order of the third axis of `read_series`. Raises as it does, of headers."""
     with names_for_itk(series.files) as names:
-        return [piece.file for piece in stack(series, [read_slice(file, names[file]) for file in series.files])[1]]
+        return [piece.file for piece in stack(str(series), [read_slice(file, names[file]) for file in series.files])[1]]
 
 
 @contextlib.contextmanager
@@ -355,105 +328,3 @@ def read_slice(file: Path, name: str) -> Slice:
         position=np.array([reader.GetOrigin(axis) for axis in range(3)], dtype=float),
         header=found,
     )
-
-
-def stack(series: Series, slices: list[Slice]) -> tuple[np.ndarray, list[Slice]]:
-    """Affine (4, 4) in RAS+ and the slices in its order.
-
-    Raises:
-        DataError: they do not make up one volume; see `read_series`.
-    """
-    first = slices[0]
-    if len(slices) < 2:
-        raise fault(str(series), "one slice, expected a volume", "leave the series out")
-    for piece in slices[1:]:
-        if piece.shape != first.shape or not np.allclose(
-            np.linalg.norm(piece.axes, axis=0), np.linalg.norm(first.axes, axis=0), rtol=1e-3
-        ):
-            raise fault(
-                str(series), f"{first.file.name} and {piece.file.name} differ in size or pixel spacing", DCM2NIIX
-            )
-        if np.abs(normalised(piece.axes) - normalised(first.axes)).max() > DIRECTION_TOLERANCE:
-            what = f"{first.file.name} and {piece.file.name} differ in orientation"
-            raise fault(str(series), what, "move localizers and other planes into separate folders")
-    normal = np.cross(*normalised(first.axes).T)
-    order = sorted(slices, key=lambda piece: float(piece.position @ normal))
-    heights = np.array([piece.position @ normal for piece in order])
-    check_steps(series, heights)
-    check_line(series, order, normal)
-    step = (order[-1].position - order[0].position) / (len(order) - 1)
-    affine = np.eye(4)
-    affine[:3, :2], affine[:3, 2], affine[:3, 3] = first.axes, step, order[0].position
-    affine = LPS_TO_RAS @ affine
-    try:
-        check_affine(Path(str(series)), affine, "slice positions")
-    except DataError as error:
-        angle = np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1)))
-        if angle <= SHEAR_TOLERANCE_DEG:
-            raise
-        what = f"its slices lie askew over each other, {angle:.1f} degrees (tilted gantry)"
-        raise fault(str(series), what, "convert the series with dcm2niix, which can straighten it") from error
-    return affine, order
-
-
-def check_steps(series: Series, heights: np.ndarray) -> None:
-    """Slices stand at equal distances. Raises `DataError`.
-
-    Args:
-        series: for messages.
-        heights: (slices,), mm along the slices' normal, rising.
-    """
-    steps = np.diff(heights)
-    if steps.min() < SAME_POSITION_MM:
-        at = int(steps.argmin())
-        copies = int((steps < SAME_POSITION_MM).sum())
-        raise fault(
-            str(series),
-            f"4D or copied: {copies} of {len(heights)} slices stand where another one stands, the first at "
-            f"{heights[at]:.2f} mm",
-            "take copies out, or split the volumes into separate folders (dcm2niix does)",
-        )
-    usual = float(np.median(steps))
-    wrong = np.flatnonzero(np.abs(steps - usual) > STEP_TOLERANCE * usual)
-    if len(wrong):
-        places = [f"{heights[n]:.2f} and {heights[n + 1]:.2f} mm" for n in wrong[:5]]
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise fault(
-            str(series),
-            f"slices are {usual:.2f} mm apart, but not between {', '.join(places)}{more}",
-            "add the missing slices, or resample the series",
-        )
-
-
-def check_line(series: Series, order: Sequence[Slice], normal: np.ndarray) -> None:
-    """Each slice lies where a regular grid from the first to the last one has it. Raises `DataError`.
-
-    Args:
-        series: for messages.
-        order: at least two slices by height.
-        normal: (3,), of all of them.
-    """
-    positions, count = np.array([piece.position for piece in order]), len(order)
-    sides = np.array([*np.linalg.norm(order[0].axes, axis=0), 0.0])
-    sides[2] = abs((positions[-1] - positions[0]) @ normal) / (count - 1)
-    frame = np.column_stack([normalised(order[0].axes), normal])  # across columns, across rows, along the normal
-    steps = np.arange(count)[:, None]
-    ends = positions[0] + steps / (count - 1) * (positions[-1] - positions[0])
-    if (np.abs((positions - ends) @ frame) <= GRID_TOLERANCE * sides).all():
-        return
-    # which one: by the usual step, so that an end which lies aside does not put all others out of line
-    others = steps * np.median(np.diff(positions, axis=0), axis=0)
-    aside = (positions - others - np.median(positions - others, axis=0)) @ frame
-    worst = int((np.abs(aside) / sides).max(axis=1).argmax())
-    distance, height = float(np.linalg.norm(aside[worst])), positions[worst] @ normal
-    raise fault(
-        str(series),
-        f"slice {worst + 1} of {count} (at {height:.2f} mm) lies {distance:.2f} mm out of line with the others, within "
-        f"its plane {float(np.linalg.norm(aside[worst, :2])):.2f} mm",
-        "leave that slice out and resample, or split the series where the patient or the table moved (dcm2niix does)",
-    )
-
-
-def normalised(axes: np.ndarray) -> np.ndarray:
-    """Columns of length 1."""
-    return axes / np.linalg.norm(axes, axis=0)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.data.headers import Remark
-from mapseg_components.data.nifti import Scan, read_nifti
 from mapseg_components.files import write_json
+from mapseg_components.scans.headers import Remark
+from mapseg_components.scans.nifti import Scan, read_nifti
 from mapseg_components.structures import are_whole, to_whole
 
 __all__ = ["AuditRecord", "Facts", "facts_of", "facts_of_scan", "looks_like_labels"]

@@ -20,10 +20,10 @@ import nibabel as nib
 import numpy as np
 from nibabel.volumeutils import apply_read_scaling
 
-from mapseg_components.data.findings import fault
-from mapseg_components.data.headers import Geometry, Remark, geometry_of, volume_shape
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.memory import require_memory
+from mapseg_components.scans.findings import fault
+from mapseg_components.scans.headers import Geometry, Remark, geometry_of, volume_shape
 
 __all__ = ["ENDINGS", "Scan", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
 

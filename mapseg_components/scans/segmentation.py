@@ -17,11 +17,11 @@ import numpy as np
 from monai.utils import optional_import
 
 from mapseg_components.colours import structure_colours
-from mapseg_components.data.dicom import Series, ordered_files
-from mapseg_components.data.findings import fault
-from mapseg_components.data.lookup import printable
 from mapseg_components.errors import ConfigError, MAPSegError, ResourceError
 from mapseg_components.files import replacing
+from mapseg_components.scans.dicom import Series, ordered_files
+from mapseg_components.scans.findings import fault
+from mapseg_components.scans.lookup import printable
 
 __all__ = ["Algorithm", "reference_headers", "require_highdicom", "write_segmentation"]
 

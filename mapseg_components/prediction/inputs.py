@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.commands.series import series_cases
 from mapseg_components.data import Finding, bids_scans, is_bids, load_scans
 from mapseg_components.data.audit import names_of
 from mapseg_components.data.datalist import scans_below
-from mapseg_components.data.dicom import Series
-from mapseg_components.data.findings import raise_findings
 from mapseg_components.data.left_out import LeftOut, in_one_line, left_out, scans_and_label_maps
-from mapseg_components.data.nifti import is_nifti
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import IMAGE
+from mapseg_components.prediction.series import series_cases
+from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.findings import raise_findings
+from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["Inputs", "inputs_of", "nifti_inputs"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.dicom import Series, has_dicom, read_series
-from mapseg_components.data.findings import Finding
 from mapseg_components.data.sources import find_series
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE
+from mapseg_components.scans.dicom import Series, has_dicom, read_series
+from mapseg_components.scans.findings import Finding
 from mapseg_components.transforms.saving import write_verified
 
 __all__ = ["convert", "series_cases", "series_record", "without_path"]

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""NIfTI for MONAI's ``LoadImage``, read as the audit reads it."""
+"""A NIfTI reader for MONAI's ``LoadImage`` that reads as the data audit does."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ from monai.config import PathLike
 from monai.data import NibabelReader
 from monai.utils import ensure_tuple
 
-from mapseg_components.data.nifti import ENDINGS, Scan, read_nifti
 from mapseg_components.errors import DataError
+from mapseg_components.scans.nifti import ENDINGS, Scan, read_nifti
 
 __all__ = ["NiftiReader"]
 
 
 class NiftiReader(NibabelReader):
-    """MONAI's ``NibabelReader`` by `read_nifti`: the affine is the one that the audit judged, in mm.
+    """MONAI's ``NibabelReader`` by `read_nifti`: the affine is the one that the audit checks, in mm.
 
-    MONAI's reader compares sform and qform with ``pixdim`` and takes the one that fits; so a ``pixdim`` that was
-    not kept up to date mirrors or moves a scan. It stumbles over extensions of the header that other programs skip, and
-    takes all lengths as mm.
+    MONAI's reader compares sform and qform with ``pixdim`` and takes the one that fits, so that an outdated ``pixdim``
+    mirrors or moves a scan. It fails on header extensions that other programs skip, and takes all lengths as mm.
 
     Name it as ``reader`` of ``LoadImage`` or ``LoadImaged``. Files with other endings go to MONAI's readers.
 
     The metadata has ``affine``, ``original_affine``, ``spatial_shape``, ``space``, ``pixdim`` (8,) in mm as the affine
     has it, and ``sform_code`` and ``qform_code``: 1 for a form that can be used, else 0.
+
+    Examples:
+        >>> import tempfile
+        >>> import nibabel as nib
+        >>> import numpy as np
+        >>> from monai.transforms import LoadImage
+        >>> from mapseg_components.data import NiftiReader
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     nib.save(nib.Nifti1Image(np.ones((5, 6, 7)), np.diag([2.0, 2.0, 3.0, 1.0])), f"{folder}/scan.nii.gz")
+        ...     scan = LoadImage(reader=NiftiReader, ensure_channel_first=True)(f"{folder}/scan.nii.gz")
+        >>> tuple(scan.shape), scan.pixdim.tolist()
+        ((1, 5, 6, 7), [2.0, 2.0, 3.0])
     """
 
     def __init__(self) -> None:

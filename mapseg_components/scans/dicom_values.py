@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mapseg_components.data.dicom_objects import DicomObject
-from mapseg_components.data.findings import fault
+from mapseg_components.scans.dicom_objects import DicomObject
+from mapseg_components.scans.findings import fault
 
 __all__ = ["require_grey", "values_of_tissue"]
 

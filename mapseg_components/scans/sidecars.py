@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.data.findings import fault
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of, write_json
+from mapseg_components.scans.findings import fault
 
 __all__ = ["Grid", "Sidecar", "digest_of", "read_sidecar", "write_sidecar"]
 

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.data.findings import fault
+from mapseg_components.scans.findings import fault
 
 __all__ = ["Geometry", "Remark", "geometry_of", "volume_shape"]
 

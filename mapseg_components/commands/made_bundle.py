@@ -1,0 +1,149 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle that ``mapseg adapt`` makes: configs of the shipped bundles with method, preset and plan put in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from mapseg_components.commands.planning import PRESETS, settings_of
+from mapseg_components.commands.recipes import ADAPTATION, Recipe
+from mapseg_components.commands.shipped import bundles_folder
+from mapseg_components.errors import ConfigError
+from mapseg_components.files import write_json
+
+__all__ = ["check_settings", "settled", "write_bundle"]
+
+PRETRAINING = "mapseg_pretraining"
+BESIDE = ("any_contrast.yaml", "logging.conf", "evaluate.json", "multi_gpu_train.json")
+
+
+def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any], scans: str) -> None:
+    """Write configs, licence and a README into the folder.
+
+    Args:
+        folder: the new bundle.
+        recipe: its method.
+        plan: ``preset``, ``labels``, ``settings`` and ``network``, see `mapseg_components.commands.planning`.
+        request: arguments of ``mapseg adapt``.
+        scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
+    """
+    origin, pretraining = (bundles_folder() / name for name in (ADAPTATION, PRETRAINING))
+    configs = folder / "configs"
+    configs.mkdir(exist_ok=True)
+    (folder / "docs").mkdir(exist_ok=True)
+    stages = {overlay for stage in recipe.stages if stage.bundle == ADAPTATION for overlay in stage.overlays}
+    for name in {*BESIDE, *stages}:
+        shutil.copyfile(origin / "configs" / name, configs / name)
+    shutil.copyfile(origin / "LICENSE", folder / "LICENSE")
+    train = settled(origin, "train.json", recipe, plan, request) | {"datalist": "$@bundle_root + '/datalist.json'"}
+    write_json(train, configs / "train.json")
+    inference = settled(origin, "inference.json", recipe, plan, request) | {"dataset_dir": scans}
+    write_json(inference, configs / "inference.json")
+    known = ConfigParser.load_config_file(pretraining / "configs" / "train.json")
+    own = settled(pretraining, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
+    write_json({key: own[key] for key in known if own[key] != known[key]}, configs / "pretraining.json")
+    asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
+    write_json(asked, configs / "settings.json")
+    metadata = ConfigParser.load_config_file(origin / "configs" / "metadata.json")
+    write_json(described(metadata, plan, train), configs / "metadata.json")
+    prepared = (
+        ""
+        if request["prepare"] is None
+        else "The scans were prepared by `mapseg prepare` with the options "
+        f"`{json.dumps(request['prepare'])}`: prepare others alike.\n\n"
+    )
+    readme = (
+        f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Method: {recipe.title}.\n"
+        f"Structures: {', '.join(plan['labels'])}.\n\n"
+        "`models/model.pt` is what inference uses; `source_only.pt` and `adapted.pt` are both kept. Read\n"
+        f"`report.html` before you trust it. {prepared}Research only, not for clinical use.\n"
+    )
+    (folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
+
+
+def settled(
+    bundle: Path, name: str, recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A stand-alone config of a bundle: overlays of preset and method, then plan, structures, device, user's settings.
+
+    Args:
+        bundle: folder of a shipped bundle.
+        name: of the config.
+        recipe: see `write_bundle`; plan and request likewise.
+
+    Returns:
+        the config's own keys, with new values.
+    """
+    configs = bundle / "configs"
+    base = ConfigParser.load_config_file(configs / name)
+    known = set(ConfigParser.load_config_file(configs / "train.json")) | set(base)
+    overlays = [*PRESETS[plan["preset"]]["overlays"], *(recipe.overlays if bundle.name == ADAPTATION else ())]
+    files = [configs / name, *(configs / overlay for overlay in overlays if (configs / overlay).is_file())]
+    config = {key: value for key, value in ConfigParser.load_config_files(files).items() if key in base}
+    wanted = settings_of(dict.fromkeys(known), plan["settings"])
+    wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
+    if request["device"] != "auto":
+        wanted["device"] = f"$torch.device('{request['device']}')"
+    config = {key: wanted.get(key, value) for key, value in config.items()}
+    if is_dynunet(config):
+        config["network_def"] = config["network_def"] | plan["network"]
+    return config
+
+
+def is_dynunet(config: Mapping[str, Any]) -> bool:
+    """Whether the network of a config is MONAI's DynUNet, whose kernels and strides are planned."""
+    return str(config.get("network_def", {}).get("_target_", "")).endswith("DynUNet")
+
+
+def check_settings(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Refuse settings that no bundle has, and training that would choose no weights. Raises `ConfigError`."""
+    folders = [bundles_folder() / name for name in (ADAPTATION, PRETRAINING)]
+    known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
+    unknown = set(request["settings"] or {}) - known
+    if unknown:
+        raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
+    config = settled(folders[0], "train.json", recipe, plan, request)
+    epochs, interval = config["max_epochs"], config["val_interval"]
+    if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
+        raise ConfigError(
+            f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "
+            "no weights chosen: set val_interval to 1, or more epochs"
+        )
+
+
+def described(metadata: dict[str, Any], plan: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of the new bundle."""
+    channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
+    if is_dynunet(train):
+        steps = [2 * step for step in reductions(plan["network"]["strides"])]
+    else:
+        steps = [2 * step for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
+    sizes = [f"{step}*n" for step in steps]
+    metadata = {
+        **metadata,
+        "name": "Adapted segmentation model",
+        "description": f"Made by mapseg adapt for {', '.join(plan['labels'])}.",
+        "data_source": "scans of the person who made it",
+        "image_classes": "one channel scaled to [0, 1]",
+        "label_classes": f"one channel, 0 background, then {', '.join(plan['labels'])}",
+        "pred_classes": f"{len(channels)} channels: {', '.join(channels.values())}",
+    }
+    formats = metadata["network_data_format"]
+    formats["inputs"]["image"]["spatial_shape"] = formats["outputs"]["pred"]["spatial_shape"] = sizes
+    formats["outputs"]["pred"] |= {"num_channels": len(channels), "channel_def": channels}
+    return metadata
+
+
+def reductions(strides: list[list[int]]) -> list[int]:
+    """Product of the strides of all levels along each axis."""
+    product = [1, 1, 1]
+    for level in strides:
+        product = [one * step for one, step in zip(product, level)]
+    return product

@@ -1,0 +1,98 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: the stages of a method, as a file in the adaptation bundle's folder ``recipes`` says."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mapseg_components.commands.shipped import bundles_folder
+from mapseg_components.errors import ConfigError
+
+__all__ = ["Recipe", "Stage", "read_recipe", "recipe_names"]
+
+ADAPTATION = "mapseg_adaptation"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training.
+
+    Args:
+        name: of its folder below ``stages``.
+        bundle: whose ``train.json`` it runs.
+        overlays: of that bundle, after the recipe's own.
+        paths: settings that are files or folders below ``stages``, of earlier stages or of this one.
+        settings: further ones.
+        optional: whether ``mapseg adapt --nopretraining`` leaves it out.
+    """
+
+    name: str
+    bundle: str = ADAPTATION
+    overlays: tuple[str, ...] = ()
+    paths: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method as a user chooses it.
+
+    Args:
+        name: of the file. title: one line.
+        source: whether the source's scans must be at hand while the target is learnt from.
+        dimensions: 2, 3 or both.
+        measured: what was measured, in one line.
+        overlays: of the adaptation bundle, in all its stages and in the bundle that is made.
+        stages: in their order.
+        models: ``source_only`` and ``adapted``: weights below ``stages`` that are compared and kept.
+    """
+
+    name: str
+    title: str
+    source: bool
+    dimensions: tuple[int, ...]
+    measured: str
+    stages: tuple[Stage, ...]
+    models: dict[str, str]
+    overlays: tuple[str, ...] = ()
+
+
+def recipes_folder() -> Path:
+    """Where the recipes lie."""
+    return bundles_folder() / ADAPTATION / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Methods that ``mapseg adapt --method`` knows; MAPSeg first."""
+    return sorted((path.stem for path in recipes_folder().glob("*.yaml")), key=lambda name: (name != "mapseg", name))
+
+
+def read_recipe(name: str) -> Recipe:
+    """The recipe of a method.
+
+    Raises:
+        ConfigError: there is none of that name, or its file is not a recipe.
+    """
+    known = recipe_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"method {name!r} is unknown{hint}, expected one of {known}: see mapseg methods")
+    path = recipes_folder() / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stages = tuple(
+            Stage(**{key: tuple(value) if key == "overlays" else value for key, value in stage.items()})
+            for stage in content.pop("stages")
+        )
+        lists = {key: tuple(content[key]) for key in ("overlays", "dimensions") if key in content}
+        return Recipe(**{**content, **lists, "name": name, "stages": stages})
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} is no recipe ({error}): see the others beside it") from error

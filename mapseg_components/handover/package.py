@@ -1,0 +1,250 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The target site's half: a package as it is read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from torch import nn
+
+from mapseg_components.checkpoints import fingerprint, read_checked, write_atomic
+from mapseg_components.data import median_spacing
+from mapseg_components.errors import CheckpointError, ConfigError
+from mapseg_components.files import sha256_of, write_json
+from mapseg_components.handover.fragments import faults_of_fragment, faults_of_value, network_of, plain
+from mapseg_components.keys import IMAGE
+from mapseg_components.structures import structures_of
+
+__all__ = ["HandoverPackage", "SourceOnlyWeights", "check_content"]
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 2
+FAR = 1.3  # ratio of voxel sizes; training scales the target by as much
+MANIFEST, WEIGHTS = "handover.json", "weights.pt"
+PARTS = ("preprocessing", "training")  # of the settings
+LARGEST_MANIFEST = 2**20  # bytes; a real one has a few thousand
+COPY_AGAIN = "copy the whole package again"
+
+
+class HandoverPackage:
+    """A package as the target site reads it: nothing is opened before it is asked for, nothing in it is executed.
+
+    It belongs into the ``save_dict`` of ``TrainingCheckpoint``: a run does not resume from another package.
+
+    Args:
+        folder: the package.
+
+    Raises:
+        ConfigError: ``handover.json`` is damaged, newer than this version, or holds impossible values.
+        CheckpointError: a file is missing, or the weights' checksum differs.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """Checked content of ``handover.json``."""
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError(f"no hand-over package at {self.folder} ({MANIFEST} is missing): {COPY_AGAIN}")
+        if path.stat().st_size > LARGEST_MANIFEST:
+            raise ConfigError(f"{path} has {path.stat().st_size:,} bytes, expected a few thousand: {COPY_AGAIN}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise ConfigError(f"{path} is no valid JSON ({reason}): {COPY_AGAIN}") from error
+        check_content(content, path)
+        dice = content["source_validation"]
+        logger.info(
+            f"Hand-over package {self.folder}: {len(content['labels'])} structures, source validation Dice "
+            f"{dice['mean']} on {dice['scans']} scans, sha256 of {MANIFEST} {sha256_of(path)}."
+        )
+        return content
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Structure name to label value, in the order of the network's classes, background left out."""
+        return dict(self.content["labels"])
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """``preprocessing`` and ``training``, each name to value."""
+        return {part: dict(self.content["settings"][part]) for part in PARTS}
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network that the weights belong to, with random weights; the same object each time."""
+        return network_of(self.content["network"])
+
+    @cached_property
+    def weights(self) -> str:
+        """Path of the weights, after their checksum was compared."""
+        path, expected = self.folder / WEIGHTS, self.content["weights"]["sha256"]
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing from the hand-over package: {COPY_AGAIN}")
+        found = sha256_of(path)
+        if found != expected:
+            raise CheckpointError(f"{path} has sha256 {found}, {MANIFEST} says {expected}: {COPY_AGAIN}")
+        return str(path)
+
+    def require(
+        self,
+        labels: Mapping[str, int],
+        settings: Mapping[str, Mapping[str, Any]],
+        network: nn.Module,
+        without_effect: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Refuse a run that is not the package's: its label table, preprocessing and network must be equal.
+
+        Args:
+            labels: of the run, in order.
+            settings: of the run; those of ``preprocessing`` must be the package's.
+            network: the run's segmenter.
+            without_effect: settings of a network that the run has beside the package's; all must be ``None``.
+
+        Raises:
+            ConfigError: names each setting, found and expected.
+            CheckpointError: the networks' fingerprints differ all the same.
+        """
+        path = self.folder / MANIFEST
+        pairs = [("labels", list(structures_of(labels).items()), list(self.labels.items()))]
+        given = plain(settings["preprocessing"])
+        pairs += [(name, given.get(name), value) for name, value in self.settings["preprocessing"].items()]
+        pairs += [(name, value, "a network of its own") for name, value in (without_effect or {}).items() if value]
+        differing = [
+            f"{name} is {found}, the package has {expected}" for name, found, expected in pairs if found != expected
+        ]
+        if differing:
+            raise ConfigError(
+                f"this run does not fit {path}: {'; '.join(differing)}: leave these settings to the package "
+                "(put handover.yaml after all overlays that have them), or ask for another package"
+            )
+        found, expected = fingerprint(network), self.content["weights"]["fingerprint"]
+        if found != expected:
+            raise CheckpointError(
+                f"{path} is of a network with fingerprint {expected}, this run's has {found}: "
+                f"{COPY_AGAIN}, or use the mapseg_components {self.content['versions'].get('mapseg_components')} "
+                "that wrote it"
+            )
+
+    def compare_spacing(self, cases: Sequence[Mapping[str, Any]]) -> None:
+        """Warn if the target's median voxel size is far from the source's: scans are not resampled."""
+        found, expected = median_spacing([case[IMAGE] for case in cases]), self.content["spacing_mm"]
+        if any(max(own, other) > FAR * min(own, other) for own, other in zip(found, expected)):
+            logger.warning(
+                f"{cases[0][IMAGE]} and the other target scans have a median spacing of {found} mm, the source had "
+                f"{expected} mm: structures look larger or smaller than the weights know them; resample the scans."
+            )
+
+    def state_dict(self) -> dict[str, str]:
+        """Checksum of the weights."""
+        return {"sha256": self.content["weights"]["sha256"]}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Compare with what `state_dict` returned. Raises `ValueError` for another package."""
+        if state["sha256"] != self.state_dict()["sha256"]:
+            raise ValueError(f"the run began with weights {state['sha256']}, {self.folder} has {self.state_dict()}")
+
+
+class SourceOnlyWeights:
+    """Keep the package's weights as ``source_only.pt`` beside what adaptation writes: the baseline to compare with.
+
+    Attach it after ``TrainingCheckpoint``, which renames the files of a run before.
+
+    Args:
+        package: the package.
+        save_dir: folder of the files.
+    """
+
+    def __init__(self, package: HandoverPackage, save_dir: str) -> None:
+        self.package = package
+        self.save_dir = Path(save_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """Write at ``Events.STARTED``, unless a resumed run finds it there."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        path, record = self.save_dir / "source_only.pt", self.save_dir / "model_selection.json"
+        if idist.get_rank() != 0:
+            return
+        content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if path.is_file() and path.name in content:
+            return
+        write_atomic(read_checked(self.package.weights), path)
+        dice = self.package.content["source_validation"]["mean"]
+        content[path.name] = {"weights": "hand-over package", "source_dice": dice, **self.package.state_dict()}
+        write_json(content, record)
+
+
+def check_content(content: Any, path: Path) -> None:
+    """Refuse what is no content of a package that this version can read. Raises `ConfigError`."""
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if type(schema) is not int:
+        raise ConfigError(f"{path} is no hand-over package (no number as 'schema'): {COPY_AGAIN}")
+    if schema != SCHEMA:
+        remedy = "update mapseg_components" if schema > SCHEMA else "ask the source site for a new package"
+        raise ConfigError(f"{path} has schema {schema}, this version reads {SCHEMA}: {remedy}")
+    parts = ("weights", "network", "settings", "labels", "source_validation", "volumes", "versions")
+    wrong = [name for name in parts if not isinstance(content.get(name), dict)]
+    if not wrong:
+        wrong += [f"settings#{part}" for part in PARTS if not isinstance(content["settings"].get(part), dict)]
+        wrong += faults_of_value(content["settings"], "settings")
+        wrong += faults_of_fragment(content["network"])
+        wrong += [f"weights#{name}" for name in ("sha256", "fingerprint") if not is_hex(content["weights"].get(name))]
+        spacing = content.get("spacing_mm")
+        is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(map(is_number(0.001, 1000), spacing))
+        wrong += [] if is_spacing else ["spacing_mm"]
+        wrong += [] if is_label_table(content["labels"]) else ["labels"]
+        dice = content["source_validation"]
+        wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]
+        wrong += [] if is_whole(1, 10**6)(dice.get("scans")) else ["source_validation#scans"]
+    if wrong:
+        found = "; ".join(f"{name} is {shown(content, name)}" for name in wrong[:5])
+        raise ConfigError(f"{path} has missing or impossible values ({found}): {COPY_AGAIN}")
+
+
+def is_whole(lowest: int, highest: int) -> Callable[[Any], bool]:
+    """Predicate: an integer within bounds, and no boolean."""
+    return lambda value: type(value) is int and lowest <= value <= highest
+
+
+def is_number(lowest: float, highest: float) -> Callable[[Any], bool]:
+    """Predicate: a finite number within bounds."""
+    return lambda value: type(value) in (int, float) and lowest <= value <= highest
+
+
+def is_label_table(table: Mapping[Any, Any]) -> bool:
+    """Predicate: printable names of different positive values."""
+    names = all(isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100 for name in table)
+    return 0 < len(table) <= 1024 and names and all(map(is_whole(1, 2**31), table.values())) and unique(table.values())
+
+
+def unique(values: Any) -> bool:
+    """Whether no value occurs twice."""
+    return len(set(values)) == len(values)
+
+
+def is_hex(value: Any) -> bool:
+    """Predicate: lower-case hexadecimal digits."""
+    return isinstance(value, str) and 0 < len(value) <= 64 and set(value) <= set("0123456789abcdef")
+
+
+def shown(content: Mapping[str, Any], name: str) -> str:
+    """A value (``a#b``) for a message, cut short."""
+    value: Any = content
+    for key in name.split("#"):
+        value = value[int(key)] if isinstance(value, list) else value.get(key, "absent")
+    return repr(value)[:80]
