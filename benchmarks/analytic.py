@@ -4,7 +4,7 @@
 
     python -m benchmarks.analytic --docs docs/reference/performance.md
 
-Operations are counted by PyTorch's own counter while the package's networks run on the meta device, forward and
+Operations are counted by PyTorch's counter while the package's networks run on the meta device, forward and
 backward, where nothing is computed; bytes are those of the tensors that autograd keeps. A multiplication and an
 addition are two operations.
 """

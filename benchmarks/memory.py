@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of an adaptation step and of inference, each in a process of its own.
+"""Peak memory of an adaptation step and of inference, each in a separate process.
 
 python -m benchmarks.memory step --side package --width 64 --depth 8 --patch 96 --target_clean true
 """

@@ -52,7 +52,7 @@ def write_datalist(
     Args:
         path: of the datalist.
         source: scans and their labels.
-        others: one scan for validation and one as target; by default the source's own, for a benchmark reads only them.
+        others: one scan for validation and one as target; by default those of the source.
     """
     validation, target = others or (source[0], source[0])
     cases = [{"image": str(scan), "label": str(label)} for scan, label in (*source, validation)]

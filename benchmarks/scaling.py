@@ -84,7 +84,7 @@ def of_workers(scans: list[tuple[Path, Path]], counts: Sequence[int], patch: int
 
 
 def of_volumes(shapes: Sequence[Sequence[int]], sizes: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and peak memory of inference, each volume in a process of its own, and the bytes per voxel."""
+    """Seconds and peak memory of inference, each volume in a separate process, and the bytes per voxel."""
     rows = [
         {"shape": list(shape), **measure("inference", shape="x".join(map(str, shape)), **sizes)} for shape in shapes
     ]

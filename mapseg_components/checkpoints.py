@@ -99,7 +99,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a network's ``state_dict`` on the CPU, in PyTorch's own memory format: files do not tell how it ran."""
+    """A copy of a network's ``state_dict`` on the CPU, in PyTorch's default memory format."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in network.state_dict().items()

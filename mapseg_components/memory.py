@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is kept for the next tensor, and running out of it, said with the knobs that help."""
+"""Memory of a device: how much there is, freed memory kept for reuse, and errors that name the settings to lower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mapseg_components.errors import ResourceError
 __all__ = ["keep_freed_memory", "memory_of", "naming_memory_errors", "require_memory"]
 
 MESSAGES_OF_TORCH = ("can't allocate memory", "out of memory", "not enough memory")
-# parameters of glibc's mallopt (malloc.h), and the values to which its own adaptation leads with large tensors
+# parameters of glibc's mallopt (malloc.h), and the values that glibc itself arrives at with large tensors
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 KEPT = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}
 RETURNED = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26}
@@ -65,9 +65,9 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let glibc keep what tensors on the CPU free, instead of returning each large block to the system.
 
-    PyTorch frees its activations after each step and allocates them again in the next. glibc returns large blocks to the
-    system, which clears every page before it hands it out again: up to a third of a step's time on a CPU. Results stay
-    the same. The process keeps its peak memory, and about half as much again for gaps between tensors.
+    PyTorch frees its activations after each step and allocates them again in the next. glibc returns large blocks to
+    the system, which clears every page before it hands it out again: up to a third of a step's time on a CPU. Results
+    stay the same. The process keeps its peak memory, and about half as much again for gaps between tensors.
 
     Args:
         keep: ``False``: undo it; without an earlier call nothing changes.

@@ -116,7 +116,7 @@ class Calibration:
         return float(np.clip(self.slope * consistency + self.intercept, 0.0, 1.0))
 
     def covers(self, consistency: float) -> bool:
-        """Whether such a consistency was seen on the labelled scans."""
+        """Whether the labelled scans had such a consistency."""
         return self.lowest <= consistency <= self.highest
 
 

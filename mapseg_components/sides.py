@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a structure's name says a side of the body: a mirrored scan would exchange it with its partner."""
+"""Detect structure names with a side of the body: in a mirrored scan such structures are exchanged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SPINE = re.compile(
 
 
 def sided_names(names: Iterable[str]) -> list[str]:
-    """Those of a set of structures whose names say a side, in order; in doubt a name says one.
+    """Structures whose names have a side of the body, in order; in doubt a name counts as one.
 
     Looked for are left and right as words or parts of words, as abbreviations (``Lung_L``, ``Kidney_Rt``, ``lh``,
     ``LV`` of the heart), in Latin and some other languages, and names of the set that differ by l and r alone at an end

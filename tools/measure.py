@@ -153,7 +153,7 @@ def weights_of(seed: Path, name: str) -> Path:
 
 
 def value_of(text: str) -> str:
-    """A value for a bundle's command line, which takes ``None`` for "not given" and leaves the config's own."""
+    """A value for a bundle's command line, which takes ``None`` for "not given" and leaves the value of the config."""
     return "$None" if text in ("None", "null") else text
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Compare models on scans without labels: how consistent each is, and what Dice that meant on labelled source scans."""
+"""Compare models on scans without labels: consistency of each, and the Dice that it meant on labelled source scans."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIDENT = 0.95
 LEAST_GAIN = 0.01
 MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
-# the labelled scans, made worse in ways whose truth is still known: they widen the range of the calibration
+# degraded versions of the labelled scans, whose truth is still known: they widen the range of the calibration
 DEGRADATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "as it is": lambda image: image,
     "dark": lambda image: image**2.5,
@@ -186,7 +186,7 @@ def case_figures(
     ml: float,
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """What is known of one scan's segmentation."""
+    """Figures of the segmentation of one scan."""
     structure = confidence[label_map > 0]
     mean = float(stable.nanmean()) if not stable.isnan().all() else 0.0
     estimates = np.full(len(names), np.nan)
@@ -212,7 +212,7 @@ def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, 
 
 
 def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[str, Any]:
-    """Which model to use, and why, from the figures of both on the same target scans.
+    """The verdict: which model to use, with the reason, from the figures of both on the same target scans.
 
     The estimates of Dice are compared scan by scan. Better or worse means: the mean difference is 0.01 at least, and
     the bootstrap interval (95 %, over scans) does not hold 0. An adapted model that is not better is not shipped.

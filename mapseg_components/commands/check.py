@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``mapseg check``: every scan read once to its last byte, and everything found, before any work starts."""
+"""``mapseg check``: read every scan once to its last byte, and report all faults and unusual scans."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def bar(total: int, record: StatisticsRecord, quiet: bool) -> Any:
 def row_of(
     path: str, side: str, is_label: bool, record: StatisticsRecord, findings: Sequence[Finding]
 ) -> dict[str, Any]:
-    """What is known of a file, and its worst finding."""
+    """Facts of a file, and its worst finding."""
     facts, statistics = record.known.get((path, is_label)), record.statistics.get(path)
     worst = [f.severity for f in findings if f.file == path]
     return {

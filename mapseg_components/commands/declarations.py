@@ -19,7 +19,7 @@ class Declaration:
 
     Args:
         name: of the function, and of its module.
-        signature: annotations are text, as they stand.
+        signature: annotations are text, as in the source.
         document: docstring.
     """
 

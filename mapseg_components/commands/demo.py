@@ -31,7 +31,7 @@ TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedu
 STAGES = ("pretraining", "source_only", "adaptation")
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 OWN = {*STAGES, PREDICTIONS, SCORES, FIGURES, PICTURE, ".run.lock", ".run.lock.json"}
-# gentler than the preset: on this sample faster teachers drift (docs/reference/results.md)
+# slower than the preset: on this sample faster teachers drift (docs/reference/results.md)
 GENTLE = {"learning_rate": 0.0001, "ema_schedule": [[None, 0.999]], "target_scale_range": [0.9, 1.1], "max_epochs": 10}
 
 

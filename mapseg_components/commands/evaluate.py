@@ -192,10 +192,10 @@ def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
 
 def on_grid(path: Path, truth: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """Voxels of a prediction on the grid of its truth. Raises `DataError` if it lies on another."""
-    prediction, own, _ = whole(path)
+    prediction, found, _ = whole(path)
     if prediction.shape != truth.shape:
         raise DataError(f"{path}: shape {prediction.shape}, its truth {truth.shape}: resample it to the scan's grid")
-    distance = corner_distance(truth.shape, own, affine)
+    distance = corner_distance(truth.shape, found, affine)
     if distance > GEOMETRY_TOLERANCE_MM:
         raise DataError(
             f"{path}: its affine puts a corner {distance:.3f} mm away from where its truth has it (tolerance "

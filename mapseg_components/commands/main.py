@@ -69,7 +69,7 @@ def run(name: str, words: Sequence[str], verbose: bool) -> int:
 
 
 def report(error: Exception, verbose: bool) -> int:
-    """Say what went wrong on standard error; returns the exit code."""
+    """Report an error on standard error; returns the exit code."""
     if verbose:
         traceback.print_exception(error)
     ours = user_error(error)

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes for scans and a machine: which preset, patch, strides, dilations and blocks. Pure functions."""
+"""Preset, patch, strides, dilations and blocks for scans and a machine. Pure functions."""
 
 from __future__ import annotations
 

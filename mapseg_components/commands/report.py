@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``mapseg report``: one self-contained page about a run of ``mapseg adapt``, and how far to trust what came out."""
+"""``mapseg report``: one self-contained page about a run of ``mapseg adapt``, and how far to trust its result."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ VOLUMES_NOTE = (
     "lie outside of it; a model that fails does too."
 )
 SIZES_NOTE = (
-    "Mean over the target scans that were looked at during training. Each structure has an axis of its own from 0."
+    "Mean over the target scans that were looked at during training. Each structure has a separate axis from 0."
 )
 BAND_NOTE = " Shaded: the range over the source's label maps, as far as the axis has it."
 CANNOT_KNOW = (
@@ -148,7 +148,7 @@ def worst_first(assessment: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], 
 
 
 def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The few figures that the verdict rests on: both estimates, how far apart, how sure."""
+    """The figures behind the verdict: both estimates, their difference and its interval."""
     verdict = assessment["verdict"]
     if verdict["gain"] is None:
         return []
@@ -170,7 +170,7 @@ def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def case_table(assessment: Mapping[str, Any]) -> str:
-    """Per target scan: both estimates, whether they are guesses; confidence, agreement, structures off their place."""
+    """Per target scan: estimates, whether they are extrapolated, confidence, agreement, unusual positions."""
     rows = []
     for a, b in worst_first(assessment):
         estimates = a["estimated_dice"], b["estimated_dice"]
@@ -215,7 +215,7 @@ def validation_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str
 
 
 def check_section(found: Mapping[str, Any] | None) -> str:
-    """What ``mapseg check`` said of source and target before the first stage."""
+    """Findings of ``mapseg check`` in source and target before the first stage."""
     if found is None:
         return "<p>The scans were not checked by this version: run mapseg check on them.</p>"
     return f"<p>{escape(found['verdict'])}</p>{findings_table(found['findings']) if found['findings'] else ''}"

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``mapseg restore``: a label map of a prepared scan, back on the grid of the scan as it came."""
+"""``mapseg restore``: a label map of a prepared scan, back on the grid of the original scan."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def find(folder: str, content: str) -> Path:
 
 
 def bundle_of(name: str) -> Path:
-    """Folder of a bundle: as given, or of the word ``shipped`` the package's own (``./shipped`` is a folder).
+    """Folder of a bundle: as given, or for the word ``shipped`` the one of the package (``./shipped`` is a folder).
 
     Raises:
         ConfigError: the package is installed without its bundles.

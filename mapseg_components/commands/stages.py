@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One stage of a longer way: a bundle's command in a process of its own, as a user types it."""
+"""One stage of a command: a bundle run in a separate process, as a user would type it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_stage(
         seconds.
 
     Raises:
-        MAPSegError: the stage's own error, as the class that it was; names the log.
+        MAPSegError: the error of the stage, with its class; the message names the log.
     """
     output.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "monai.bundle", "run", "run", "--config_file", str([str(c) for c in configs])]
@@ -100,7 +100,7 @@ def passing_signals_to(process: subprocess.Popen) -> Iterator[list[int]]:
 
 
 def finished_epochs(output: Path) -> int:
-    """Lines of a stage's history."""
+    """Number of epochs in the history of a stage."""
     with contextlib.suppress(OSError):
         return (output / "history.jsonl").read_bytes().count(b"\n")
     return 0

@@ -21,7 +21,7 @@ def given_cases(
     """The cases of a training whose labelled ones a client gave; ``None`` if it gave none.
 
     Args:
-        lists: ``source_training`` and, unless the bundle's own datalist has it, ``source_validation``: mappings with
+        lists: ``source_training`` and, unless the bundle's datalist has it, ``source_validation``: mappings with
             ``image`` and ``label``, as the client names them; see `mapseg_components.configs.given_lists`.
         target_dir: folder of unlabelled scans to adapt to; ``None`` trains on the labelled ones alone. Scans that stand
             in ``lists`` are left out of it.

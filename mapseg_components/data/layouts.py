@@ -53,7 +53,7 @@ BIDS_SUFFIX = re.compile(r"_(dseg|probseg|mask|seg|roi|dlabel)$")
 LABELS_REMEDY = (
     "put label maps into labels beside images, under their scans' names, or take them out; rename it if it is a scan"
 )
-ONE_CHANNEL = "the network takes one image of one channel: keep one channel's files in a folder of their own"
+ONE_CHANNEL = "the network takes one image of one channel: keep the files of one channel in a separate folder"
 
 
 def stems_of(folder: Path) -> dict[str, Path]:

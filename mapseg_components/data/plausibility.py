@@ -27,7 +27,7 @@ CT_SHARE = 0.1  # of the voxels are soft tissue, in a CT
 MASKED_BACKGROUND, MASKED_BORDER = 0.2, 0.98  # shares of background in a skull-stripped or masked scan
 FEWEST_SCANS = 3  # to compare one with the others
 TURN_MARGIN = 0.02  # by which another orientation must fit better, as a correlation
-MIRROR_SHARE = 0.25  # of the reference's usual preference for its own side
+MIRROR_SHARE = 0.25  # of the reference's usual preference for its side
 FAR, FAR_RATIO = 0.1, 4.0  # a histogram that far from its set's median, and so many times the usual distance
 AXES = ("left-right", "back-front", "bottom-top")
 StatisticsByFile = Mapping[str, ScanStatistics]
@@ -83,10 +83,10 @@ def grids(name: str, files: Sequence[str], statistics: StatisticsByFile) -> Iter
     ):
         middle = np.median([getattr(statistics[file], attribute) for file in files], axis=0)
         for file in files:
-            own = getattr(statistics[file], attribute)
-            if max(np.maximum(np.array(own) / middle, middle / np.array(own))) > limit:
+            found = getattr(statistics[file], attribute)
+            if max(np.maximum(np.array(found) / middle, middle / np.array(found))) > limit:
                 text = (
-                    f"{what} of {numbers(own)} mm, the median of {len(files)} scans of {name} is {numbers(middle)} mm"
+                    f"{what} of {numbers(found)} mm, the median of {len(files)} scans of {name} is {numbers(middle)} mm"
                 )
                 yield warning(file, text, "look at it; nothing is resampled by itself")
     codes = Counter(statistics[file].axcodes for file in files)
@@ -201,11 +201,11 @@ def orientations(files: Sequence[str], reference: Sequence[str], statistics: Sta
     edges = {file: edges_of(statistics[file].view) for file in {*files, *reference}}
     total = np.sum([edges[file] for file in reference], axis=0)
     left_out = [preference(edges[file], total - edges[file]) for file in reference]
-    usual = float(np.median(left_out)) if min(left_out) > 0 else None  # else the reference has no side of its own
+    usual = float(np.median(left_out)) if min(left_out) > 0 else None  # else the reference has no consistent side
     for file in files:
-        own = edges[file]
-        mean = total - own if file in reference else total
-        fits = {turn: likeness(turned(own, *turn), mean) for turn in every_turn()}
+        scan = edges[file]
+        mean = total - scan if file in reference else total
+        fits = {turn: likeness(turned(scan, *turn), mean) for turn in every_turn()}
         by_header = max(fits[UPRIGHT], fits[MIRRORED])
         best = max(fits, key=lambda turn: fits[turn])
         if best not in (UPRIGHT, MIRRORED) and fits[best] > by_header + TURN_MARGIN:
@@ -214,7 +214,7 @@ def orientations(files: Sequence[str], reference: Sequence[str], statistics: Sta
                 f"as its header says {by_header:.2f})"
             )
             yield warning(file, text, "look at it in a viewer; repair the header if that is wrong")
-        elif usual is not None and preference(own, mean) < -MIRROR_SHARE * usual:
+        elif usual is not None and preference(scan, mean) < -MIRROR_SHARE * usual:
             text = (
                 "it fits the other scans slightly better mirrored left to right (correlation "
                 f"{fits[MIRRORED]:.3f}, as it is {fits[UPRIGHT]:.3f}): left and right may be swapped, or the anatomy "
@@ -256,6 +256,6 @@ def likeness(one: np.ndarray, two: np.ndarray) -> float:
     return float(np.corrcoef(one.ravel(), two.ravel())[0, 1])
 
 
-def preference(own: np.ndarray, mean: np.ndarray) -> float:
+def preference(scan: np.ndarray, mean: np.ndarray) -> float:
     """How much better a scan fits as it is than mirrored left to right."""
-    return likeness(own, mean) - likeness(turned(own, *MIRRORED), mean)
+    return likeness(scan, mean) - likeness(turned(scan, *MIRRORED), mean)

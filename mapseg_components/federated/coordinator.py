@@ -81,7 +81,7 @@ class Coordinator:
             self._load()
 
     def start(self) -> Broadcast:
-        """Open the next round; the task of the server's own source side."""
+        """Open the next round; the task of the source side."""
         self._started = time.monotonic()
         self._mean, self._steps, self._bytes = self.plan.aggregation(), self.ema_steps, 0
         self._accepted: dict[str, dict[str, Any]] = {}

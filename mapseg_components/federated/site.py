@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One party of a federation at work: the bundle's own trainer on one side's data, a round at a time."""
+"""One party of a federation: the trainer of the bundle on the data of one side, a round at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SECTION = {SOURCE: "source_training", TARGET: "target_training"}
 class Site:
     """The server with its labelled source, or a client with its unlabelled target scans.
 
-    A round depends on the broadcast, the round's number, the plan and the site's own scans, name and settings, and on
+    A round depends on the broadcast, the round's number, the plan and the site's scans, name and settings, and on
     nothing that happened before (but for `Plan.local_layers`): optimizer moments start from zero, student and teacher
     from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
 
@@ -59,7 +59,7 @@ class Site:
         plan: what all parties agreed on.
         settings: merged config of the bundle, as plain values: ``train.json``, overlays, ``federated.json``.
         datalist: file or folder; only ``source_training`` (source) or ``target_training`` (target) is looked at.
-        folder: where the site's own history, audit and local weights are kept; nothing of it is sent.
+        folder: where the site's history, audit and local weights are kept; nothing of it is sent.
 
     Raises:
         ConfigError: see `Plan` and the bundle's components.
@@ -262,7 +262,7 @@ class LocalWeights:
         self._before: dict[str, torch.Tensor] = {}
 
     def before(self, number: int, names: set[str]) -> dict[str, torch.Tensor]:
-        """The site's own values to start a round with; empty in its first round, which starts from the broadcast.
+        """The values of the site to start a round with; empty in its first round, which starts from the broadcast.
 
         Raises:
             FederationError: the file holds other tensors.
@@ -283,7 +283,7 @@ class LocalWeights:
         return self._before
 
     def keep(self, number: int, after: dict[str, torch.Tensor]) -> None:
-        """Write them down."""
+        """Write them to the file."""
         write_atomic({"round": number, "before": self._before, "after": after}, self.path)
 
 
@@ -310,7 +310,7 @@ def initial_weights(settings: Mapping[str, Any], seed: int) -> dict[str, torch.T
 
 
 def parser_of(settings: Mapping[str, Any]) -> ConfigParser:
-    """A parser of its own: components made from it are shared with nobody."""
+    """A separate parser: components made from it are not shared."""
     parser = ConfigParser(copy.deepcopy(dict(settings)))
     parser.get_parsed_content("imports")
     return parser

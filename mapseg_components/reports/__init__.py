@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a person looks at: tables of text, pages of HTML, pictures."""
+"""Output for people: tables of text, pages of HTML, pictures."""
 
 from mapseg_components.reports.comparison import ComparedScan, draw_comparison
 from mapseg_components.reports.curves import FIGURES_STYLE, curves, small_multiples

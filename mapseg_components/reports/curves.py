@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Curves over epochs as SVG in the page's own colours, so that they can be read in its light and in its dark scheme."""
+"""Curves over epochs as SVG in the page's colours, readable in its light and in its dark scheme."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def small_multiples(
     unit: str,
     usual: Mapping[str, Sequence[float]] | None = None,
 ) -> str:
-    """One small figure per key that some epoch has, each on an axis of its own from 0: small values beside large ones.
+    """One small figure per key that some epoch has, each on a separate axis from 0, for small values beside large ones.
 
     Args:
         history: as for `curves`.
@@ -109,7 +109,7 @@ def points_of(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int,
 
 
 def described(title: str, found: Mapping[str, Sequence[tuple[int, float]]], quantity: str) -> str:
-    """A figure in words, for who cannot see it."""
+    """Text alternative of a figure."""
     ends = "; ".join(
         f"{name}: {points[0][1]:.3g} in epoch {points[0][0]}, {points[-1][1]:.3g} in epoch {points[-1][0]}"
         for name, points in found.items()

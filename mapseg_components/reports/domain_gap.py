@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Picture of how the scans of several sites differ as wholes, from the output of a statistics job."""
+"""Picture of the differences between the scans of several sites, from the output of a statistics job."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ LONG, LONGEST = 24, 56  # characters of a name that goes on in the next line of 
 
 
 def page(title: str, body: str, style: str = "", script: str = "") -> str:
-    """A whole HTML document, which its own policy forbids to load anything.
+    """A whole HTML document, whose content security policy forbids to load anything.
 
     Args:
         title: plain text.
@@ -118,7 +118,7 @@ def page(title: str, body: str, style: str = "", script: str = "") -> str:
 
 
 def answer(kind: str, headline: str, figures: Sequence[tuple[str, str, str]], sentences: Sequence[str]) -> str:
-    """What the page has to say, first: a sentence, the few figures it rests on, and why.
+    """The answer of a page, at its top: a sentence, the figures behind it, and the reasons.
 
     Args:
         kind: class of the box: good, note, warning or error.

@@ -255,7 +255,7 @@ def test_target_dir_beside_a_datalist_is_refused(dataset, tmp_path):
 
 
 def algo_of(folder, data, **more):
-    """A site of plain federated averaging, supervised, at tiny size, on a bundle's folder of its own."""
+    """A site of plain federated averaging, supervised, at tiny size, on a separate folder of the bundle."""
     settings = merged(ADAPTATION, "tiny.yaml") | {"labels": LABELS, "amp": None, "dataset_dir": str(data)}
     settings |= {"device": CPU, "resume": False, "val_interval": 1}
     shutil.copytree(ADAPTATION / "configs", folder / "configs")

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""`mapseg demo`: a result without scans of one's own; nothing of a user is removed. The shipped bundle by its name."""
+"""`mapseg demo`: a result without scans of the user, whose files stay. The shipped bundle by its name."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_every_axis_has_a_title_with_its_unit_and_every_figure_words(text):
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 700.0])
 def test_a_small_structure_can_be_read_beside_a_large_one(scale):
-    """Each has an axis of its own: its curve has the same height whatever the others' size."""
+    """Each has a separate axis: its curve has the same height whatever the others' size."""
     shape = [0.5, 0.8, 1.0, 0.9]
     history = [{"epoch": i + 1, "a": scale * value, "b": 350 * value} for i, value in enumerate(shape)]
     drawn = small_multiples(history, {"a": "a", "b": "b"}, "Volume", "ml", {"a": [scale * 1e4, scale * 2e4]})

@@ -48,7 +48,7 @@ def guarded(folder, log, settings):
 
 
 def finished(folder, settings, target=guarded):
-    """Exit code and last line of a run in a process of its own."""
+    """Exit code and last line of a run in a separate process."""
     folder.mkdir(exist_ok=True, parents=True)
     process = start(target, folder, folder.with_suffix(".log"), settings)
     process.join()

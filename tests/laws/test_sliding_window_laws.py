@@ -35,7 +35,7 @@ def scan(shape=(30, 34, 26), seed=0):
 
 
 def known(seed):
-    """A scan with a file and an orientation of its own, turned to RAS by a transform that can be inverted."""
+    """A scan with a file and an orientation, turned to RAS by a transform that can be inverted."""
     affine = AFFINE @ np.diag([1, 1, 1 + seed, 1])
     image = MetaTensor(scan(seed=seed), affine=affine, meta={"filename_or_obj": f"scan {seed}.nii.gz"})
     return TURN({"image": image})

@@ -26,7 +26,7 @@ POLL_S = 0.2
 
 
 class MAPSegController(ModelController):
-    """Rounds of Algorithm 1 over NVFlare's sites. Its settings are read from the server's own disk, see `Party`.
+    """Rounds of Algorithm 1 over NVFlare's sites. Its settings are read from the server's disk, see `Party`.
 
     A job that is submitted again goes on after the last closed round in ``ckpt_dir``.
 

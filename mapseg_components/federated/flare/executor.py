@@ -20,7 +20,7 @@ HEARTBEAT_TIMEOUT_S = 120.0
 class SiteExecutor(ClientAPIExecutor):
     """NVFlare's Client API executor with one fixed command: our client, run by the interpreter that runs NVFlare.
 
-    NVFlare's own executor takes the command from the job, so that a site that allows it allows any command. This one
+    NVFlare's executor takes the command from the job, so that a site that allows it allows any command. This one
     can be allowed by itself (``class_allow_list`` of the site's ``local/resources.json``).
 
     Args:

@@ -3,7 +3,7 @@
 """Make an NVFlare job: ``python -m mapseg_components.federated.flare.job --help``. It carries no code and no setting.
 
 ``--write FOLDER`` writes it for POC and provisioned deployments; ``--simulate FOLDER`` runs it in NVFlare's simulator,
-every site in a process of its own on this machine; ``--allow FILE`` lets a party run it. With ``--statistics`` the job
+every site in a separate process on this machine; ``--allow FILE`` lets a party run it. With ``--statistics`` the job
 trains nothing, but collects the picture of the domain gap, which ``--draw`` makes of its result.
 """
 
@@ -45,7 +45,7 @@ COMPONENTS = [
     "mapseg_components.federated.flare.executor.SiteExecutor",
     "mapseg_components.federated.flare.statistics.SiteStatistics",
 ]
-# NVFlare's, not in its own list of what a job may name
+# of NVFlare, but not in its list of classes that a job may name
 QUANTIZER = "nvflare.app_opt.pt.quantization.quantizer.ModelQuantizer"
 DEQUANTIZER = "nvflare.app_opt.pt.quantization.dequantizer.ModelDequantizer"
 # all but the first are computed on a CUDA device, at the server and at every site; NVFlare's "adaquant" is left out: it
@@ -163,7 +163,7 @@ def main() -> None:
     filters = []
     if given.percentile:
         percentile, limit = given.percentile
-        Privacy(percentile=percentile, limit=limit)  # NVFlare's own would send a wrong one nothing, without a word
+        Privacy(percentile=percentile, limit=limit)  # NVFlare's filter ignores wrong values silently
         filters.append(PercentilePrivacy(percentile, limit, data_kinds=[DataKind.WEIGHT_DIFF]))
     if given.statistics:
         job = make_statistics_job(given.sites, least, given.source_site)

@@ -49,7 +49,7 @@ def sides_of(sites: Sequence[str], source_site: str | None = None) -> dict[str, 
 
 @dataclass(frozen=True)
 class Party:
-    """One party's own settings.
+    """Settings of one party.
 
     Args:
         name: as NVFlare knows it; ``"server"`` for the server.

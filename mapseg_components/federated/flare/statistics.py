@@ -41,7 +41,7 @@ SCANS = "scans"  # NVFlare's name of the data set; there is one
 class SiteStatistics(Statistics):
     """Answers from `summary_of` alone, made once in a job and written to the site's folder as ``statistics.json``.
 
-    A site takes part if ``share_statistics`` is true in its own settings, with ``statistics_min_scans`` scans or more.
+    A site takes part if ``share_statistics`` is true in its settings, with ``statistics_min_scans`` scans or more.
     What a job asks beyond that (a least or greatest value, quantiles, other bins) is refused.
 
     Args:
