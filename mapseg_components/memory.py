@@ -48,10 +48,10 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
     """Refuse what cannot fit, before it is allocated.
 
     Args:
-        needed: bytes.
-        device: where.
-        what: needs them, with its name and sizes.
-        remedy: what the user can do.
+        needed: bytes that are needed.
+        device: where they are needed.
+        what: what needs them, with its name and sizes.
+        remedy: what the user can do about it.
 
     Raises:
         ResourceError: the device has less.
@@ -65,12 +65,12 @@ def require_memory(needed: int, device: torch.device | str, what: str, remedy: s
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let glibc keep what tensors on the CPU free, instead of returning each large block to the system.
 
-    PyTorch frees and allocates its activations anew in each step. glibc gives large ones back, and the system clears
-    each page again: up to a third of a step's time on a CPU. What is computed stays the same. The process keeps the
-    memory of its largest moment, and about half as much again for gaps between its tensors.
+    PyTorch frees its activations after each step and allocates them again in the next. glibc returns large blocks to the
+    system, which clears every page before it hands it out again: up to a third of a step's time on a CPU. Results stay
+    the same. The process keeps its peak memory, and about half as much again for gaps between tensors.
 
     Args:
-        keep: ``False``: take it back, and change nothing if it was never kept.
+        keep: ``False``: undo it; without an earlier call nothing changes.
 
     Returns:
         whether it took effect: not without glibc (mallopt, https://man7.org/linux/man-pages/man3/mallopt.3.html).
@@ -94,7 +94,7 @@ def naming_memory_errors(what: str, remedy: str) -> Iterator[None]:
     """Context in which exhausted memory, of the machine or of the GPU, becomes a `ResourceError`.
 
     Args:
-        what: was being done, with its sizes.
+        what: what was being done, with its sizes.
         remedy: the settings to lower.
     """
     try:
@@ -108,6 +108,6 @@ def naming_memory_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def memory_error(what: str, remedy: str, error: BaseException) -> ResourceError:
-    """One line; the cause keeps what torch says."""
+    """A `ResourceError` of one line; the full text of torch stays in the cause."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ResourceError(f"out of memory in {what} ({reason[:200]}): lower {remedy}")

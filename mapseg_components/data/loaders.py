@@ -25,7 +25,7 @@ GRACE_S = 20  # seconds that a worker may take to end
 
 
 class DomainBalancedSampler(Sampler[tuple[int, int]]):
-    """Draw a domain, then one of its scans, both uniformly, with replacement; each draw has a seed.
+    """Draw a domain, then one of its scans, both uniformly, with replacement; every draw has a seed.
 
     It yields pairs (index of the scan, seed of its random transforms), for `SeededDataset`. In a distributed run each
     process draws a different sequence.
