@@ -31,6 +31,7 @@ __all__ = [
     "require_same_settings",
     "resolved",
     "running_settings",
+    "values_of",
 ]
 
 # what `monai.bundle run --tracking` adds by itself
@@ -50,14 +51,13 @@ SAFE_TO_CHANGE = {
     *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
     *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans"),
-    *("compile", "activation_checkpointing", "fused_optimizer", "fused", "pin_memory"),
-    *("tf32", "cudnn_benchmark", "keep_freed_memory"),
+    *("compile", "activation_checkpointing", "fused", "pin_memory", "keep_freed_memory"),
     *TRACKING,
 }
 # lists of what is reported and when
 HANDLERS = (
-    *("load_encoder", "load_initial_weights", "checkpoint", "student_validation", "teacher_validation"),
-    *("score", "diagnostics", "history"),
+    *("load_encoder", "load_initial_weights", "checkpoint", "schedule", "student_validation", "teacher_validation"),
+    *("score", "diagnostics", "history", "progress"),
 )
 SAFE_LISTS = ("train#handlers", "validate#handlers", *HANDLERS)
 
@@ -211,23 +211,44 @@ def running_settings() -> dict[str, Any]:
 
 
 def resolved(name: str) -> dict[str, Any]:
-    """A part of the running bundle's config with every reference and expression replaced by its value.
+    """A component of the running bundle's config with its references and expressions replaced by their values.
 
     Args:
-        name: of a component, such as ``network_def``. It is not made.
+        name: such as ``network_def``. It is not made.
 
     Raises:
         ConfigError: no bundle runs, or a value of it is no plain one.
     """
+    return plain(name, parser_of_run().get_parsed_content(name, instantiate=False).get_config())
+
+
+def values_of(names: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Groups of settings of the running bundle, from names to values.
+
+    Raises:
+        ConfigError: as `resolved`.
+    """
+    parser = parser_of_run()
+    return {
+        group: {name: plain(name, parser.get_parsed_content(name)) for name in listed}
+        for group, listed in names.items()
+    }
+
+
+def parser_of_run() -> ConfigParser:
+    """A parser of the running bundle's config; what it makes is not the run's. Raises `ConfigError` outside of one."""
     workflow = running_workflow()
     if workflow is None:
-        raise ConfigError(f"{name} is asked for outside of a bundle's run: run it by monai.bundle run")
-    parser = ConfigParser(copy.deepcopy(workflow.parser.config))  # a parser of its own: nothing is shared or kept
+        raise ConfigError("a setting is asked for outside of a bundle's run: run the bundle by monai.bundle run")
+    parser = ConfigParser(copy.deepcopy(workflow.parser.config))
     parser.get_parsed_content("imports")
-    config = parser.get_parsed_content(name, instantiate=False)
-    found = config.get_config() if isinstance(config, ConfigComponent) else config
+    return parser
+
+
+def plain(name: str, value: Any) -> Any:
+    """A value as JSON has it. Raises `ConfigError` if it is more than that."""
     try:
-        return json.loads(json.dumps(found, allow_nan=False))
+        return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} has a value that is not plain ({error}): write it out") from error
 

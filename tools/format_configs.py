@@ -4,10 +4,10 @@
 """Write the bundles' JSON files in one layout: python tools/format_configs.py [--check] [FILES].
 
 A list or mapping that fits on one line of 120 columns stands on one line. Of any other, each item of a list and each
-setting at the top level has a line of its own; below, the plain values of a mapping share lines, as the arguments of a
-call do, after the line with its ``_target_``. Order and spelling of keys and numbers stay as they are. Without
-FILES it takes those of all bundles; with --check it writes nothing, and its exit code is 1 if a file has another
-layout.
+setting at the top level has a line of its own; below, short texts of a list and the plain values of a mapping share
+lines, as the arguments of a call do, after the line with its ``_target_``. Order and spelling of keys and numbers stay
+as they are. Without FILES it takes those of all bundles; with --check it writes nothing, and its exit code is 1 if a
+file has another layout.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 WIDTH = 120
 INDENT = 4
 ALONE = ("_target_",)
+SHORT = 40  # columns of the items of a list that share lines
 
 
 class Number(str):
@@ -73,7 +74,10 @@ def on_lines(value: Any, used: int, level: int = 0) -> str:
     for key, each in pairs:
         head = "" if key is None else f"{on_one_line(key)}: "
         item = head + on_lines(each, len(margin) + len(head) + 1, level + 1)
-        shares = level > 0 and key not in (None, *ALONE) and not isinstance(each, dict) and "\n" not in item
+        if key is None:
+            shares = level > 0 and all(isinstance(one, str) and len(one) <= SHORT for one in value)
+        else:
+            shares = level > 0 and key not in ALONE and not isinstance(each, dict) and "\n" not in item
         if shares and open_row and len(rows[-1]) + len(item) + 3 <= WIDTH:
             rows[-1] += f", {item}"
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.recomputation import prepare_network
 
 __all__ = ["GlobalLocalPass", "PlainPass", "training_pass"]
 
@@ -134,8 +135,15 @@ def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Map
     return outputs
 
 
-def training_pass(network: nn.Module) -> PlainPass:
+def training_pass(
+    network: nn.Module, device: torch.device | str | None = None, activation_checkpointing: bool = False
+) -> PlainPass:
     """The training pass that fits a network: `GlobalLocalPass` if it has the parts for it, otherwise `PlainPass`.
+
+    Args:
+        network: a segmenter.
+        device: where it will run; by default where it is.
+        activation_checkpointing: see `prepare_network`.
 
     Examples:
         >>> import torch
@@ -143,4 +151,6 @@ def training_pass(network: nn.Module) -> PlainPass:
         >>> type(training_pass(torch.nn.Conv3d(1, 4, 3))).__name__
         'PlainPass'
     """
+    if device is not None:
+        prepare_network(network, device, activation_checkpointing)
     return GlobalLocalPass(network) if collaborates(network) else PlainPass(network)
