@@ -16,7 +16,6 @@ from tests.conftest import ROOT
 SOURCES = sorted(
     path for room in ("mapseg_components", "examples", "tools", "benchmarks") for path in (ROOT / room).rglob("*.py")
 )
-# rewritten by others at the same time: take a file out once its sections have one argument per line
 SECTION = re.compile(r"^(?P<indent> *)(?P<name>Args|Raises|Attributes):$")
 
 
