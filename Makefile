@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint docs soak mutants bench bench-quick weights clean
+.PHONY: help demo test lint docs soak fuzz mutants bench bench-quick weights clean
 
 help:
 	@echo "make demo     pretraining, source-only, adaptation, inference and evaluation on the shipped scans"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint     ruff, mypy and the config check"
 	@echo "make docs     the documentation site, into runs/site"
 	@echo "make soak     kill training 100 times at random moments, count what is lost"
+	@echo "make fuzz     feed damaged scans and datalists to the readers for ten minutes (FUZZ='--minutes 1')"
 	@echo "make mutants  plant bugs one by one, and print those that the closest tests miss (minutes; MUTANTS='--only mask')"
 	@echo "make bench    measure against the plain baseline: runs/bench/results.json and .md; BENCH='--width 64 128' for options"
 	@echo "make weights  train the weights that the bundles ship, on the shipped scans"
@@ -49,6 +50,9 @@ docs: $(STAMP)
 
 soak: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.run --kills 100
+
+fuzz: $(STAMP)
+	@$(BIN)/python -m tests.fuzz.run $(FUZZ)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/mutants/run.py $(MUTANTS)

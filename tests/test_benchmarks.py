@@ -13,7 +13,20 @@ import torch
 
 pytest.importorskip("torchio", reason="pip install -c constraints.txt -e '.[bench]'")
 
-from benchmarks import analytic, cases, memory, overlap, report, run, scaling, startup, timing, volume
+from benchmarks import (
+    analytic,
+    cases,
+    freed_memory,
+    guards,
+    memory,
+    overlap,
+    report,
+    run,
+    scaling,
+    startup,
+    timing,
+    volume,
+)
 from benchmarks.plain import data as plain_data
 from benchmarks.plain import inference as plain_inference
 from benchmarks.plain import training as plain_training
@@ -274,3 +287,20 @@ def test_overlap_is_measured_with_equal_files(tmp_path, capsys):
     (tmp_path / "page.md").write_text("<!-- bench-overlap: begin --><!-- bench-overlap: end -->")
     assert overlap.main(["--results", str(tmp_path / "overlap.json"), "--docs", str(tmp_path / "page.md")]) == 0
     assert overlap.table(found) in (tmp_path / "page.md").read_text()
+
+
+def test_guards_are_measured_on_and_off():
+    seconds = guards.training_steps(2, "tiny.yaml")
+    assert {name: len(values) for name, values in seconds.items()} == {"with": 2, "without": 2}
+    assert min(min(values) for values in seconds.values()) > 0
+
+
+@pytest.mark.parametrize("name", freed_memory.CASES)
+def test_every_case_of_freed_memory_runs(name, monkeypatch):
+    bundle, files, settings, _ = freed_memory.CASES[name]
+    monkeypatch.setattr(freed_memory, "SMALL", ["train.json", "fetal_age.yaml", "tiny.yaml"])
+    if files != ["inference.json"]:
+        files = freed_memory.SMALL
+    monkeypatch.setitem(freed_memory.CASES, name, (bundle, files, settings, 1))
+    found = freed_memory.timed(name, keep=False)
+    assert found["seconds"] > 0 and found["peak_mib"] > 100

@@ -5,8 +5,9 @@
 
 Writes ``NAME_v<version>.zip`` and beside it ``NAME_v<version>.zip.sha256``. The zip holds one folder ``NAME`` with the
 bundle's configs, docs, licence and ``models/model.pt``, and a copy of ``mapseg_components``, so that the unpacked
-bundle runs where the package is not installed. Nothing else in the bundle's folder is packed: no results, no resume
-files, no caches. The same files give the same bytes on every machine: sorted, stored, without times and owners.
+bundle runs where the package is not installed; JSON configs are in the Model Zoo's layout, an item on each line.
+Nothing else in the bundle's folder is packed: no results, no resume files, no caches. The same files give the same
+bytes on every machine: sorted, stored, without times and owners.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ def contents(bundle: Path, package: Path = PACKAGE) -> dict[str, Path]:
     return {name: files[name] for name in sorted(files) if belongs(name) and files[name].is_file()}
 
 
+def released(name: str, path: Path) -> bytes:
+    """Content of a file in the release: of a JSON config in the layout that the Model Zoo asks for."""
+    if path.suffix == ".json" and name.startswith("configs/"):
+        return (json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=4) + "\n").encode()
+    return path.read_bytes()
+
+
 def belongs(name: str) -> bool:
     """Whether a file is part of a release: no cache, no hidden file."""
     return not any(part == "__pycache__" or part.startswith(".") for part in name.split("/"))
@@ -67,7 +75,7 @@ def pack(bundle: Path, output: Path, package: Path = PACKAGE) -> Path:
             for name, path in files.items():
                 entry = zipfile.ZipInfo(f"{bundle.name}/{name}", EPOCH)
                 entry.create_system, entry.external_attr = 3, 0o100644 << 16  # a plain file, on every system
-                release.writestr(entry, path.read_bytes())
+                release.writestr(entry, released(name, path))
         digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
     write_text(f"{digest}  {archive.name}\n", archive.with_name(archive.name + ".sha256"))
     return archive

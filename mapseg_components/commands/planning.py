@@ -70,14 +70,15 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
         raise ConfigError(f"preset {preset!r} is unknown, expected one of {sorted(PRESETS)} or auto")
     base, reduction = PRESETS[preset]["patch"], PRESETS[preset]["stride"]
     shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
-    ratio = spacing / spacing.min()
+    flat = shape == 1  # 2D images are volumes with one slice
+    ratio = np.where(flat, 1.0, spacing / spacing[~flat].min()) if not flat.all() else np.ones(3)
     halvings = [min(round(math.log2(r)), int(math.log2(reduction))) for r in ratio]
     stride = [reduction >> k for k in halvings]
     local_block = [max(8 >> k, 4) for k in halvings]
     patch = []
     global_block = [4, 4, 4]
     for axis in range(3):
-        if shape[axis] == 1:  # 2D images are volumes with one slice
+        if flat[axis]:
             stride[axis] = local_block[axis] = global_block[axis] = 1
             patch.append(1)
             continue

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -59,6 +60,17 @@ def test_same_files_give_the_same_bytes(bundle, tmp_path):
     assert not [name for name in names if "__pycache__" in name or "/." in name or "eval/" in name]
     digest, name = first.with_name(first.name + ".sha256").read_text().split()
     assert (digest, name) == (hashlib.sha256(first.read_bytes()).hexdigest(), first.name)
+
+
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda b: b.name)
+def test_configs_of_a_release_have_the_layout_of_the_model_zoo_and_the_same_content(bundle, tmp_path):
+    archive = zipfile.ZipFile(pack(bundle, tmp_path))
+    configs = sorted(bundle.glob("configs/*.json"))
+    assert {"train.json", "inference.json", "metadata.json"} <= {path.name for path in configs}
+    for path in configs:
+        text = archive.read(f"{bundle.name}/configs/{path.name}").decode()
+        assert json.loads(text) == json.loads(path.read_text(encoding="utf-8"))
+        assert text == json.dumps(json.loads(text), indent=4) + "\n"
 
 
 def test_bundle_without_licence_or_weights_is_refused(tmp_path):
