@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle run does first: refuse unknown settings, claim its folders, end user errors in one readable line."""
+"""Start of a bundle run: unknown settings are refused, folders are locked, user errors end in one readable line."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def end_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
 def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
     """Refuse keys that would be ignored: at the top level, in ``train`` and ``validate``, and arguments of components.
 
-    Keys of your own, for use by your own expressions, begin with an underscore.
+    Additional keys, for use by your expressions, begin with an underscore.
 
     Args:
         settings: the merged config, overlays and overrides included.
@@ -132,7 +132,7 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
     if problems:
         raise ConfigError(
             f"unknown setting {', '.join(problems)}: correct it in the overlay or on the command line; "
-            "keys of your own begin with '_'"
+            "additional keys begin with '_'"
         )
 
 
@@ -275,8 +275,9 @@ def running_workflow() -> ConfigWorkflow | None:
     """The ``ConfigWorkflow`` whose ``run`` calls this expression, found on the call stack.
 
     MONAI hands an expression what its references evaluate to, never the config itself: ``@name`` gives one value, and
-    ``@`` alone, the whole config, is a circular reference. A workflow class of our own would see the parser, but
-    ``monai.bundle run`` takes one from its command line only (``--workflow_name``), at every call.
+    ``@`` alone, the whole config, is a circular reference. A separate workflow class would see the parser, but
+    ``monai.bundle run`` takes one only from its command line (``--workflow_name``), where every user would have to
+    type it.
     """
     for frame in inspect.stack(context=0):
         owner = frame.frame.f_locals.get("self")

@@ -31,6 +31,14 @@ class SegmentationLoss(nn.Module):
         class_weights: weight of each class in the cross-entropy, background first; equal (``None``) in the paper. The
             weighted mean is taken, so that the scale of the weights does not matter.
         smooth: added to numerator and denominator of each Dice ratio.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import SegmentationLoss
+        >>> label = torch.tensor([0, 1, 1, 2]).reshape(1, 1, 4, 1, 1)
+        >>> logits = 20.0 * torch.nn.functional.one_hot(label[:, 0]).movedim(-1, 1)  # (1, 3, 4, 1, 1)
+        >>> round(SegmentationLoss()(logits, label).item(), 3)  # the lower bound
+        -1.0
     """
 
     def __init__(
@@ -88,7 +96,17 @@ class SegmentationLoss(nn.Module):
 
 
 class MaskedReconstructionLoss(nn.Module):
-    """Mean squared error over the hidden voxels of a batch (section 3.2)."""
+    """Mean squared error over the hidden voxels of a batch (section 3.2).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import MaskedReconstructionLoss
+        >>> image, mask = torch.zeros(1, 1, 2, 3, 4), torch.zeros(1, 1, 2, 3, 4, dtype=torch.bool)
+        >>> mask[..., 0] = True
+        >>> reconstruction = torch.where(mask, 0.5, 9.0)  # errors of visible voxels do not count
+        >>> MaskedReconstructionLoss()(reconstruction, image, mask).item()
+        0.25
+    """
 
     def forward(self, reconstruction: torch.Tensor, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Scalar loss.
@@ -107,6 +125,13 @@ class LocalGlobalCosineLoss(nn.Module):
     """1 - cosine similarity of local and context features, over space, per channel; mean over channels and batch.
 
     The paper's Eq. 4 divides by the larger of the two norms, which is no cosine; the authors' code uses the cosine.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import LocalGlobalCosineLoss
+        >>> loss, features = LocalGlobalCosineLoss(), torch.rand(2, 8, 3, 4, 5)
+        >>> abs(round(loss(features, 2 * features).item(), 3)), round(loss(features, -features).item(), 3)
+        (0.0, 2.0)
     """
 
     def forward(self, local_features: torch.Tensor, context_features: torch.Tensor) -> torch.Tensor:

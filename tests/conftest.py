@@ -19,11 +19,12 @@ __all__ = ["ROOT", "SAMPLE", "make_dataset", "make_scan", "write_nifti"]
 torch.set_num_threads(1)
 
 # files of few and long tests: begun first, so that no worker waits for them at the end (with --no-loadscope-reorder)
-LONGEST = ("test_installation", "test_names", "test_tutorials", "test_benchmarks", "test_training", "test_adapt")
+LONGEST = ["test_training", "test_benchmarks", "test_installation", "test_bundles", "test_names", "test_clients"]
+LONGEST += ["test_adapt", "test_tutorials"]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(name="warm_processes")

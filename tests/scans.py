@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -31,6 +32,16 @@ def write_nifti(path: Path, voxels, affine=None) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.1, 1.2, 1.0]) if affine is None else affine), path)
     return str(path)
+
+
+def halve_sample(folder: Path) -> Path:
+    """The shipped sample with every second voxel along each axis, an eighth of the work; returns the folder."""
+    for path in SAMPLE.rglob("*.nii.gz"):
+        scan = nib.load(path)
+        voxels = np.asarray(scan.dataobj)[::2, ::2, ::2]
+        write_nifti(folder / path.relative_to(SAMPLE), voxels, scan.affine @ np.diag([2, 2, 2, 1]))
+    shutil.copy(SAMPLE / "datalist.json", folder)
+    return folder
 
 
 def make_dataset(folder: Path, shape=(20, 24, 28)) -> Path:

@@ -16,15 +16,6 @@ from tests.conftest import ROOT
 SOURCES = sorted(
     path for room in ("mapseg_components", "examples", "tools", "benchmarks") for path in (ROOT / room).rglob("*.py")
 )
-# rewritten by others at the same time: take a file out once its sections have one argument per line
-NOT_YET = {
-    "mapseg_components/commands/adapt.py",
-    "mapseg_components/engines/adaptation.py",
-    "mapseg_components/handover.py",
-    "mapseg_components/losses.py",
-    "mapseg_components/networks/segmenter.py",
-    "mapseg_components/transforms/pairing.py",
-}
 SECTION = re.compile(r"^(?P<indent> *)(?P<name>Args|Raises|Attributes):$")
 
 
@@ -78,9 +69,7 @@ def crowded(node: ast.FunctionDef | ast.ClassDef, document: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in SOURCES if str(path.relative_to(ROOT)) not in NOT_YET], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_each_argument_has_a_line(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert [entry for node, document in documented(tree) for entry in crowded(node, document)] == []

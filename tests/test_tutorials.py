@@ -16,6 +16,7 @@ import nibabel as nib
 import pytest
 
 from tests.conftest import ROOT, SAMPLE
+from tests.scans import halve_sample
 from tests.warm import python
 
 PAGES = ROOT / "docs" / "tutorials"
@@ -71,13 +72,14 @@ def test_segment(tmp_path):
 
 @pytest.mark.slow
 def test_adapt_and_then_the_settings(tmp_path):
-    printed = follow("adapt.md", tmp_path, EPOCHS="2")
+    data = str(halve_sample(tmp_path / "data"))
+    printed = follow("adapt.md", tmp_path, EPOCHS="2", DATA=data)
     assert {f"{case}_seg.nii.gz" for case in TARGET} | {"volumes.csv"} <= set(printed.splitlines())
     assert (tmp_path / "pretraining" / "model.pt").is_file()
     assert (tmp_path / "source_only" / "source_only.pt").is_file()
     assert "model.pt" in json.loads((tmp_path / "adapted" / "model_selection.json").read_text())
 
-    printed = follow("three_settings.md", tmp_path, EPOCHS="1")
+    printed = follow("three_settings.md", tmp_path, EPOCHS="1", DATA=data)
     assert {"handover.json", "weights.pt"} <= set(printed.splitlines())
     assert json.loads((tmp_path / "target.json").read_text()).keys() == {"target_training"}
     (line,) = [json.loads(line) for line in printed.splitlines() if line.startswith('{"round"')]

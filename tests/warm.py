@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("torch.distributed.run", "monai.bundle", "ignite.engine", "fire", "nibabel", "yaml", "scipy.ndimage")
+LIBRARIES = ("torch.distributed.launcher", "monai.bundle", "ignite.engine", "fire", "nibabel", "yaml", "scipy.ndimage")
 # what is read after the start; the other variables of the interpreter and the locale must be those of the server
 READ_LATER = ("PYTHONPATH", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 READ_LATER += ("PYTHON_EXEC",)  # of torchrun
@@ -55,7 +55,9 @@ if not words or (words[0][0] == "-" and words[0] not in ("-m", "-c", "-")) or st
     os.execv(EXECUTABLE[0], [*EXECUTABLE, *sys.argv[1:]])
 streams = [0, 1, 2, *sorted(number for number in map(int, os.listdir("/proc/self/fd")) if number > 2)]
 streams = [number for number in streams if os.path.exists(f"/proc/self/fd/{number}")]
-request = {"words": words, "cwd": os.getcwd(), "environment": dict(os.environ), "streams": streams}
+text = lambda value: os.fsencode(value).decode("latin-1")
+environment = {text(key): text(value) for key, value in os.environ.items()}
+request = {"words": [*map(text, words)], "cwd": text(os.getcwd()), "environment": environment, "streams": streams}
 request = json.dumps(request).encode()
 server = socket.socket(socket.AF_UNIX)
 server.connect(ADDRESS)
@@ -110,7 +112,8 @@ class Server:
         if not sys.platform.startswith("linux"):
             return
         given = os.environ if environment is None else environment
-        started = {k: v for k, v in given.items() if environment is not None or k != "PYTHONPATH"}
+        unset = {"PYTHONIOENCODING"} if environment else {"PYTHONIOENCODING", "PYTHONPATH"}
+        started = {k: v for k, v in given.items() if k not in unset}
         self.folder = tempfile.TemporaryDirectory(prefix="warm-")
         place = Path(self.folder.name)
         self.command = [str(place / "python")]
@@ -204,6 +207,11 @@ def keep(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         os._exit(0)
 
 
+def text(value: str) -> str:
+    """Bytes that came as their code points, as this interpreter reads names and arguments."""
+    return os.fsdecode(value.encode("latin-1"))
+
+
 def become(request: Mapping[str, Any], streams: list[int], executable: str) -> None:
     """Do what an interpreter does with its command line and environment."""
     import numpy as np
@@ -214,16 +222,18 @@ def become(request: Mapping[str, Any], streams: list[int], executable: str) -> N
     for one, number in zip(high, request["streams"]):
         os.dup2(one, number)
         os.close(one)
+    words = [text(word) for word in request["words"]]
     os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["cwd"])
+    os.environ.update({text(key): text(value) for key, value in request["environment"].items()})
+    os.chdir(text(request["cwd"]))
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         raw = io.FileIO(number, "rw"[number > 0], closefd=False)
         buffer = io.BufferedReader(raw) if number == 0 else io.BufferedWriter(raw)
-        how = "backslashreplace" if number == 2 else errors or None
+        started = getattr(sys, name)  # by the locale
+        how = "backslashreplace" if number == 2 else errors or ("strict" if encoding else started.errors)
         lines = number == 2 or bool(os.environ.get("PYTHONUNBUFFERED"))
-        stream = io.TextIOWrapper(buffer, encoding or "utf-8", how, line_buffering=lines, write_through=lines)
+        stream = io.TextIOWrapper(buffer, encoding or started.encoding, how, line_buffering=lines, write_through=lines)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
@@ -234,7 +244,7 @@ def become(request: Mapping[str, Any], streams: list[int], executable: str) -> N
     torch.seed()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
     sys.executable = executable
-    first, *rest = request["words"]
+    first, *rest = words
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     where = {"-m": os.getcwd(), "-c": "", "-": ""}.get(first, os.path.dirname(os.path.abspath(first)))
     sys.path[:] = [where, *own, *(path for path in sys.path[1:] if path not in own)]
@@ -244,7 +254,7 @@ def become(request: Mapping[str, Any], streams: list[int], executable: str) -> N
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         return
     main = sys.modules["__main__"] = types.ModuleType("__main__")
-    name, sys.argv = "<string>", request["words"]
+    name, sys.argv = "<string>", words
     if first == "-c":
         code, sys.argv = rest[0], ["-c", *rest[1:]]
     elif first == "-":

@@ -6,9 +6,9 @@
     python tools/measure_methods.py --source SOURCE --target TARGET --test TEST --truth TRUTH --output DIR
 
 SOURCE and TARGET are what ``mapseg adapt`` takes, TEST is a folder of other scans of the target's kind and TRUTH one of
-their label maps. Each method and seed is ``mapseg adapt --method``, then ``mapseg predict`` and ``mapseg evaluate`` of the
-model before adaptation and of the one after it. Run it again to go on where it stopped; the table is printed and written
-to ``methods.json``.
+their label maps. Each method and seed is ``mapseg adapt --method``, then ``mapseg predict`` and ``mapseg evaluate`` of
+the model before adaptation and of the one after it. Run it again to go on where it stopped; all figures are written to
+``methods.json``.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class AdaptReport:
     """Result of `adapt`.
 
     Args:
-        folder: the new bundle. record: content of its ``run.json``: arguments, plan, seconds of each stage, the
-            assessment with its verdict, the report's path.
+        folder: the new bundle.
+        record: content of its ``run.json``: arguments, plan, seconds of each stage, the assessment with its verdict,
+            the report's path.
     """
 
     folder: str
@@ -166,7 +167,9 @@ class Adaptation:
     """The stages of one call of `adapt`.
 
     Args:
-        folder: absolute, locked by this process. request: the arguments. quiet: no progress bars.
+        folder: absolute, locked by this process.
+        request: the arguments.
+        quiet: no progress bars.
     """
 
     def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:

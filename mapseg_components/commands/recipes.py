@@ -45,7 +45,8 @@ class Recipe:
     """A method as a user chooses it.
 
     Args:
-        name: of the file. title: one line.
+        name: of the file.
+        title: one line.
         source: whether the source's scans must be at hand while the target is learnt from.
         dimensions: 2, 3 or both.
         measured: what was measured, in one line.

@@ -53,6 +53,21 @@ class AdaptationTrainer(SupervisedTrainer):
     Raises:
         ConfigError: while running, the method makes no pass of a batch, or the network returns no named outputs.
         NonFiniteError: while running, if a loss is NaN or infinite; the message names the term and the cases.
+
+    Examples:
+        >>> import torch
+        >>> from monai.losses import DiceCELoss
+        >>> from mapseg_components.engines import AdaptationTrainer
+        >>> from mapseg_components.methods import Supervised
+        >>> from mapseg_components.networks import PlainPass
+        >>> network = PlainPass(torch.nn.Conv3d(1, 2, kernel_size=1))
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> method = Supervised(DiceCELoss(to_onehot_y=True, softmax=True))
+        >>> batch = {"source": {"image": torch.rand(1, 1, 4, 5, 6), "label": torch.ones(1, 1, 4, 5, 6)}}
+        >>> trainer = AdaptationTrainer("cpu", 2, [batch], network, optimizer, method)
+        >>> trainer.run()
+        >>> trainer.state.iteration, sorted(trainer.state.output[0])
+        (2, ['loss', 'source'])
     """
 
     def __init__(

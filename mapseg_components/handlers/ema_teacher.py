@@ -43,6 +43,17 @@ class EMATeacher:
 
     Raises:
         ConfigError: the schedule is not increasing, has no end, or a decay is outside [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.handlers import EMATeacher
+        >>> student = torch.nn.ParameterList([torch.tensor(0.0)])
+        >>> teacher = EMATeacher(student, warmup_epochs=0, decay_schedule=[[None, 0.75]])
+        >>> teacher.start()
+        >>> student[0].data = torch.tensor(4.0)  # an optimizer step
+        >>> teacher.update()
+        >>> teacher.network[0].item()  # 0.75 * 0 + 0.25 * 4
+        1.0
     """
 
     def __init__(

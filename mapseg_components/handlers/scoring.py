@@ -43,6 +43,21 @@ class TeacherValidation(ValidationHandler):
         interval: validate every so many epochs.
         validator: the evaluator of the teacher's network.
         teacher: see `EMATeacher`.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from monai.engines import SupervisedEvaluator
+        >>> from mapseg_components.handlers import TeacherValidation
+        >>> trainer, teacher = Engine(lambda engine, batch: None), SimpleNamespace(active=False)
+        >>> validator = SupervisedEvaluator("cpu", [{"image": torch.rand(1, 1, 4, 5, 6)}], torch.nn.Identity())
+        >>> TeacherValidation(interval=1, validator=validator, teacher=teacher).attach(trainer)
+        >>> trainer.run([0], max_epochs=1).epoch, validator.state.epoch  # it has not run
+        (1, 0)
+        >>> teacher.active = True
+        >>> trainer.run([0], max_epochs=2).epoch, validator.state.epoch
+        (2, 2)
     """
 
     def __init__(self, interval: int, validator: Evaluator, teacher: Activity) -> None:
@@ -83,6 +98,19 @@ class ScoreCheckpoint:
 
     Raises:
         ConfigError: when the run starts, if an evaluator has no key metric.
+
+    Examples:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from ignite.engine import Engine
+        >>> from mapseg_components.handlers import ScoreCheckpoint
+        >>> trainer = Engine(lambda engine, batch: {"loss": 1.0, "target_loss": 0.5})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ScoreCheckpoint(folder, {"student": (torch.nn.Linear(1, 1), None)}).attach(trainer)
+        ...     state = trainer.run([0, 1])
+        ...     json.loads(Path(folder, "model_selection.json").read_text())["model.pt"]
+        {'weights': 'student', 'epoch': 1, 'score': -0.25, 'target_loss': 0.5}
     """
 
     differs_by_process = True  # each process sums the losses that it sees

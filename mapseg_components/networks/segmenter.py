@@ -32,10 +32,22 @@ class GlobalLocalDeepLabV3(nn.Module):
         dilations: of ASPP's 3x3x3 branches, in feature voxels (4, 8, 16 in the paper).
         head_channels: channels of the head at full resolution (64 in the paper).
         dropout: after ASPP's projection (0.1 in the paper).
-        norm_groups: groups of the encoder's GroupNorms (32); decoder_norm_groups: of the decoder's (8).
+        norm_groups: groups of each GroupNorm of the encoder.
+        decoder_norm_groups: groups of each GroupNorm of the decoder.
 
     Shape:
         image (B, in_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z).
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import GlobalLocalDeepLabV3
+        >>> network = GlobalLocalDeepLabV3(in_channels=1, num_classes=3, width=8, depth=1, dilations=[1])
+        >>> patch, view = torch.rand(1, 1, 16, 8, 12), torch.rand(1, 1, 8, 8, 8)
+        >>> network(patch).shape
+        torch.Size([1, 3, 16, 8, 12])
+        >>> box = torch.tensor([[[0.0, 4.0], [0.0, 8.0], [2.0, 6.0]]])  # the patch in voxels of the view
+        >>> network(patch, view, box).shape
+        torch.Size([1, 3, 16, 8, 12])
     """
 
     def __init__(

@@ -55,6 +55,15 @@ class RandGlobalLocalCrop(Randomizable, Transform):
 
     Raises:
         ConfigError: a range or share is out of bounds.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalCrop
+        >>> sample = RandGlobalLocalCrop(patch_size=(8, 8, 4), global_size=8)(torch.ones(1, 16, 32, 8))
+        >>> tuple(sample["image"].shape), tuple(sample["global_image"].shape)
+        ((1, 8, 8, 4), (1, 8, 8, 8))
+        >>> (sample["box"][:, 1] - sample["box"][:, 0]).tolist()  # sides of the patch in voxels of the view
+        [4.0, 2.0, 4.0]
     """
 
     def __init__(
@@ -241,17 +250,35 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
     depends on how they are resampled. It has no inverse: ``Invertd`` is refused.
 
     Args:
-        image_key: the scan. label_key: its label; may be absent from the data, as it is on the target side.
+        patch_size: voxels of the local patch, see `RandGlobalLocalCrop`.
+        global_size: voxels of the global view, by default the patch size.
+        prob: probability of an affine.
+        scale_range: of the isotropic scale, above 1 enlarges.
+        rotate_range_deg: largest rotation about each axis, degrees.
+        flip_prob: probability of a flip of each axis.
+        foreground_fraction: share of patches centred on a labelled voxel.
+        image_key: the scan.
+        label_key: its label; may be absent from the data, as it is on the target side.
         other_keys: further volumes on the scan's grid, e.g. a mask or a second image; they become patches as well, with
             their views as ``global_<key>``.
         other_modes: ``"bilinear"`` or ``"nearest"``, one for all of them or one for each.
         allow_missing_keys: whether further volumes may be absent from the data.
-        The others are those of `RandGlobalLocalCrop`.
+        global_view: whether there is one; without it the crop is an ordinary random patch.
 
     Raises:
         ConfigError: a mode is unknown; or, in a call, an entry on the scan's grid is not named, or one would be
             overwritten.
         KeyError: in a call, the scan or a further volume is missing.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalCropd
+        >>> scan = {"image": torch.ones(1, 20, 24, 28), "label": torch.ones(1, 20, 24, 28)}
+        >>> sample = RandGlobalLocalCropd(patch_size=(8, 8, 4))(scan)
+        >>> sorted(sample)
+        ['box', 'global_image', 'global_label', 'image', 'label', 'valid_box']
+        >>> tuple(sample["image"].shape), tuple(sample["global_label"].shape)
+        ((1, 8, 8, 4), (1, 8, 8, 4))
     """
 
     def __init__(

@@ -9,7 +9,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import zipfile
 
 import nibabel as nib
@@ -22,6 +21,7 @@ from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError
 from mapseg_components.handover import HandoverPackage
 from tests.bundles.test_bundles import ADAPTATION, LABELS, same, weights
 from tests.conftest import make_dataset, make_scan, write_nifti
+from tests.warm import python
 
 SOURCE = ["train.json", "tiny.yaml", "source_stage.yaml"]
 # the target site knows the widths of tiny.yaml from the package alone
@@ -116,7 +116,7 @@ def test_the_target_site_opens_nothing_below_the_source_folder(sites, tmp_path):
     places = [str(path) for path in (sites / "secret_hospital", out, sites / "package", sites / "target", ADAPTATION)]
     (sites / "secret_hospital").rename(moved)
     try:
-        done = subprocess.run([sys.executable, "-c", CHILD, *places, *TARGET], capture_output=True, text=True)
+        done = subprocess.run([python(), "-c", CHILD, *places, *TARGET], capture_output=True, text=True)
     finally:
         moved.rename(sites / "secret_hospital")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from mapseg_components.files import as_written, readable, write_text
 from mapseg_components.reports import text_table
 from tests.commands.test_predict import BUNDLE, SCAN
 from tests.conftest import ROOT
-from tests.warm import python
+from tests.warm import Server, python
 
 NAMES = [b"M\xfcller", "Müller".encode(), "e\u0301".encode(), b"two\nlines", b"tab\there", b"-dash", b"esc\x1b[31m"]
 NAMES += [
@@ -49,13 +50,18 @@ def scan(tmp_path_factory):
     return path.read_bytes()
 
 
+@functools.cache
+def start(**environment):
+    """What starts a program where the locale is another one, and the environment."""
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
+    whole = {**known, "PYTHONPATH": str(ROOT), **environment}
+    return (Server(whole).command if "LC_ALL" in environment else [python()]), whole
+
+
 def mapseg(*words, **environment):
     """Run the command line; returns its exit code and all it printed, as bytes."""
-    command = [python(), "-m", "mapseg_components.commands", *words]
-    known = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "PYTHON"))}
-    done = subprocess.run(
-        command, capture_output=True, env={**known, "PYTHONPATH": str(ROOT), **environment}, check=False
-    )
+    command, whole = start(**environment)
+    done = subprocess.run([*command, "-m", "mapseg_components.commands", *words], capture_output=True, env=whole)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -121,7 +127,7 @@ def test_a_table_keeps_one_row_a_line_and_sends_no_control_characters(tmp_path):
 def test_names_that_are_no_text_are_the_same_name_after_a_json_file(tmp_path, scan):
     source, output = folder_of(tmp_path / "in", [b"M\xfcller"], scan), tmp_path / "out"
     for _ in range(2):  # the second call finds its sidecar
-        code, printed = mapseg("prepare", str(source), str(output), "--bias_correction=false", LC_ALL="POSIX")
+        code, printed = mapseg("prepare", str(source), str(output), "--bias_correction=false", **LOCALES["posix"])
         assert code == 0, printed
     assert b"0 done, 1 skipped, 0 failed" in printed
     prepared = nib.load(output / os.fsdecode(b"M\xfcller.nii.gz"))

@@ -31,7 +31,7 @@ CASES = ["a", "b", "c", "d"]
 @pytest.fixture(scope="module")
 def scan():
     image = nib.load(SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz")
-    return np.asarray(image.dataobj)[4:40, 5:45, 2:38], image.affine
+    return np.asarray(image.dataobj)[4:40, 5:33, 2:31], image.affine
 
 
 @pytest.fixture

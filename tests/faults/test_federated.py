@@ -27,6 +27,7 @@ from mapseg_components.federated.site import initial_weights
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.faults.common import tree
 from tests.federation import make_federation, small_plan, small_settings, write_parties
+from tests.warm import python
 
 NAMES = ["first", "second"]
 
@@ -303,8 +304,8 @@ except Exception as error:
 
 
 def test_a_full_disk_at_the_server_leaves_the_last_closed_round(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", FULL_DISK, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [python(), "-c", FULL_DISK, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout.startswith("ResourceError cannot write"), done.stdout + done.stderr
     assert "federation.pt" in done.stdout and "untouched" in done.stdout and done.stdout.strip().endswith(" 1")

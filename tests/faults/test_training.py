@@ -25,12 +25,18 @@ from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.files import lock_folder, unlock_folders
 from mapseg_components.methods import MAPSeg
-from tests.conftest import SAMPLE
+from tests.scans import halve_sample
 from tests.soak.run import BUNDLE, differences, interrupted, progress, start, train
 from tests.warm import python
 
 SHORT = {"epoch_length": 3, "max_epochs": 2, "source_masked": False}
 ERRORS = {error.exit_code: error for error in (ConfigError, CheckpointError, NonFiniteError, ResourceError)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sample(tmp_path_factory):
+    """A small copy of the sample, which all runs train on."""
+    SHORT["dataset_dir"] = str(halve_sample(tmp_path_factory.mktemp("sample")))
 
 
 def guarded(folder, log, settings):
@@ -240,7 +246,7 @@ def copied(folder, place):
 
 
 def fewer_scans(folder):
-    content = {section: load_datalist(SAMPLE, section) for section in SECTIONS}
+    content = {section: load_datalist(SHORT["dataset_dir"], section) for section in SECTIONS}
     content["source_training"] = content["source_training"][:2]
     (folder / "datalist.json").write_text(json.dumps(content))
     return folder / "datalist.json"
@@ -397,7 +403,15 @@ def distributed(program, out, epochs=6):
     """Start two processes that train two iterations an epoch."""
     files = [f"configs/{name}" for name in ("train.json", "fetal_age.yaml", "tiny.yaml", "multi_gpu_train.json")]
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
-    line += ["training", "--config_file", str(files), "--dataset_dir", str(SAMPLE), "--max_epochs", str(epochs)]
+    line += [
+        "training",
+        "--config_file",
+        str(files),
+        "--dataset_dir",
+        SHORT["dataset_dir"],
+        "--max_epochs",
+        f"{epochs}",
+    ]
     line += ["--ckpt_dir", str(out), "--output_dir", str(out), "--save_steps", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python()}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -412,7 +426,7 @@ def ended(*given, **options):
 
 
 SIGNALLED = """
-import os, signal, sys, time
+import os, pathlib, signal, time
 from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.handlers import checkpointing
 import fire, monai.bundle
@@ -429,9 +443,15 @@ def slow(*arguments, **options):
     if signalled:
         time.sleep(3)
     write(*arguments, **options)
+    if signalled:
+        written.touch()
 
+written = pathlib.Path(__file__).with_name("written")
 AdaptationTrainer._step, checkpointing.write_atomic = and_signal, slow
-fire.Fire(monai.bundle.run)
+try:
+    fire.Fire(monai.bundle.run)
+finally:
+    print(f"\\nprocess {os.environ['RANK']} ended after the state was written: {written.exists()}", flush=True)
 """
 
 
@@ -441,6 +461,7 @@ def test_a_signal_to_all_processes_waits_for_the_one_that_writes(tmp_path):
     (tmp_path / "signalled.py").write_text(SIGNALLED)
     code, output = ended([str(tmp_path / "signalled.py")], tmp_path / "run", epochs=2)
     assert code != 0
+    assert [f"process {rank} ended after the state was written: True" in output for rank in (0, 1)] == [True, True]
     assert progress(tmp_path / "run") == 3 and output.count("SIGTERM: saved") == 1
     code, output = ended(["-m", "monai.bundle", "run"], tmp_path / "run", epochs=2)
     assert code == 0 and "after iteration 3 (epoch 1 is complete)" in output

@@ -16,7 +16,15 @@ from mapseg_components.data import class_weights
 from mapseg_components.data.volumes import structure_sizes
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.facts import facts_of
-from mapseg_components.structures import are_whole, ignored_value, number_text, structures_of, to_whole, unknown_values
+from mapseg_components.structures import (
+    are_whole,
+    ignored_value,
+    listed_values,
+    number_text,
+    structures_of,
+    to_whole,
+    unknown_values,
+)
 from mapseg_components.transforms import SelectLabels
 from tests.conftest import ROOT, write_nifti
 
@@ -101,6 +109,13 @@ def label_map(folder, divisor=10):
     path = write_nifti(folder / "plain.nii.gz", voxels // divisor, np.diag([1.0, 2.0, 0.5, 1.0]))
     assert not np.array_equal(np.asarray(nib.load(folder / "scaled.nii.gz").dataobj), voxels // divisor)
     return str(folder / "scaled.nii.gz"), str(path)
+
+
+@pytest.mark.parametrize("listed", [1, 8, 11])
+def test_values_named_and_values_counted_are_all_values(listed):
+    text = listed_values([(value, 5) for value in range(1, listed + 1)], more_values=3)
+    named, more = text.count("voxels"), int(text.rpartition(" and ")[2].removesuffix(" more"))
+    assert named + more == listed + 3
 
 
 def test_a_scaled_label_map_is_read_as_the_plain_one_everywhere(tmp_path):
