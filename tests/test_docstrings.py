@@ -69,7 +69,7 @@ def crowded(node: ast.FunctionDef | ast.ClassDef, document: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_each_argument_has_a_line(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert [entry for node, document in documented(tree) for entry in crowded(node, document)] == []
