@@ -300,7 +300,9 @@ def differences(
     positive = {side: in_precision(plain_batch(batch, bench.device), dtype) for side, batch in batches.items()}
     for batch in positive.values():
         for scale in BLOCKS:
-            batch[f"{scale}_image"] = batch[f"{scale}_image"].clamp(min=0.01)
+            batch[f"{plain_training.PREFIX[scale]}image"] = batch[f"{plain_training.PREFIX[scale]}image"].clamp(
+                min=0.01
+            )
 
     seen: list[torch.Tensor] = []
     gradients: dict[str, torch.Tensor] = {}
@@ -355,7 +357,7 @@ def masks_of(
             (side, scale, number): float((one - image)[~hidden].abs().mean())
             for side, batch in batches.items()
             for scale in BLOCKS
-            for number, one in enumerate(batch[f"{scale}_image"])
+            for number, one in enumerate(batch[f"{plain_training.PREFIX[scale]}image"])
         }
         side, scale, number = min(candidates, key=candidates.__getitem__)
         name = f"{side}_{scale}" if side else scale
@@ -363,7 +365,7 @@ def masks_of(
     for side, batch in batches.items():
         for scale in BLOCKS:
             name = f"{side}_{scale}" if side else scale
-            if len(masks.get(name, {})) != len(batch[f"{scale}_image"]):
+            if len(masks.get(name, {})) != len(batch[f"{plain_training.PREFIX[scale]}image"]):
                 raise RuntimeError(f"the package's encoder did not see every {name} image with hidden blocks")
     return {name: [found[number] for number in sorted(found)] for name, found in masks.items()}
 

@@ -51,8 +51,10 @@ def peak(device: torch.device) -> int:
 
 def random_batch(patch: int, classes: int) -> dict[str, torch.Tensor]:
     """One labelled pair of noise."""
-    batch = {f"{scale}_image": torch.rand(1, 1, patch, patch, patch) for scale in BLOCKS}
-    batch |= {f"{scale}_label": torch.randint(classes, (1, 1, patch, patch, patch)) for scale in BLOCKS}
+    batch = {f"{plain_training.PREFIX[scale]}image": torch.rand(1, 1, patch, patch, patch) for scale in BLOCKS}
+    batch |= {
+        f"{plain_training.PREFIX[scale]}label": torch.randint(classes, (1, 1, patch, patch, patch)) for scale in BLOCKS
+    }
     return {**batch, "box": torch.tensor([[[0.0, patch * 2 / 3]] * 3])}
 
 

@@ -76,7 +76,7 @@ def sample_of(subject: tio.Subject, patch: int) -> PlainSample:
     pieces: dict[str, torch.Tensor] = {}
     for key, region in regions.items():
         how = {"mode": "nearest-exact"} if key == "label" else {"mode": "trilinear", "align_corners": False}
-        pieces[f"local_{key}"] = region[:, x : x + patch, y : y + patch, z : z + patch].clone()
+        pieces[key] = region[:, x : x + patch, y : y + patch, z : z + patch].clone()
         pieces[f"global_{key}"] = F.interpolate(region[None], (patch, patch, patch), **how)[0]
     return PlainSample(box=torch.stack([start, start + patch], dim=1) * (patch / sides)[:, None], **pieces)
 

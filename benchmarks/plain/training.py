@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 BETA, GAMMA, DELTA = 0.5, 0.05, 0.025
+PREFIX = {"local": "", "global": "global_"}  # of the keys of a batch, by scale
 MASK_RATIO = 0.7
 
 Batch = Mapping[str, torch.Tensor]
@@ -84,7 +85,7 @@ def mae_losses(
     """
     total = torch.zeros((), device=batch["image"].device)
     for scale in ("local", "global"):
-        image, block = batch[f"{scale}_image"], blocks[scale]
+        image, block = batch[f"{PREFIX[scale]}image"], blocks[scale]
         drawn = [random_mask(one, block) for one in image] if masks is None else masks[scale]
         output = network(hide(image, drawn, block))
         errors = [(patchify(o, block) - patchify(i, block)).square().mean(dim=1) for o, i in zip(output, image)]
