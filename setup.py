@@ -14,7 +14,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SHIPPED = "mapseg_components/shipped"  # mapseg_components/commands/shipped.py looks here
+SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py looks here
 # folder, what it must hold; results of runs in a clone stay out
 CONTENT = {
     "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),

@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 
 from mapseg_components.commands.declarations import declaration_of
 from mapseg_components.commands.main import COMMANDS, arguments_of
-from mapseg_components.commands.shipped import PACKAGE, SEGMENTS
+from mapseg_components.shipped_files import PACKAGE, SEGMENTS
 from setup import LINK, readme_for_packages
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.warm import Server, python

@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.commands.recipes import recipe_names
 from mapseg_components.files import write_json
+from mapseg_components.plans.recipes import recipe_names
 
 MODELS = ("source_only", "adapted")
 

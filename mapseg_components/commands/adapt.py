@@ -14,27 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
-from mapseg_components.commands.made_bundle import check_settings, write_bundle
-from mapseg_components.commands.planning import choose_preset, plan_sizes, plan_unet
 from mapseg_components.commands.prepare import prepare as prepare_scans
-from mapseg_components.commands.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
-from mapseg_components.commands.training_cases import grid_of, source_cases, structure_names, target_cases
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.plans.bundle import check_settings, write_bundle
+from mapseg_components.plans.cases import grid_of, source_cases, structure_names, target_cases
+from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
+from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes, plan_unet
 from mapseg_components.session import choose_device, versions, working
+from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.sides import refuse_sides
 
 __all__ = ["adapt"]
@@ -396,22 +395,3 @@ def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     if unknown:
         raise ConfigError(f"prepare has {unknown}, expected options among {sorted(known)}")
     return options
-
-
-def gpu_gib(device: str) -> float:
-    """Memory of the GPU that will be used; 0 without one."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return 0.0
-    number = torch.device("cuda" if device == "auto" else device).index or 0
-    return torch.cuda.get_device_properties(number).total_memory / 2**30
-
-
-def describe(plan: Mapping[str, Any]) -> str:
-    """The plan in words, for the terminal."""
-    sizes = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
-    return (
-        f"Preset {plan['preset']} ({plan['reason']}). Source {plan['source_training']} + "
-        f"{plan['source_validation']} for validation, target {plan['target']}; median scan {plan['median_shape']} "
-        f"voxels of {plan['median_spacing_mm']} mm. "
-        f"Structures: {', '.join(plan['labels'])}. {sizes}."
-    )

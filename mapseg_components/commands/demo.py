@@ -15,7 +15,6 @@ from typing import Any
 from mapseg_components.commands.evaluate import evaluate
 from mapseg_components.commands.predict import predict
 from mapseg_components.commands.report import require_matplotlib
-from mapseg_components.commands.shipped import SEGMENTS, bundles_folder, sample_folder
 from mapseg_components.commands.stages import run_stage, threads
 from mapseg_components.data import load_datalist, read_nifti
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
@@ -23,6 +22,7 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.metrics import require_scipy
 from mapseg_components.reports import ComparedScan, draw_comparison
 from mapseg_components.session import choose_device, working
+from mapseg_components.shipped_files import SEGMENTS, bundles_folder, sample_folder
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["demo"]

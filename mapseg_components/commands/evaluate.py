@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.commands.shipped import SHIPPED, bundle_of
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.datalist import stem
@@ -28,6 +27,7 @@ from mapseg_components.reports.tables import cell
 from mapseg_components.scans.facts import facts_of_scan
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.session import progress, working
+from mapseg_components.shipped_files import SHIPPED, bundle_of
 from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
 
 __all__ = ["Evaluation", "evaluate"]

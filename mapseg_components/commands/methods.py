@@ -7,7 +7,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
-from mapseg_components.commands.recipes import Recipe, read_recipe, recipe_names
+from mapseg_components.plans.recipes import Recipe, read_recipe, recipe_names
 
 __all__ = ["methods"]
 

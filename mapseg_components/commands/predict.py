@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.commands.shipped import SEGMENTS, SHIPPED, bundle_of
 from mapseg_components.data import is_bids
 from mapseg_components.data.left_out import records_of, summary
 from mapseg_components.errors import ConfigError
@@ -29,6 +28,7 @@ from mapseg_components.reports import can_draw
 from mapseg_components.scans.dicom import Series
 from mapseg_components.scans.segmentation import require_highdicom
 from mapseg_components.session import choose_device, listed, stoppable, working
+from mapseg_components.shipped_files import SEGMENTS, SHIPPED, bundle_of
 
 __all__ = ["Prediction", "Predictions", "predict"]
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from monai.bundle import run
 
-from mapseg_components.commands.planning import plan_sizes, plan_unet
-from mapseg_components.commands.recipes import read_recipe, recipe_names
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.recipes import read_recipe, recipe_names
+from mapseg_components.plans.sizes import plan_sizes, plan_unet
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.federation import make_federation
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mapseg_components.commands.planning import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.sizes import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))

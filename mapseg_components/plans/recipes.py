@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.errors import ConfigError
+from mapseg_components.shipped_files import bundles_folder
 
 __all__ = ["Recipe", "Stage", "read_recipe", "recipe_names"]
 

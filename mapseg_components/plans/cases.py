@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.commands.planning import canonical_grid
 from mapseg_components.data import load_datalist, load_scans
 from mapseg_components.data.datalist import (
     has_section,
@@ -25,6 +24,7 @@ from mapseg_components.data.datalist import (
 )
 from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.plans.sizes import canonical_grid
 from mapseg_components.scans.facts import facts_of
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.scans.nifti import read_geometry

@@ -12,11 +12,11 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from mapseg_components.commands.planning import PRESETS, settings_of
-from mapseg_components.commands.recipes import ADAPTATION, Recipe
-from mapseg_components.commands.shipped import bundles_folder
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.plans.recipes import ADAPTATION, Recipe
+from mapseg_components.plans.sizes import PRESETS, settings_of
+from mapseg_components.shipped_files import bundles_folder
 
 __all__ = ["check_settings", "settled", "write_bundle"]
 
@@ -30,7 +30,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     Args:
         folder: the new bundle.
         recipe: its method.
-        plan: ``preset``, ``labels``, ``settings`` and ``network``, see `mapseg_components.commands.planning`.
+        plan: ``preset``, ``labels``, ``settings`` and ``network``, see `mapseg_components.plans.sizes`.
         request: arguments of ``mapseg adapt``.
         scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """

@@ -12,7 +12,7 @@ __all__ = ["SEGMENTS", "SHIPPED", "bundle_of", "bundles_folder", "sample_folder"
 
 SHIPPED = "shipped"  # the word for the adaptation bundle that comes with the package
 SEGMENTS = "T2w MRI of the fetal brain at 1.6 mm"  # and nothing else
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parent
 PLACES = (PACKAGE / "shipped", PACKAGE.parent)  # of an installation (setup.py puts it there), of a clone
 
 

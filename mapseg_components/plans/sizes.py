@@ -10,10 +10,20 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["PRESETS", "canonical_grid", "choose_preset", "plan_sizes", "plan_unet"]
+__all__ = [
+    "PRESETS",
+    "canonical_grid",
+    "choose_preset",
+    "describe",
+    "gpu_gib",
+    "plan_sizes",
+    "plan_unet",
+    "settings_of",
+]
 
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
@@ -148,3 +158,22 @@ def settings_of(known: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[st
         degrees = wanted.pop("rotation_deg")
         wanted |= dict.fromkeys(("rotation_deg", "source_rotation_deg", "target_rotation_deg"), degrees)
     return {name: value for name, value in wanted.items() if name in known}
+
+
+def gpu_gib(device: str) -> float:
+    """Memory of the GPU that will be used; 0 without one."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return 0.0
+    number = torch.device("cuda" if device == "auto" else device).index or 0
+    return torch.cuda.get_device_properties(number).total_memory / 2**30
+
+
+def describe(plan: Mapping[str, Any]) -> str:
+    """The plan in words, for the terminal."""
+    sizes = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
+    return (
+        f"Preset {plan['preset']} ({plan['reason']}). Source {plan['source_training']} + "
+        f"{plan['source_validation']} for validation, target {plan['target']}; median scan {plan['median_shape']} "
+        f"voxels of {plan['median_spacing_mm']} mm. "
+        f"Structures: {', '.join(plan['labels'])}. {sizes}."
+    )
