@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py looks here
 # folder, what it must hold; results of runs in a clone stay out
 CONTENT = {
-    "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
+    "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "recipes/*"),
     "bundles/mapseg_pretraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "sample/fetal_age": (
         "LICENSE.txt",

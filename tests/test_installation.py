@@ -317,7 +317,7 @@ def test_the_image_runs_mapseg_and_monai_without_another_entry_point():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert not re.search(r"^ENTRYPOINT", dockerfile, re.MULTILINE)
     assert 'CMD ["mapseg", "--help"]' in dockerfile
-    page = (ROOT / "docs" / "container.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "container.md").read_text()
     blocks = re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     runs = [words for block in blocks for words in map(shlex.split, block.replace("\\\n", "").splitlines()) if words]
     assert all("--entrypoint" not in words for words in runs) and "<" not in "".join(blocks)

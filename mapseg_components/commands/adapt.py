@@ -28,7 +28,7 @@ from mapseg_components.data.datalist import stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
-from mapseg_components.plans.bundle import check_settings, write_bundle
+from mapseg_components.plans.bundle import check_epochs, check_names, write_bundle
 from mapseg_components.plans.cases import grid_of, source_cases, structure_names, target_cases
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes, plan_unet
@@ -263,6 +263,7 @@ class Adaptation:
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
+        check_names(request["settings"] or {})
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")
@@ -295,7 +296,7 @@ class Adaptation:
             "source_validation": validation,
             "target_training": target,
         }
-        check_settings(
+        check_epochs(
             self.recipe, self.record["plan"], request
         )  # before the folder belongs to this run: it stays free for the corrected command
         write_json(content, self.folder / "datalist.json")

@@ -180,6 +180,9 @@ class OnDevice(Mapping[str, torch.Tensor]):
             self._moved[key] = value.as_subclass(torch.Tensor).to(self._device, non_blocking=True)
         return self._moved[key]
 
+    def __contains__(self, key: object) -> bool:
+        return isinstance(self._batch.get(key), torch.Tensor)  # type: ignore[call-overload]
+
     def __iter__(self) -> Any:
         return (key for key, value in self._batch.items() if isinstance(value, torch.Tensor))
 

@@ -60,6 +60,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
             and voxel); by default the input's device. A call may name another one.
         progress: show a bar of the windows.
         cpu_thresh: voxels of a scan above which its logits are kept on the CPU, where no ``device`` is given.
+        global_view: whether a network that collaborates is shown the whole scan; without, it sees each window alone.
 
     A network without ``encode``, ``context`` and ``decode`` is called on each window alone.
 
@@ -92,6 +93,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
         device: torch.device | str | None = None,
         progress: bool = False,
         cpu_thresh: int | None = None,
+        global_view: bool = True,
     ) -> None:
         window = positive_sides("roi_size", roi_size)
         if stride is not None and overlap is not None:
@@ -126,6 +128,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
         )
         self.global_size = window if global_size is None else positive_sides("global_size", global_size)
         self.background_margin = background_margin
+        self.global_view = global_view
 
     @torch.no_grad()
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +253,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
             network = network.module  # the wrapper hides encode, context and decode
         if isinstance(network, PlainPass):
             network = network.network
-        if not collaborates(network):
+        if not (self.global_view and collaborates(network)):
             condition = kwargs.pop("condition", None)
 
             def alone(windows: list[Window]) -> Any:

@@ -54,7 +54,8 @@ class MAPSeg:
             terms (they count nowhere, and never as background). Off (``None``) by default.
 
     Raises:
-        ConfigError: a threshold is no probability, or a mask setting is unknown.
+        ConfigError: a threshold is no probability, or a mask setting is unknown; or, in a call, there is no global
+            view.
 
     Examples:
         >>> from mapseg_components.methods import MAPSeg
@@ -117,6 +118,12 @@ class MAPSeg:
                 voxels of the view; the source has ``label`` and ``global_label`` as well.
         """
         passes = []
+        for name, side in batch.items():
+            if GLOBAL_IMAGE not in side:
+                raise ConfigError(
+                    f"the {name} has {sorted(side)} and no {GLOBAL_IMAGE!r}, which MAPSeg compares patches with: set "
+                    "global_view to true, with a network that takes it, or choose a method of one image (mapseg methods)"
+                )
         if SOURCE in batch:
             side = batch[SOURCE]
             passes += self._clean_and_masked(SOURCE, side, side[LABEL], side[GLOBAL_LABEL])

@@ -125,7 +125,8 @@ def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Map
         inspect.signature(network.forward).bind(**inputs)
     except TypeError as error:
         raise ConfigError(
-            f"network {type(network).__name__} does not take {sorted(inputs)} by name ({error}): {remedy}"
+            f"network {type(network).__name__} does not take {sorted(inputs)}, which the method shows it ({error}): "
+            f"{remedy}, or choose a method and a network that fit"
         ) from None
     outputs = network(**inputs)
     if not isinstance(outputs, Mapping):
@@ -136,7 +137,10 @@ def named_outputs(network: nn.Module, inputs: Mapping[str, torch.Tensor]) -> Map
 
 
 def training_pass(
-    network: nn.Module, device: torch.device | str | None = None, activation_checkpointing: bool = False
+    network: nn.Module,
+    device: torch.device | str | None = None,
+    activation_checkpointing: bool = False,
+    global_view: bool = True,
 ) -> PlainPass:
     """The training pass that fits a network: `GlobalLocalPass` if it has the parts for it, otherwise `PlainPass`.
 
@@ -144,6 +148,7 @@ def training_pass(
         network: a segmenter.
         device: where it will run; by default where it is.
         activation_checkpointing: see `prepare_network`.
+        global_view: whether samples have one; without it `PlainPass` fits every network.
 
     Examples:
         >>> import torch
@@ -153,4 +158,4 @@ def training_pass(
     """
     if device is not None:
         prepare_network(network, device, activation_checkpointing)
-    return GlobalLocalPass(network) if collaborates(network) else PlainPass(network)
+    return GlobalLocalPass(network) if global_view and collaborates(network) else PlainPass(network)

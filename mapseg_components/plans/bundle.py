@@ -18,7 +18,7 @@ from mapseg_components.plans.recipes import ADAPTATION, Recipe
 from mapseg_components.plans.sizes import PRESETS, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_settings", "settled", "write_bundle"]
+__all__ = ["check_epochs", "check_names", "settled", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
 BESIDE = ("any_contrast.yaml", "logging.conf", "evaluate.json", "multi_gpu_train.json")
@@ -102,14 +102,18 @@ def is_dynunet(config: Mapping[str, Any]) -> bool:
     return str(config.get("network_def", {}).get("_target_", "")).endswith("DynUNet")
 
 
-def check_settings(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-    """Refuse settings that no bundle has, and training that would choose no weights. Raises `ConfigError`."""
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that no bundle has. Raises `ConfigError`."""
     folders = [bundles_folder() / name for name in (ADAPTATION, PRETRAINING)]
     known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
-    unknown = set(request["settings"] or {}) - known
+    unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
-    config = settled(folders[0], "train.json", recipe, plan, request)
+
+
+def check_epochs(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Refuse training that would choose no weights. Raises `ConfigError`."""
+    config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
     epochs, interval = config["max_epochs"], config["val_interval"]
     if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
         raise ConfigError(

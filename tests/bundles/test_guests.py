@@ -62,6 +62,13 @@ def segment(out, scans, model, *overlays, **settings):
     return {path.name: np.asarray(nib.load(path).dataobj) for path in sorted(out.glob("*_seg.nii.gz"))}
 
 
+def cause(error):
+    """The error of this package that MONAI wrapped."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def weights(path):
     return torch.load(path, weights_only=True)
 
@@ -80,6 +87,15 @@ def test_a_guest_trains_resumes_and_segments(method, dataset, tmp_path):
     scans = (dataset / target).parent
     found = segment(tmp_path / "maps", scans, tmp_path / "whole" / "model.pt", "dynunet.yaml", **UNET)
     assert found and all(set(np.unique(label_map)) <= {0, 1, 2} for label_map in found.values())
+
+
+def test_a_network_and_a_method_that_do_not_fit_are_named(dataset, tmp_path):
+    with pytest.raises(Exception) as caught:
+        train(tmp_path / "a", dataset, "dynunet.yaml", **UNET)
+    assert "no 'global_image', which MAPSeg compares patches with" in str(cause(caught.value))
+    with pytest.raises(Exception) as caught:
+        train(tmp_path / "b", dataset, "dynunet.yaml", **UNET, global_view=True)
+    assert "DynUNet" in str(cause(caught.value)) or "does not take ['box', 'global_image'" in str(cause(caught.value))
 
 
 def test_entropy_adapts_a_package_and_moves_normalization_alone(dataset, tmp_path):

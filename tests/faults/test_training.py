@@ -181,9 +181,10 @@ def test_bad_numbers_stop_training_and_do_not_reach_a_checkpoint(tmp_path):
 class Exploding(torch.nn.Linear):
     """A finite loss whose gradient is infinite."""
 
-    def forward(self, image, *others):
+    def forward(self, image, global_image, box):
         logits = self.weight.sum().sqrt().expand(1, 2, 4, 4, 4)
-        return logits, logits, logits, logits
+        names = ("logits", "global_logits", "local_features", "context_features")
+        return dict.fromkeys(names, logits)
 
 
 def test_fp16_does_not_skip_steps_for_ever():
@@ -196,7 +197,7 @@ def test_fp16_does_not_skip_steps_for_ever():
 
 
 class Greedy(torch.nn.Linear):
-    def forward(self, image, *others):
+    def forward(self, image, global_image, box):
         return torch.empty(2**60)
 
 

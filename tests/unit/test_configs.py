@@ -90,7 +90,7 @@ def test_a_setting_of_the_other_stage_is_refused():
     training, inference = (ConfigParser.load_config_file(configs / f"{n}.json") for n in ("train", "inference"))
     check_settings({**training, "finalize": [], "negative_values": "clip"}, configs)  # overlays serve both stages
     check_settings({**inference, "learning_rate": 1}, configs)
-    with pytest.raises(ConfigError, match=r"'weights' \(did you mean 'initial_weights'\?\)"):
+    with pytest.raises(ConfigError, match=r"'weights' \(did you mean '(?:initial|class)_weights'\?\)"):
         check_settings({**training, "weights": "a.pt"}, configs)
     with pytest.raises(ConfigError, match="unknown setting 'initial_weights'"):
         check_settings({**inference, "initial_weights": "a.pt"}, configs)

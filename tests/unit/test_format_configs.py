@@ -51,9 +51,16 @@ def test_lines_are_filled_and_end_at_120_columns():
 
 
 def test_a_list_too_long_for_a_line_has_a_line_for_each_item():
-    steps = [f"$step({number})" + "x" * 20 for number in range(6)]
+    steps = [f"$step({number})" + "x" * 40 for number in range(6)]
     lines = formatted(json.dumps({"run": steps})).splitlines()
     assert [json.loads(line.strip().rstrip(",")) for line in lines[2:-2]] == steps
+
+
+def test_short_texts_of_a_list_share_lines():
+    names = [f"@handler_{number}" for number in range(20)]
+    lines = formatted(json.dumps({"handlers": names})).splitlines()
+    assert len(lines) < 10 and all(len(line) <= 120 for line in lines)
+    assert json.loads("\n".join(lines)) == {"handlers": names}
 
 
 @pytest.mark.parametrize("text, part", [('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands twice"), ('{"a": ', "no JSON")])
