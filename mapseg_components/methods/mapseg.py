@@ -118,17 +118,11 @@ class MAPSeg:
                 voxels of the view; the source has ``label`` and ``global_label`` as well.
         """
         passes = []
-        for name, side in batch.items():
-            if GLOBAL_IMAGE not in side:
-                raise ConfigError(
-                    f"the {name} has {sorted(side)} and no {GLOBAL_IMAGE!r}, which MAPSeg compares patches with: set "
-                    "global_view to true, with a network that takes it, or choose a method of one image (mapseg methods)"
-                )
         if SOURCE in batch:
-            side = batch[SOURCE]
+            side = with_view(SOURCE, batch[SOURCE])
             passes += self._clean_and_masked(SOURCE, side, side[LABEL], side[GLOBAL_LABEL])
         if TARGET in batch and self.labels is not None and self.labels.active:
-            side = batch[TARGET]
+            side = with_view(TARGET, batch[TARGET])
             labels = self.labels(**{key: side[key] for key in (IMAGE, GLOBAL_IMAGE, BOX)})
             passes += self._clean_and_masked(TARGET, side, labels["logits"], labels["global_logits"])
         return passes
@@ -161,3 +155,13 @@ class MAPSeg:
         if self.confidence_threshold is not None:
             loss = loss * (confidence > self.confidence_threshold).float().mean()
         return loss
+
+
+def with_view(name: str, side: Tensors) -> Tensors:
+    """The same samples. Raises `ConfigError` if they have no global view."""
+    if GLOBAL_IMAGE not in side:
+        raise ConfigError(
+            f"the {name} has {sorted(side)} and no {GLOBAL_IMAGE!r}, which MAPSeg compares patches with: set "
+            "global_view to true, with a network that takes it, or choose a method of one image (mapseg methods)"
+        )
+    return side

@@ -13,8 +13,9 @@ import sys
 import numpy as np
 import pytest
 
+from mapseg_components import shipped_files as shipped
 from mapseg_components.commands import demo as demo_command
-from mapseg_components.commands import evaluate, predict, shipped
+from mapseg_components.commands import evaluate, predict
 from mapseg_components.commands.demo import GENTLE, STAGES
 from mapseg_components.commands.main import main
 from mapseg_components.errors import CheckpointError, ConfigError
