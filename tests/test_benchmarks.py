@@ -132,21 +132,21 @@ def test_other_logits_are_noticed():
 
 
 def test_an_unseen_mask_is_noticed():
-    batch = {f"{scale}_image": torch.rand(1, 1, 16, 16, 16) + 0.01 for scale in cases.BLOCKS}
+    batch = {f"{plain_training.PREFIX[scale]}image": torch.rand(1, 1, 16, 16, 16) + 0.01 for scale in cases.BLOCKS}
     with pytest.raises(RuntimeError, match="local image with hidden blocks"):
         cases.masks_of([batch["image"][0]], {"": batch})
 
 
 def test_masks_are_read_back():
-    batch = {f"{scale}_image": torch.rand(2, 1, 16, 24, 8) + 0.01 for scale in cases.BLOCKS}
+    batch = {f"{plain_training.PREFIX[scale]}image": torch.rand(2, 1, 16, 24, 8) + 0.01 for scale in cases.BLOCKS}
     masks = {
-        scale: [plain_training.random_mask(one, block) for one in batch[f"{scale}_image"]]
+        scale: [plain_training.random_mask(one, block) for one in batch[f"{plain_training.PREFIX[scale]}image"]]
         for scale, block in cases.BLOCKS.items()
     }
     seen = [
         one
         for scale, block in cases.BLOCKS.items()
-        for one in plain_training.hide(batch[f"{scale}_image"], masks[scale], block)
+        for one in plain_training.hide(batch[f"{plain_training.PREFIX[scale]}image"], masks[scale], block)
     ]
     found = cases.masks_of(seen[::-1], {"": batch})
     for scale in cases.BLOCKS:

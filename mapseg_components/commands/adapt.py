@@ -31,7 +31,7 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.plans.bundle import check_epochs, check_names, write_bundle
 from mapseg_components.plans.cases import grid_of, source_cases, structure_names, target_cases
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
-from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes, plan_unet
+from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
 from mapseg_components.session import choose_device, versions, working
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.sides import refuse_sides
@@ -288,7 +288,6 @@ class Adaptation:
             "median_spacing_mm": np.round(np.median([spacing for _, spacing in grids], axis=0), 3).tolist(),
             "labels": structures,
             "settings": planned,
-            "network": plan_unet(planned["patch_size"], np.median(spacings, axis=0)),
         }
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
@@ -296,9 +295,8 @@ class Adaptation:
             "source_validation": validation,
             "target_training": target,
         }
-        check_epochs(
-            self.recipe, self.record["plan"], request
-        )  # before the folder belongs to this run: it stays free for the corrected command
+        # while the folder is not this run's yet: it stays free for the corrected command
+        check_epochs(self.recipe, self.record["plan"], request)
         write_json(content, self.folder / "datalist.json")
 
     def _check(self) -> None:

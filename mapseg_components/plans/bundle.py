@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
 from mapseg_components.plans.recipes import ADAPTATION, Recipe
-from mapseg_components.plans.sizes import PRESETS, settings_of
+from mapseg_components.plans.sizes import PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
 __all__ = ["check_epochs", "check_names", "settled", "write_bundle"]
@@ -30,7 +30,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     Args:
         folder: the new bundle.
         recipe: its method.
-        plan: ``preset``, ``labels``, ``settings`` and ``network``, see `mapseg_components.plans.sizes`.
+        plan: ``preset``, ``labels``, ``settings`` and ``median_spacing_mm``, see `mapseg_components.plans.sizes`.
         request: arguments of ``mapseg adapt``.
         scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """
@@ -93,7 +93,7 @@ def settled(
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}
     if is_dynunet(config):
-        config["network_def"] = config["network_def"] | plan["network"]
+        config["network_def"] = config["network_def"] | plan_unet(config["patch_size"], plan["median_spacing_mm"])
     return config
 
 
@@ -126,7 +126,7 @@ def described(metadata: dict[str, Any], plan: Mapping[str, Any], train: Mapping[
     """Metadata of the new bundle."""
     channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
     if is_dynunet(train):
-        steps = [2 * step for step in reductions(plan["network"]["strides"])]
+        steps = [2 * step for step in reductions(train["network_def"]["strides"])]
     else:
         steps = [2 * step for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
     sizes = [f"{step}*n" for step in steps]
