@@ -119,7 +119,7 @@ def test_a_federation_runs_a_guest(tmp_path):
     assert any("upsamples" in name for name in weights(tmp_path / "out" / "model.pt"))
 
 
-@pytest.mark.parametrize("method", [None, "mean_teacher", "masked_consistency"])
+@pytest.mark.parametrize("method", [None, "mean_teacher", "masked_consistency", "entropy"])
 def test_images_of_one_slice_train_and_are_segmented(method, tmp_path):
     """2D images are volumes with one slice."""
     sections = {}

@@ -109,6 +109,23 @@ def test_the_report_needs_nothing_else(finished):
 
 
 @pytest.mark.slow
+def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path):
+    """Stages, hand-over package, a network planned for the patch that is asked for, label maps and report."""
+    sizes = {name: TINY[name] for name in ("patch_size", "window_stride", "epoch_length", "val_interval", "max_epochs")}
+    arguments = {**call(folders), "settings": sizes, "method": "entropy"}
+    record = adapt(**arguments, output=str(tmp_path / "out")).record
+    assert record["done"][:2] == ["source", "adaptation"] and "entropy" in record["request"]["method"]
+    network = json.loads((tmp_path / "out" / "stages" / "package" / "handover.json").read_text())["network"]
+    assert network["_target_"] == "DynUNet" and network["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+    inference = json.loads((tmp_path / "out" / "configs" / "inference.json").read_text())
+    assert inference["inferer"]["inferer"]["_target_"] == "SlidingWindowInferer"
+    assert len(list((tmp_path / "out" / "predictions" / "adapted").glob("*_seg.nii.gz"))) == 2
+    assert "target_entropy" in (tmp_path / "out" / "stages" / "adaptation" / "history.jsonl").read_text()
+    with pytest.raises(ConfigError, match="method was 'entropy', now 'mapseg'"):
+        adapt(**{**arguments, "method": "mapseg"}, output=str(tmp_path / "out"))
+
+
+@pytest.mark.slow
 def test_prepared_scans_and_the_way_back(folders, warm_processes, tmp_path):
     """Label maps on the prepared grid, which the model saw, and on the scan's own."""
     for number in (7, 8):
