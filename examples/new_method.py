@@ -12,7 +12,7 @@ Leibler divergence of class shares, after Bateson et al. 2022, arXiv 2108.03152)
     method:
       _target_: new_method.SharePrior
       loss: "@loss"
-      shares: "$new_method.shares_of(@train#dataset#data, len(@labels) + 1)"
+      shares: "$new_method.shares_of(@train#dataset#data, @labels)"
     "+imports": ["$import new_method"]
 
     python -m monai.bundle run training --config_file \
@@ -58,10 +58,13 @@ class SharePrior:
         return {"target_shares": (shares * (shares.clamp(min=1e-6) / predicted.clamp(min=1e-6)).log()).sum()}
 
 
-def shares_of(cases, classes):
-    """Share of the voxels that each class has in the cases' label maps."""
-    counts = sum(torch.bincount(LoadImage()(case["label"]).long().flatten(), minlength=classes) for case in cases)
-    return (counts / counts.sum()).tolist()
+def shares_of(cases, labels):
+    """Share of the voxels that each class has in the cases' label maps; background first, then as in ``labels``."""
+    maps = [LoadImage()(case["label"]) for case in cases]
+    structures = [
+        sum(float((one == value).sum()) for one in maps) / sum(one.numel() for one in maps) for value in labels.values()
+    ]
+    return [1 - sum(structures), *structures]
 
 
 def toy(bright):

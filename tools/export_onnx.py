@@ -25,6 +25,7 @@ from torch import nn
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.errors import CheckpointError, MAPSegError
 from mapseg_components.files import replacing
+from mapseg_components.networks.passes import collaborates
 
 GRAPHS = {"one_image": ["image"], "collaborative": ["image", "global_image", "box"]}
 # largest difference of a logit from PyTorch's, in float32, as a share of the largest logit
@@ -44,10 +45,10 @@ def examples(
 
 
 def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder: Path) -> dict[str, float]:
-    """Write both graphs of a segmenter, each verified before it takes its name.
+    """Write the graphs of a segmenter, each verified before it takes its name.
 
     Args:
-        network: a `GlobalLocalDeepLabV3`.
+        network: a `GlobalLocalDeepLabV3`, or any segmenter of one image, which has the first graph alone.
         channels: of its image.
         patch_size: voxels per axis of image and global view.
         folder: where the graphs go.
@@ -62,6 +63,8 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
     network = network.float().cpu().eval()
     batch, differences = torch.export.Dim("batch"), {}
     for graph, names in GRAPHS.items():
+        if len(names) > 1 and not collaborates(network):
+            continue
         with replacing(folder / f"{graph}.onnx") as temporary:
             convert_to_onnx(
                 network,

@@ -28,7 +28,8 @@ from mapseg_components.data.datalist import stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
-from mapseg_components.plans.bundle import check_epochs, check_names, write_bundle
+from mapseg_components.plans.arguments import read_mapping
+from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import grid_of, source_cases, structure_names, target_cases
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
@@ -264,6 +265,7 @@ class Adaptation:
         """Cases, structures, sizes."""
         request = self.request
         check_names(request["settings"] or {})
+        check_network(self.recipe, request["settings"] or {})
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")
@@ -322,7 +324,8 @@ class Adaptation:
         if stage.bundle == ADAPTATION:
             bundle = self.folder
             contrasts = ["any_contrast.yaml"] if self.request["random_contrasts"] else []
-            configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, "settings.json")]
+            asked = "settings_of_target.json" if "handover.yaml" in stage.overlays else "settings.json"
+            configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, asked)]
         else:
             bundle = bundles_folder() / stage.bundle
             overlays = [f"configs/{name}" for name in ("train.json", *stage.overlays)]
@@ -337,7 +340,10 @@ class Adaptation:
             def on_epoch(done: int) -> None:
                 bar.update(done - bar.n)
 
-            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **stage.settings}, on_epoch)
+            own = {
+                name: value for name, value in stage.settings.items() if name not in (self.request["settings"] or {})
+            }
+            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
         self.record["done"].append(stage.name)
         self._save()
@@ -367,23 +373,6 @@ class Adaptation:
         self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
-
-
-def read_mapping(name: str, given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A mapping, or one from JSON text or a JSON file. Raises `ConfigError`."""
-    if not isinstance(given, str):
-        return None if given is None else json.loads(json.dumps(dict(given)))
-    try:
-        is_file = Path(given).is_file()
-        content = json.loads(Path(given).read_text(encoding="utf-8") if is_file else given)
-        if isinstance(content, dict):
-            return content
-        reason = f"it is a {type(content).__name__}"
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise ConfigError(
-        f'{name} {given!r} is no JSON object or file of one ({reason}): give a JSON such as {{"liver": 1}}'
-    )
 
 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:

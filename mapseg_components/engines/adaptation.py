@@ -37,7 +37,8 @@ class AdaptationTrainer(SupervisedTrainer):
         method: see `mapseg_components.methods.Method`.
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: run passes of equal shapes as one batch; otherwise one after the other, each with its own
-            backward pass: the same gradients in a fraction of the memory.
+            backward pass: the same gradients in a fraction of the memory. Layers with batch statistics see source and
+            target together in the first case and apart in the second.
         amp: ``"bf16"``, ``"fp16"`` or ``None``.
         max_grad_norm: gradient clipping or ``None``.
         accumulate_steps: iterations per optimizer step.
@@ -92,9 +93,7 @@ class AdaptationTrainer(SupervisedTrainer):
             train_data_loader=train_data_loader,
             network=network,
             optimizer=optimizer,
-            loss_function=lambda terms: torch.stack(
-                [method.weights[name] * term for name, term in terms.items()]
-            ).sum(),
+            loss_function=self._total,
             epoch_length=epoch_length,
             train_handlers=train_handlers,
             decollate=False,
@@ -152,8 +151,19 @@ class AdaptationTrainer(SupervisedTrainer):
         parts = {name: output.split(sizes) for name, output in outputs.items()}
         losses: dict[str, torch.Tensor] = {}
         for number, one in enumerate(group):
-            losses.update(one.terms({name: part[number] for name, part in parts.items()}))
+            terms = one.terms({name: part[number] for name, part in parts.items()})
+            unknown, twice = terms.keys() - self.method.weights.keys(), terms.keys() & losses.keys()
+            if unknown or twice:
+                what = f"no weight for {sorted(unknown)}" if unknown else f"the term {sorted(twice)} in two passes"
+                raise ConfigError(
+                    f"{type(self.method).__name__} has {what}: give each term of a pass a name of its own, and a weight"
+                )
+            losses.update(terms)
         return losses
+
+    def _total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Weighted sum."""
+        return torch.stack([self.method.weights[name] * term for name, term in terms.items()]).sum()
 
 
 UDATrainer = AdaptationTrainer

@@ -24,9 +24,9 @@ class OptimizationStep:
     """Forward in mixed precision, backward, and a clipped optimizer step every few iterations.
 
     Args:
-        network: its parameters are clipped; under ``DistributedDataParallel`` gradients are synchronised only in
+        network: under ``DistributedDataParallel`` its gradients are synchronised only in
             the last backward pass before a step.
-        optimizer: steps over the parameters.
+        optimizer: its parameters are clipped and stepped; it may have some of the network's only.
         device: where the network runs.
         amp: ``"bf16"``, ``"fp16"`` (with loss scaling) or ``None`` for float32.
         max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
@@ -64,6 +64,7 @@ class OptimizationStep:
             raise ConfigError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
         self.network = network
         self.optimizer = optimizer
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = device
         self.max_grad_norm = max_grad_norm
         self.accumulate_steps = accumulate_steps
@@ -133,9 +134,9 @@ class OptimizationStep:
         if ends:
             self.scaler.unscale_(self.optimizer)
             if self.max_grad_norm is not None:
-                norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
             else:
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+                norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             if not self.scaler.is_enabled():
                 checked["gradient"] = norm
         if not torch.isfinite(torch.stack(list(checked.values()))).all():
@@ -151,5 +152,5 @@ class OptimizationStep:
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise NonFiniteError(f"the gradient is NaN or infinite at every loss scale down to {SMALLEST_SCALE:g}")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)  # of parameters too that the optimizer does not have
         self.pending = False

@@ -49,8 +49,9 @@ class Site:
     nothing that happened before (but for `Plan.local_layers`): optimizer moments start from zero, student and teacher
     from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
 
-    The source side trains with Eq. 9, the target side with Eq. 10 (``target_clean`` true, ``beta`` 0.5); both are
-    settings of the bundle's ``method``. The teacher follows from the first step. `Plan.privacy` acts on what a
+    Each side trains by the bundle's ``method`` with its half of the batch: MAPSeg by Eq. 9 at the source and Eq. 10
+    at the target (``target_clean`` true, ``beta`` 0.5).
+    The teacher follows from the first step. `Plan.privacy` acts on what a
     target side sends back, alike in the simulation and between real sites.
 
     Args:

@@ -1,31 +1,40 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a hand-over package may say: plain values, and networks of known packages. Nothing in it is executed."""
+"""What a hand-over package may say: plain values, and a network of a short list. Nothing in it is executed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from monai.bundle import ConfigComponent
+import torch
+from monai.networks import nets
 from torch import nn
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks import GlobalLocalDeepLabV3
 
-__all__ = ["faults_of_fragment", "faults_of_value", "network_of", "plain"]
+__all__ = ["NETWORKS", "faults_of_fragment", "faults_of_value", "network_of", "plain"]
 
-ALLOWED = ("mapseg_components.networks.", "monai.networks.nets.")
+# none of these reads a file or a server, whatever its arguments are
+OF_MONAI = (nets.AttentionUnet, nets.BasicUNet, nets.DynUNet, nets.SegResNet, nets.SwinUNETR, nets.UNet, nets.VNet)
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mapseg_components.networks.GlobalLocalDeepLabV3": GlobalLocalDeepLabV3,
+    **{f"{prefix}{kind.__name__}": kind for kind in OF_MONAI for prefix in ("", "monai.networks.nets.")},
+}
+"""Names that ``_target_`` may have, word for word."""
 MARKS = ("$", "@", "%")  # an expression, a reference and a macro of MONAI's configs
-LARGEST, LONGEST, DEEPEST = 10**6, 200, 6
+LARGEST, LARGEST_SIZE, LONGEST, DEEPEST = 10**6, 8192, 64, 6
 
 
-def faults_of_value(value: Any, path: str, depth: int = 0) -> Iterator[str]:
+def faults_of_value(value: Any, path: str, largest: float = LARGEST, depth: int = 0) -> Iterator[str]:
     """Names of the parts of a JSON value that no setting has: NaN, expressions, huge numbers, deep nests.
 
     Args:
         value: numbers, texts, lists and mappings.
         path: its name, ``a#b``.
+        largest: amount that a number may have.
         depth: of nesting.
     """
     if isinstance(value, (dict, list)):
@@ -33,69 +42,64 @@ def faults_of_value(value: Any, path: str, depth: int = 0) -> Iterator[str]:
             yield path
             return
         for key, one in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from faults_of_value(one, f"{path}#{key}", depth + 1)
+            yield from faults_of_value(one, f"{path}#{key}", largest, depth + 1)
     elif isinstance(value, str):
-        if not value.isprintable() or len(value) > LONGEST or value.startswith(MARKS):
+        if not value.isprintable() or len(value) > 200 or value.startswith(MARKS):
             yield path
-    elif value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and abs(value) <= LARGEST):
+    elif value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and abs(value) <= largest):
         yield path
 
 
 def faults_of_fragment(fragment: Any, path: str = "network") -> Iterator[str]:
-    """Names of the parts of a network's config that are no network of MONAI or of this package, or no plain values.
+    """Names of the parts of a network's config that are no network of `NETWORKS`, or no plain values.
 
     Args:
         fragment: a component as MONAI's configs write it: ``_target_`` and its arguments.
         path: its name.
     """
-    if not isinstance(fragment, Mapping) or "_target_" not in fragment:
+    if not isinstance(fragment, Mapping):
         yield path
         return
-    yield from faults_of_value(fragment, path)
-    for name, part in components(fragment, path):
-        target = part["_target_"]
-        if not isinstance(target, str) or not full_name(target).startswith(ALLOWED):
-            yield f"{name}#_target_"
-        yield from (f"{name}#{key}" for key in part if str(key).startswith("_") and key != "_target_")
+    if fragment.get("_target_") not in NETWORKS:
+        yield f"{path}#_target_"
+    for key, value in fragment.items():
+        if str(key).startswith("_"):
+            if key != "_target_":
+                yield f"{path}#{key}"
+            continue
+        yield from faults_of_value(value, f"{path}#{key}", LARGEST_SIZE)
+        yield from components(value, f"{path}#{key}")
 
 
-def components(fragment: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The components of a fragment, however deep, with their names."""
-    if isinstance(fragment, Mapping):
-        if "_target_" in fragment:
-            yield path, fragment
-        for key, value in fragment.items():
-            yield from components(value, f"{path}#{key}")
-    elif isinstance(fragment, list):
-        for number, value in enumerate(fragment):
-            yield from components(value, f"{path}#{number}")
+def components(value: Any, path: str) -> Iterator[str]:
+    """Names of mappings with a ``_target_`` inside a value: a component within a component is made nowhere."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            yield f"{path}#_target_"
+        for key, one in value.items():
+            yield from components(one, f"{path}#{key}")
+    elif isinstance(value, list):
+        for number, one in enumerate(value):
+            yield from components(one, f"{path}#{number}")
 
 
-def full_name(target: str) -> str:
-    """Module and class of a target, of which MONAI's configs may name the class alone, such as ``DynUNet``."""
-    if "." in target:
-        return target
-    return str(ConfigComponent({"_target_": target}, id="").resolve_module_name())
-
-
-def network_of(fragment: Mapping[str, Any]) -> nn.Module:
+def network_of(fragment: Mapping[str, Any], device: str = "cpu") -> nn.Module:
     """A network from its fragment, which was checked before.
+
+    Args:
+        fragment: see `faults_of_fragment`.
+        device: ``"meta"`` makes it without memory for its weights.
 
     Raises:
         ConfigError: its arguments make no network.
     """
-    arguments = {
-        key: network_of(value) if isinstance(value, Mapping) and "_target_" in value else value
-        for key, value in fragment.items()
-    }
+    kind = NETWORKS[fragment["_target_"]]
     try:
-        network = ConfigComponent(arguments, id="network").instantiate()
+        with torch.device(device):
+            return kind(**{key: value for key, value in fragment.items() if key != "_target_"})
     except Exception as error:
-        reason = next(iter(str(error.__cause__ or error).splitlines()), "")
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"the package's network cannot be made ({reason}): ask for another package") from error
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"the package's network is a {type(network).__name__}, expected a torch.nn.Module")
-    return network
 
 
 def plain(value: Any) -> Any:

@@ -81,12 +81,22 @@ class HandoverPackage:
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
         """``preprocessing`` and ``training``, each name to value."""
-        return {part: dict(self.content["settings"][part]) for part in PARTS}
+        return {part: Settings(self.content["settings"][part]) for part in PARTS}
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network that the weights belong to, with random weights; the same object each time."""
-        return network_of(self.content["network"])
+        """The network that the weights belong to, with random weights; the same object each time.
+
+        Raises:
+            CheckpointError: it is not the weights'; seen before memory is taken for it.
+            ConfigError: it cannot be made.
+        """
+        fragment, expected = self.content["network"], self.content["weights"]["fingerprint"]
+        found = fingerprint(network_of(fragment, "meta"))
+        if found != expected:
+            path = self.folder / MANIFEST
+            raise CheckpointError(f"{path}: its network has fingerprint {found}, its weights {expected}: {COPY_AGAIN}")
+        return network_of(fragment)
 
     @cached_property
     def weights(self) -> str:
@@ -156,6 +166,13 @@ class HandoverPackage:
         """Compare with what `state_dict` returned. Raises `ValueError` for another package."""
         if state["sha256"] != self.state_dict()["sha256"]:
             raise ValueError(f"the run began with weights {state['sha256']}, {self.folder} has {self.state_dict()}")
+
+
+class Settings(dict[str, Any]):
+    """Settings of a package by name."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ConfigError(f"the hand-over package has no setting {name!r}: ask the source site for a new package")
 
 
 class SourceOnlyWeights:

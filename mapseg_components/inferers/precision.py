@@ -11,6 +11,7 @@ import torch
 from monai.inferers import Inferer
 from torch import nn
 
+from mapseg_components.errors import NonFiniteError
 from mapseg_components.precision import autocast
 
 __all__ = ["AutocastInferer"]
@@ -27,6 +28,7 @@ class AutocastInferer(Inferer):
 
     Raises:
         ConfigError: ``amp`` is unknown.
+        NonFiniteError: in a call, the output holds NaN or infinite values, which an arg-max would make background.
 
     Examples:
         >>> import torch
@@ -48,4 +50,7 @@ class AutocastInferer(Inferer):
         parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
         device = next((parameter.device for parameter in parameters), inputs.device)  # windows may be moved to it
         with autocast(device, self.amp):
-            return self.inferer(inputs, network, *args, **kwargs)
+            output = self.inferer(inputs, network, *args, **kwargs)
+        if isinstance(output, torch.Tensor) and not bool(torch.isfinite(output).all()):
+            raise NonFiniteError("the network's output is NaN or infinite: check the weights and amp")
+        return output

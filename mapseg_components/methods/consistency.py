@@ -91,7 +91,8 @@ class MeanTeacher(Supervised):
 class MaskedConsistency(MeanTeacher):
     """The student's labels of a masked target image are the teacher's of the whole one (MIC, arXiv 2212.01322).
 
-    The pseudo-label loss is weighted by the share of voxels whose probability exceeds ``confidence_threshold``.
+    The pseudo-label loss is weighted by the share of voxels whose probability exceeds ``confidence_threshold``. The
+    Score reads it without this weight, which a teacher that is unsure of everything would make 0.
 
     Args:
         loss: see `Supervised`.
@@ -105,8 +106,10 @@ class MaskedConsistency(MeanTeacher):
         >>> from mapseg_components.masking import BlockMask
         >>> from mapseg_components.methods import MaskedConsistency
         >>> MaskedConsistency(loss=None, labels=None, change=BlockMask(0.7, 8)).selection
-        ('target',)
+        ('target_all',)
     """
+
+    selection = ("target_all",)
 
     def __init__(
         self,
@@ -119,9 +122,15 @@ class MaskedConsistency(MeanTeacher):
     ) -> None:
         super().__init__(loss, labels, change, weight)
         self.pseudo_loss = loss if pseudo_loss is None else pseudo_loss
+        self.weights["target_all"] = 0.0
         self.confidence_threshold = confidence_threshold
 
     def _target_terms(self, image: torch.Tensor) -> Callable[[Tensors], dict[str, torch.Tensor]]:
         label, confidence = self.labels(image=image)["logits"]
         sure = (confidence > self.confidence_threshold).float().mean()
-        return lambda output: {"target": sure * self.pseudo_loss(output["logits"], label)}
+
+        def terms(output: Tensors) -> dict[str, torch.Tensor]:
+            loss = self.pseudo_loss(output["logits"], label)
+            return {"target": sure * loss, "target_all": loss.detach()}
+
+        return terms

@@ -50,7 +50,7 @@ class EntropyMinimization:
 
 
 def norm_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """Scales and shifts of a network's normalization layers; every other parameter is frozen.
+    """Scales and shifts of a network's normalization layers, for the optimizer.
 
     Args:
         network: layers whose class is named ``...Norm...`` count: PyTorch's, MONAI's and this package's.
@@ -64,8 +64,6 @@ def norm_parameters(network: nn.Module) -> list[nn.Parameter]:
         >>> network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True))
         >>> [tuple(one.shape) for one in norm_parameters(network)]
         [(4,), (4,)]
-        >>> network[0].weight.requires_grad
-        False
     """
     found: dict[Any, nn.Parameter] = {}
     for module in network.modules():
@@ -76,6 +74,4 @@ def norm_parameters(network: nn.Module) -> list[nn.Parameter]:
             f"{type(network).__name__} has no normalization layer with parameters, and entropy minimization trains "
             "nothing else: choose a network with affine normalization, or another method"
         )
-    for one in network.parameters():
-        one.requires_grad_(id(one) in found)
     return list(found.values())

@@ -24,8 +24,8 @@ class PlainPass(nn.Module):
 
     Args:
         network: from an image (B, C, X, Y, Z) to logits (B, classes, X, Y, Z), or to a mapping of outputs that has
-            ``logits``. Of MONAI's ``DynUNet`` with deep supervision, which stacks its outputs along a further axis, the
-            first is ``logits`` and the others ``deep_1``, ``deep_2``, ...
+            ``logits``. Of several outputs (a sequence, or stacked along a further axis as by MONAI's ``DynUNet`` with
+            deep supervision) the first is ``logits`` and the others ``deep_1``, ``deep_2``, ...
 
     Examples:
         >>> import torch
@@ -46,7 +46,9 @@ class PlainPass(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the segmenter's own names as well as those of this module's tree."""
         inner = f"{prefix}network."
-        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(inner)]:
+        names = [name for name in state_dict if name.startswith(prefix)]
+        own = {name[len(prefix) :] for name in names} <= set(self.network.state_dict())
+        for name in names if own else [name for name in names if not name.startswith(inner)]:
             state_dict[inner + name[len(prefix) :]] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -55,11 +57,10 @@ class PlainPass(nn.Module):
         output = self.network(image)
         if isinstance(output, Mapping):
             return dict(output)
-        output = output.float()  # under amp: sums over many voxels
-        if output.ndim == image.ndim + 1:
-            first, *others = output.unbind(dim=1)
-            return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}
-        return {"logits": output}
+        if isinstance(output, torch.Tensor):
+            output = output.unbind(dim=1) if output.ndim == image.ndim + 1 else [output]
+        first, *others = (one.float() for one in output)  # under amp: sums over many voxels
+        return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}
 
 
 class GlobalLocalPass(PlainPass):

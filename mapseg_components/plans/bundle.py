@@ -18,9 +18,10 @@ from mapseg_components.plans.recipes import ADAPTATION, Recipe
 from mapseg_components.plans.sizes import PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_epochs", "check_names", "settled", "write_bundle"]
+__all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
+SIZES = {"width", "depth", "stride", "dilations", "head_channels", "dropout"}  # of MAPSeg's network
 BESIDE = ("any_contrast.yaml", "logging.conf", "evaluate.json", "multi_gpu_train.json")
 
 
@@ -51,6 +52,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     write_json({key: own[key] for key in known if own[key] != known[key]}, configs / "pretraining.json")
     asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
     write_json(asked, configs / "settings.json")
+    bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
+    write_json({key: value for key, value in asked.items() if key not in bound}, configs / "settings_of_target.json")
     metadata = ConfigParser.load_config_file(origin / "configs" / "metadata.json")
     write_json(described(metadata, plan, train), configs / "metadata.json")
     prepared = (
@@ -111,6 +114,19 @@ def check_names(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
 
 
+def check_network(recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """Refuse sizes of MAPSeg's network where a method has a planned one. Raises `ConfigError`."""
+    configs = bundles_folder() / ADAPTATION / "configs"
+    base = configs / "train.json"
+    config = ConfigParser.load_config_files([base, *(configs / overlay for overlay in recipe.overlays)])
+    without_effect = sorted(set(settings) & SIZES)
+    if is_dynunet(config) and without_effect:
+        raise ConfigError(
+            f"settings {without_effect} are of MAPSeg's network, and method {recipe.name} has a DynUNet, planned from "
+            "patch_size and spacing: leave them out"
+        )
+
+
 def check_epochs(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     """Refuse training that would choose no weights. Raises `ConfigError`."""
     config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
@@ -129,7 +145,7 @@ def described(metadata: dict[str, Any], plan: Mapping[str, Any], train: Mapping[
         steps = [2 * step for step in reductions(train["network_def"]["strides"])]
     else:
         steps = [2 * step for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
-    sizes = [f"{step}*n" for step in steps]
+    sizes = [f"{step}*n" if side > 1 else 1 for step, side in zip(steps, train["patch_size"])]
     metadata = {
         **metadata,
         "name": "Adapted segmentation model",

@@ -109,19 +109,29 @@ def test_the_report_needs_nothing_else(finished):
 
 
 @pytest.mark.slow
-def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path):
-    """Stages, hand-over package, a network planned for the patch that is asked for, label maps and report."""
-    sizes = {name: TINY[name] for name in ("patch_size", "window_stride", "epoch_length", "val_interval", "max_epochs")}
-    arguments = {**call(folders), "settings": sizes, "method": "entropy"}
+@pytest.mark.parametrize("method, kind", [("entropy", "DynUNet"), ("test_time", "GlobalLocalDeepLabV3")])
+def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path, method, kind):
+    """Stages, hand-over package, the network that is planned or asked for, label maps and report."""
+    network_sizes = {"width", "depth", "dilations", "head_channels", "decoder_channels"}
+    sizes = {key: value for key, value in TINY.items() if method == "test_time" or key not in network_sizes}
+    arguments = {**call(folders), "settings": sizes, "method": method, "pretraining": False}
     record = adapt(**arguments, output=str(tmp_path / "out")).record
-    assert record["done"][:2] == ["source", "adaptation"] and "entropy" in record["request"]["method"]
+    assert record["done"][:2] == ["source", "adaptation"]
     network = json.loads((tmp_path / "out" / "stages" / "package" / "handover.json").read_text())["network"]
-    assert network["_target_"] == "DynUNet" and network["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
-    inference = json.loads((tmp_path / "out" / "configs" / "inference.json").read_text())
-    assert inference["inferer"]["inferer"]["_target_"] == "SlidingWindowInferer"
+    assert network["_target_"].endswith(kind)
+    if method == "entropy":
+        assert network["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]  # of a patch of 16
+        inference = json.loads((tmp_path / "out" / "configs" / "inference.json").read_text())
+        assert inference["inferer"]["inferer"]["_target_"] == "SlidingWindowInferer"
+        models = [torch.load(tmp_path / "out" / "models" / f"{name}.pt") for name in ("source_only", "adapted")]
+        moved = {name for name, value in models[0].items() if not torch.equal(value, models[1][name])}
+        assert moved and all("norm" in name for name in moved)  # what is kept is what was trained
+        with pytest.raises(ConfigError, match=r"\['width'\] are of MAPSeg's network, and method entropy has a DynUNet"):
+            adapt(**{**arguments, "settings": {"width": 8}}, output=str(tmp_path / "other"))
+    else:
+        assert network["width"] == TINY["width"]
     assert len(list((tmp_path / "out" / "predictions" / "adapted").glob("*_seg.nii.gz"))) == 2
-    assert "target_entropy" in (tmp_path / "out" / "stages" / "adaptation" / "history.jsonl").read_text()
-    with pytest.raises(ConfigError, match="method was 'entropy', now 'mapseg'"):
+    with pytest.raises(ConfigError, match=f"method was '{method}', now 'mapseg'"):
         adapt(**{**arguments, "method": "mapseg"}, output=str(tmp_path / "out"))
 
 

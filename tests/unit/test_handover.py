@@ -16,6 +16,7 @@ from mapseg_components.checkpoints import write_atomic
 from mapseg_components.data import median_spacing
 from mapseg_components.errors import CheckpointError, ConfigError
 from mapseg_components.handover import HandoverPackage, SourceOnlyWeights, volume_priors, write_handover
+from mapseg_components.handover.fragments import network_of
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.conftest import write_nifti
 
@@ -180,11 +181,19 @@ def test_a_missing_file_is_named(package, name):
         ({"settings__training__mask_ratio": float("nan")}, "settings#training#mask_ratio is nan"),
         ({"settings__training__mask_value": "@ckpt_dir"}, "settings#training#mask_value is '@ckpt_dir'"),
         ({"versions__torch": "9" * 2**20}, "bytes, expected a few thousand"),
-        ({"network": {"width": 8}}, "network is {'width': 8}"),
+        ({"network": {"width": 8}}, "network#_target_ is 'absent'"),
         ({"network__width": 10**9}, "network#width is 1000000000"),
         ({"network__depth": "$__import__('pathlib').Path('SENTINEL').touch()"}, "network#depth is"),
         ({"network___target_": "pathlib.Path"}, "network#_target_ is 'pathlib.Path'"),
         ({"network__norm": {"_target_": "os.system", "command": "touch SENTINEL"}}, "network#norm#_target_ is"),
+        ({"network__norm": {"_target_": "DynUNet"}}, "network#norm#_target_ is 'DynUNet'"),
+        (
+            {"network": {"_target_": "mapseg_components.networks.passes.torch.os.system", "command": "touch SENTINEL"}},
+            "network#_target_ is 'mapseg_components.networks.passes.torch.os.system'",
+        ),
+        ({"network___target_": "mapseg_components.networks.passes.torch.hub.load"}, "network#_target_ is"),
+        ({"network___target_": "monai.networks.nets.senet.load_state_dict_from_url"}, "network#_target_ is"),
+        ({"network___target_": "monai.networks.nets.DenseNet121", "network__pretrained": True}, "network#_target_ is"),
         ({"network___mode_": "debug"}, "network#_mode_ is 'debug'"),
         ({"labels": {}}, "labels is {}"),
         ({"labels": {"a\nb": 1}}, "labels is"),
@@ -210,9 +219,17 @@ def test_a_network_that_cannot_be_made_is_an_error_of_the_package(package):
         HandoverPackage(package).network  # noqa: B018
 
 
-def test_a_network_of_monai_travels_by_its_short_name(package):
+def test_a_network_that_is_not_the_weights_takes_no_memory(package):
+    """Eight terabytes of weights are refused by their shapes."""
+    change(package, network__width=8192, network__depth=8)
+    with pytest.raises(CheckpointError, match=r"its network has fingerprint \w+, its weights \w+"):
+        HandoverPackage(package).network  # noqa: B018
+
+
+@pytest.mark.parametrize("prefix", ["", "monai.networks.nets."])
+def test_a_network_of_monai_travels(prefix, tmp_path):
     fragment = {
-        "_target_": "DynUNet",
+        "_target_": f"{prefix}DynUNet",
         "spatial_dims": 3,
         "in_channels": 1,
         "out_channels": 3,
@@ -221,8 +238,15 @@ def test_a_network_of_monai_travels_by_its_short_name(package):
         "upsample_kernel_size": [2, 2],
         "filters": [4, 4, 8],
     }
-    change(package, network=fragment)
-    assert type(HandoverPackage(package).network).__name__ == "DynUNet"
+    network = network_of(fragment)
+    write_atomic(network.state_dict(), tmp_path / "weights.pt")
+    cases = label_maps(tmp_path / "labels", [(10, 4), (20, 0)])
+    places = (tmp_path / "package", tmp_path / "weights.pt")
+    write_handover(*places, network, fragment, SETTING, LABELS, Validation(), cases, 2)
+    read = HandoverPackage(tmp_path / "package")
+    read.network.load_state_dict(torch.load(read.weights, weights_only=True))
+    with pytest.raises(ConfigError, match="has no setting 'width'"):
+        read.settings["training"]["width"]
 
 
 @pytest.mark.parametrize("text", ["", "[" * 10**5, '{"schema": NaN}', "\x80", "9" * 5000], ids=lambda t: t[:9])
