@@ -51,7 +51,7 @@ SAFE_TO_CHANGE = {
     *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
     *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans"),
-    *("compile", "activation_checkpointing", "fused", "pin_memory", "keep_freed_memory"),
+    *("compile", "activation_checkpointing", "fused", "pin_memory", "keep_freed_memory", "stitching_device"),
     *TRACKING,
 }
 # lists of what is reported and when
