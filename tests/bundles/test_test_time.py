@@ -193,7 +193,7 @@ def damaged(sites, folder, **changes):
     [
         ("checksum", CheckpointError, "weights.pt has sha256"),
         ("missing", CheckpointError, "no hand-over package at"),
-        ("architecture", CheckpointError, "is of a network with fingerprint"),
+        ("architecture", CheckpointError, "its network has fingerprint"),
         ("another run's width", ConfigError, "width is 16, the package has a network of its own"),
         ("another label table", ConfigError, "labels is [('first', 1), ('third', 2)], the package has"),
         ("newer", ConfigError, "has schema 3, this version reads 2"),
