@@ -28,6 +28,7 @@ __all__ = [
     "check_settings",
     "end_run",
     "given_lists",
+    "parser_of",
     "require_same_settings",
     "resolved",
     "running_settings",
@@ -240,7 +241,12 @@ def parser_of_run() -> ConfigParser:
     workflow = running_workflow()
     if workflow is None:
         raise ConfigError("a setting is asked for outside of a bundle's run: run the bundle by monai.bundle run")
-    parser = ConfigParser(copy.deepcopy(workflow.parser.config))
+    return parser_of(workflow.parser.config)
+
+
+def parser_of(settings: Mapping[str, Any]) -> ConfigParser:
+    """A parser of its own: components made from it are shared with nobody."""
+    parser = ConfigParser(copy.deepcopy(dict(settings)))
     parser.get_parsed_content("imports")
     return parser
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class AdaptationTrainer(SupervisedTrainer):
         terms: dict[str, torch.Tensor] = {}
         for number, group in enumerate(groups):
             with optimization.synchronisation(ends and number == len(groups) - 1):
-                losses = self._losses(group)
+                losses = self._losses(group, terms.keys())
                 optimization.backward(self.loss_function(losses))
             terms.update({name: loss.detach() for name, loss in losses.items()})
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
@@ -142,8 +142,8 @@ class AdaptationTrainer(SupervisedTrainer):
             output[TARGET_LOSS] = torch.stack(selected).mean()
         return output
 
-    def _losses(self, group: list[Pass]) -> dict[str, torch.Tensor]:
-        """Named, unweighted terms of several passes that run as one batch."""
+    def _losses(self, group: list[Pass], taken: Set[str]) -> dict[str, torch.Tensor]:
+        """Named, unweighted terms of several passes that run as one batch; ``taken`` are names of earlier passes."""
         inputs = {name: torch.cat([one.inputs[name] for one in group]) for name in group[0].inputs}
         with self.optimization.autocast():
             outputs = named_outputs(self.network, inputs)
@@ -152,7 +152,7 @@ class AdaptationTrainer(SupervisedTrainer):
         losses: dict[str, torch.Tensor] = {}
         for number, one in enumerate(group):
             terms = one.terms({name: part[number] for name, part in parts.items()})
-            unknown, twice = terms.keys() - self.method.weights.keys(), terms.keys() & losses.keys()
+            unknown, twice = terms.keys() - self.method.weights.keys(), terms.keys() & (losses.keys() | taken)
             if unknown or twice:
                 what = f"no weight for {sorted(unknown)}" if unknown else f"the term {sorted(twice)} in two passes"
                 raise ConfigError(

@@ -24,6 +24,7 @@ from mapseg_components.checkpoints import (
     weights_of,
     write_atomic,
 )
+from mapseg_components.configs import parser_of
 from mapseg_components.data import check_training_data, load_datalist
 from mapseg_components.data.audit import Audit
 from mapseg_components.data.datalist import open_datalist
@@ -308,13 +309,6 @@ def initial_weights(settings: Mapping[str, Any], seed: int) -> dict[str, torch.T
             count = load_weights(network, path, prefix)
             logger.info(f"Loaded {count} of {count} tensors of {path} ({key}).")
     return weights_of(network)
-
-
-def parser_of(settings: Mapping[str, Any]) -> ConfigParser:
-    """A separate parser: components made from it are not shared."""
-    parser = ConfigParser(copy.deepcopy(dict(settings)))
-    parser.get_parsed_content("imports")
-    return parser
 
 
 @contextlib.contextmanager

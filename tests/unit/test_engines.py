@@ -13,8 +13,8 @@ from mapseg_components.engines import AdaptationTrainer, MAETrainer
 from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.handlers import EMATeacher
 from mapseg_components.losses import MaskedReconstructionLoss
-from mapseg_components.methods import ArgmaxLabels, MAPSeg
-from mapseg_components.networks import GlobalLocalPass, MultiScaleMAE
+from mapseg_components.methods import ArgmaxLabels, MAPSeg, Pass
+from mapseg_components.networks import GlobalLocalPass, MultiScaleMAE, PlainPass
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
@@ -220,3 +220,36 @@ def test_output_is_what_monai_handlers_take(tiny_network):
     loss = from_engine(["loss"], first=True)
     for trainer in (adaptation(tiny_network, [{"source": pair()}], teacher=False), autoencoding(1)):
         assert float(loss(trainer.state.output)) == trainer.state.output[0]["loss"].item()
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_terms_without_a_weight_and_names_that_two_passes_have_are_refused(tiny_network, batched):
+    class Twice:
+        selection, weights = (), {"same": 1.0}
+
+        def __init__(self, names):
+            self.names = names
+
+        def passes(self, batch):
+            images = batch["source"]["image"], batch["source"]["image"][..., :8]  # as one batch or apart
+            return [
+                Pass({"image": image}, lambda out, name=name: {name: out["logits"].mean()})
+                for name, image in zip(self.names, images)
+            ]
+
+    network = PlainPass(tiny_network)
+    for names, words in (
+        (("same", "same"), r"the term \['same'\] in two passes"),
+        (("other",), r"no weight for \['other'\]"),
+    ):
+        trainer = AdaptationTrainer(
+            device="cpu",
+            max_epochs=1,
+            train_data_loader=[{"source": pair()}],
+            network=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            method=Twice(names),
+            batched_passes=batched,
+        )
+        with pytest.raises(ConfigError, match=words):
+            trainer.run()

@@ -25,10 +25,10 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from mapseg_components.configs import check_settings
+from mapseg_components.configs import check_settings, parser_of
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated.plan import Plan
-from mapseg_components.federated.site import Site, parser_of
+from mapseg_components.federated.site import Site
 from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["PARTY_DIR", "Party"]

@@ -19,10 +19,11 @@ from nvflare.app_common.workflows.statistics_controller import StatisticsControl
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.defs import FilterType
 
+from mapseg_components.configs import parser_of
 from mapseg_components.data import load_datalist
 from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.federated.flare.party import Party, sides_of
-from mapseg_components.federated.site import SECTION, parser_of
+from mapseg_components.federated.site import SECTION
 from mapseg_components.federated.statistics import FEATURES, LEAST_SCANS, summary_of
 from mapseg_components.files import write_json
 from mapseg_components.keys import IMAGE, SOURCE, TARGET
