@@ -44,7 +44,7 @@ READ_LATER += ("PYTHON_EXEC",)  # of torchrun
 COERCED = {"LC_CTYPE": "C.UTF-8"}  # an interpreter adds it to its environment where there is no locale
 
 CLIENT = """
-import json, os, signal, socket, sys
+import json, os, select, signal, socket, sys
 
 words = sys.argv[1:]
 while words and words[0] in ("-u", "-B"):
@@ -63,9 +63,12 @@ server = socket.socket(socket.AF_UNIX)
 server.connect(ADDRESS)
 socket.send_fds(server, [len(request).to_bytes(8, "big")], streams)
 server.sendall(request)
+server.setblocking(False)
+signal.set_wakeup_fd(server.fileno())  # a signal's number goes to the server even where no bytecode follows it
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+        signal.signal(number, lambda *_: None)
+select.select([server], [], [])
 answer = server.recv(4)
 if len(answer) != 4:
     sys.exit("the process that keeps the command was ended")
@@ -77,10 +80,15 @@ os._exit(code)
 """
 
 
-@functools.cache
 def python() -> str:
     """Path of the program; the process that it forks starts with the first call and ends with this one."""
-    return Server().command[0]
+    return server().command[0]
+
+
+@functools.cache
+def server() -> Server:
+    """The process that all of this process's commands are forks of."""
+    return Server()
 
 
 @contextlib.contextmanager
@@ -183,8 +191,8 @@ def serve(address: str, lifeline: int) -> tuple[dict[str, Any], list[int]]:
 def keep(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Fork the command, pass signals to it and tell its caller how it ended; returns in the command alone."""
     size, streams, _, _ = socket.recv_fds(connection, 8, 250)
-    with connection.makefile("rb") as stream:
-        request = json.loads(stream.read(int.from_bytes(size, "big")))
+    # no byte more is read: a signal's number may follow
+    request = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
     command = os.fork()
     if command == 0:
         connection.close()

@@ -9,10 +9,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from tests.warm import python
+from tests.warm import python, server
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is the interpreter itself")
 SHOWN = "import os, sys; print(sys.argv, os.getcwd(), sys.path[0], os.environ['SHOWN'], __name__, 'é')"
@@ -82,6 +84,23 @@ def test_signals_reach_the_command(number):
         process.send_signal(number)
         assert process.stdout.read() == b""  # the command has ended, or it would hold the stream
     assert process.returncode == -number
+
+
+def test_a_signal_that_comes_before_the_command_is_not_lost():
+    python()
+    os.kill(server().process.pid, signal.SIGSTOP)  # what is sent to it waits
+    try:
+        process = subprocess.Popen([python(), "-c", "import time; time.sleep(60)"], stdout=subprocess.PIPE)
+        for _ in range(3000):  # until the client waits for an answer
+            time.sleep(0.01)
+            handled = Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0]
+            if int(handled, 16) & 1 << (signal.SIGTERM - 1):
+                break
+        process.terminate()
+    finally:
+        os.kill(server().process.pid, signal.SIGCONT)
+    assert process.wait(30) == -signal.SIGTERM and process.stdout.read() == b""
+    process.stdout.close()
 
 
 def test_workers_start_warm(warm_processes):
