@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
@@ -30,7 +29,8 @@ from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
-from mapseg_components.plans.cases import grid_of, source_cases, structure_names, target_cases
+from mapseg_components.plans.cases import source_cases, structure_names, target_cases
+from mapseg_components.plans.frame import find_frame
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
 from mapseg_components.session import choose_device, versions, working
@@ -274,20 +274,19 @@ class Adaptation:
         structures = structure_names(request["labels"], request["source"], [*training, *validation])
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
-        grids = [grid_of(case["image"]) for case in [*training, *validation, *target]]
+        labelled = [*training, *validation]
         preset, reason = request["preset"], "asked for"
         if preset == "auto":
-            preset, reason = choose_preset(gpu_gib(request["device"]), len(grids))
-        spacings = [spacing for _, spacing in grids]
-        planned = plan_sizes([shape for shape, _ in grids], spacings, preset)
+            preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
+        frame = find_frame(labelled, target, structures, preset, request["settings"] or {})
+        planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset)
         self.record["plan"] = {
             "preset": preset,
             "reason": reason,
             "source_training": len(training),
             "source_validation": len(validation),
             "target": len(target),
-            "median_shape": np.median([shape for shape, _ in grids], axis=0).tolist(),
-            "median_spacing_mm": np.round(np.median([spacing for _, spacing in grids], axis=0), 3).tolist(),
+            **frame.figures,
             "labels": structures,
             "settings": planned,
         }

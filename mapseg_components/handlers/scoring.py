@@ -75,9 +75,10 @@ class ScoreCheckpoint:
     The target loss is the trainer's output ``target_loss``, so that no target label is needed: the terms that the
     method names for selection; for MAPSeg the local segmentation term of the masked pass, section 3.7 of the paper.
     The Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
-    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, the epoch with
-    the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
-    never becomes the best.
+    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, and where the
+    method has no target loss, the epoch and candidate with the best source validation Dice are written to
+    ``source_only.pt``: there an active teacher is the average of the source model's weights. A Score that is NaN or
+    infinite is logged and never becomes the best.
 
     On a trainer without that output, such as MONAI's ``SupervisedTrainer``, there is no target loss: the Score is the
     evaluator's key metric, larger is better.
@@ -185,14 +186,16 @@ class ScoreCheckpoint:
         dice = {name: value for name, value in dice.items() if value is not None}
         for name, value in dice.items():
             engine.state.metrics[f"source_dice_{name}"] = value
-        if self.teacher is None or self.teacher.active:
+        if self.teacher is None or (self.teacher.active and self._loss_count):
             self._select_by_score(engine, dice)
         else:
             self._keep_source_only(engine, dice)
 
     def _keep_source_only(self, engine: Engine, dice: Mapping[str, float]) -> None:
-        name, value = next(iter(dice.items()), (None, math.nan))
-        if name is not None and value > self.best_source_dice:
+        finite = {name: value for name, value in dice.items() if math.isfinite(value)}
+        name = max(reversed(finite), key=lambda key: finite[key], default="")
+        value = finite.get(name, -math.inf)
+        if value > self.best_source_dice:
             self.best_source_dice = value
             self._write("source_only", name, {"epoch": engine.state.epoch, "source_dice": value})
 

@@ -13,7 +13,7 @@ from monai.networks import nets
 from torch import nn
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.networks import GlobalLocalDeepLabV3
+from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalUNet
 
 __all__ = ["NETWORKS", "faults_of_fragment", "faults_of_value", "network_of", "plain"]
 
@@ -21,6 +21,7 @@ __all__ = ["NETWORKS", "faults_of_fragment", "faults_of_value", "network_of", "p
 OF_MONAI = (nets.AttentionUnet, nets.BasicUNet, nets.DynUNet, nets.SegResNet, nets.SwinUNETR, nets.UNet, nets.VNet)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mapseg_components.networks.GlobalLocalDeepLabV3": GlobalLocalDeepLabV3,
+    "mapseg_components.networks.GlobalLocalUNet": GlobalLocalUNet,
     **{f"{prefix}{kind.__name__}": kind for kind in OF_MONAI for prefix in ("", "monai.networks.nets.")},
 }
 """Names that ``_target_`` may have, word for word."""

@@ -22,6 +22,7 @@ from mapseg_components.errors import ConfigError, DataError, NonFiniteError
 from mapseg_components.inferers.stitching import Stitching, Window
 from mapseg_components.memory import naming_memory_errors, require_memory
 from mapseg_components.networks import PlainPass
+from mapseg_components.networks.encoder import deepest
 from mapseg_components.networks.passes import collaborates
 
 tqdm, _ = optional_import("tqdm", name="tqdm")  # needed for ``progress`` alone
@@ -269,7 +270,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
 
         sides = torch.tensor(region.shape[1:], dtype=torch.float32, device=region.device)
         whole = torch.stack([torch.zeros_like(sides), sides], dim=1)[None]
-        global_features = network.encode(resample_box(region[None], whole, list(self.global_size)).to(where))
+        global_features = deepest(network.encode(resample_box(region[None], whole, list(self.global_size)).to(where)))
         scale = torch.tensor(self.global_size, dtype=torch.float32, device=region.device) / sides
 
         def collaborate(windows: list[Window]) -> torch.Tensor:
@@ -279,7 +280,7 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
                 global_features.expand(len(windows), *[-1] * 4),
                 (ends.to(region.device) * scale[:, None]).to(where),
                 list(self.global_size),
-                list(features.shape[2:]),
+                list(deepest(features).shape[2:]),
             )
             return network.decode(features, context)
 

@@ -8,11 +8,13 @@ from mapseg_components.networks.mae import MultiScaleMAE
 from mapseg_components.networks.passes import GlobalLocalPass, PlainPass, training_pass
 from mapseg_components.networks.recomputation import Recomputable, prepare_network
 from mapseg_components.networks.segmenter import GlobalLocalDeepLabV3
+from mapseg_components.networks.unet import GlobalLocalUNet, UNetEncoder
 
 __all__ = [
     "ASPP",
     "GlobalLocalDeepLabV3",
     "GlobalLocalPass",
+    "GlobalLocalUNet",
     "MultiScaleMAE",
     "PlainPass",
     "Recomputable",
@@ -20,6 +22,7 @@ __all__ = [
     "ResidualBlock",
     "ResidualEncoder",
     "SegmentationHead",
+    "UNetEncoder",
     "prepare_network",
     "training_pass",
 ]

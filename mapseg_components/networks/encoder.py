@@ -13,7 +13,14 @@ from torch import nn
 
 from mapseg_components.networks.recomputation import Recomputable
 
-__all__ = ["ResidualBlock", "ResidualEncoder", "group_norm"]
+__all__ = ["Features", "ResidualBlock", "ResidualEncoder", "deepest", "group_norm"]
+
+Features = torch.Tensor | Sequence[torch.Tensor]  # of an encoder: one tensor, or all levels, the deepest first
+
+
+def deepest(features: Features) -> torch.Tensor:
+    """The features that pass and view share and compare: those of the deepest level."""
+    return features if isinstance(features, torch.Tensor) else features[0]
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.encoder import Features, deepest
 from mapseg_components.networks.recomputation import prepare_network
 
 __all__ = ["GlobalLocalPass", "PlainPass", "training_pass"]
@@ -98,16 +99,24 @@ class GlobalLocalPass(PlainPass):
         """
         network = self.network
         if image.shape == global_image.shape:
-            local_features, global_features = network.encode(torch.cat([image, global_image])).chunk(2)
+            local_features, global_features = halves(network.encode(torch.cat([image, global_image])))
         else:
             local_features, global_features = network.encode(image), network.encode(global_image)
-        context = network.context(global_features, box, list(global_image.shape[2:]), list(local_features.shape[2:]))
+        deep = deepest(local_features)
+        context = network.context(global_features, box, list(global_image.shape[2:]), list(deep.shape[2:]))
         return {
             "logits": network.decode(local_features, context),
             "global_logits": network.decode(global_features),
-            "local_features": local_features,
+            "local_features": deep,
             "context_features": context,
         }
+
+
+def halves(features: Features) -> Sequence[Features]:
+    """Features of a batch as those of its first and of its second half."""
+    if isinstance(features, torch.Tensor):
+        return features.chunk(2)
+    return tuple(zip(*(level.chunk(2) for level in features)))
 
 
 def collaborates(network: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from mapseg_components.shipped_files import bundles_folder
 __all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
+UNET = "GlobalLocalUNet"
 SIZES = {"width", "depth", "stride", "dilations", "head_channels", "dropout"}  # of MAPSeg's network
 BESIDE = ("any_contrast.yaml", "logging.conf", "evaluate.json", "multi_gpu_train.json")
 
@@ -31,7 +32,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     Args:
         folder: the new bundle.
         recipe: its method.
-        plan: ``preset``, ``labels``, ``settings`` and ``median_spacing_mm``, see `mapseg_components.plans.sizes`.
+        plan: ``preset``, ``labels``, ``settings`` and ``working_spacing_mm``, see `mapseg_components.plans.sizes`.
         request: arguments of ``mapseg adapt``.
         scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """
@@ -95,14 +96,18 @@ def settled(
     if request["device"] != "auto":
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}
-    if is_dynunet(config):
-        config["network_def"] = config["network_def"] | plan_unet(config["patch_size"], plan["median_spacing_mm"])
+    if is_planned(config):
+        own = str(config["network_def"]["_target_"]).endswith(UNET)
+        unet = plan_unet(config["patch_size"], plan["working_spacing_mm"], reduced=own)
+        if own:
+            del unet["upsample_kernel_size"]
+        config["network_def"] = config["network_def"] | unet
     return config
 
 
-def is_dynunet(config: Mapping[str, Any]) -> bool:
-    """Whether the network of a config is MONAI's DynUNet, whose kernels and strides are planned."""
-    return str(config.get("network_def", {}).get("_target_", "")).endswith("DynUNet")
+def is_planned(config: Mapping[str, Any]) -> bool:
+    """Whether the network of a config is a U-Net, whose kernels and strides are planned."""
+    return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", UNET))
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
@@ -120,9 +125,9 @@ def check_network(recipe: Recipe, settings: Mapping[str, Any]) -> None:
     base = configs / "train.json"
     config = ConfigParser.load_config_files([base, *(configs / overlay for overlay in recipe.overlays)])
     without_effect = sorted(set(settings) & SIZES)
-    if is_dynunet(config) and without_effect:
+    if is_planned(config) and without_effect:
         raise ConfigError(
-            f"settings {without_effect} are of MAPSeg's network, and method {recipe.name} has a DynUNet, planned from "
+            f"settings {without_effect} are of MAPSeg's network, and method {recipe.name} has a U-Net, planned from "
             "patch_size and spacing: leave them out"
         )
 
@@ -141,7 +146,7 @@ def check_epochs(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, 
 def described(metadata: dict[str, Any], plan: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of the new bundle."""
     channels = {"0": "background", **{str(i): name for i, name in enumerate(plan["labels"], start=1)}}
-    if is_dynunet(train):
+    if is_planned(train):
         steps = [2 * step for step in reductions(train["network_def"]["strides"])]
     else:
         steps = [2 * step for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised

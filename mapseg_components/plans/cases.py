@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mapseg_components.data import load_datalist, load_scans
 from mapseg_components.data.datalist import (
     has_section,
@@ -24,13 +22,11 @@ from mapseg_components.data.datalist import (
 )
 from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.plans.sizes import canonical_grid
 from mapseg_components.scans.facts import facts_of
 from mapseg_components.scans.findings import Finding, fault, raise_findings
-from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.structures import structures_of, value_fault
 
-__all__ = ["grid_of", "source_cases", "structure_names", "target_cases"]
+__all__ = ["source_cases", "structure_names", "target_cases"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
@@ -123,9 +119,3 @@ def structure_names(
     if not values or len(values) > MOST_LABELS:
         raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
     return {f"structure {int(value)}": int(value) for value in sorted(values)}
-
-
-def grid_of(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and mm per axis of a scan, from its header. Raises `DataError`."""
-    found = read_geometry(path)
-    return canonical_grid(found.shape, found.affine)

@@ -8,15 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.transforms.frame import THICK
 
 __all__ = [
     "PRESETS",
-    "canonical_grid",
     "choose_preset",
     "describe",
     "gpu_gib",
@@ -28,12 +27,15 @@ __all__ = [
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
     # measured on newborns, docs/reference/results.md: with random contrasts the finer features carry over
-    "small-data-cpu": {"overlays": ["small_data.yaml", "fine.yaml"], "patch": 48, "stride": 2},
+    "small-data-cpu": {"overlays": ["small_data.yaml", "unet.yaml"], "patch": 64, "stride": 2},
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
-FILTERS = [12, 24, 48, 96, 160]  # of a DynUNet's levels
-THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
+FILTERS = [12, 24, 48, 96, 160]  # of a U-Net's levels
+FILTERS_REDUCED = [32, 64, 128, 160]  # of one that begins at half the resolution
+IN_PLANE_DEG = 15  # rotation of thick slices
+MOST_SLICES, MOST_IN_PLANE = 8, 192  # sides of a flat patch
+SHARE = 0.28  # of a cube's voxels: few scans have few slices, and many patches are seen
 PAPER_GIB, PAPER_SCANS = 70, 40
 
 
@@ -49,14 +51,6 @@ def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
     return "paper", f"a GPU of {gpu_gib:.0f} GiB and {scans} scans"
 
 
-def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels and mm per axis of a scan once its axes are in the order right-left, back-front, down-up."""
-    order = nib.orientations.io_orientation(affine)[:, 0].argsort()
-    if not np.isfinite(order).all():
-        raise ConfigError(f"the affine {np.asarray(affine).tolist()} names no axes: check the scan's header")
-    return np.asarray(shape)[order], nib.affines.voxel_sizes(affine)[order]
-
-
 def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]], preset: str) -> dict[str, Any]:
     """Sizes of patch and network for the median scan, as settings of the bundles.
 
@@ -66,12 +60,12 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
 
     Args:
         shapes: voxels per axis of each scan.
-        spacings: mm per axis. Both in one order of axes.
+        spacings: mm per axis. Both in the working frame, thick slices on the last axis.
         preset: one of `PRESETS`.
 
     Returns:
         ``patch_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``, ``global_block_size``, and
-        for thick slices ``rotation_deg: 0``.
+        for thick slices ``rotation_deg``, about the axis across them alone.
 
     Raises:
         ConfigError: the preset is unknown, or a patch would be smaller than 8 voxels.
@@ -81,6 +75,8 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     base, reduction = PRESETS[preset]["patch"], PRESETS[preset]["stride"]
     shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
     flat = shape == 1  # 2D images are volumes with one slice
+    planned = "unet.yaml" in PRESETS[preset]["overlays"]
+    base = plane_side(shape, spacing, base) if planned else base
     ratio = np.where(flat, 1.0, spacing / spacing[~flat].min()) if not flat.all() else np.ones(3)
     halvings = [min(round(math.log2(r)), int(math.log2(reduction))) for r in ratio]
     stride = [reduction >> k for k in halvings]
@@ -93,7 +89,11 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
             patch.append(1)
             continue
         step = max(stride[axis], local_block[axis])
-        side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
+        if planned:  # a level is halved three times where it can be
+            step = max(step, 16 >> halvings[axis] * 2)
+            side = min(base, max(shape[axis], 32)) if ratio[axis] < THICK else min(MOST_SLICES, max(shape[axis], 4))
+        else:
+            side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
         patch.append(max(math.ceil(side / step - 0.5), 2) * step)
     if min(side for side in patch if side > 1) == 32:  # few blocks are left to hide
         local_block = [min(block, 4) for block in local_block]
@@ -110,12 +110,20 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     else:
         settings["dilations"] = [[max(round(side * share), 1) for side in features] for share in (1 / 6, 1 / 3, 1 / 2)]
     if ratio.max() >= THICK:
-        settings["rotation_deg"] = 0  # out of the plane of thick slices nothing can be rotated
+        settings["rotation_deg"] = [0 if ratio[axis] < THICK else IN_PLANE_DEG for axis in range(3)]
     return settings
 
 
-def plan_unet(patch_size: Sequence[int], spacing: Sequence[float]) -> dict[str, Any]:
-    """Kernels, strides and filters of MONAI's ``DynUNet``, after nnU-Net's rules (Isensee et al. 2021).
+def plane_side(shape: np.ndarray, spacing: np.ndarray, base: int) -> int:
+    """Side in the plane of flat patches, which cost as much as a cube of ``base`` or less."""
+    if spacing.max() < THICK * spacing.min() and not (shape == 1).any():
+        return base
+    slices = 1 if (shape == 1).any() else MOST_SLICES
+    return min(round(math.sqrt(base**3 * SHARE / slices) / 16) * 16, MOST_IN_PLANE)
+
+
+def plan_unet(patch_size: Sequence[int], spacing: Sequence[float], reduced: bool = False) -> dict[str, Any]:
+    """Kernels, strides and filters of a U-Net, after nnU-Net's rules (Isensee et al. 2021).
 
     An axis is halved while four voxels are left of the patch, it divides evenly and its voxels are less than twice as
     wide as the narrowest; along an axis whose voxels are wider still, kernels have one voxel.
@@ -123,31 +131,35 @@ def plan_unet(patch_size: Sequence[int], spacing: Sequence[float]) -> dict[str, 
     Args:
         patch_size: voxels per axis; of one voxel along the slices of 2D images.
         spacing: mm per axis.
+        reduced: the first level has half the resolution already, and twice the filters.
 
     Returns:
-        ``kernel_size``, ``strides``, ``upsample_kernel_size`` and ``filters``.
+        ``kernel_size``, ``strides``, ``upsample_kernel_size`` and ``filters``, a level each.
     """
     sides, widths = list(patch_size), [float(width) for width in spacing]
     wide = [side == 1 for side in sides]  # nothing to look at beside a single slice
-    kernels, strides = [], [[1, 1, 1]]
+    kernels: list[list[int]] = []
+    strides: list[list[int]] = [] if reduced else [[1, 1, 1]]
+    filters = FILTERS_REDUCED if reduced else FILTERS
     while True:
         narrowest = min(width for width, flat in zip(widths, wide) if not flat)
         near = [width < 2 * narrowest and not flat for width, flat in zip(widths, wide)]
         kernels.append([3 if one else 1 for one in near])
         step = [2 if one and side % 2 == 0 and side // 2 >= 4 else 1 for one, side in zip(near, sides)]
-        if step == [1, 1, 1] or len(strides) == len(FILTERS):
+        if step == [1, 1, 1] or len(strides) == len(filters):
             break
         strides.append(step)
         sides = [side // one for side, one in zip(sides, step)]
         widths = [width * one for width, one in zip(widths, step)]
+    kernels = kernels[: len(strides)] if reduced else kernels
     while len(strides) < 3:  # the network's least
         strides.append([1, 1, 1])
         kernels.append(kernels[-1])
     return {
-        "kernel_size": kernels,
+        "kernel_size": kernels[: len(strides)],
         "strides": strides,
         "upsample_kernel_size": strides[1:],
-        "filters": FILTERS[: len(strides)],
+        "filters": filters[: len(strides)],
     }
 
 
@@ -174,6 +186,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     return (
         f"Preset {plan['preset']} ({plan['reason']}). Source {plan['source_training']} + "
         f"{plan['source_validation']} for validation, target {plan['target']}; median scan {plan['median_shape']} "
-        f"voxels of {plan['median_spacing_mm']} mm. "
+        f"voxels of {plan['median_spacing_mm']} mm, worked on as {plan['working_shape']} of "
+        f"{plan['working_spacing_mm']} mm. "
         f"Structures: {', '.join(plan['labels'])}. {sizes}."
     )

@@ -6,6 +6,7 @@ from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
 from mapseg_components.transforms.contrast import RandGlobalLocalAdjustContrastd, RandGlobalLocalHistogramShiftd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
+from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed
 from mapseg_components.transforms.intensity import FillNonFinite, FillNonFinited, NegativeValues, NegativeValuesd
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
 from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
@@ -50,4 +51,6 @@ __all__ = [
     "SelectLabels",
     "SelectLabelsd",
     "save_probabilities",
+    "WorkingFrame",
+    "WorkingFramed",
 ]

@@ -47,7 +47,8 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         global_size: voxels of the global view, by default the patch size.
         prob: probability of an affine (0.35 in the paper).
         scale_range: of the isotropic scale, above 1 enlarges; ``(0.7, 1.4)`` for the source in the paper.
-        rotate_range_deg: largest rotation about each axis, degrees.
+        rotate_range_deg: largest rotation about each axis, degrees; one number or one per axis. Thick slices are turned
+            in their plane only.
         flip_prob: probability of a flip of each axis (0.5 in pretraining, 0 in adaptation).
         foreground_fraction: share of patches centred on a labelled voxel, its class drawn uniformly from the
             classes of the scan. For labelled (source) scans only: one without a label is refused.
@@ -72,7 +73,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         global_size: Sequence[int] | int | None = None,
         prob: float = 0.35,
         scale_range: Sequence[float] = (1.0, 1.0),
-        rotate_range_deg: float = 0.0,
+        rotate_range_deg: Sequence[float] | float = 0.0,
         flip_prob: float = 0.0,
         foreground_fraction: float = 0.0,
         global_view: bool = True,
@@ -215,7 +216,8 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         """Voxel index of the scan to voxel index of the warped scan; rotations turn millimetres, not voxels."""
         linear = np.eye(4)
         if self.R.uniform() < self.prob:
-            angles = np.deg2rad(self.R.uniform(-self.rotate_range_deg, self.rotate_range_deg, 3))
+            largest = np.asarray(self.rotate_range_deg, dtype=float)
+            angles = np.deg2rad(self.R.uniform(-largest, largest, 3))
             scale = self.R.uniform(*self.scale_range)
             flat = np.asarray(self.patch_size) == 1
             for axis in np.flatnonzero(flat):
@@ -254,7 +256,8 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         global_size: voxels of the global view, by default the patch size.
         prob: probability of an affine.
         scale_range: of the isotropic scale, above 1 enlarges.
-        rotate_range_deg: largest rotation about each axis, degrees.
+        rotate_range_deg: largest rotation about each axis, degrees; one number or one per axis. Thick slices are turned
+            in their plane only.
         flip_prob: probability of a flip of each axis.
         foreground_fraction: share of patches centred on a labelled voxel.
         image_key: the scan.
@@ -287,7 +290,7 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         global_size: Sequence[int] | int | None = None,
         prob: float = 0.35,
         scale_range: Sequence[float] = (1.0, 1.0),
-        rotate_range_deg: float = 0.0,
+        rotate_range_deg: Sequence[float] | float = 0.0,
         flip_prob: float = 0.0,
         foreground_fraction: float = 0.0,
         image_key: str = IMAGE,

@@ -1,0 +1,263 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The working frame of an adaptation: directions of the array axes and voxel sides, from all scans and label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+from mapseg_components.errors import ConfigError
+from mapseg_components.plans.sizes import plan_sizes
+from mapseg_components.scans.nifti import read_geometry, read_nifti
+from mapseg_components.transforms.frame import THICK, axes_in_frame, frame_of
+
+__all__ = ["Frame", "Grid", "Sizes", "find_frame", "grid_of", "plan_frame", "sizes_of"]
+
+LOOKED_AT = 10  # label maps whose structures are measured
+ALIKE = 1.1  # spacings within this factor are not worth a resampling
+COARSER = 1.3  # nor is a grid that is hardly coarser
+ACROSS = 4.0  # working voxels across the thinnest structure, at least
+AROUND = 1.3  # a patch is this many times wider than all structures together
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A scan's grid in the working frame.
+
+    Args:
+        shape: (3,), voxels.
+        spacing: (3,), mm.
+    """
+
+    shape: np.ndarray
+    spacing: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the label maps say of the structures, along the axes of the working frame.
+
+    Args:
+        extent: (3,), mm of the box around all structures, of the larger scans (90th percentile).
+        widths: mm across each structure at its broadest, in the plane of thick slices; the median over scans.
+    """
+
+    extent: np.ndarray
+    widths: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The working frame of all scans of an adaptation.
+
+    Args:
+        directions: (3, 3) in RAS+, or ``None`` for the body's axes.
+        spacing: mm per axis, 0 for an axis that stays as it is, or ``None`` where nothing is resampled.
+        grids: of all scans in the frame, before they are resampled.
+    """
+
+    directions: list[list[float]] | None
+    spacing: list[float] | None
+    grids: Sequence[Grid]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the bundles' configs have of it."""
+        return {"working_directions": self.directions, "working_spacing": self.spacing}
+
+    @property
+    def spacings(self) -> list[np.ndarray]:
+        """mm per axis of each scan as it is worked on."""
+        wanted = np.zeros(3) if self.spacing is None else np.asarray(self.spacing)
+        return [np.where(wanted > 0, wanted, grid.spacing) for grid in self.grids]
+
+    @property
+    def shapes(self) -> list[np.ndarray]:
+        """Voxels per axis of each scan as it is worked on."""
+        return [
+            np.maximum(np.round(grid.shape * grid.spacing / spacing), 1).astype(int)
+            for grid, spacing in zip(self.grids, self.spacings)
+        ]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Medians, for the record and the terminal."""
+        return {
+            "median_shape": np.median([grid.shape for grid in self.grids], axis=0).tolist(),
+            "median_spacing_mm": np.round(np.median([grid.spacing for grid in self.grids], axis=0), 3).tolist(),
+            "working_shape": np.median(self.shapes, axis=0).tolist(),
+            "working_spacing_mm": np.round(np.median(self.spacings, axis=0), 3).tolist(),
+        }
+
+
+def find_frame(
+    labelled: Sequence[Mapping[str, Any]],
+    target: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, int],
+    preset: str,
+    settings: Mapping[str, Any],
+) -> Frame:
+    """The frame of an adaptation.
+
+    Args:
+        labelled: cases of the source.
+        target: cases of the target.
+        labels: structures and their values.
+        preset: one of `PRESETS`; the side of its patch says how much a step can see.
+        settings: of the user; ``working_directions`` and ``working_spacing`` are taken as they are.
+
+    Raises:
+        ConfigError: a setting is no frame, or a preset is unknown.
+        DataError: a scan or label map cannot be read.
+    """
+    affines = [read_geometry(case["image"]).affine for case in (*labelled, *target)]
+    directions = settings["working_directions"] if "working_directions" in settings else directions_of(affines)
+    if directions is not None:
+        frame_of(directions)
+    grids = [grid_of(case["image"], directions) for case in (*labelled, *target)]
+    if "working_spacing" in settings:
+        spacing = checked_spacing(settings["working_spacing"])
+    else:
+        sizes = sizes_of([case["label"] for case in labelled], labels, directions)
+        unworked = Frame(directions, None, grids)
+        patch = plan_sizes(unworked.shapes, unworked.spacings, preset)["patch_size"]
+        spacing = plan_frame(grids[: len(labelled)], grids[len(labelled) :], sizes, patch)
+    return Frame(directions, spacing, grids)
+
+
+def checked_spacing(spacing: Any) -> list[float] | None:
+    """A working spacing as the user set it. Raises `ConfigError`."""
+    if spacing is None:
+        return None
+    try:
+        found = [float(side) for side in spacing]
+    except (TypeError, ValueError):
+        found = []
+    if len(found) != 3 or not all(np.isfinite(side) and side >= 0 for side in found):
+        raise ConfigError(
+            f"working_spacing is {spacing!r}, expected mm for each of three axes (0 leaves an axis as it is), or null"
+        )
+    return found
+
+
+def is_thick(spacing: np.ndarray) -> bool:
+    """Whether voxels of these sides are those of thick slices."""
+    return bool(spacing.max() >= THICK * np.median(spacing))
+
+
+def directions_of(affines: Sequence[np.ndarray]) -> list[list[float]] | None:
+    """Directions of the working frame's axes for scans of these affines (4, 4) each; ``None`` for the body's own.
+
+    For stacks of thick slices it is the stack that lies best among the others, its slices on the last axis and its
+    axes turned to the right, the front and upwards as far as they go; for anything else the body's axes.
+    """
+    turns = [(affine, affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)) for affine in affines]
+    thick = [one for one in turns if is_thick(np.linalg.norm(one[0][:3, :3], axis=0))]
+    if 2 * len(thick) <= len(turns):
+        return None
+    candidates = []
+    for affine, turn in thick:
+        slices = int(np.argmax(np.linalg.norm(affine[:3, :3], axis=0)))
+        plane = [axis for axis in range(3) if axis != slices]
+        plane.sort(key=lambda axis: np.argmax(np.abs(turn[:, axis])))
+        rows = turn[:, [*plane, slices]].T
+        candidates.append(np.array([row if row[np.argmax(np.abs(row))] > 0 else -row for row in rows]))
+
+    def alike(frame: np.ndarray) -> float:
+        return sum(
+            abs(float(frame[place] @ turn[:, axis]))
+            for affine, turn in thick
+            for place, (axis, _) in enumerate(axes_in_frame(affine, frame))
+        )
+
+    best = max(candidates, key=alike)
+    return np.round(best, 4).tolist()
+
+
+def grid_of(path: str, directions: Sequence[Sequence[float]] | None = None) -> Grid:
+    """Grid of a scan in the working frame, from its header. Raises `DataError`."""
+    found = read_geometry(path)
+    return laid(found.shape, found.affine, directions)
+
+
+def laid(shape: Sequence[int], affine: np.ndarray, directions: Sequence[Sequence[float]] | None) -> Grid:
+    """Grid of a shape and an affine (4, 4) in the working frame. Raises `ConfigError`."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or np.any(spacing == 0):
+        raise ConfigError(f"the affine {np.asarray(affine).tolist()} names no axes: check the scan's header")
+    frame = np.eye(3) if directions is None else np.asarray(directions)
+    order = [axis for axis, _ in axes_in_frame(affine, frame)]
+    return Grid(np.asarray(shape)[order], spacing[order])
+
+
+def sizes_of(
+    label_maps: Sequence[str], labels: Mapping[str, int], directions: Sequence[Sequence[float]] | None
+) -> Sizes | None:
+    """Sizes of the structures in some of the label maps; ``None`` where none has a structure. Raises `DataError`."""
+    step = max(len(label_maps) // LOOKED_AT, 1)
+    extents: list[np.ndarray] = []
+    widths: dict[str, list[float]] = {name: [] for name in labels}
+    for path in label_maps[::step][:LOOKED_AT]:
+        scan = read_nifti(path)
+        spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
+        frame = np.eye(3) if directions is None else np.asarray(directions)
+        order = [axis for axis, _ in axes_in_frame(scan.affine, frame)]
+        voxels = np.transpose(np.asarray(scan.voxels), order)
+        sides = spacing[order]
+        known = np.isin(np.round(voxels), list(labels.values()))
+        if not known.any():
+            continue
+        where = np.argwhere(known)
+        low, high = where.min(axis=0), where.max(axis=0) + 1
+        extents.append((high - low) * sides)
+        part = np.pad(np.round(voxels[tuple(map(slice, low, high))]), 1)
+        across = sides * np.where(is_thick(sides) & (sides == sides.max()), 1e6, 1.0)  # slices have no say
+        for name, value in labels.items():
+            inside = part == value
+            if inside.any():
+                widths[name].append(2 * float(np.percentile(distance_transform_edt(inside, across)[inside], 95)))
+    if not extents:
+        return None
+    return Sizes(np.percentile(extents, 90, axis=0), {name: float(np.median(w)) for name, w in widths.items() if w})
+
+
+def plan_frame(source: Sequence[Grid], target: Sequence[Grid], sizes: Sizes | None, patch: Sequence[int]) -> Any:
+    """Voxel sides to work with, in mm per axis of the working frame.
+
+    As fine as the coarser of both sides' median scans. Coarser where the structures together do not fit a patch with
+    what is around them, as long as the thinnest is `ACROSS` voxels wide. Slices are kept as they are, unless those of
+    source and target differ by more than twice.
+
+    Args:
+        source: grids of the labelled scans.
+        target: grids of the others.
+        sizes: of the structures.
+        patch: voxels per axis that a step can afford.
+
+    Returns:
+        mm per axis, 0 for an axis that stays as it is in each scan; ``None`` where no scan is resampled.
+    """
+    medians = [np.median([grid.spacing for grid in side], axis=0) for side in (source, target) if side]
+    base = np.max(medians, axis=0)
+    every = np.array([grid.spacing for grid in (*source, *target)])
+    shapes = np.array([grid.shape for grid in (*source, *target)])
+    flat = (shapes == 1).all(axis=0)
+    slices = np.array([is_thick(base)] * 3) & (base == base.max())
+    plane = ~slices & ~flat
+    wanted = base.copy()
+    if sizes is not None and sizes.widths:
+        finest = min(sizes.widths.values()) / ACROSS
+        fits = max(sizes.extent[axis] * AROUND / patch[axis] for axis in np.flatnonzero(plane))
+        coarse = min(finest, fits)
+        if coarse > COARSER * base[plane].max():
+            wanted[plane] = coarse
+    differs = np.maximum(every / wanted, wanted / every).max(axis=0) > ALIKE
+    keep = flat | (slices & (np.max(medians, axis=0) < 2.0 * np.min(medians, axis=0)))
+    if not (differs & ~keep).any():
+        return None
+    return [0.0 if keep[axis] else round(float(wanted[axis]), 3) for axis in range(3)]
