@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Compose, Orientationd
+from monai.transforms import Compose, Orientationd, Spacingd
 from tqdm import tqdm
 
 from mapseg_components.checkpoints import load_weights
@@ -154,13 +155,19 @@ class LabelLoader:
 
     Args:
         labels: structures and values.
-        preprocessing: of the bundle; its reader and its orientation are used.
+        preprocessing: of the bundle; its reader, its orientation and its spacing are used.
     """
 
     def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:
         self.values = list(structures_of(labels).values())
-        orientation = next(step for step in preprocessing.transforms if isinstance(step, Orientationd))
-        self.loading = Compose([*preprocessing.transforms[:2], orientation])  # LoadImaged, AssumeOrientationd
+        steps = [*preprocessing.transforms[:2]]  # LoadImaged, AssumeOrientationd
+        steps += [step for step in preprocessing.transforms if isinstance(step, Orientationd)]
+        for step in preprocessing.transforms:
+            if isinstance(step, Spacingd):
+                nearest = copy.copy(step)
+                nearest.mode = ("nearest",)
+                steps.append(nearest)
+        self.loading = Compose(steps)
 
     def __call__(self, path: str) -> tuple[torch.Tensor, float]:
         loaded = self.loading({"image": path})["image"]

@@ -8,7 +8,7 @@ from mapseg_components.networks.mae import MultiScaleMAE
 from mapseg_components.networks.passes import GlobalLocalPass, PlainPass, training_pass
 from mapseg_components.networks.recomputation import Recomputable, prepare_network
 from mapseg_components.networks.segmenter import GlobalLocalDeepLabV3
-from mapseg_components.networks.unet import GlobalLocalUNet, UNetEncoder
+from mapseg_components.networks.unet import GlobalLocalUNet, UNetEncoder, UNetMAE
 
 __all__ = [
     "ASPP",
@@ -23,6 +23,7 @@ __all__ = [
     "ResidualEncoder",
     "SegmentationHead",
     "UNetEncoder",
+    "UNetMAE",
     "prepare_network",
     "training_pass",
 ]

@@ -15,7 +15,7 @@ from mapseg_components.boxes import resample_box
 from mapseg_components.networks.decoders import PatchUpsample, conv_norm_relu
 from mapseg_components.networks.encoder import Features, deepest
 
-__all__ = ["GlobalLocalUNet", "UNetEncoder"]
+__all__ = ["GlobalLocalUNet", "UNetEncoder", "UNetMAE"]
 
 Sides = Sequence[Sequence[int] | int]
 
@@ -156,3 +156,34 @@ class GlobalLocalUNet(nn.Module):
             self.encode(global_image), box, list(global_image.shape[2:]), list(deepest(features).shape[2:])
         )
         return self.decode(features, context)
+
+
+class UNetMAE(GlobalLocalUNet):
+    """The masked autoencoder whose encoder is that of a `GlobalLocalUNet`, for `mapseg_pretraining`.
+
+    Args:
+        in_channels: image channels.
+        filters: channels of each level, here and below as of the network that will be trained.
+        kernel_size: of each level.
+        strides: of each level.
+        norm_groups: groups of each GroupNorm.
+
+    Shape:
+        (B, in_channels, X, Y, Z) to the same, in [0, 1].
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.networks import UNetMAE
+        >>> network = UNetMAE(1, filters=[8, 16], kernel_size=[3, 3], strides=[2, 2])
+        >>> network(torch.rand(1, 1, 8, 12, 4)).shape
+        torch.Size([1, 1, 8, 12, 4])
+    """
+
+    def __init__(
+        self, in_channels: int, filters: Sequence[int], kernel_size: Sides, strides: Sides, norm_groups: int = 8
+    ) -> None:
+        super().__init__(in_channels, in_channels, filters, kernel_size, strides, norm_groups)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Reconstruction of an image whose hidden blocks are replaced."""
+        return torch.sigmoid(self.decode(self.encode(image)))

@@ -21,7 +21,7 @@ from mapseg_components.shipped_files import bundles_folder
 __all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
-UNET = "GlobalLocalUNet"
+UNETS = ("GlobalLocalUNet", "UNetMAE")  # those that begin at half the resolution
 SIZES = {"width", "depth", "stride", "dilations", "head_channels", "dropout"}  # of MAPSeg's network
 BESIDE = ("any_contrast.yaml", "logging.conf", "evaluate.json", "multi_gpu_train.json")
 
@@ -97,7 +97,7 @@ def settled(
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}
     if is_planned(config):
-        own = str(config["network_def"]["_target_"]).endswith(UNET)
+        own = str(config["network_def"]["_target_"]).endswith(UNETS)
         unet = plan_unet(config["patch_size"], plan["working_spacing_mm"], reduced=own)
         if own:
             del unet["upsample_kernel_size"]
@@ -107,7 +107,7 @@ def settled(
 
 def is_planned(config: Mapping[str, Any]) -> bool:
     """Whether the network of a config is a U-Net, whose kernels and strides are planned."""
-    return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", UNET))
+    return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", *UNETS))
 
 
 def check_names(settings: Mapping[str, Any]) -> None:

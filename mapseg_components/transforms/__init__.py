@@ -9,6 +9,7 @@ from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed
 from mapseg_components.transforms.intensity import FillNonFinite, FillNonFinited, NegativeValues, NegativeValuesd
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
+from mapseg_components.transforms.native import ArgmaxOnScand
 from mapseg_components.transforms.orientation import AssumeOrientation, AssumeOrientationd
 from mapseg_components.transforms.pairing import RandGlobalLocalCrop, RandGlobalLocalCropd
 from mapseg_components.transforms.percentiles import (
@@ -22,6 +23,7 @@ from mapseg_components.transforms.probabilities import Confidenced, Probabilitie
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 
 __all__ = [
+    "ArgmaxOnScand",
     "FillNonFinite",
     "FillNonFinited",
     "AssumeOrientation",
