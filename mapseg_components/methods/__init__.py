@@ -5,7 +5,7 @@
 from mapseg_components.methods.base import Method, Pass
 from mapseg_components.methods.consistency import MaskedConsistency, MeanTeacher, Supervised
 from mapseg_components.methods.entropy import EntropyMinimization, norm_parameters
-from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel, Teacher
+from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel, Teacher, ViewLabels
 from mapseg_components.methods.mapseg import MAPSeg
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "PseudoLabel",
     "Supervised",
     "Teacher",
+    "ViewLabels",
     "norm_parameters",
 ]

@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from mapseg_components.contrast import contrast_view
 from mapseg_components.errors import ConfigError
+from mapseg_components.keys import IMAGE
 from mapseg_components.networks.passes import named_outputs
 
-__all__ = ["ArgmaxLabels", "PseudoLabel", "Teacher"]
+__all__ = ["ArgmaxLabels", "PseudoLabel", "Teacher", "ViewLabels"]
 
 LOGITS = "logits"
 
@@ -92,3 +95,51 @@ class ArgmaxLabels:
             confidence, label = probabilities.max(dim=1, keepdim=True)
             labels[name] = PseudoLabel(label, confidence)
         return labels
+
+
+class ViewLabels(ArgmaxLabels):
+    """The class of highest probability, averaged over views of the scan in other contrasts.
+
+    A teacher repeats what it says of one view, and its errors with it. An inverted T2w image looks like a T1w image:
+    what it says of that view is new. Contrast does not move a voxel, so that the views are averaged as they are. A view
+    changes all images of a sample alike: patch and global view. The views run one after the other, in the memory of
+    one. Consistency over augmented inputs at test time: DG-TTA (arXiv 2312.06275).
+
+    Args:
+        teacher: see `ArgmaxLabels`.
+        views: names, see `mapseg_components.contrast.contrast_view`. With ``as_is`` alone the labels are those of
+            `ArgmaxLabels`, bit for bit.
+
+    Raises:
+        ConfigError: there is no view, a view twice, or an unknown one.
+
+    Examples:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from mapseg_components.methods import ViewLabels
+        >>> from mapseg_components.networks import PlainPass
+        >>> network = torch.nn.Conv3d(1, 2, 1)
+        >>> network.weight.data, network.bias.data = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1), torch.zeros(2)
+        >>> labels = ViewLabels(SimpleNamespace(active=True, network=PlainPass(network)), ["as_is", "inverted"])
+        >>> one, other = (torch.full((1, 1, 1, 1, 1), value) for value in (0.25, 0.75))  # views of each other
+        >>> bool(labels.probabilities(image=one)["logits"].equal(labels.probabilities(image=other)["logits"]))
+        True
+    """
+
+    def __init__(
+        self, teacher: Teacher, views: Sequence[str] = ("as_is", "inverted", "gamma 0.7", "gamma 1.5")
+    ) -> None:
+        super().__init__(teacher)
+        if isinstance(views, str) or not views or len({*views}) < len(views):
+            raise ConfigError(f"teacher_views is {views!r}, expected a list of different views, such as ['as_is']")
+        self.views = [contrast_view(name) for name in views]
+
+    @torch.no_grad()
+    def probabilities(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean over the views; arguments (each whose name ends with ``image`` is one), shapes and errors as above."""
+        total: dict[str, torch.Tensor] = {}
+        for view in self.views:
+            seen = {name: view(value) if name.endswith(IMAGE) else value for name, value in inputs.items()}
+            for name, value in super().probabilities(**seen).items():
+                total[name] = total[name] + value if name in total else value
+        return {name: value / len(self.views) for name, value in total.items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from mapseg_components.contrast import Change, changed_alike
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import BOX, GLOBAL_IMAGE, GLOBAL_LABEL, IMAGE, LABEL, SOURCE, TARGET
 from mapseg_components.losses import LocalGlobalCosineLoss, SegmentationLoss, plain
@@ -30,8 +31,9 @@ class MAPSeg:
 
     Source side, in every setting (Eqs. 8 and 9): beta, gamma and delta for the clean and for the masked pass.
     Target side: Eq. 8 has the masked pass only, with weights 1, 2 gamma, 2 delta. With ``target_clean`` each is
-    shared half and half by the masked and the clean pass; with beta = 0.5 that is Eq. 10. The Score reads the target's
-    local segmentation term of the masked pass (section 3.7): the clean one falls when pseudo labels repeat themselves.
+    shared half and half by the masked and the clean pass; with beta = 0.5 that is Eq. 10. Without ``target_masked`` the
+    clean pass is the only one. The Score reads the target's local segmentation term of the masked pass (section 3.7),
+    if there is one: the clean one falls when pseudo labels repeat themselves, unless the student sees another contrast.
 
     Args:
         labels: pseudo labels of the target; ``None`` trains on the source alone.
@@ -43,6 +45,10 @@ class MAPSeg:
         gamma: weight of the global segmentation terms (0.05 in the paper).
         delta: weight of the cosine terms (0.025 in the paper).
         target_clean: whether the target side has clean terms too.
+        target_masked: whether the target side has masked terms (the paper). Without them the clean terms are all.
+        change: what the student sees of the target instead of the scan as it is, which the teacher labels: a change of
+            intensities such as `mapseg_components.contrast.RandomContrast`, drawn once for patch and global view.
+            ``None`` (the paper) changes nothing. Masks hide blocks of the changed images.
         source_masked: whether the source side has masked terms (the paper). Without them the clean terms take their
             share too, at half the cost.
         loss: of source terms, by default `SegmentationLoss`.
@@ -66,8 +72,6 @@ class MAPSeg:
         ('target_local_masked',)
     """
 
-    selection = ("target_local_masked",)
-
     def __init__(
         self,
         labels: ArgmaxLabels | None,
@@ -79,6 +83,8 @@ class MAPSeg:
         gamma: float = 0.05,
         delta: float = 0.025,
         target_clean: bool = False,
+        target_masked: bool = True,
+        change: Change | None = None,
         source_masked: bool = True,
         loss: nn.Module | None = None,
         pseudo_loss: nn.Module | None = None,
@@ -98,8 +104,10 @@ class MAPSeg:
         self.ignore_unsure = ignore_unsure
         self.endings = {
             SOURCE: ("", MASKED) if source_masked else ("",),
-            TARGET: ("", MASKED) if target_clean else (MASKED,),
+            TARGET: ("",) if not target_masked else ("", MASKED) if target_clean else (MASKED,),
         }
+        self.change = change
+        self.selection = (f"target_local{self.endings[TARGET][-1]}",)
         self.weights: dict[str, float] = {}
         for kind, (source, target) in {
             "local": (beta, 1.0),
@@ -123,8 +131,12 @@ class MAPSeg:
             passes += self._clean_and_masked(SOURCE, side, side[LABEL], side[GLOBAL_LABEL])
         if TARGET in batch and self.labels is not None and self.labels.active:
             side = with_view(TARGET, batch[TARGET])
-            labels = self.labels(**{key: side[key] for key in (IMAGE, GLOBAL_IMAGE, BOX)})
-            passes += self._clean_and_masked(TARGET, side, labels["logits"], labels["global_logits"])
+            inputs = {key: side[key] for key in (IMAGE, GLOBAL_IMAGE, BOX)}
+            labels = self.labels(**inputs)
+            if self.change is not None:
+                seen = changed_alike(self.change, inputs[IMAGE], inputs[GLOBAL_IMAGE])
+                inputs |= dict(zip((IMAGE, GLOBAL_IMAGE), seen))
+            passes += self._clean_and_masked(TARGET, inputs, labels["logits"], labels["global_logits"])
         return passes
 
     def _clean_and_masked(

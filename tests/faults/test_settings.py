@@ -78,7 +78,7 @@ def test_a_misspelt_key_anywhere_is_refused(folder, name, data):
 
 def takes_keywords(target):
     """Of MONAI's and torch's classes in the configs, those with ``**kwargs``."""
-    return target in ("DataLoader", "LossProgressBar", "mapseg_components.handlers.LossProgressBar") or (
+    return target in ("AsDiscreted", "DataLoader", "LossProgressBar", "mapseg_components.handlers.LossProgressBar") or (
         target.startswith(("ignite.handlers.ProgressBar", "SupervisedEvaluator"))
     )
 
