@@ -279,7 +279,7 @@ class Adaptation:
         if preset == "auto":
             preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
         frame = find_frame(labelled, target, structures, preset, request["settings"] or {})
-        planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset)
+        planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine)
         self.record["plan"] = {
             "preset": preset,
             "reason": reason,
@@ -287,6 +287,7 @@ class Adaptation:
             "source_validation": len(validation),
             "target": len(target),
             **frame.figures,
+            "fine": frame.fine,
             "labels": structures,
             "settings": planned,
         }

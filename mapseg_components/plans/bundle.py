@@ -32,7 +32,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     Args:
         folder: the new bundle.
         recipe: its method.
-        plan: ``preset``, ``labels``, ``settings`` and ``working_spacing_mm``, see `mapseg_components.plans.sizes`.
+        plan: ``preset``, ``labels``, ``settings``, ``working_spacing_mm`` and ``fine``, see
+            `mapseg_components.plans.sizes` and `mapseg_components.plans.frame`.
         request: arguments of ``mapseg adapt``.
         scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """
@@ -98,7 +99,7 @@ def settled(
     config = {key: wanted.get(key, value) for key, value in config.items()}
     if is_planned(config):
         own = str(config["network_def"]["_target_"]).endswith(UNETS)
-        unet = plan_unet(config["patch_size"], plan["working_spacing_mm"], reduced=own)
+        unet = plan_unet(config["patch_size"], plan["working_spacing_mm"], reduced=own and not plan["fine"])
         if own:
             del unet["upsample_kernel_size"]
         config["network_def"] = config["network_def"] | unet

@@ -22,6 +22,7 @@ LOOKED_AT = 10  # label maps whose structures are measured
 ALIKE = 1.1  # spacings within this factor are not worth a resampling
 COARSER = 1.3  # nor is a grid that is hardly coarser
 ACROSS = 4.0  # working voxels across the thinnest structure, at least
+FINE = 5.0  # working voxels across the thinnest structure, below which a network keeps the full resolution
 AROUND = 1.3  # a patch is this many times wider than all structures together
 
 
@@ -59,11 +60,18 @@ class Frame:
         directions: (3, 3) in RAS+, or ``None`` for the body's axes.
         spacing: mm per axis, 0 for an axis that stays as it is, or ``None`` where nothing is resampled.
         grids: of all scans in the frame, before they are resampled.
+        thinnest: mm across the thinnest structure, or ``None`` if there is none.
     """
 
     directions: list[list[float]] | None
     spacing: list[float] | None
     grids: Sequence[Grid]
+    thinnest: float | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Whether a structure is so thin that features of half the resolution would lose it."""
+        return self.thinnest is None or self.thinnest < FINE * float(np.median(self.spacings, axis=0).min())
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -120,14 +128,14 @@ def find_frame(
     if directions is not None:
         frame_of(directions)
     grids = [grid_of(case["image"], directions) for case in (*labelled, *target)]
+    sizes = sizes_of([case["label"] for case in labelled], labels, directions)
     if "working_spacing" in settings:
         spacing = checked_spacing(settings["working_spacing"])
     else:
-        sizes = sizes_of([case["label"] for case in labelled], labels, directions)
         unworked = Frame(directions, None, grids)
         patch = plan_sizes(unworked.shapes, unworked.spacings, preset)["patch_size"]
         spacing = plan_frame(grids[: len(labelled)], grids[len(labelled) :], sizes, patch)
-    return Frame(directions, spacing, grids)
+    return Frame(directions, spacing, grids, min(sizes.widths.values()) if sizes and sizes.widths else None)
 
 
 def checked_spacing(spacing: Any) -> list[float] | None:

@@ -27,7 +27,7 @@ __all__ = [
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
     # measured on newborns, docs/reference/results.md: with random contrasts the finer features carry over
-    "small-data-cpu": {"overlays": ["small_data.yaml", "unet.yaml"], "patch": 64, "stride": 2},
+    "small-data-cpu": {"overlays": ["small_data.yaml", "unet.yaml"], "patch": 64, "fine_patch": 48, "stride": 2},
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
@@ -51,7 +51,9 @@ def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
     return "paper", f"a GPU of {gpu_gib:.0f} GiB and {scans} scans"
 
 
-def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]], preset: str) -> dict[str, Any]:
+def plan_sizes(
+    shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]], preset: str, fine: bool = False
+) -> dict[str, Any]:
     """Sizes of patch and network for the median scan, as settings of the bundles.
 
     Axes with larger voxels get smaller patches (about the same millimetres), less stride and smaller blocks: slices
@@ -62,6 +64,7 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
         shapes: voxels per axis of each scan.
         spacings: mm per axis. Both in the working frame, thick slices on the last axis.
         preset: one of `PRESETS`.
+        fine: a planned U-Net works at full resolution, on smaller patches: for structures a few voxels wide.
 
     Returns:
         ``patch_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``, ``global_block_size``, and
@@ -76,6 +79,7 @@ def plan_sizes(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[floa
     shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
     flat = shape == 1  # 2D images are volumes with one slice
     planned = "unet.yaml" in PRESETS[preset]["overlays"]
+    base = PRESETS[preset].get("fine_patch", base) if fine else base
     base = plane_side(shape, spacing, base) if planned else base
     ratio = np.where(flat, 1.0, spacing / spacing[~flat].min()) if not flat.all() else np.ones(3)
     halvings = [min(round(math.log2(r)), int(math.log2(reduction))) for r in ratio]

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
+import torch
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.plans.sizes import PRESETS, canonical_grid, choose_preset, plan_sizes, settings_of
+from mapseg_components.networks import GlobalLocalUNet
+from mapseg_components.plans.sizes import PRESETS, choose_preset, plan_sizes, plan_unet, settings_of
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -18,7 +19,7 @@ from mapseg_components.plans.sizes import PRESETS, canonical_grid, choose_preset
         ((182, 218, 182), (1, 1, 1)),
         ((53, 65, 56), (1.6, 1.6, 1.6)),
         ((256, 256, 12), (1.25, 1.25, 8)),
-        ((20, 320, 320), (6, 0.8, 0.8)),
+        ((320, 320, 20), (0.8, 0.8, 6)),
         ((512, 512, 120), (0.7, 0.7, 2.0)),
         ((30, 30, 30), (2, 2, 2)),
     ],
@@ -42,7 +43,7 @@ def test_isotropic_scans_get_the_papers_sizes_on_a_large_gpu():
 def test_thick_slices_get_flat_patches_that_are_not_reduced_along_them():
     plan = plan_sizes([(256, 256, 12)], [(1.25, 1.25, 8)], "single-gpu")
     assert plan["patch_size"][:2] == [96, 96] and plan["patch_size"][2] <= 16
-    assert plan["stride"] == [4, 4, 1] and plan["rotation_deg"] == 0
+    assert plan["stride"] == [4, 4, 1] and plan["rotation_deg"] == [0, 0, 15]
 
 
 def test_the_median_decides():
@@ -50,11 +51,19 @@ def test_the_median_decides():
     assert plan_sizes(odd, [(1, 1, 1)] * 3, "paper") == plan_sizes(odd[1:], [(1, 1, 1)] * 2, "paper")
 
 
-def test_axes_are_put_into_one_order():
-    """A sagittal acquisition: the first array axis runs from front to back, the last from left to right."""
-    affine = np.array([[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]])
-    shape, spacing = canonical_grid((100, 50, 20), affine)
-    assert shape.tolist() == [20, 100, 50] and spacing.tolist() == [3, 1, 2]
+@pytest.mark.parametrize("fine", [True, False])
+@pytest.mark.parametrize(
+    "shape, spacing",
+    [((93, 93, 12), (1.5, 1.5, 8)), ((117, 159, 126), (0.9, 0.9, 0.9)), ((40, 50, 3), (1, 1, 5)), ((320, 300, 1), (1, 1, 3))],
+)
+def test_a_planned_network_takes_the_planned_patch(shape, spacing, fine):
+    plan = plan_sizes([shape], [spacing], "small-data-cpu", fine)
+    unet = plan_unet(plan["patch_size"], spacing, reduced=not fine)
+    del unet["upsample_kernel_size"]
+    network = GlobalLocalUNet(1, 3, **unet)
+    patch = torch.zeros(1, 1, *plan["patch_size"])
+    assert network(patch).shape == (1, 3, *plan["patch_size"])
+    assert network.encoder.levels[0](patch).shape[2] == plan["patch_size"][0] // (1 if fine else 2)
 
 
 def test_preset_by_machine():

@@ -1,0 +1,79 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The planned U-Net with the view's context at its bottleneck, and its masked autoencoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+
+from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
+from mapseg_components.networks import GlobalLocalPass, GlobalLocalUNet, UNetMAE, training_pass
+
+SIZES = {"filters": [8, 16, 16], "kernel_size": [[3, 3, 1], 3, 3], "strides": [[2, 2, 1], 2, [2, 2, 1]]}
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return GlobalLocalUNet(1, 3, **SIZES).eval()
+
+
+def test_an_image_alone_is_its_own_context(network):
+    image = torch.rand(2, 1, 16, 24, 4)
+    features = network.encode(image)
+    whole = torch.tensor([[[0.0, 16.0], [0.0, 24.0], [0.0, 4.0]]] * 2)
+    torch.testing.assert_close(network(image), network.decode(features, features[0]))
+    torch.testing.assert_close(network(image), network(image, image, whole), atol=1e-5, rtol=1e-4)
+
+
+def test_context_changes_the_patch_and_gets_gradients(network):
+    patch, box = torch.rand(1, 1, 16, 16, 4), torch.tensor([[[2.0, 10.0], [1.0, 9.0], [0.0, 2.0]]])
+    view = torch.rand(1, 1, 16, 16, 4, requires_grad=True)
+    other = network(patch, torch.rand(1, 1, 16, 16, 4), box)
+    logits = network(patch, view, box)
+    assert not torch.allclose(logits, other)
+    logits.sum().backward()
+    assert view.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("side", [16, 24])
+def test_the_training_pass_is_the_network_on_patch_and_view(network, side):
+    """Patches and views of one size are one batch, of two sizes two."""
+    patch, view = torch.rand(2, 1, 16, 16, 4), torch.rand(2, 1, side, 16, 4)
+    box = torch.tensor([[[0.0, 8.0], [4.0, 12.0], [0.0, 4.0]]] * 2)
+    model = training_pass(network)
+    assert isinstance(model, GlobalLocalPass)
+    outputs = model(image=patch, global_image=view, box=box)
+    torch.testing.assert_close(outputs["logits"], network(patch, view, box))
+    torch.testing.assert_close(outputs["global_logits"], network(view))
+    assert outputs["local_features"].shape == outputs["context_features"].shape == (2, 16, 2, 2, 2)
+
+
+def test_windows_collaborate_with_the_whole_scan(network):
+    scan = torch.rand(1, 1, 24, 20, 8) + 0.1
+    with torch.no_grad():
+        inferer = GlobalLocalSlidingWindowInferer(roi_size=(16, 16, 4), stride=(8, 8, 2))
+        together = inferer(scan, network)
+        alone = SlidingWindowInferer(roi_size=(16, 16, 4), overlap=0.5)(scan, network)
+    assert together.shape == alone.shape == (1, 3, 24, 20, 8) and not torch.allclose(together, alone)
+
+
+def test_images_that_the_strides_do_not_divide_are_refused(network):
+    with pytest.raises(ValueError, match=r"not divisible by the network's strides, together \[8, 8, 2\]"):
+        network(torch.rand(1, 1, 12, 16, 4))
+
+
+def test_half_of_the_collaboration_is_refused(network):
+    with pytest.raises(ValueError, match="global_image and box belong together"):
+        network(torch.rand(1, 1, 16, 16, 4), torch.rand(1, 1, 16, 16, 4))
+
+
+def test_the_autoencoders_encoder_is_the_networks(network):
+    autoencoder = UNetMAE(1, **SIZES)
+    image = torch.rand(1, 1, 16, 16, 4)
+    found = autoencoder(image)
+    assert found.shape == image.shape and 0 <= found.min() and found.max() <= 1
+    network.encoder.load_state_dict(autoencoder.encoder.state_dict())
+    torch.testing.assert_close(network.encode(image)[0], autoencoder.encode(image)[0])
