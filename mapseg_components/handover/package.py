@@ -83,6 +83,21 @@ class HandoverPackage:
         """``preprocessing`` and ``training``, each name to value."""
         return {part: Settings(self.content["settings"][part]) for part in PARTS}
 
+    @property
+    def share_ranges(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest share of each structure among the source's, for `mapseg_components.handlers.ShareLimits`.
+
+        Rounded outward; a structure of which too few scans may tell is left out.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        structures = self.content["volumes"].get("structures")
+        for name in self.labels if isinstance(structures, dict) else ():
+            share = structures[name].get("share") if isinstance(structures.get(name), dict) else None
+            ends = share.get("range") if isinstance(share, dict) else None
+            if isinstance(ends, list) and len(ends) == 2 and all(map(is_number(0, 1.1), ends)) and ends[0] <= ends[1]:
+                found[name] = (ends[0], min(ends[1], 1.0))
+        return found
+
     @cached_property
     def network(self) -> nn.Module:
         """The network that the weights belong to, with random weights; the same object each time.

@@ -12,7 +12,7 @@ from torch import nn
 from mapseg_components.contrast import Change, changed_alike
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import BOX, GLOBAL_IMAGE, GLOBAL_LABEL, IMAGE, LABEL, SOURCE, TARGET
-from mapseg_components.losses import LocalGlobalCosineLoss, SegmentationLoss, plain
+from mapseg_components.losses import ClassShareLoss, LocalGlobalCosineLoss, SegmentationLoss, plain
 from mapseg_components.masking import BlockMask
 from mapseg_components.methods.base import Pass, Tensors
 from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel
@@ -20,6 +20,7 @@ from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel
 __all__ = ["MAPSeg"]
 
 MASKED = "_masked"
+PRIOR = "target_prior"
 
 
 class MAPSeg:
@@ -58,12 +59,15 @@ class MAPSeg:
             maximum probability exceeds it. Off (``None``) by default.
         ignore_unsure: leave voxels whose maximum probability does not exceed this threshold out of the pseudo-label
             terms (they count nowhere, and never as background). Off (``None``) by default.
+        prior_weight: weight of ``target_prior``, the divergence of the class shares of the student's global views of
+            the target from those of the source's labels of its views, see `ClassShareLoss`. It needs the source in
+            the same batch, and global views. 0 (the paper): there is no such term.
         global_view: whether samples have one (the paper). Without it the local terms are all: for scans that a patch
             holds nearly whole, such as short-axis stacks of the heart.
 
     Raises:
-        ConfigError: a threshold is no probability, or a mask setting is unknown; or, in a call, the global view is
-            missing.
+        ConfigError: a threshold is no probability, a weight is negative, or a mask setting is unknown; there is a prior
+            without global views; or, in a call, the global view is missing, or there is a prior and no source.
 
     Examples:
         >>> from mapseg_components.methods import MAPSeg
@@ -92,8 +96,13 @@ class MAPSeg:
         pseudo_loss: nn.Module | None = None,
         confidence_threshold: float | None = None,
         ignore_unsure: float | None = None,
+        prior_weight: float = 0.0,
         global_view: bool = True,
     ) -> None:
+        if not 0.0 <= prior_weight < float("inf"):
+            raise ConfigError(f"prior_weight is {prior_weight}, expected 0 for off or a number above it")
+        if prior_weight and not global_view:
+            raise ConfigError("prior_weight is set without global views, whose class shares it compares: set it to 0")
         for name, value in {"confidence_threshold": confidence_threshold, "ignore_unsure": ignore_unsure}.items():
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}, expected a probability between 0 and 1, or null for off")
@@ -103,6 +112,7 @@ class MAPSeg:
         self.loss = SegmentationLoss() if loss is None else loss
         self.pseudo_loss = SegmentationLoss() if pseudo_loss is None else pseudo_loss
         self.cosine = LocalGlobalCosineLoss()
+        self.shares = ClassShareLoss()
         self.confidence_threshold = confidence_threshold
         self.ignore_unsure = ignore_unsure
         self.endings = {
@@ -120,6 +130,9 @@ class MAPSeg:
             for side, weight in ((SOURCE, 2 * source), (TARGET, target)):
                 endings = self.endings[side]
                 self.weights |= {f"{side}_{kind}{ending}": weight / len(endings) for ending in endings}
+        if prior_weight:
+            endings = self.endings[TARGET]
+            self.weights |= {f"{PRIOR}{ending}": prior_weight / len(endings) for ending in endings}
 
     def passes(self, batch: Mapping[str, Tensors]) -> list[Pass]:
         """Clean and masked pairs with source labels or fresh pseudo labels.
@@ -140,6 +153,7 @@ class MAPSeg:
                 images = [key for key in (IMAGE, GLOBAL_IMAGE) if key in inputs]
                 inputs |= dict(zip(images, changed_alike(self.change, *(inputs[key] for key in images))))
             passes += self._clean_and_masked(TARGET, inputs, labels["logits"], labels.get("global_logits"))
+            passes = self._with_prior(passes, batch)
         return passes
 
     def _inputs(self, name: str, side: Tensors) -> dict[str, torch.Tensor]:
@@ -173,6 +187,27 @@ class MAPSeg:
 
             passes.append(Pass(seen, terms))
         return passes
+
+    def _with_prior(self, passes: list[Pass], batch: Mapping[str, Tensors]) -> list[Pass]:
+        """The same passes; those of the target have the prior's term as well, if it has a weight."""
+        endings = [ending for ending in self.endings[TARGET] if f"{PRIOR}{ending}" in self.weights]
+        if not endings:
+            return passes
+        if SOURCE not in batch:
+            raise ConfigError(
+                "prior_weight is set, and there is no source whose labels have shares of the classes (test-time, or a "
+                "site of a federation): set prior_weight to 0; share_limits.yaml watches shares without a source"
+            )
+        label = batch[SOURCE][GLOBAL_LABEL]
+
+        def added(one: Pass, ending: str) -> Pass:
+            def terms(output: Tensors) -> dict[str, torch.Tensor]:
+                return {**one.terms(output), f"{PRIOR}{ending}": self.shares(output["global_logits"], label)}
+
+            return Pass(one.inputs, terms)
+
+        first = len(passes) - len(endings)
+        return passes[:first] + [added(one, ending) for one, ending in zip(passes[first:], endings)]
 
     def _segmentation(self, logits: torch.Tensor, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
         if not isinstance(label, PseudoLabel):
