@@ -76,10 +76,9 @@ class ScoreCheckpoint:
     The target loss is the trainer's output ``target_loss``, so that no target label is needed: the terms that the
     method names for selection; for MAPSeg the local segmentation term of the masked pass, section 3.7 of the paper.
     The Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
-    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, and where the
-    method has no target loss, the epoch and candidate with the best source validation Dice are written to
-    ``source_only.pt``: there an active teacher is the average of the source model's weights. A Score that is NaN or
-    infinite is logged and never becomes the best.
+    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that the epoch with
+    the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
+    never becomes the best.
 
     On a trainer without that output, such as MONAI's ``SupervisedTrainer``, there is no target loss: the Score is the
     evaluator's key metric, larger is better.
@@ -94,6 +93,8 @@ class ScoreCheckpoint:
         teacher: see `EMATeacher`; ``None`` if there is none: then every epoch that is validated has a Score.
         loss_weight: weight of the target loss (0.5 in the paper).
         patience: stop after so many epochs with a Score but no better one; ``None`` for never.
+        source_only: there is no Score in the whole run, which learns the source alone: ``source_only.pt`` is of the
+            better of both candidates, and an active teacher is the average of the student's last weights.
         limits: of the structures' shares on the target, see `ShareLimits`: then a Score exists only in epochs in which
             `TargetDiagnostics` has looked, for the candidates that are within limits. ``None`` for none.
 
@@ -126,6 +127,7 @@ class ScoreCheckpoint:
         teacher: Activity | None = None,
         loss_weight: float = 0.5,
         patience: int | None = None,
+        source_only: bool = False,
         limits: ShareLimits | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
@@ -133,6 +135,7 @@ class ScoreCheckpoint:
         self.teacher = teacher
         self.loss_weight = loss_weight
         self.patience = patience
+        self.source_only = source_only
         self.limits = limits
         self.best_score = -math.inf
         self.best_source_dice = -math.inf
@@ -191,7 +194,7 @@ class ScoreCheckpoint:
         dice = {name: value for name, value in dice.items() if value is not None}
         for name, value in dice.items():
             engine.state.metrics[f"source_dice_{name}"] = value
-        if self.teacher is None or (self.teacher.active and self._loss_count):
+        if not self.source_only and (self.teacher is None or self.teacher.active):
             self._select_by_score(engine, dice)
         else:
             self._keep_source_only(engine, dice)

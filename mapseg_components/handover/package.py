@@ -165,7 +165,10 @@ class HandoverPackage:
             )
 
     def compare_spacing(self, cases: Sequence[Mapping[str, Any]]) -> None:
-        """Warn if the target's median voxel size is far from the source's: scans are not resampled."""
+        """Warn if the target's median voxel size is far from the source's, unless scans are resampled to one."""
+        working = self.settings["preprocessing"].get("working_spacing")
+        if working and all(working):
+            return
         found, expected = median_spacing([case[IMAGE] for case in cases]), self.content["spacing_mm"]
         if any(max(own, other) > FAR * min(own, other) for own, other in zip(found, expected)):
             logger.warning(
