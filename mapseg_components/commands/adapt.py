@@ -280,6 +280,8 @@ class Adaptation:
             preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
         frame = find_frame(labelled, target, structures, preset, request["settings"] or {})
         planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine)
+        if not frame.needs_view(planned["patch_size"]):
+            planned["global_view"] = False
         self.record["plan"] = {
             "preset": preset,
             "reason": reason,
@@ -323,7 +325,7 @@ class Adaptation:
         output = stages / stage.name
         if stage.bundle == ADAPTATION:
             bundle = self.folder
-            contrasts = ["any_contrast.yaml"] if self.request["random_contrasts"] else []
+            contrasts = [stage.contrasts] if self.request["random_contrasts"] else []
             asked = "settings_of_target.json" if "handover.yaml" in stage.overlays else "settings.json"
             configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, asked)]
         else:
