@@ -179,8 +179,8 @@ class Adaptation:
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
         self.recipe = read_recipe(request["method"])
 
-    def run(self) -> dict[str, Any]:
-        """Every stage that is not done yet."""
+    def train(self) -> None:
+        """Plan, check and every stage of the recipe that is not done yet."""
         threads(self.request["num_threads"])
         self._resume()
         if "plan" not in self.record:
@@ -191,10 +191,14 @@ class Adaptation:
         if "check" not in self.record:
             self._check()
             self._save()
-        stages, models = self.folder / "stages", self.folder / "models"
         for stage in self.recipe.stages:
             if self.request["pretraining"] or not stage.optional:
                 self._train(stage)
+
+    def run(self) -> dict[str, Any]:
+        """Everything that is not done yet: training, comparison of both models, label maps, report."""
+        self.train()
+        stages, models = self.folder / "stages", self.folder / "models"
         weights = {name: stages / path for name, path in self.recipe.models.items()}
         if not weights["adapted"].is_file():
             raise ConfigError(f"{weights['adapted'].parent}: no epoch was validated: let max_epochs reach val_interval")
@@ -334,7 +338,8 @@ class Adaptation:
             configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
         earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        epochs = merged["max_epochs"]
+        own = {name: value for name, value in stage.settings.items() if name not in (self.request["settings"] or {})}
+        epochs = own.get("max_epochs", merged["max_epochs"])
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
@@ -342,9 +347,6 @@ class Adaptation:
             def on_epoch(done: int) -> None:
                 bar.update(done - bar.n)
 
-            own = {
-                name: value for name, value in stage.settings.items() if name not in (self.request["settings"] or {})
-            }
             seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
         self.record["done"].append(stage.name)
