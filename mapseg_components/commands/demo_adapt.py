@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.commands import adapt as adapting
 from mapseg_components.commands.adapt import Adaptation, adapt
 from mapseg_components.commands.evaluate import MEAN, evaluate
 from mapseg_components.commands.predict import predict
@@ -26,7 +25,8 @@ from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["MODELS", "adapt_and_compare", "dice_table", "draw"]
 
-MODELS = ("source-only", "source-only, random contrasts", "adapted")
+# model: its folder of predictions and scores
+MODELS = {"source-only": "source_only", "source-only, random contrasts": "random_contrasts", "adapted": "adapted"}
 PLAIN, ADAPTED = "plain", "adapted"  # folders of the two runs
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 
@@ -61,33 +61,30 @@ def adapt_and_compare(
     }
     for run in runs.values():
         run.folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger(adapting.__name__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
+    logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
     say("1/3 source-only training, T1w as it is")
     runs[PLAIN].train()
     say("2/3 mapseg adapt: source-only training in random contrasts, adaptation to T2w without its labels")
     record = runs[ADAPTED].run()
-    weights = {
-        MODELS[0]: (PLAIN, runs[PLAIN].recipe.models["source_only"]),
-        MODELS[1]: (ADAPTED, runs[ADAPTED].recipe.models["source_only"]),
-        MODELS[2]: (ADAPTED, runs[ADAPTED].recipe.models["adapted"]),
-    }
+    sources = ((PLAIN, "source_only"), (ADAPTED, "source_only"), (ADAPTED, "adapted"))
     say("3/3 the three models on the test scans")
     results = {}
-    for name, (run_name, path) in weights.items():
-        bundle = folder / run_name
-        results[name] = scored(folder, name, bundle, bundle / "stages" / path, sample, options)
-    seconds = {
-        f"{name}, {stage}": value for name, run in runs.items() for stage, value in run.record["seconds"].items()
-    }
+    for (name, own), (run_name, model) in zip(MODELS.items(), sources):
+        run = runs[run_name]
+        weights = run.folder / "stages" / run.recipe.models[model]
+        results[name] = scored(run.folder, weights, sample, folder / PREDICTIONS / own, folder / SCORES / own, options)
+    seconds = {name: run.record["seconds"] for name, run in runs.items()}
     verdict = record["assessment"]["verdict"]
     figures = {"sample": sample.name, "seed": seed, "seconds": seconds, "verdict": verdict["verdict"], **results}
     write_json(figures, folder / FIGURES)
-    draw(sample, {name: folder / PREDICTIONS / name for name in MODELS}, structures(results), folder / PICTURE)
-    gains = [results[MODELS[2]]["mean"] - results[name]["mean"] for name in MODELS[:2]]
+    predictions = {name: folder / PREDICTIONS / own for name, own in MODELS.items()}
+    draw(sample, predictions, structures(results), folder / PICTURE)
+    plain, contrasts, adapted = (results[name]["mean"] for name in MODELS)
     text = [
         dice_table(results, f"Dice on {len(load_datalist(sample, 'target_test'))} T2w scans"),
         "",
-        f"Adapted: {gains[0]:+.3f} mean Dice over source-only, {gains[1]:+.3f} over random contrasts (seed {seed}).",
+        f"Adapted: {adapted - plain:+.3f} mean Dice over source-only, {adapted - contrasts:+.3f} over random contrasts "
+        f"(seed {seed}).",
         f"What mapseg adapt says without labels: {VERDICTS[verdict['verdict']]}",
         "The truth here are silver labels, made by clustering grey values, and both scans show one person.",
         "",
@@ -139,10 +136,9 @@ def source_alone(recipe: Recipe) -> Recipe:
 
 
 def scored(
-    folder: Path, name: str, bundle: Path, weights: Path, sample: Path, options: Mapping[str, Any]
+    bundle: Path, weights: Path, sample: Path, predictions: Path, scores: Path, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Dice of a model on the test scans, per structure, per case and in the mean."""
-    predictions, scores = folder / PREDICTIONS / name, folder / SCORES / name
+    """Dice of a model on the test scans, per structure and in the mean; measured once."""
     result = scores / "evaluation.json"
     if not result.is_file():
         found = predict(
