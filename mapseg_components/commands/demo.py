@@ -36,7 +36,7 @@ from mapseg_components.shipped_files import SAMPLES, SEGMENTS, bundles_folder, s
 
 __all__ = ["demo"]
 
-ADULTS, FETUSES = SAMPLES
+ADULTS = SAMPLES[0]
 # Length of each stage of `mapseg adapt` on the sample of adults, a step is one batch of each side. In all at most six
 # minutes on two cores.
 STEPS: Steps = {
