@@ -40,11 +40,11 @@ ADULTS = SAMPLES[0]
 # Length of each stage of `mapseg adapt` on the sample of adults, a step is one batch of each side. In all at most six
 # minutes on two cores.
 STEPS: Steps = {
-    PLAIN: {"source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5}},
+    PLAIN: {"source": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3}},
     ADAPTED: {
-        "source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5},
-        "contrasts": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5},
-        "adaptation": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5},
+        "source": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
+        "contrasts": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
+        "adaptation": {"max_epochs": 4, "epoch_length": 25, "val_interval": 2},
     },
 }
 TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedule of the shipped weights
