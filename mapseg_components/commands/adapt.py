@@ -334,7 +334,10 @@ class Adaptation:
             configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
         earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        epochs = merged["max_epochs"]
+        asked_for = self.request["settings"] or {}
+        own = {name: scaled(merged[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
+        own = {name: value for name, value in own.items() if name not in asked_for}
+        epochs = own.get("max_epochs", merged["max_epochs"])
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
@@ -342,9 +345,6 @@ class Adaptation:
             def on_epoch(done: int) -> None:
                 bar.update(done - bar.n)
 
-            own = {
-                name: value for name, value in stage.settings.items() if name not in (self.request["settings"] or {})
-            }
             seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
         self.record["done"].append(stage.name)
@@ -375,6 +375,11 @@ class Adaptation:
         self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
+
+
+def scaled(value: float, factor: float) -> float:
+    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
+    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
 
 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
