@@ -1,4 +1,4 @@
-# make demo: set up, run the whole method on shipped real scans. make test: set up, run all tests.
+# make demo: set up, adapt from T1w to T2w on shipped real scans. make test: set up, run all tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test lint docs soak fuzz mutants bench bench-quick weights clean
 
 help:
-	@echo "make demo     pretraining, source-only, adaptation, inference and evaluation on the shipped scans"
+	@echo "make demo     T1w to T2w on shipped scans: source-only, in random contrasts, adapted; goes on where it stopped (DEMO='--seed 1')"
 	@echo "make test     all tests"
 	@echo "make lint     ruff, mypy and the config check"
 	@echo "make docs     the documentation site, into runs/site"
@@ -15,7 +15,7 @@ help:
 	@echo "make fuzz     feed damaged scans and datalists to the readers for ten minutes (FUZZ='--minutes 1')"
 	@echo "make mutants  plant bugs one by one, and print those that the closest tests miss (minutes; MUTANTS='--only mask')"
 	@echo "make bench    measure against the plain baseline: runs/bench/results.json and .md; BENCH='--width 64 128' for options"
-	@echo "make weights  train the weights that the bundles ship, on the shipped scans"
+	@echo "make weights  train the weights that the bundles ship, on the shipped fetal scans"
 	@echo "make clean    remove the environment and everything the demo wrote"
 
 $(STAMP): setup.cfg setup.py constraints.txt Makefile
@@ -34,7 +34,7 @@ $(STAMP): setup.cfg setup.py constraints.txt Makefile
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/python tools/demo.py
+	@$(BIN)/python tools/demo.py $(DEMO)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What setup.cfg cannot say: bundles and sample go into the wheel, and its README has no link that leads nowhere."""
+"""What setup.cfg cannot say: bundles and samples go into the wheel, and its README has no link that leads nowhere."""
 
 from __future__ import annotations
 
@@ -15,24 +15,19 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py looks here
+SAMPLE = ("LICENSE.txt", "datalist.json", "*.md", "SHA256SUMS", "*/images/*.nii.gz", "*/labels/*.nii.gz")
 # folder, what it must hold; results of runs in a clone stay out
 CONTENT = {
     "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "recipes/*"),
     "bundles/mapseg_pretraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
-    "sample/fetal_age": (
-        "LICENSE.txt",
-        "datalist.json",
-        "*.md",
-        "SHA256SUMS",
-        "*/images/*.nii.gz",
-        "*/labels/*.nii.gz",
-    ),
+    "sample/adult_t1_to_t2": SAMPLE,
+    "sample/fetal_age": SAMPLE,
 }
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 
 
 def shipped_files(root: Path = ROOT) -> list[str]:
-    """Files of the bundles and the sample that an installation carries, relative to the repository, sorted."""
+    """Files of the bundles and the samples that an installation carries, relative to the repository, sorted."""
     found = []
     for folder, patterns in CONTENT.items():
         for pattern in patterns:
@@ -67,7 +62,7 @@ def readme_for_packages(text: str, source: str | None) -> str:
 
 
 class BuildWithShipped(build_py):
-    """Adds bundles and sample below the package; an editable installation finds them in the clone."""
+    """Adds bundles and samples below the package; an editable installation finds them in the clone."""
 
     def run(self) -> None:
         super().run()

@@ -3,8 +3,8 @@
 """What privacy settings cost in Dice on the shipped sample: python -m benchmarks.privacy_cost WEIGHTS OUTPUT.
 
 A simulated federation of a server with the labelled source scans and two sites with two unlabelled scans each, from
-the same weights (``source_only.pt`` of the demo), once for each setting and seed, with the weights of the last round
-evaluated on the held-out scans. Writes ``privacy_cost.json`` and prints a table in Markdown.
+the same weights (``source_only.pt`` of the demo on fetuses), once for each setting and seed, with the weights of the
+last round evaluated on the held-out scans. Writes ``privacy_cost.json`` and prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def table(results: dict[str, list[dict]], start: float, seeds: list[int]) -> str
 def main() -> None:
     """Run every setting and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="source_only.pt of the demo")
+    parser.add_argument("weights", type=Path, help="source_only.pt of the demo on fetuses")
     parser.add_argument("output", type=Path, help="new folder")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10, help="T_s and T_t")

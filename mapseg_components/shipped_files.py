@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What comes with the package: the bundles with their small weights, and the sample of real scans."""
+"""What comes with the package: the bundles with their small weights, and the samples of real scans."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["SEGMENTS", "SHIPPED", "bundle_of", "bundles_folder", "sample_folder"]
+__all__ = ["SAMPLES", "SEGMENTS", "SHIPPED", "bundle_of", "bundles_folder", "sample_folder"]
 
 SHIPPED = "shipped"  # the word for the adaptation bundle that comes with the package
+SAMPLES = ("adult_t1_to_t2", "fetal_age")
 SEGMENTS = "T2w MRI of the fetal brain at 1.6 mm"  # and nothing else
 PACKAGE = Path(__file__).parent
 PLACES = (PACKAGE / "shipped", PACKAGE.parent)  # of an installation (setup.py puts it there), of a clone
@@ -21,9 +22,11 @@ def bundles_folder() -> Path:
     return find("bundles", "mapseg_adaptation/configs/train.json")
 
 
-def sample_folder() -> Path:
-    """Folder of the sample, with its ``datalist.json``. Raises `ConfigError`."""
-    return find("sample/fetal_age", "datalist.json")
+def sample_folder(name: str = "fetal_age") -> Path:
+    """Folder of a sample, with its ``datalist.json``: fetal_age or adult_t1_to_t2. Raises `ConfigError`."""
+    if name not in SAMPLES:
+        raise ConfigError(f"sample {name!r} is unknown, expected one of {list(SAMPLES)}")
+    return find(f"sample/{name}", "datalist.json")
 
 
 def find(folder: str, content: str) -> Path:

@@ -181,7 +181,7 @@ def test_a_wheel_alone_does_what_the_main_commands_promise(installed, tmp_path):
         place = subprocess.run([*start, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert place.stdout.split() == [str(package / "mapseg_components" / "__init__.py"), "None"]
 
-    first = mapseg("demo")
+    first = mapseg("demo", "--sample", "fetal_age")
     assert "mean of structures" in first.stdout and (tmp_path / "mapseg_demo" / "comparison.png").is_file()
     for seed in range(2):
         image, label = make_scan(seed=seed)
@@ -254,7 +254,7 @@ def test_overlays_need_yaml_which_is_declared():
     assert overlays and undeclared({"yaml"}) == []
 
 
-RUN_BY_HAND = ("tests/poc/run.py", "benchmarks/federation_cost.py", "tools/domain_gap.py", "tools/demo.py")
+RUN_BY_HAND = ("tests/poc/run.py", "benchmarks/federation_cost.py", "tools/domain_gap.py", "tools/demo.py", "tools/demo_figure.py")
 
 
 @pytest.mark.parametrize("name", RUN_BY_HAND)

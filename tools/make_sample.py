@@ -87,6 +87,14 @@ def write(scan: nib.Nifti1Image, path: Path) -> None:
         archive.write(scan.to_bytes())
 
 
+def finish(datalist: dict[str, object], folder: Path) -> None:
+    """Write ``datalist.json`` and the checksums of all scans in the folder."""
+    (folder / "datalist.json").write_text(json.dumps(datalist, indent=4) + "\n")
+    scans = sorted(folder.rglob("*.nii.gz"))
+    sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder).as_posix()}" for p in scans]
+    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+
+
 def main() -> None:
     """Make the sample in ``sample/fetal_age``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,12 +119,7 @@ def main() -> None:
                 write(label, arguments.output / entry["label"])
             entries.append(entry)
         datalist[SECTIONS[folder]] = entries
-    (arguments.output / "datalist.json").write_text(json.dumps(datalist, indent=4) + "\n")
-    scans = sorted(arguments.output.rglob("*.nii.gz"))
-    sums = [
-        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(arguments.output).as_posix()}" for p in scans
-    ]
-    (arguments.output / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+    finish(datalist, arguments.output)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,8 @@ class Adaptation:
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
         self.recipe = read_recipe(request["method"])
 
-    def run(self) -> dict[str, Any]:
-        """Every stage that is not done yet."""
+    def train(self) -> None:
+        """Plan, check and every stage of the recipe that is not done yet."""
         threads(self.request["num_threads"])
         self._resume()
         if "plan" not in self.record:
@@ -191,10 +191,14 @@ class Adaptation:
         if "check" not in self.record:
             self._check()
             self._save()
-        stages, models = self.folder / "stages", self.folder / "models"
         for stage in self.recipe.stages:
             if self.request["pretraining"] or not stage.optional:
                 self._train(stage)
+
+    def run(self) -> dict[str, Any]:
+        """Everything that is not done yet: training, comparison of both models, label maps, report."""
+        self.train()
+        stages, models = self.folder / "stages", self.folder / "models"
         weights = {name: stages / path for name, path in self.recipe.models.items()}
         if not weights["adapted"].is_file():
             raise ConfigError(f"{weights['adapted'].parent}: no epoch was validated: let max_epochs reach val_interval")

@@ -1,36 +1,57 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""``mapseg demo``: a first result on the shipped sample, with the shipped weights or by the whole method."""
+"""``mapseg demo``: a first result on a shipped sample, by ``mapseg adapt`` or with the shipped weights."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mapseg_components.commands.demo_adapt import (
+    ADAPTED,
+    FIGURES,
+    PICTURE,
+    PLAIN,
+    PREDICTIONS,
+    SCORES,
+    Steps,
+    adapt_and_compare,
+    dice_table,
+    draw,
+)
 from mapseg_components.commands.evaluate import evaluate
 from mapseg_components.commands.predict import predict
 from mapseg_components.commands.report import require_matplotlib
 from mapseg_components.commands.stages import run_stage, threads
-from mapseg_components.data import load_datalist, read_nifti
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.metrics import require_scipy
-from mapseg_components.reports import ComparedScan, draw_comparison
 from mapseg_components.session import choose_device, working
-from mapseg_components.shipped_files import SEGMENTS, bundles_folder, sample_folder
-from mapseg_components.transforms.resampling import spacing_of, to_canonical
+from mapseg_components.shipped_files import SAMPLES, SEGMENTS, bundles_folder, sample_folder
 
 __all__ = ["demo"]
 
+ADULTS = SAMPLES[0]
+# Length of each stage of `mapseg adapt` on the sample of adults, a step is one batch of each side. In all at most six
+# minutes on two cores.
+STEPS: Steps = {
+    PLAIN: {"source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5}},
+    ADAPTED: {
+        "source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5},
+        "contrasts": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5},
+        "adaptation": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5},
+    },
+}
 TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedule of the shipped weights
 STAGES = ("pretraining", "source_only", "adaptation")
-PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
-OWN = {*STAGES, PREDICTIONS, SCORES, FIGURES, PICTURE, ".run.lock", ".run.lock.json"}
+RECORD = "demo.json"
+LOCK = {".run.lock", ".run.lock.json"}
+OWN = {*STAGES, PLAIN, ADAPTED, RECORD, PREDICTIONS, SCORES, FIGURES, PICTURE, *LOCK}
 # slower than the preset: on this sample faster teachers drift (docs/reference/results.md)
 GENTLE = {"learning_rate": 0.0001, "ema_schedule": [[None, 0.999]], "target_scale_range": [0.9, 1.1], "max_epochs": 10}
 
@@ -42,7 +63,7 @@ class DemoReport:
     Args:
         folder: of the results.
         text: what came out, for a person.
-        figures: content of ``metrics.json`` (with ``train``) or of ``scores/evaluation.json``.
+        figures: content of ``metrics.json`` (of a training) or of ``scores/evaluation.json``.
     """
 
     folder: str
@@ -57,6 +78,7 @@ class DemoReport:
 def demo(
     output: str = "mapseg_demo",
     *,
+    sample: str = "adult_t1_to_t2",
     train: bool = False,
     seed: int = 0,
     overwrite: bool = False,
@@ -67,14 +89,20 @@ def demo(
 ) -> DemoReport:
     """A first result on scans that come with the package, without a download: label maps, Dice and a picture.
 
-    Segments two fetal brains (T2w MRI, CC0) that no training saw with the weights of the package, by mapseg predict,
-    and compares them with the truth, by mapseg evaluate: less than a minute on a CPU. With train the weights are
-    trained first: pretraining on all images, source-only training on older fetuses, adaptation to younger ones without
-    their labels, then both models on the two scans: minutes on a CPU.
+    By default trains a model on T1w MRI of two adults and adapts it to T2w of others without their labels, as mapseg
+    adapt does but shorter, and compares three models on two T2w scans of one more person: trained on T1w as it is, in
+    random contrasts, and adapted. Minutes on a CPU; stopped at any moment, the same command goes on where it was. The
+    truth is silver labels, of a clustering.
+
+    With --sample fetal_age segments two fetal brains (T2w MRI, CC0) that no training saw with the weights of the
+    package, by mapseg predict, and compares them with the truth, by mapseg evaluate: less than a minute on a CPU. With
+    train its weights are trained first: pretraining on all images, source-only training on older fetuses, adaptation to
+    younger ones without their labels, then both models on the two scans: minutes on a CPU.
 
     Args:
         output: folder of the results.
-        train: the whole method, instead of the weights of the package.
+        sample: adult_t1_to_t2 or fetal_age.
+        train: of fetal_age, the whole method instead of the weights of the package; the other one is always trained.
         seed: of everything random in the training.
         overwrite: remove the results of an earlier demo.
         device: auto, cpu, cuda or cuda:1.
@@ -93,36 +121,69 @@ def demo(
     require_scipy()
     choose_device(device)
     folder = Path(output).absolute()
-    bundles, sample = bundles_folder(), sample_folder()
-    check_folder(folder, overwrite)
+    bundles, scans = bundles_folder(), sample_folder(sample)
+    request = json.loads(json.dumps({"sample": sample, "seed": seed, "steps": STEPS})) if sample == ADULTS else None
+    goes_on = check_folder(folder, overwrite, request)
     require_writable(folder)
     lock_folder(folder)
     try:
-        clear(folder)
+        if not goes_on:
+            clear(folder)
         with working(num_threads, quiet, verbose):
             options = {"device": device, "num_threads": num_threads, "quiet": quiet, "verbose": verbose}
+            if request is not None:
+                write_json(request, folder / RECORD)
+                text, figures = adapt_and_compare(folder, scans, STEPS, seed, options, lambda line: say(line, quiet))
+                return DemoReport(str(folder), text, figures)
             if train:
-                return train_and_compare(folder, bundles, sample, seed, options)
-            return segment(folder, bundles / "mapseg_adaptation", sample, options)
+                return train_and_compare(folder, bundles, scans, seed, options)
+            return segment(folder, bundles / "mapseg_adaptation", scans, options)
     finally:
         unlock_folders([folder])
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder with results, or with anything that no demo wrote. Raises `ConfigError`."""
+def check_folder(folder: Path, overwrite: bool, request: Mapping[str, Any] | None) -> bool:
+    """Refuse a folder with results, or with anything that no demo wrote.
+
+    Args:
+        folder: of the results.
+        overwrite: earlier results may be removed.
+        request: what the demo that goes on is to do; ``None`` for one that cannot.
+
+    Returns:
+        whether the folder holds the same demo, stopped or finished, which goes on.
+
+    Raises:
+        ConfigError: it holds another demo, or something else.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output {folder} is a file: name a folder")
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     others = [name for name in found if name not in OWN]
     if others:
         raise ConfigError(f"{folder} holds {others[:3]}, which no demo wrote: choose a new folder")
-    if found and not overwrite:
-        raise ConfigError(f"{folder} holds an earlier demo: set overwrite to remove it, or choose a new folder")
+    if overwrite or not set(found) - LOCK:
+        return False
+    earlier = folder / RECORD
+    if request is not None and earlier.is_file():
+        before = json.loads(earlier.read_text(encoding="utf-8"))
+        if before == request:
+            return True
+        changed = "; ".join(
+            f"{name} was {before.get(name)!r}, now {value!r}"
+            for name, value in request.items()
+            if before.get(name) != value
+        )
+        raise ConfigError(
+            f"{folder} holds an earlier demo of another kind ({changed}): repeat its arguments, set overwrite to "
+            "remove it, or choose a new folder"
+        )
+    raise ConfigError(f"{folder} holds an earlier demo: set overwrite to remove it, or choose a new folder")
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier demo wrote; call it under the folder's lock."""
-    for name in OWN - {".run.lock", ".run.lock.json"}:
+    for name in OWN - LOCK:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -130,16 +191,11 @@ def clear(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def draw(sample: Path, folders: Mapping[str, Path], names: Sequence[str], path: Path) -> None:
-    """Picture of the held-out scans: the truth beside the label maps of each model's folder."""
-    scans = []
-    for case in load_datalist(sample, "target_test"):
-        results = [folder / f"{case['case_id']}_seg.nii.gz" for folder in folders.values()]
-        (grey, affine), *maps = (
-            to_canonical(scan.voxels, scan.affine) for scan in map(read_nifti, (case["image"], case["label"], *results))
-        )
-        scans.append(ComparedScan(case["case_id"], spacing_of(affine).tolist(), grey, [voxels for voxels, _ in maps]))
-    draw_comparison(scans, list(folders), names, path)
+def say(text: str, quiet: bool, end: str = "\n") -> None:
+    """Progress, on standard error."""
+    if not quiet:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
 
 
 def segment(folder: Path, bundle: Path, sample: Path, options: Mapping[str, Any]) -> DemoReport:
@@ -213,7 +269,7 @@ def train_and_compare(folder: Path, bundles: Path, sample: Path, seed: int, opti
     gain = results["adapted"]["mean"] - results["source-only"]["mean"]
     verdict = "Adaptation helped" if gain > 0.005 else "Adaptation made it worse" if gain < -0.005 else "No difference"
     text = [
-        table(results),
+        dice_table(results, "Dice on the held-out target"),
         "",
         f"{verdict}: {gain:+.3f} mean Dice (seed {seed}).",
         f"Chosen without target labels: the {selection['weights']} of epoch {selection['epoch']}.",
@@ -229,28 +285,11 @@ def announced(
     title: str, bundle: Path, configs: list[str], output: Path, settings: Mapping[str, Any], quiet: bool
 ) -> float:
     """A stage with its title before and its seconds behind, on standard error; returns seconds."""
-
-    def say(text: str) -> None:
-        if not quiet:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-    say(f"{title} ...")
+    say(f"{title} ...", quiet, end="")
     try:
         seconds = run_stage(title, bundle, [f"configs/{name}" for name in configs], output, settings)
     except MAPSegError:
-        say(f" failed\nThe whole log is in {output / 'log.txt'}\n")
+        say(f" failed\nThe whole log is in {output / 'log.txt'}", quiet)
         raise
-    say(f" {seconds:.0f} s\n")
+    say(f" {seconds:.0f} s", quiet)
     return seconds
-
-
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Dice per structure, source-only beside adapted."""
-    names = list(results["source-only"]["structures"])
-    width = max(map(len, names)) + 2
-    lines = [f"{'Dice on the held-out target':<{width}}  source-only  adapted"]
-    for name in [*names, "mean"]:
-        row = [r["mean"] if name == "mean" else r["structures"][name] for r in results.values()]
-        lines.append(f"{name:<{width}}  {row[0]:11.3f}  {row[1]:7.3f}")
-    return "\n".join(lines)

@@ -28,7 +28,7 @@ ADAPTATION = ROOT / "bundles" / "mapseg_adaptation"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "out"
-    return folder, demo_command(str(folder), num_threads=1, quiet=True)
+    return folder, demo_command(str(folder), sample="fetal_age", num_threads=1, quiet=True)
 
 
 def test_it_segments_both_held_out_scans_and_says_how_well(finished):
@@ -49,15 +49,15 @@ def test_an_earlier_demo_is_replaced_when_asked_to_and_nothing_else_ever_is(fini
     folder = tmp_path / "again"
     shutil.copytree(finished[0], folder)
     with pytest.raises(ConfigError, match="holds an earlier demo: set overwrite to remove it"):
-        demo_command(str(folder))
+        demo_command(str(folder), sample="fetal_age")
     (folder / "notes.txt").write_text("mine")
     (folder / "metrics.json").write_text("of an earlier demo")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"holds \['notes.txt'\], which no demo wrote: choose a new folder"):
-            demo_command(str(folder), overwrite=overwrite)
+            demo_command(str(folder), sample="fetal_age", overwrite=overwrite)
     assert (folder / "notes.txt").read_text() == "mine" and (folder / "predictions").is_dir()
     (folder / "notes.txt").unlink()
-    demo_command(str(folder), overwrite=True, quiet=True)
+    demo_command(str(folder), sample="fetal_age", overwrite=True, quiet=True)
     assert (folder / "predictions" / "manifest.json").is_file() and not (folder / "metrics.json").exists()
     assert main(["demo", str(folder / "comparison.png")]) == 2
     assert "is a file: name a folder" in capsys.readouterr().err
@@ -101,7 +101,7 @@ def test_training_goes_the_whole_way_in_order_and_each_stage_starts_from_the_one
 
     monkeypatch.setattr(MODULE, "run_stage", stage)
     folder = tmp_path / "out"
-    report = demo_command(str(folder), train=True, seed=3, device="cpu")
+    report = demo_command(str(folder), sample="fetal_age", train=True, seed=3, device="cpu")
     assert [name for name, _, _ in calls] == [*STAGES, "source-only", "adapted"]
     assert [bundle for _, bundle, _ in calls] == ["mapseg_pretraining", *["mapseg_adaptation"] * 4]
     by_name = {name: settings for name, _, settings in calls}
@@ -128,7 +128,7 @@ def test_a_stage_that_fails_names_its_log_and_its_kind_of_error(tmp_path, monkey
         raise CheckpointError("weights are damaged")
 
     monkeypatch.setattr(MODULE, "run_stage", stage)
-    assert main(["demo", str(tmp_path / "out"), "--train"]) == 4
+    assert main(["demo", str(tmp_path / "out"), "--sample", "fetal_age", "--train"]) == 4
     said = capsys.readouterr().err
     assert str(tmp_path / "out" / "pretraining" / "log.txt") in said and "weights are damaged" in said
 
