@@ -13,10 +13,13 @@ from monai.losses import DiceLoss, MaskedDiceLoss
 from torch import nn
 
 __all__ = [
+    "ClassShareLoss",
     "LocalGlobalCosineLoss",
     "MaskedReconstructionLoss",
     "SegmentationLoss",
 ]
+
+SMALLEST = 1e-8  # share of a class in a logarithm
 
 
 class SegmentationLoss(nn.Module):
@@ -138,6 +141,48 @@ class LocalGlobalCosineLoss(nn.Module):
         """Scalar loss; both inputs (B, W, x, y, z)."""
         local, context = plain(local_features).float().flatten(2), plain(context_features).float().flatten(2)
         return (1.0 - F.cosine_similarity(local, context, dim=2)).mean()
+
+
+class ClassShareLoss(nn.Module):
+    """Divergence of the predicted shares of the classes in unlabelled views from those in labelled ones.
+
+    After Bateson et al. 2021 (source-free domain adaptation with a prior on class ratios, arXiv 2108.03152):
+    KL(labelled || predicted), where predicted shares are mean probabilities over all voxels of a batch. Raw shares are
+    those of the background nearly alone, and a small structure could vanish at no cost. By the chain rule the
+    divergence is the sum of one between background and structures, and, times the share of all structures, of one among
+    the structures; this loss leaves that factor out, so that the structures' proportions count as much. Its gradient
+    is linear in the labelled shares (of background and structures, and of each structure among them): the mean over
+    steps is that of the mean shares, and a labelled batch may be as small as one scan.
+
+    Both must show the same part of the body, whole: views of a scan, not patches, whose shares depend on where they
+    are. It pulls each batch to the mean shares of the source: a weak prior, for small weights.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import ClassShareLoss
+        >>> label = torch.tensor([0, 0, 1, 2]).reshape(1, 1, 4, 1, 1)
+        >>> shares = torch.tensor([0.5, 0.25, 0.25]).log().reshape(1, 3, 1, 1, 1).expand(2, -1, 4, 5, 6)
+        >>> abs(round(ClassShareLoss()(shares, label).item(), 5))
+        0.0
+    """
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Scalar loss, 0 or more; 0 too where the labels hold no structure.
+
+        Args:
+            logits: (B, C, X, Y, Z), of unlabelled views.
+            label: (B', 1, X', Y', Z'), class indices of labelled views.
+        """
+        expected = torch.stack([(plain(label) == number).float().mean() for number in range(logits.shape[1])])
+        found = plain(logits).float().softmax(dim=1).mean(dim=(0, 2, 3, 4))
+        wholes = [torch.stack([shares[0], shares[1:].sum()]) for shares in (expected, found)]
+        parts = [shares[1:] / whole[1].clamp(min=SMALLEST) for shares, whole in zip((expected, found), wholes)]
+        return torch.where(wholes[0][1] > 0, divergence(*wholes) + divergence(*parts), 0.0 * found.sum())
+
+
+def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) of two distributions (N,); a share of 0 is expected at no cost."""
+    return (torch.xlogy(expected, expected) - expected * found.clamp(min=SMALLEST).log()).sum()
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,15 @@ import torch
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["BlockMask", "block_grid", "check_mask_value", "draw_block_mask", "expand_block_mask", "hide"]
+__all__ = [
+    "BlockMask",
+    "block_grid",
+    "check_mask_value",
+    "draw_block_mask",
+    "draw_box_mask",
+    "expand_block_mask",
+    "hide",
+]
 
 MEAN = "mean"
 
@@ -75,6 +83,38 @@ def draw_block_mask(
     device = generator.device if generator is not None else None
     order = torch.rand(batch, blocks, generator=generator, device=device).argsort(dim=1)
     return (order < round(mask_ratio * blocks)).view(batch, 1, *grid)
+
+
+def draw_box_mask(batch: int, spatial_shape: Sequence[int], share: float) -> torch.Tensor:
+    """Draw a box for each sample, anywhere in the image; it has the same share of every side.
+
+    Args:
+        batch: number of samples B.
+        spatial_shape: voxels per axis.
+        share: of each side, above 0 and below 1; a side of one voxel is whole.
+
+    Returns:
+        boolean (B, 1, *spatial_shape) on the CPU, ``True`` = in the box; drawn from torch's global CPU generator.
+
+    Raises:
+        ConfigError: the share is out of bounds.
+
+    Examples:
+        >>> from mapseg_components.masking import draw_box_mask
+        >>> mask = draw_box_mask(batch=2, spatial_shape=(6, 9, 1), share=2 / 3)
+        >>> tuple(mask.shape), mask.flatten(1).sum(dim=1).tolist()  # 4 x 6 x 1 voxels in each sample
+        ((2, 1, 6, 9, 1), [24, 24])
+    """
+    if not 0.0 < share < 1.0:
+        raise ConfigError(f"box_share is {share}, expected a share of each side above 0 and below 1")
+    mask = torch.ones(batch, 1, *spatial_shape, dtype=torch.bool)
+    for axis, size in enumerate(spatial_shape):
+        side = max(1, round(share * size))
+        starts = (torch.rand(batch, 1) * (size - side + 1)).long()
+        places = torch.arange(size)
+        inside = (places >= starts) & (places < starts + side)
+        mask = mask & inside.view(batch, 1, *(size if other == axis else 1 for other in range(len(spatial_shape))))
+    return mask
 
 
 def expand_block_mask(mask: torch.Tensor, spatial_shape: Sequence[int]) -> torch.Tensor:

@@ -85,6 +85,7 @@ KNOW_THE_VIEW = (
     "keys.py",
     "methods/mapseg.py",
     "networks/segmenter.py",
+    "networks/unet.py",
     "networks/passes.py",
     "inferers/global_local.py",
     "transforms/pairing.py",

@@ -30,7 +30,7 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import source_cases, structure_names, target_cases
-from mapseg_components.plans.components import plan_after, shapes_of, wanted_after
+from mapseg_components.plans.components import find_after
 from mapseg_components.plans.frame import find_frame
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
@@ -281,8 +281,8 @@ class Adaptation:
             preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
         frame = find_frame(labelled, target, structures, preset, request["settings"] or {})
         planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine)
-        asked = request["settings"] or {}
-        after = plan_after(shapes_of([case["label"] for case in labelled], structures), structures)
+        if not frame.needs_view(planned["patch_size"]):
+            planned["global_view"] = False
         self.record["plan"] = {
             "preset": preset,
             "reason": reason,
@@ -293,7 +293,7 @@ class Adaptation:
             "fine": frame.fine,
             "labels": structures,
             "settings": planned,
-            "after_network": wanted_after(after, asked, structures),
+            "after_network": find_after(labelled, structures, request["settings"] or {}),
         }
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
@@ -327,7 +327,7 @@ class Adaptation:
         output = stages / stage.name
         if stage.bundle == ADAPTATION:
             bundle = self.folder
-            contrasts = ["any_contrast.yaml"] if self.request["random_contrasts"] else []
+            contrasts = [stage.contrasts] if self.request["random_contrasts"] else []
             asked = "settings_of_target.json" if "handover.yaml" in stage.overlays else "settings.json"
             configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, asked)]
         else:

@@ -19,7 +19,13 @@ from mapseg_components.data.given import given_cases
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.scan_audit import ScanAudit
-from mapseg_components.data.volumes import class_weights, structure_sizes, structure_volumes, write_volumes_csv
+from mapseg_components.data.volumes import (
+    class_weights,
+    share_ranges,
+    structure_sizes,
+    structure_volumes,
+    write_volumes_csv,
+)
 from mapseg_components.scans import (
     AuditRecord,
     Facts,
@@ -71,8 +77,9 @@ __all__ = [
     "read_nifti",
     "refuse_existing",
     "result_path",
-    "structure_sizes",
     "result_stem",
+    "share_ranges",
+    "structure_sizes",
     "structure_volumes",
     "structures_of",
     "write_volumes_csv",

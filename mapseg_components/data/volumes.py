@@ -23,6 +23,7 @@ from mapseg_components.structures import structures_of, to_whole
 __all__ = [
     "class_weights",
     "read_volumes_csv",
+    "share_ranges",
     "structure_sizes",
     "structure_volumes",
     "voxel_ml",
@@ -72,6 +73,22 @@ def structure_sizes(
         counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
         sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
     return sizes
+
+
+def share_ranges(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> dict[str, tuple[float, float]]:
+    """Lowest and highest share of each structure, of the voxels of all structures of a labelled case.
+
+    Args:
+        cases: with ``label``, a file; every label map is read once. Cases without any structure are left out.
+        labels: structure name to value.
+    """
+    counts = np.array([[voxels for voxels, _ in sizes.values()] for sizes in structure_sizes(cases, labels)], float)
+    counts = counts[counts.sum(axis=1) > 0] if len(counts) else counts
+    if not len(counts):
+        return {}
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    names = structures_of(labels)
+    return {name: (float(low), float(high)) for name, low, high in zip(names, shares.min(axis=0), shares.max(axis=0))}
 
 
 def voxel_ml(image: torch.Tensor) -> float:

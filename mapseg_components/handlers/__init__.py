@@ -9,6 +9,7 @@ from mapseg_components.handlers.ema_teacher import EMATeacher
 from mapseg_components.handlers.history import DiceReport, EpochHistory, VolumesTable
 from mapseg_components.handlers.progress import LossProgressBar
 from mapseg_components.handlers.scoring import ScoreCheckpoint, TeacherValidation
+from mapseg_components.handlers.share_limits import ShareLimits
 
 __all__ = [
     "DiceReport",
@@ -17,6 +18,7 @@ __all__ = [
     "HandlerChain",
     "LossProgressBar",
     "ScoreCheckpoint",
+    "ShareLimits",
     "TargetDiagnostics",
     "TeacherValidation",
     "TrainingCheckpoint",

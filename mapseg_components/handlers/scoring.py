@@ -21,6 +21,7 @@ from torch import nn
 from mapseg_components.checkpoints import weights_of, write_atomic
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.handlers.share_limits import ShareLimits
 from mapseg_components.keys import TARGET_LOSS
 
 __all__ = ["ScoreCheckpoint", "TeacherValidation"]
@@ -75,10 +76,9 @@ class ScoreCheckpoint:
     The target loss is the trainer's output ``target_loss``, so that no target label is needed: the terms that the
     method names for selection; for MAPSeg the local segmentation term of the masked pass, section 3.7 of the paper.
     The Score exists only from the epoch in which the teacher is active; student and teacher are both candidates and the
-    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that, and where the
-    method has no target loss, the epoch and candidate with the best source validation Dice are written to
-    ``source_only.pt``: there an active teacher is the average of the source model's weights. A Score that is NaN or
-    infinite is logged and never becomes the best.
+    better one is written to ``model.pt``, its name and figures to ``model_selection.json``. Before that the epoch with
+    the best source validation Dice is written to ``source_only.pt``. A Score that is NaN or infinite is logged and
+    never becomes the best.
 
     On a trainer without that output, such as MONAI's ``SupervisedTrainer``, there is no target loss: the Score is the
     evaluator's key metric, larger is better.
@@ -93,6 +93,10 @@ class ScoreCheckpoint:
         teacher: see `EMATeacher`; ``None`` if there is none: then every epoch that is validated has a Score.
         loss_weight: weight of the target loss (0.5 in the paper).
         patience: stop after so many epochs with a Score but no better one; ``None`` for never.
+        source_only: there is no Score in the whole run, which learns the source alone: ``source_only.pt`` is of the
+            better of both candidates, and an active teacher is the average of the student's last weights.
+        limits: of the structures' shares on the target, see `ShareLimits`: then a Score exists only in epochs in which
+            `TargetDiagnostics` has looked, for the candidates that are within limits. ``None`` for none.
 
     Sets on the trainer's state:
         ``metrics["source_dice_<name>"]``, ``metrics["target_loss"]`` and ``metrics["score"]``.
@@ -123,12 +127,16 @@ class ScoreCheckpoint:
         teacher: Activity | None = None,
         loss_weight: float = 0.5,
         patience: int | None = None,
+        source_only: bool = False,
+        limits: ShareLimits | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
         self.candidates = dict(candidates)
         self.teacher = teacher
         self.loss_weight = loss_weight
         self.patience = patience
+        self.source_only = source_only
+        self.limits = limits
         self.best_score = -math.inf
         self.best_source_dice = -math.inf
         self.best_name = ""
@@ -186,7 +194,7 @@ class ScoreCheckpoint:
         dice = {name: value for name, value in dice.items() if value is not None}
         for name, value in dice.items():
             engine.state.metrics[f"source_dice_{name}"] = value
-        if self.teacher is None or (self.teacher.active and self._loss_count):
+        if not self.source_only and (self.teacher is None or self.teacher.active):
             self._select_by_score(engine, dice)
         else:
             self._keep_source_only(engine, dice)
@@ -210,6 +218,12 @@ class ScoreCheckpoint:
             if any(evaluator is not None for _, evaluator in self.candidates.values()):
                 return  # not an epoch of validation
             dice = dict.fromkeys(self.candidates, 0.0)
+        if self.limits is not None:
+            if self.limits.reason is not None:
+                self._record({"stopped": {"epoch": engine.state.epoch, "reason": self.limits.reason}})
+            dice = {name: value for name, value in dice.items() if name not in self.limits.refused}
+            if self.limits.reason is not None or not dice or not self.limits.looked_in(engine.state.epoch):
+                return
         # max() does not order NaN: a candidate without a finite Dice comes last, a tie goes to the later candidate
         name = max(reversed(dice), key=lambda key: dice[key] if math.isfinite(dice[key]) else -math.inf)
         score = dice[name]
@@ -245,7 +259,12 @@ class ScoreCheckpoint:
         if idist.get_rank() != 0:
             return
         write_atomic(weights_of(self.candidates[name][0]), self.save_dir / f"{stem}.pt")
+        self._record({f"{stem}.pt": {"weights": name, **figures}})
+
+    def _record(self, entries: Mapping[str, Any]) -> None:
+        """Add entries to ``model_selection.json``."""
+        if idist.get_rank() != 0:
+            return
         record = self.save_dir / "model_selection.json"
         content = json.loads(record.read_text()) if record.is_file() else {}
-        content[f"{stem}.pt"] = {"weights": name, **figures}
-        write_json(content, record)
+        write_json({**content, **entries}, record)

@@ -83,6 +83,21 @@ class HandoverPackage:
         """``preprocessing`` and ``training``, each name to value."""
         return {part: Settings(self.content["settings"][part]) for part in PARTS}
 
+    @property
+    def share_ranges(self) -> dict[str, tuple[float, float]]:
+        """Lowest and highest share of each structure among the source's, for `mapseg_components.handlers.ShareLimits`.
+
+        Rounded outward; a structure of which too few scans may tell is left out.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        structures = self.content["volumes"].get("structures")
+        for name in self.labels if isinstance(structures, dict) else ():
+            share = structures[name].get("share") if isinstance(structures.get(name), dict) else None
+            ends = share.get("range") if isinstance(share, dict) else None
+            if isinstance(ends, list) and len(ends) == 2 and all(map(is_number(0, 1.1), ends)) and ends[0] <= ends[1]:
+                found[name] = (ends[0], min(ends[1], 1.0))
+        return found
+
     @cached_property
     def network(self) -> nn.Module:
         """The network that the weights belong to, with random weights; the same object each time.
@@ -150,7 +165,10 @@ class HandoverPackage:
             )
 
     def compare_spacing(self, cases: Sequence[Mapping[str, Any]]) -> None:
-        """Warn if the target's median voxel size is far from the source's: scans are not resampled."""
+        """Warn if the target's median voxel size is far from the source's, unless scans are resampled to one."""
+        working = self.settings["preprocessing"].get("working_spacing")
+        if working and all(working):
+            return
         found, expected = median_spacing([case[IMAGE] for case in cases]), self.content["spacing_mm"]
         if any(max(own, other) > FAR * min(own, other) for own, other in zip(found, expected)):
             logger.warning(

@@ -4,12 +4,14 @@
 
 from mapseg_components.methods.base import Method, Pass
 from mapseg_components.methods.consistency import MaskedConsistency, MeanTeacher, Supervised
+from mapseg_components.methods.copy_paste import CopyPaste
 from mapseg_components.methods.entropy import EntropyMinimization, norm_parameters
 from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel, Teacher, ViewLabels
 from mapseg_components.methods.mapseg import MAPSeg
 
 __all__ = [
     "ArgmaxLabels",
+    "CopyPaste",
     "EntropyMinimization",
     "MAPSeg",
     "MaskedConsistency",

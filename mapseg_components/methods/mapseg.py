@@ -12,7 +12,7 @@ from torch import nn
 from mapseg_components.contrast import Change, changed_alike
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import BOX, GLOBAL_IMAGE, GLOBAL_LABEL, IMAGE, LABEL, SOURCE, TARGET
-from mapseg_components.losses import LocalGlobalCosineLoss, SegmentationLoss, plain
+from mapseg_components.losses import ClassShareLoss, LocalGlobalCosineLoss, SegmentationLoss, plain
 from mapseg_components.masking import BlockMask
 from mapseg_components.methods.base import Pass, Tensors
 from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel
@@ -20,6 +20,7 @@ from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel
 __all__ = ["MAPSeg"]
 
 MASKED = "_masked"
+PRIOR = "target_prior"
 
 
 class MAPSeg:
@@ -58,10 +59,15 @@ class MAPSeg:
             maximum probability exceeds it. Off (``None``) by default.
         ignore_unsure: leave voxels whose maximum probability does not exceed this threshold out of the pseudo-label
             terms (they count nowhere, and never as background). Off (``None``) by default.
+        prior_weight: weight of ``target_prior``, the divergence of the class shares of the student's global views of
+            the target from those of the source's labels of its views, see `ClassShareLoss`. It needs the source in
+            the same batch, and global views. 0 (the paper): there is no such term.
+        global_view: whether samples have one (the paper). Without it the local terms are all: for scans that a patch
+            holds nearly whole, such as short-axis stacks of the heart.
 
     Raises:
-        ConfigError: a threshold is no probability, or a mask setting is unknown; or, in a call, there is no global
-            view.
+        ConfigError: a threshold is no probability, a weight is negative, or a mask setting is unknown; there is a prior
+            without global views; or, in a call, the global view is missing, or there is a prior and no source.
 
     Examples:
         >>> from mapseg_components.methods import MAPSeg
@@ -90,7 +96,13 @@ class MAPSeg:
         pseudo_loss: nn.Module | None = None,
         confidence_threshold: float | None = None,
         ignore_unsure: float | None = None,
+        prior_weight: float = 0.0,
+        global_view: bool = True,
     ) -> None:
+        if not 0.0 <= prior_weight < float("inf"):
+            raise ConfigError(f"prior_weight is {prior_weight}, expected 0 for off or a number above it")
+        if prior_weight and not global_view:
+            raise ConfigError("prior_weight is set without global views, whose class shares it compares: set it to 0")
         for name, value in {"confidence_threshold": confidence_threshold, "ignore_unsure": ignore_unsure}.items():
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}, expected a probability between 0 and 1, or null for off")
@@ -100,6 +112,7 @@ class MAPSeg:
         self.loss = SegmentationLoss() if loss is None else loss
         self.pseudo_loss = SegmentationLoss() if pseudo_loss is None else pseudo_loss
         self.cosine = LocalGlobalCosineLoss()
+        self.shares = ClassShareLoss()
         self.confidence_threshold = confidence_threshold
         self.ignore_unsure = ignore_unsure
         self.endings = {
@@ -107,56 +120,94 @@ class MAPSeg:
             TARGET: ("",) if not target_masked else ("", MASKED) if target_clean else (MASKED,),
         }
         self.change = change
+        self.global_view = global_view
         self.selection = (f"target_local{self.endings[TARGET][-1]}",)
         self.weights: dict[str, float] = {}
-        for kind, (source, target) in {
-            "local": (beta, 1.0),
-            "global": (gamma, 2 * gamma),
-            "cosine": (delta, 2 * delta),
-        }.items():
+        shares = {"local": (beta, 1.0)}
+        if global_view:
+            shares |= {"global": (gamma, 2 * gamma), "cosine": (delta, 2 * delta)}
+        for kind, (source, target) in shares.items():
             for side, weight in ((SOURCE, 2 * source), (TARGET, target)):
                 endings = self.endings[side]
                 self.weights |= {f"{side}_{kind}{ending}": weight / len(endings) for ending in endings}
+        if prior_weight:
+            endings = self.endings[TARGET]
+            self.weights |= {f"{PRIOR}{ending}": prior_weight / len(endings) for ending in endings}
 
     def passes(self, batch: Mapping[str, Tensors]) -> list[Pass]:
         """Clean and masked pairs with source labels or fresh pseudo labels.
 
         Args:
             batch: both sides have ``image``, ``global_image`` (B, C, X, Y, Z) and ``box`` (B, 3, 2), the patch in
-                voxels of the view; the source has ``label`` and ``global_label`` as well.
+                voxels of the view; the source has ``label`` and ``global_label`` as well. Nothing of the view without
+                ``global_view``.
         """
         passes = []
         if SOURCE in batch:
-            side = with_view(SOURCE, batch[SOURCE])
-            passes += self._clean_and_masked(SOURCE, side, side[LABEL], side[GLOBAL_LABEL])
+            side = batch[SOURCE]
+            passes += self._clean_and_masked(SOURCE, self._inputs(SOURCE, side), side[LABEL], side.get(GLOBAL_LABEL))
         if TARGET in batch and self.labels is not None and self.labels.active:
-            side = with_view(TARGET, batch[TARGET])
-            inputs = {key: side[key] for key in (IMAGE, GLOBAL_IMAGE, BOX)}
+            inputs = self._inputs(TARGET, batch[TARGET])
             labels = self.labels(**inputs)
             if self.change is not None:
-                seen = changed_alike(self.change, inputs[IMAGE], inputs[GLOBAL_IMAGE])
-                inputs |= dict(zip((IMAGE, GLOBAL_IMAGE), seen))
-            passes += self._clean_and_masked(TARGET, inputs, labels["logits"], labels["global_logits"])
+                images = [key for key in (IMAGE, GLOBAL_IMAGE) if key in inputs]
+                inputs |= dict(zip(images, changed_alike(self.change, *(inputs[key] for key in images))))
+            passes += self._clean_and_masked(TARGET, inputs, labels["logits"], labels.get("global_logits"))
+            passes = self._with_prior(passes, batch)
         return passes
 
+    def _inputs(self, name: str, side: Tensors) -> dict[str, torch.Tensor]:
+        """What the network is shown of a side."""
+        if not self.global_view:
+            return {IMAGE: side[IMAGE]}
+        return {key: with_view(name, side)[key] for key in (IMAGE, GLOBAL_IMAGE, BOX)}
+
     def _clean_and_masked(
-        self, side: str, batch: Tensors, label: torch.Tensor | PseudoLabel, global_label: torch.Tensor | PseudoLabel
+        self,
+        side: str,
+        inputs: Tensors,
+        label: torch.Tensor | PseudoLabel,
+        global_label: torch.Tensor | PseudoLabel | None,
     ) -> list[Pass]:
         passes = []
         for ending in self.endings[side]:
-            image, view = batch[IMAGE], batch[GLOBAL_IMAGE]
+            seen = dict(inputs)
             if ending == MASKED:
-                image, view = self.hide_local(image), self.hide_global(view)
+                seen[IMAGE] = self.hide_local(inputs[IMAGE])
+                if self.global_view:
+                    seen[GLOBAL_IMAGE] = self.hide_global(inputs[GLOBAL_IMAGE])
 
             def terms(output: Tensors, ending: str = ending) -> dict[str, torch.Tensor]:
-                return {
-                    f"{side}_local{ending}": self._segmentation(output["logits"], label),
-                    f"{side}_global{ending}": self._segmentation(output["global_logits"], global_label),
-                    f"{side}_cosine{ending}": self.cosine(output["local_features"], output["context_features"]),
-                }
+                found = {f"{side}_local{ending}": self._segmentation(output["logits"], label)}
+                if global_label is not None:
+                    features = (output["local_features"], output["context_features"])
+                    found[f"{side}_global{ending}"] = self._segmentation(output["global_logits"], global_label)
+                    found[f"{side}_cosine{ending}"] = self.cosine(*features)
+                return found
 
-            passes.append(Pass({IMAGE: image, GLOBAL_IMAGE: view, BOX: batch[BOX]}, terms))
+            passes.append(Pass(seen, terms))
         return passes
+
+    def _with_prior(self, passes: list[Pass], batch: Mapping[str, Tensors]) -> list[Pass]:
+        """The same passes; those of the target have the prior's term as well, if it has a weight."""
+        endings = [ending for ending in self.endings[TARGET] if f"{PRIOR}{ending}" in self.weights]
+        if not endings:
+            return passes
+        if SOURCE not in batch:
+            raise ConfigError(
+                "prior_weight is set, and there is no source whose labels have shares of the classes (test-time, or a "
+                "site of a federation): set prior_weight to 0; share_limits.yaml watches shares without a source"
+            )
+        label = batch[SOURCE][GLOBAL_LABEL]
+
+        def added(one: Pass, ending: str) -> Pass:
+            def terms(output: Tensors) -> dict[str, torch.Tensor]:
+                return {**one.terms(output), f"{PRIOR}{ending}": self.shares(output["global_logits"], label)}
+
+            return Pass(one.inputs, terms)
+
+        first = len(passes) - len(endings)
+        return passes[:first] + [added(one, ending) for one, ending in zip(passes[first:], endings)]
 
     def _segmentation(self, logits: torch.Tensor, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
         if not isinstance(label, PseudoLabel):

@@ -23,7 +23,7 @@ __all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bun
 PRETRAINING = "mapseg_pretraining"
 UNETS = ("GlobalLocalUNet", "UNetMAE")  # those that begin at half the resolution
 SIZES = {"width", "depth", "stride", "dilations", "head_channels", "dropout"}  # of MAPSeg's network
-BESIDE = ("any_contrast.yaml", "logging.conf", "evaluate.json", "multi_gpu_train.json")
+BESIDE = ("logging.conf", "evaluate.json", "multi_gpu_train.json")
 
 
 def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any], scans: str) -> None:
@@ -41,7 +41,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     configs = folder / "configs"
     configs.mkdir(exist_ok=True)
     (folder / "docs").mkdir(exist_ok=True)
-    stages = {overlay for stage in recipe.stages if stage.bundle == ADAPTATION for overlay in stage.overlays}
+    own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
+    stages = {overlay for stage in own for overlay in (*stage.overlays, stage.contrasts)}
     for name in {*BESIDE, *stages}:
         shutil.copyfile(origin / "configs" / name, configs / name)
     shutil.copyfile(origin / "LICENSE", folder / "LICENSE")

@@ -16,7 +16,7 @@ from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.structures import to_whole
 from mapseg_components.transforms.components import holes_of, named_classes
 
-__all__ = ["Shape", "describe_after", "plan_after", "shapes_in", "shapes_of", "wanted_after"]
+__all__ = ["Shape", "describe_after", "find_after", "plan_after", "shapes_in", "shapes_of"]
 
 LOOKED_AT = 20  # label maps
 SPECK = 0.01  # of the largest component's voxels: smaller components are slips of the annotation
@@ -112,15 +112,29 @@ def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> d
     return plan | {"reasons": reasons}
 
 
-def wanted_after(plan: Mapping[str, Any], settings: Mapping[str, Any], labels: Mapping[str, int]) -> dict[str, Any]:
-    """The plan with what the user set in its place; both lists are checked. Raises `ConfigError`."""
-    wanted = {**plan, "reasons": dict(plan["reasons"])}
-    for key in TITLES:
-        if key in settings:
-            wanted[key] = settings[key]
-            wanted["reasons"][key] = {}
-        named_classes(key, wanted[key], labels)
-    return wanted
+def find_after(
+    labelled: Sequence[Mapping[str, Any]], labels: Mapping[str, int], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is done after the network: as the label maps say, or as the user asks.
+
+    Args:
+        labelled: cases of the source.
+        labels: structures and their values.
+        settings: of the user; ``largest_component`` and ``fill_holes`` are taken as they are.
+
+    Returns:
+        see `plan_after`.
+
+    Raises:
+        ConfigError: a setting is no list of structures, or scikit-image is needed and not installed.
+        DataError: a label map cannot be read.
+    """
+    asked = {key: settings[key] for key in TITLES if key in settings}
+    for key, names in asked.items():
+        named_classes(key, names, labels)
+    plan = plan_after(shapes_of([case["label"] for case in labelled], labels), labels)
+    kept = {key: {} if key in asked else reasons for key, reasons in plan["reasons"].items()}
+    return plan | asked | {"reasons": kept}
 
 
 def describe_after(plan: Mapping[str, Any]) -> str:

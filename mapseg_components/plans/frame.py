@@ -23,6 +23,7 @@ ALIKE = 1.1  # spacings within this factor are not worth a resampling
 COARSER = 1.3  # nor is a grid that is hardly coarser
 ACROSS = 4.0  # working voxels across the thinnest structure, at least
 FINE = 5.0  # working voxels across the thinnest structure, below which a network keeps the full resolution
+WHOLE = 0.6  # of a scan's side in a patch: beyond, a global view is nearly the patch itself
 AROUND = 1.3  # a patch is this many times wider than all structures together
 
 
@@ -72,6 +73,10 @@ class Frame:
     def fine(self) -> bool:
         """Whether a structure is so thin that features of half the resolution would lose it."""
         return self.thinnest is None or self.thinnest < FINE * float(np.median(self.spacings, axis=0).min())
+
+    def needs_view(self, patch: Sequence[int]) -> bool:
+        """Whether a patch shows so little of the median scan that a view of the whole says more."""
+        return bool((np.asarray(patch) < WHOLE * np.median(self.shapes, axis=0)).any())
 
     @property
     def settings(self) -> dict[str, Any]:

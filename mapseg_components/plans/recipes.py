@@ -29,7 +29,8 @@ class Stage:
         overlays: of that bundle, after the recipe's own.
         paths: settings that are files or folders below ``stages``, of earlier stages or of this one.
         settings: further ones.
-        optional: whether ``mapseg adapt --nopretraining`` leaves it out.
+        optional: whether ``mapseg adapt --pretraining False`` leaves it out.
+        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     paths: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
+    contrasts: str = "any_contrast.yaml"
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def plan_sizes(
         step = max(stride[axis], local_block[axis])
         if planned:  # a level is halved three times where it can be
             step = max(step, 16 >> halvings[axis] * 2)
-            side = min(base, max(shape[axis], 32)) if ratio[axis] < THICK else min(MOST_SLICES, max(shape[axis], 4))
+            whole = math.ceil(shape[axis] / step) * step
+            side = min(base, max(whole, 32)) if ratio[axis] < THICK else min(MOST_SLICES, max(whole, 4))
         else:
             side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
         patch.append(max(math.ceil(side / step - 0.5), 2) * step)

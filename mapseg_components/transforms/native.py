@@ -43,6 +43,7 @@ class ArgmaxOnScand(MapTransform):
         >>> from monai.transforms import Spacing
         >>> from mapseg_components.transforms import ArgmaxOnScand
         >>> scan = Spacing((2, 2, 2))(MetaTensor(torch.rand(1, 6, 8, 10)))
+        >>> scan.meta["original_affine"], scan.meta["spatial_shape"] = torch.eye(4), (6, 8, 10)  # of LoadImaged
         >>> logits = MetaTensor(torch.rand(3, *scan.shape[1:]), affine=scan.affine)
         >>> label_map = ArgmaxOnScand("pred")({"pred": logits, "image": scan})["pred"]
         >>> tuple(label_map.shape), label_map.dtype

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mapseg_components.handover import HandoverPackage
 from tests.bundles.test_guests import PLAIN, UNET, bundle_run, train, weights
 from tests.federation import make_federation
 
@@ -61,3 +62,22 @@ def test_the_labels_of_guests_are_of_views_too(method, dataset, tmp_path):
         train(tmp_path / name, dataset, *files, **UNET, teacher_views=views)
     one, two = (weights(tmp_path / name / "last.pt")["network"] for name in ("one", "two"))
     assert not all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_prior_and_limits_of_shares_are_overlays(dataset, tmp_path):
+    history = train(tmp_path, dataset, *OVERLAYS, "share_limits.yaml", max_epochs=2, prior_weight=0.1)
+    assert history[-1]["target_prior"] > 0 and any(name.startswith("target_ml_") for name in history[-1])
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["diagnostics"]["limits"]
+    assert state["epoch"] == 2
+
+
+def test_a_package_has_the_limits_of_its_source(dataset, tmp_path):
+    package = {"handover_dir": str(tmp_path / "package"), "handover_min_scans": 2}
+    train(tmp_path / "source", dataset, "source_stage.yaml", **package)
+    files = ["from_source.yaml", "handover.yaml", "test_time.yaml", "share_limits.yaml"]
+    settings = {**package, "labels": "$@handover.labels", "max_epochs": 1, "val_interval": 1}
+    train(tmp_path / "target", dataset, *files, **settings, diagnostics_scans=1)
+    state = torch.load(tmp_path / "target" / "last.pt", weights_only=True)["diagnostics"]["limits"]
+    found = HandoverPackage(tmp_path / "package").share_ranges
+    assert state["epoch"] == 1 and set(found) == {"first", "second"}
+    assert all(0 < low <= high <= 1 for low, high in found.values())

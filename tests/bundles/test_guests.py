@@ -91,12 +91,18 @@ def test_a_guest_trains_resumes_and_segments(method, dataset, tmp_path):
 
 def test_a_network_and_a_method_that_do_not_fit_are_named(dataset, tmp_path):
     with pytest.raises(Exception) as caught:
-        train(tmp_path / "a", dataset, "dynunet.yaml", **UNET)
+        train(tmp_path / "a", dataset, "dynunet.yaml", **UNET, **{"method#global_view": True})
     assert "no 'global_image', which MAPSeg compares patches with" in str(cause(caught.value))
     with pytest.raises(Exception) as caught:
         train(tmp_path / "b", dataset, "dynunet.yaml", **UNET, global_view=True)
     expected = "PlainPass does not take ['box', 'global_image', 'image'], which the method shows it"
     assert expected in str(cause(caught.value))
+
+
+def test_mapseg_trains_any_network_by_patches_alone(dataset, tmp_path):
+    history = train(tmp_path / "a", dataset, "dynunet.yaml", **UNET, warmup_epochs=0)
+    terms = {name for name in history[-1] if name.startswith(("source_", "target_")) and "dice" not in name}
+    assert {"source_local", "target_local_masked"} <= terms and not any("global" in t or "cosine" in t for t in terms)
 
 
 def test_entropy_adapts_a_package_and_moves_normalization_alone(dataset, tmp_path):

@@ -54,7 +54,12 @@ def test_the_median_decides():
 @pytest.mark.parametrize("fine", [True, False])
 @pytest.mark.parametrize(
     "shape, spacing",
-    [((93, 93, 12), (1.5, 1.5, 8)), ((117, 159, 126), (0.9, 0.9, 0.9)), ((40, 50, 3), (1, 1, 5)), ((320, 300, 1), (1, 1, 3))],
+    [
+        ((93, 93, 12), (1.5, 1.5, 8)),
+        ((117, 159, 126), (0.9, 0.9, 0.9)),
+        ((40, 50, 3), (1, 1, 5)),
+        ((320, 300, 1), (1, 1, 3)),
+    ],
 )
 def test_a_planned_network_takes_the_planned_patch(shape, spacing, fine):
     plan = plan_sizes([shape], [spacing], "small-data-cpu", fine)

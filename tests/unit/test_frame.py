@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd, Orientationd, Spacing, Spacingd
+from monai.transforms import Compose, Invertd, Orientationd, Spacingd
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.frame import Grid, checked_spacing, directions_of, plan_frame, sizes_of
@@ -71,7 +71,7 @@ def test_without_directions_it_is_monais_orientation():
 @pytest.mark.parametrize("degrees", [-50, -30, 30, 50])
 def test_slices_of_tilted_stacks_stay_on_the_last_axis(degrees):
     """Nearest to the body's axes the slices of half of them would lie on another axis."""
-    affine = affine_of(turn(degrees, 0) @ OBLIQUE @ np.diag([0.8, 0.8, 5.0]))
+    affine = affine_of(OBLIQUE @ turn(degrees, 0) @ np.diag([0.8, 0.8, 5.0]))
     assert axes_in_frame(affine, OBLIQUE.T)[2][0] == 2
 
 
@@ -81,7 +81,7 @@ def test_other_slices_are_laid_by_the_body():
 
 
 def test_directions_that_are_no_frame_are_refused():
-    with pytest.raises(ConfigError, match="working_directions is .* three unit vectors at right angles"):
+    with pytest.raises(ConfigError, match=r"working_directions is .* three unit vectors at right angles"):
         WorkingFrame([[1, 0, 0], [1, 0, 0], [0, 0, 1]])
 
 
@@ -134,7 +134,7 @@ def test_the_coarser_side_decides_and_slices_stay():
 
 @pytest.mark.parametrize("wrong", [1.5, [1, 1], [1, 1, -1], ["a", 1, 1], [1, 1, float("inf")]])
 def test_a_working_spacing_that_is_none_is_refused(wrong):
-    with pytest.raises(ConfigError, match="working_spacing is .*expected mm for each of three axes"):
+    with pytest.raises(ConfigError, match=r"working_spacing is .*expected mm for each of three axes"):
         checked_spacing(wrong)
 
 
@@ -161,5 +161,6 @@ def test_a_plane_between_two_classes_is_found_between_the_voxels_of_the_working_
 
 
 def test_logits_without_a_grid_are_refused():
+    scan = MetaTensor(torch.zeros(1, 3, 3, 3))
     with pytest.raises(ConfigError, match="no metadata"):
-        ArgmaxOnScand()({"pred": torch.zeros(2, 3, 3, 3), "image": Spacing((1, 1, 1))(MetaTensor(torch.zeros(1, 3, 3, 3)))})
+        ArgmaxOnScand()({"pred": torch.zeros(2, 3, 3, 3), "image": scan})

@@ -193,6 +193,19 @@ def test_on_monais_trainer_the_score_is_the_metric(tmp_path, decollate, teacher)
     assert trainer.state.metrics["score"] < 1 and "target_loss" not in trainer.state.metrics
 
 
+def test_of_a_source_stage_the_better_of_student_and_average_is_kept_as_source_only(tmp_path):
+    supervised(tmp_path, [0.2, 0.5, 0.9], teacher=True, source_only=True)
+    record = json.loads((tmp_path / "model_selection.json").read_text())
+    assert record == {"source_only.pt": {"weights": "student", "epoch": 2, "source_dice": 1.0}}
+    score = ScoreCheckpoint(str(tmp_path), {"student": (Level(), None), "teacher": (Level(), None)}, source_only=True)
+    engine = Engine(lambda engine, batch: None)
+    engine.run([0], max_epochs=7)
+    score._keep_source_only(engine, {"student": 0.6, "teacher": 0.7})
+    score._keep_source_only(engine, {"student": float("nan"), "teacher": 0.65})
+    record = json.loads((tmp_path / "model_selection.json").read_text())
+    assert record["source_only.pt"] == {"weights": "teacher", "epoch": 7, "source_dice": 0.7}
+
+
 def test_patience_ends_monais_trainer(tmp_path):
     assert supervised(tmp_path, [0.5, 0.4, 0.3, 0.2, 0.1], patience=2).state.epoch == 3
 
