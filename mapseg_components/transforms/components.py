@@ -40,7 +40,7 @@ def holes_of(classes: np.ndarray, value: int) -> np.ndarray:
         >>> import numpy as np
         >>> from mapseg_components.transforms.components import holes_of
         >>> ring = np.ones((3, 4, 1), int)
-        >>> ring[1, 1:3] = 0, 0
+        >>> ring[1, 1:3] = 0
         >>> int(holes_of(ring, 1).sum())
         2
         >>> ring[1, 2] = 2  # another structure in the ring
