@@ -30,6 +30,7 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import source_cases, structure_names, target_cases
+from mapseg_components.plans.components import find_after
 from mapseg_components.plans.frame import find_frame
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
@@ -296,6 +297,7 @@ class Adaptation:
             "fine": frame.fine,
             "labels": structures,
             "settings": planned,
+            "after_network": find_after(labelled, structures, request["settings"] or {}),
         }
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
