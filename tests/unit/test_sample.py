@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mapseg_components.data import SECTIONS, check_datalist, check_training_data, load_datalist
+from mapseg_components.data import check_datalist, check_training_data, load_datalist
 
 SAMPLE = Path(__file__).parents[2] / "sample" / "fetal_age"
 COUNTS = {"source_training": 4, "source_validation": 1, "target_training": 4, "target_test": 2}
@@ -25,7 +25,7 @@ def test_sample_is_complete_and_sound():
     check_training_data(SAMPLE / "datalist.json", [int(value) for value in labels if value != "0"])
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", COUNTS)
 def test_folder_convention_and_datalist_agree(section):
     assert {c["image"] for c in load_datalist(SAMPLE, section)} == {
         c["image"] for c in load_datalist(SAMPLE / "datalist.json", section)
@@ -40,7 +40,7 @@ def test_sample_is_what_the_script_made():
 
 
 def test_every_label_map_lies_on_its_scans_grid():
-    labelled = [case for section in SECTIONS for case in load_datalist(SAMPLE, section) if "label" in case]
+    labelled = [case for section in COUNTS for case in load_datalist(SAMPLE, section) if "label" in case]
     assert len(labelled) == 7
     for case in labelled:
         image, label = (nib.load(case[key]) for key in ("image", "label"))
