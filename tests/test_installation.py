@@ -254,7 +254,13 @@ def test_overlays_need_yaml_which_is_declared():
     assert overlays and undeclared({"yaml"}) == []
 
 
-RUN_BY_HAND = ("tests/poc/run.py", "benchmarks/federation_cost.py", "tools/domain_gap.py", "tools/demo.py", "tools/demo_figure.py")
+RUN_BY_HAND = (
+    "tests/poc/run.py",
+    "benchmarks/federation_cost.py",
+    "tools/domain_gap.py",
+    "tools/demo.py",
+    "tools/demo_figure.py",
+)
 
 
 @pytest.mark.parametrize("name", RUN_BY_HAND)

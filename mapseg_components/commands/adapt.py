@@ -22,14 +22,14 @@ from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads
-from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
-from mapseg_components.plans.cases import source_cases, structure_names, target_cases
+from mapseg_components.plans.cases import all_targets, hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.components import find_after
 from mapseg_components.plans.frame import find_frame
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
@@ -76,6 +76,7 @@ def adapt(
     pretraining: bool = True,
     random_contrasts: bool = True,
     validation_share: float = 0.2,
+    held_out: float = 0.2,
     symmetric: bool = False,
     any_position: bool = False,
     settings: str | Mapping[str, Any] | None = None,
@@ -107,6 +108,8 @@ def adapt(
         random_contrasts: show the source in random contrasts (``any_contrast.yaml``); turn it off if source and target
             have the same contrast.
         validation_share: of the source's cases, one at least, where it names none.
+        held_out: share of the target's scans, two at least, that adaptation does not see and both models are judged
+            on; 0 for none. Below five target scans none is held out.
         symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
             sure a model is. Refused where a name has a side.
         any_position: source and target show different parts of the body: then the place of a structure in a scan says
@@ -133,6 +136,8 @@ def adapt(
             raise ConfigError(f"{name} {Path(path).absolute()} does not exist: correct the path")
     if not 0 < validation_share < 1:
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
     choose_device(device)
     read_recipe(method)
     request = {
@@ -145,6 +150,7 @@ def adapt(
         "pretraining": pretraining,
         "random_contrasts": random_contrasts,
         "validation_share": validation_share,
+        "held_out": held_out,
         "symmetric": symmetric,
         "any_position": any_position,
         "settings": read_mapping("settings", settings),
@@ -233,6 +239,7 @@ class Adaptation:
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
+        saved["request"].setdefault("held_out", 0)  # a run of an earlier version
         now = json.loads(json.dumps(self.request))
         changed = [
             f"{name} was {saved['request'].get(name)!r}, now {now[name]!r}"
@@ -275,6 +282,7 @@ class Adaptation:
         source = self._scans("source")
         training, validation = source_cases(source, request["validation_share"], request["seed"])
         target = target_cases(self._scans("target"))
+        adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
         structures = structure_names(request["labels"], request["source"], [*training, *validation])
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
@@ -292,16 +300,19 @@ class Adaptation:
             "source_training": len(training),
             "source_validation": len(validation),
             "target": len(target),
+            "target_heldout": [case["case_id"] for case in held_out],
             **frame.figures,
             "fine": frame.fine,
             "labels": structures,
             "settings": planned,
+            "after_network": find_after(labelled, structures, request["settings"] or {}),
         }
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
             "source_training": training,
             "source_validation": validation,
-            "target_training": target,
+            "target_training": adapted_on,
+            **({"target_heldout": held_out} if held_out else {}),
         }
         # while the folder is not this run's yet: it stays free for the corrected command
         check_epochs(self.recipe, self.record["plan"], request)
@@ -338,7 +349,9 @@ class Adaptation:
             configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
         earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        own = {name: value for name, value in stage.settings.items() if name not in (self.request["settings"] or {})}
+        asked_for = self.request["settings"] or {}
+        own = {name: scaled(merged[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
+        own = {name: value for name, value in own.items() if name not in asked_for}
         epochs = own.get("max_epochs", merged["max_epochs"])
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
@@ -361,22 +374,28 @@ class Adaptation:
         stage = f"predictions of {name}"
         if stage in self.record["done"]:
             return
+        sections = ["target_training", *(["target_heldout"] if self.record["plan"].get("target_heldout") else [])]
         settings = {
             "weights": self.folder / "models" / f"{name}.pt",
             "_datalist": self.folder / "datalist.json",
-            "cases": "$mapseg_components.data.load_datalist(@_datalist, 'target_training')",
+            "cases": "$" + " + ".join(f"mapseg_components.data.load_datalist(@_datalist, '{name}')" for name in sections),
             "overwrite": True,
         }
         output = self.folder / "predictions" / name
         seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
         if self.request["prepare"] is not None:
-            for case in load_datalist(self.folder / "datalist.json", "target_training"):
+            for case in all_targets(self.folder / "datalist.json"):
                 image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
                 sidecar = image.with_name(f"{stem(image)}.json")
                 restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
         self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
+
+
+def scaled(value: float, factor: float) -> float:
+    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
+    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
 
 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data import load_datalist
+from mapseg_components.data.datalist import has_section
 from mapseg_components.data.volumes import voxel_ml
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
@@ -29,6 +30,8 @@ __all__ = ["assess", "verdict_of"]
 logger = logging.getLogger(__name__)
 
 CONFIDENT = 0.95
+HELD_OUT = "target scans that were held out of adaptation"
+ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be less on others)"
 LEAST_GAIN = 0.01
 MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
@@ -73,7 +76,8 @@ def assess(
     inferer = parser.get_parsed_content("inferer")
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
-    validation, target = (load_datalist(datalist, name) for name in ("source_validation", "target_training"))
+    judged = "target_heldout" if has_section(datalist, "target_heldout") else "target_training"
+    validation, target = (load_datalist(datalist, name) for name in ("source_validation", judged))
     classes = len(names) + 1
 
     def probabilities(image: torch.Tensor) -> torch.Tensor:
@@ -139,6 +143,7 @@ def assess(
             }
     result: dict[str, Any] = {
         "models": models,
+        "held_out": judged == "target_heldout",
         "prior_ml": {name: sorted(one[name] for one in prior) for name in names},
     }
     if {"source_only", "adapted"} <= set(models):
@@ -146,7 +151,7 @@ def assess(
             case["case_id"]: rounded(float(label_agreement(a.long(), b.long(), classes).nanmean()))
             for case, a, b in zip(target, label_maps["source_only"], label_maps["adapted"])
         }
-        result["verdict"] = verdict_of(models["source_only"], models["adapted"])
+        result["verdict"] = verdict_of(models["source_only"], models["adapted"], result["held_out"])
     return result
 
 
@@ -218,11 +223,16 @@ def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, 
     return {"structures": dict(zip(names, means)), "mean": rounded(float(np.mean(known))) if known else None}
 
 
-def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[str, Any]:
+def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: bool = False) -> dict[str, Any]:
     """The verdict: which model to use, with the reason, from the figures of both on the same target scans.
 
     The estimates of Dice are compared scan by scan. Better or worse means: the mean difference is 0.01 at least, and
     the bootstrap interval (95 %, over scans) does not hold 0. An adapted model that is not better is not shipped.
+
+    Args:
+        source: figures of the source-only model, as `assess` makes them.
+        adapted: those of the other one.
+        held_out: whether adaptation did not see these scans; the sentences say so.
 
     Returns:
         ``verdict`` ("adapted", "no gain", "worse than source"), ``ship`` (the model's name), ``gain`` (mean difference
@@ -241,7 +251,7 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any]) -> dict[st
     gain = float(differences.mean())
     low, high = bootstrap_interval(differences) or (gain, gain)
     why.append(
-        f"Estimated Dice on {len(pairs)} target scans: source-only {np.mean([a for a, _ in pairs]):.3f}, "
+        f"Estimated Dice on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: source-only {np.mean([a for a, _ in pairs]):.3f}, "
         f"adapted {np.mean([b for _, b in pairs]):.3f}; difference {gain:+.3f} (95 % interval {low:+.3f}"
         f" to {high:+.3f})."
     )

@@ -44,6 +44,7 @@ SIDE = {
     "source_training": "source",
     "source_validation": "source",
     "target_training": "target",
+    "target_heldout": "target",
     "target_test": "target",
 }
 

@@ -16,6 +16,7 @@ from mapseg_components.data.left_out import records_of, summary
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders
 from mapseg_components.keys import CASE_ID, IMAGE
+from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.prediction.bundle import InferenceBundle, open_bundle
 from mapseg_components.prediction.inputs import Inputs, inputs_of
 from mapseg_components.prediction.intake import begun, taken_over, unreadable, usable
@@ -42,6 +43,7 @@ def predict(
     bundle: str,
     weights: str | None = None,
     overlays: str | None = None,
+    settings: str | Mapping[str, Any] | None = None,
     modality: str | None = None,
     negative_values: str | None = None,
     assume_orientation: str | None = None,
@@ -78,6 +80,8 @@ def predict(
         weights: file of weights, by default what the bundle names; several, with commas between them, are averaged.
         overlays: config files on top of inference.json, with commas between them; names without a folder are the
             bundle's.
+        settings: values on top of those, by name, as a mapping, JSON text or a JSON file, such as
+            '{"largest_component": []}'.
         modality: of a BIDS dataset with several, e.g. T2w.
         negative_values: clip (MR), shift (CT in HU: adds 1024) or keep; by default what the bundle says.
         assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default such are refused.
@@ -118,7 +122,7 @@ def predict(
             "assume_orientation": assume_orientation,
             "non_finite": non_finite,
         }
-        settings = {
+        own = {
             "bundle_root": str(home.absolute()),
             "dataset_dir": str(call.source.absolute()),
             "cases": inputs.cases,
@@ -126,8 +130,12 @@ def predict(
             "overwrite": overwrite,
             **{name: value for name, value in policies.items() if value},
         }
+        asked = read_mapping("settings", settings) or {}
+        taken = sorted(set(asked) & {*own, "output_dir", "weights", "audit_file"})
+        if taken:
+            raise ConfigError(f"settings has {taken}, which the command's own arguments say: leave them out")
         segmenter = open_bundle(
-            home, listed(overlays), settings, listed(weights), listed(keep_largest), flip_tta, probabilities
+            home, listed(overlays), own | asked, listed(weights), listed(keep_largest), flip_tta, probabilities
         )
         drawn = not no_preview and can_draw()
         if not no_preview and not drawn:

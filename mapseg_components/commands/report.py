@@ -15,10 +15,11 @@ import numpy as np
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.stages import read_history
-from mapseg_components.data import load_datalist, read_nifti
+from mapseg_components.data import read_nifti
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
+from mapseg_components.plans.cases import all_targets
 from mapseg_components.reports import (
     FIGURES_STYLE,
     SLICES_SCRIPT,
@@ -51,8 +52,10 @@ QUALITY_NOTE = (
     "the voxels that the adapted model labels, those with a probability above 0.95. Agreement: Dice between the label "
     "maps of both models."
 )
+HELD_OUT_NOTE = "All scans of this table were held out of adaptation."
+ADAPTED_ON_NOTE = "No scan was held out: gains are judged on the scans adapted on, and may be less on others."
 VOLUMES_NOTE = (
-    "Median over the target scans, in ml, and the range over the source's label maps. Another age or disease may well "
+    "Median over the judged target scans, in ml, and the range over the source's label maps. Another age or disease may well "
     "lie outside of it; a model that fails does too."
 )
 SIZES_NOTE = (
@@ -119,12 +122,15 @@ def report(directory: str, output: str | None = None) -> str:
     names, verdict = list(plan["labels"]), assessment["verdict"]
     shown = key_figures(assessment)
     reasons = [text for text in verdict["why"] if not (shown and text.startswith("Estimated Dice on"))]
+    held = plan.get("target_heldout")
+    held_out = f" ({len(held)} held out of adaptation: {escape(', '.join(held))})" if held else " (none held out)"
+    note = HELD_OUT_NOTE if held else ADAPTED_ON_NOTE
     body = [
-        f'<p class="quiet">{plan["target"]} target scans, {plan["source_training"]} + {plan["source_validation"]} '
+        f'<p class="quiet">{plan["target"]} target scans{held_out}, {plan["source_training"]} + {plan["source_validation"]} '
         f"source scans, {len(names)} structures, preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
         answer(KINDS[verdict["verdict"]], VERDICTS[verdict["verdict"]], shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
-        f'<h2>Each target scan</h2><p class="quiet">{escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
+        f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
         f'<h2>Each structure</h2><div class="tables"><div><h3>Volume on the target</h3>'
         f'<p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}</div>'
         f"<div><h3>Dice on the source's validation scans</h3>{validation_table(assessment, names)}</div></div>",
@@ -251,14 +257,15 @@ def sizes(history: Sequence[Mapping[str, Any]], prior: Mapping[str, Sequence[flo
 
 def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -> str:
     """Scans slice by slice with the label maps of both models, the least certain first."""
-    cases = {case["case_id"]: case for case in load_datalist(folder / "datalist.json", "target_training")}
+    cases = {case["case_id"]: case for case in all_targets(folder / "datalist.json")}
     shown = [cases[pair[1]["case"]] for pair in worst_first(assessment)[:MOST_SCANS]]
     key = "".join(
         f'<li><i class="swatch" style="background:{colour}"></i>{escape(name)}</li>'
         for name, colour in zip(names, structure_colours(len(names)))
     )
     options = "".join(f"<option>{escape(case['case_id'])}</option>" for case in shown)
-    more = f" {len(cases) - len(shown)} more are in the tables only." if len(cases) > len(shown) else ""
+    judged = len(worst_first(assessment))
+    more = f" {judged - len(shown)} more are in the tables only." if judged > len(shown) else ""
     note = f"The least certain first.{more} Coronal and axial slices show the right side of the body on the left."
     head = (
         f'<p class="quiet">{note}</p><p class="choice"><label>Scan <select id="scan">{options}</select></label>'

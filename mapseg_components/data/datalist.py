@@ -50,10 +50,11 @@ SECTIONS = {
     "source_training": "source",
     "source_validation": "validation",
     "target_training": "target",
+    "target_heldout": "heldout",
     "target_test": "test",
 }
 MOST_FOLDERS = 200  # searched for the text of an error
-WITHOUT_LABELS = ("target_training",)
+WITHOUT_LABELS = ("target_training", "target_heldout")
 # what is added to a case id when its results are written, and what a file system allows for a name
 LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
 

@@ -32,8 +32,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     Args:
         folder: the new bundle.
         recipe: its method.
-        plan: ``preset``, ``labels``, ``settings``, ``working_spacing_mm`` and ``fine``, see
-            `mapseg_components.plans.sizes` and `mapseg_components.plans.frame`.
+        plan: ``preset``, ``labels``, ``settings``, ``working_spacing_mm``, ``fine`` and ``after_network``, see
+            `mapseg_components.plans.sizes`, `mapseg_components.plans.frame` and `mapseg_components.plans.components`.
         request: arguments of ``mapseg adapt``.
         scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """
@@ -94,6 +94,7 @@ def settled(
     files = [configs / name, *(configs / overlay for overlay in overlays if (configs / overlay).is_file())]
     config = {key: value for key, value in ConfigParser.load_config_files(files).items() if key in base}
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
+    wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
     wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
     if request["device"] != "auto":
         wanted["device"] = f"$torch.device('{request['device']}')"
@@ -116,6 +117,7 @@ def check_names(settings: Mapping[str, Any]) -> None:
     """Refuse settings that no bundle has. Raises `ConfigError`."""
     folders = [bundles_folder() / name for name in (ADAPTATION, PRETRAINING)]
     known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
+    known |= set(ConfigParser.load_config_file(bundles_folder() / ADAPTATION / "configs" / "inference.json"))
     unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")

@@ -26,11 +26,13 @@ from mapseg_components.scans.facts import facts_of
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.structures import structures_of, value_fault
 
-__all__ = ["source_cases", "structure_names", "target_cases"]
+__all__ = ["all_targets", "hold_out", "source_cases", "structure_names", "target_cases"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
 MOST_LABELS = 255
+FEWEST_TO_HOLD_OUT = 5  # target scans; below it, all are adapted on
+FEWEST_HELD_OUT = 2
 
 
 def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -90,6 +92,30 @@ def target_cases(target: str) -> list[dict[str, Any]]:
         )
     refuse_misplaced(cases)
     return cases
+
+
+def hold_out(cases: Sequence[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Target cases to adapt on, and those that only the verdict looks at, in their order; chosen by the seed.
+
+    Args:
+        cases: of the target.
+        share: of the cases that is held out, two at least; 0 for none. Below five cases none is.
+        seed: of the choice.
+    """
+    if not share or len(cases) < FEWEST_TO_HOLD_OUT:
+        logger.info("No target scan is held out: gains are judged on the scans adapted on.")
+        return [*cases], []
+    number = min(max(round(len(cases) * share), FEWEST_HELD_OUT), len(cases) - 1)
+    chosen = set(random.Random(seed).sample(range(len(cases)), number))
+    held = [case for index, case in enumerate(cases) if index in chosen]
+    logger.info(f"Held out of adaptation, to judge it: {[case['case_id'] for case in held]}.")
+    return [case for index, case in enumerate(cases) if index not in chosen], held
+
+
+def all_targets(datalist: str | Path) -> list[dict[str, Any]]:
+    """Target cases of a run's datalist, adapted on and held out."""
+    held = load_datalist(datalist, "target_heldout") if has_section(datalist, "target_heldout") else []
+    return [*load_datalist(datalist, "target_training"), *held]
 
 
 def refuse_misplaced(cases: Sequence[Mapping[str, Any]]) -> None:

@@ -31,6 +31,7 @@ class Stage:
         settings: further ones.
         optional: whether ``mapseg adapt --pretraining False`` leaves it out.
         contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off.
+        scale: factors of settings, so that a stage is as long as a share of what the preset says.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     settings: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
     contrasts: str = "any_contrast.yaml"
+    scale: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.components import describe_after
 from mapseg_components.transforms.frame import THICK
 
 __all__ = [
@@ -193,5 +194,6 @@ def describe(plan: Mapping[str, Any]) -> str:
         f"{plan['source_validation']} for validation, target {plan['target']}; median scan {plan['median_shape']} "
         f"voxels of {plan['median_spacing_mm']} mm, worked on as {plan['working_shape']} of "
         f"{plan['working_spacing_mm']} mm. "
-        f"Structures: {', '.join(plan['labels'])}. {sizes}."
+        f"Structures: {', '.join(plan['labels'])}. {sizes}. "
+        f"{describe_after(plan['after_network'])}"
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from monai.utils import optional_import
 
 from mapseg_components import __version__
 from mapseg_components.configs import check_settings
@@ -22,10 +21,12 @@ from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.scans.segmentation import Algorithm
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms import named_classes
 
 __all__ = ["SAVING", "InferenceBundle", "open_bundle", "read_bundle"]
 
 SAVING, READER = "SaveLabelMapd", "mapseg_components.data.NiftiReader"
+LARGEST, HOLES = "largest_component", "fill_holes"  # settings of what follows after the network
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
 OWN_HANDLERS = ("WeightsLoader", "VolumesTable", "ProgressBar")
@@ -119,7 +120,11 @@ def open_bundle(
         ConfigError: bundle, overlay, setting or structure is unknown, or an option does not suit the bundle.
     """
     parser = read_bundle(home, overlays, settings)
-    names = list(structures_of(parser.get_parsed_content("labels")))
+    labels = structures_of(parser.get_parsed_content("labels"))
+    names = list(labels)
+    for setting in (LARGEST, HOLES):  # before any scan is segmented
+        if setting in parser.config:
+            named_classes(setting, parser.get_parsed_content(setting), labels)
     members = list(weights) or [str(parser.get_parsed_content("weights"))]
     extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
     return InferenceBundle(parser, names, members)
@@ -165,6 +170,9 @@ def extend(
     Raises:
         ConfigError: the label maps would be wrong by a mirror image, or the config saves no label map.
     """
+    if kept and LARGEST in parser.config:
+        own = parser.get_parsed_content(LARGEST)
+        parser[LARGEST] = [*own, *(names[one - 1] for one in kept if names[one - 1] not in own)]
     handlers, postprocessing = parser.config.get("handlers", []), parser.config["postprocessing"]
     if not isinstance(handlers, list) or not isinstance(postprocessing, dict) or "transforms" not in postprocessing:
         raise ConfigError("the bundle's handlers are no list, or its postprocessing has no list of transforms")
@@ -190,7 +198,7 @@ def extend(
         maps.append(PROBABILITIES)
     invert = {"_target_": "Invertd", "keys": maps, "transform": "@preprocessing", "orig_keys": [IMAGE] * len(maps)}
     after: list[dict[str, Any]] = [{**invert, "nearest_interp": True, "to_tensor": True}]
-    if kept:
+    if kept and LARGEST not in parser.config:  # a bundle of an earlier version
         after.append({"_target_": "KeepLargestConnectedComponentd", "keys": [PRED], "applied_labels": list(kept)})
     parser["postprocessing#transforms"] = [*before, *steps[:saving], *after, *steps[saving:]]
 
@@ -213,12 +221,5 @@ def target_of(component: Any) -> str:
 
 def kept_structures(wanted: Sequence[str], names: Sequence[str]) -> list[int]:
     """Class indices of named structures. Raises `ConfigError` for an unknown name, or without scikit-image."""
-    if not wanted:
-        return []
-    if not optional_import("skimage.measure")[1]:
-        raise ConfigError("keep_largest needs scikit-image, which is not installed: pip install scikit-image")
-    wanted = list(names) if list(wanted) == ["all"] else wanted
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise ConfigError(f"keep_largest names {', '.join(unknown)}, the bundle has {', '.join(names)}")
-    return [list(names).index(name) + 1 for name in wanted]
+    wanted = list(names) if list(wanted) == ["all"] else list(wanted)
+    return named_classes("keep_largest", wanted, {name: value for value, name in enumerate(names, start=1)})

@@ -4,6 +4,7 @@
 
 from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
+from mapseg_components.transforms.components import FillEnclosed, FillEnclosedd, named_classes
 from mapseg_components.transforms.contrast import RandGlobalLocalAdjustContrastd, RandGlobalLocalHistogramShiftd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed
@@ -24,6 +25,8 @@ from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, Sav
 
 __all__ = [
     "ArgmaxOnScand",
+    "FillEnclosed",
+    "FillEnclosedd",
     "FillNonFinite",
     "FillNonFinited",
     "AssumeOrientation",
@@ -52,6 +55,7 @@ __all__ = [
     "SaveVolumed",
     "SelectLabels",
     "SelectLabelsd",
+    "named_classes",
     "save_probabilities",
     "WorkingFrame",
     "WorkingFramed",

@@ -21,7 +21,8 @@ from mapseg_components.commands.assess import case_figures, verdict_of
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
-from mapseg_components.plans.cases import source_cases, structure_names, target_cases
+from mapseg_components.data import load_datalist
+from mapseg_components.plans.cases import all_targets, hold_out, source_cases, structure_names, target_cases
 from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
@@ -115,6 +116,9 @@ def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path, metho
     network_sizes = {"width", "depth", "dilations", "head_channels", "decoder_channels"}
     sizes = {key: value for key, value in TINY.items() if method == "test_time" or key not in network_sizes}
     arguments = {**call(folders), "settings": sizes, "method": method, "pretraining": False}
+    arguments["target"] = str(tmp_path / "t2")
+    for seed in range(5):
+        write_nifti(tmp_path / "t2" / f"{seed}.nii.gz", make_scan(seed=seed + 20, contrast=-0.7)[0])
     record = adapt(**arguments, output=str(tmp_path / "out")).record
     assert record["done"][:2] == ["source", "adaptation"]
     network = json.loads((tmp_path / "out" / "stages" / "package" / "handover.json").read_text())["network"]
@@ -130,7 +134,15 @@ def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path, metho
             adapt(**{**arguments, "settings": {"width": 8}}, output=str(tmp_path / "other"))
     else:
         assert network["width"] == TINY["width"]
-    assert len(list((tmp_path / "out" / "predictions" / "adapted").glob("*_seg.nii.gz"))) == 2
+    assert len(list((tmp_path / "out" / "predictions" / "adapted").glob("*_seg.nii.gz"))) == 5
+    listed = json.loads((tmp_path / "out" / "datalist.json").read_text())
+    held = [case["case_id"] for case in listed["target_heldout"]]
+    assert len(held) == 2 and len(listed["target_training"]) == 3
+    for figures in record["assessment"]["models"].values():
+        assert [case["case"] for case in figures["cases"]] == held
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"2 held out of adaptation: {', '.join(held)}" in page and page.count('class="viewer"') == 2
+    assert record["assessment"]["held_out"] and "held out" in record["assessment"]["verdict"]["why"][0]
     with pytest.raises(ConfigError, match=f"method was '{method}', now 'mapseg'"):
         adapt(**{**arguments, "method": "mapseg"}, output=str(tmp_path / "out"))
 
@@ -191,6 +203,8 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"source": "nowhere"}, "source .*nowhere does not exist"),
         ({"target": "t1/labels/none"}, "target .* does not exist"),
         ({"validation_share": 2}, "validation_share is 2, expected"),
+        ({"held_out": 1}, "held_out is 1, expected a share from 0 to below 1"),
+        ({"held_out": -0.1}, "held_out is -0.1, expected"),
         ({"labels": "liver"}, "labels 'liver' is no JSON object"),
         ({"preset": "huge"}, "preset 'huge' is unknown"),
         ({"prepare": {"overwrite": True}}, "prepare has \\['overwrite'\\], expected options among"),
@@ -224,6 +238,28 @@ def test_cases_are_held_out_by_the_seed(folders):
     assert len(training) == 2 and len(validation) == 1
     assert source_cases(str(folders / "t1"), 0.2, seed=0) == (training, validation)
     assert {c["case_id"] for c in (*training, *validation)} == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    "number, share, expected",
+    [(1, 0.2, 0), (4, 0.9, 0), (5, 0.2, 2), (5, 0.01, 2), (5, 0.99, 4), (12, 0.2, 2), (25, 0.2, 5), (25, 0, 0)],
+)
+def test_target_scans_are_held_out_by_the_seed_and_none_is_lost(number, share, expected):
+    cases = [{"case_id": str(index)} for index in range(number)]
+    for seed in range(3):
+        rest, held = hold_out(cases, share, seed)
+        assert len(held) == expected and hold_out(cases, share, seed) == (rest, held)
+        assert sorted([*rest, *held], key=lambda case: int(case["case_id"])) == cases
+
+
+def test_targets_of_a_run_are_those_adapted_on_and_those_held_out(tmp_path):
+    content = {"target_training": [{"image": "a.nii"}], "target_heldout": [{"image": "b.nii", "label": "c.nii"}]}
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps(content))
+    assert [case["case_id"] for case in all_targets(path)] == ["a", "b"]
+    assert "label" not in load_datalist(path, "target_heldout")[0]
+    path.write_text(json.dumps({"target_training": content["target_training"]}))
+    assert [case["case_id"] for case in all_targets(path)] == ["a"]
 
 
 def test_unpaired_labels_are_named(folders, tmp_path):

@@ -71,7 +71,7 @@ def test_without_directions_it_is_monais_orientation():
 @pytest.mark.parametrize("degrees", [-50, -30, 30, 50])
 def test_slices_of_tilted_stacks_stay_on_the_last_axis(degrees):
     """Nearest to the body's axes the slices of half of them would lie on another axis."""
-    affine = affine_of(turn(degrees, 0) @ OBLIQUE @ np.diag([0.8, 0.8, 5.0]))
+    affine = affine_of(OBLIQUE @ turn(degrees, 0) @ np.diag([0.8, 0.8, 5.0]))
     assert axes_in_frame(affine, OBLIQUE.T)[2][0] == 2
 
 

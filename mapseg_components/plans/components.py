@@ -1,0 +1,146 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What the source's label maps say of connected components and holes, and what follows after the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from monai.utils import optional_import
+from scipy import ndimage
+
+from mapseg_components.scans.nifti import read_nifti
+from mapseg_components.structures import to_whole
+from mapseg_components.transforms.components import holes_of, named_classes
+
+__all__ = ["Shape", "describe_after", "find_after", "plan_after", "shapes_in", "shapes_of"]
+
+LOOKED_AT = 20  # label maps
+SPECK = 0.01  # of the largest component's voxels: smaller components are slips of the annotation
+TITLES = {"largest_component": "largest component only", "fill_holes": "holes filled"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A structure in one label map.
+
+    Args:
+        components: connected by faces, edges or corners, without specks.
+        holes: voxels in holes, see `mapseg_components.transforms.components.holes_of`.
+    """
+
+    components: int
+    holes: int
+
+
+def shapes_in(classes: np.ndarray, count: int) -> dict[int, Shape]:
+    """Structures of a label map that occur in it, by class index.
+
+    Args:
+        classes: (X, Y, Z), integers: 0 background, 1 to ``count`` structures.
+        count: number of structures.
+    """
+    found = {}
+    for value, box in enumerate(ndimage.find_objects(classes, count), start=1):
+        if box is not None:
+            numbered, _ = ndimage.label(classes[box] == value, np.ones((3, 3, 3)))
+            sizes = np.bincount(numbered.ravel())[1:]
+            components = int((sizes >= SPECK * sizes.max()).sum())
+            found[value] = Shape(components, int(holes_of(classes, value).sum()))
+    return found
+
+
+def shapes_of(label_maps: Sequence[str], labels: Mapping[str, int]) -> list[dict[int, Shape]]:
+    """Structures of some of the label maps, evenly chosen. Values that are no structure count as background.
+
+    Args:
+        label_maps: files.
+        labels: structures and their values; class indices count them from 1.
+
+    Raises:
+        DataError: a label map cannot be read.
+    """
+    chosen = np.unique(np.linspace(0, len(label_maps) - 1, min(len(label_maps), LOOKED_AT)).round().astype(int))
+    shapes = []
+    for place in chosen:
+        values = to_whole(read_nifti(label_maps[place]).voxels)
+        classes = np.zeros(values.shape, np.int32)
+        for number, value in enumerate(labels.values(), start=1):
+            classes[values == value] = number
+        shapes.append(shapes_in(classes, len(labels)))
+    return shapes
+
+
+def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> dict[str, Any]:
+    """What is done after the network, from the source's label maps.
+
+    Only the largest component of a structure is kept if it has exactly one wherever it occurs; its holes are filled if
+    it has none anywhere.
+
+    Args:
+        shapes: of each label map, see `shapes_in`.
+        names: structures, in the order of their class indices from 1.
+
+    Returns:
+        ``largest_component`` and ``fill_holes``, names each; ``reasons``, for each of both the reason by structure
+        where it is not done.
+    """
+    plan: dict[str, Any] = {"largest_component": [], "fill_holes": []}
+    reasons: dict[str, dict[str, str]] = {"largest_component": {}, "fill_holes": {}}
+    has_measure = optional_import("skimage.measure")[1]
+    for value, name in enumerate(names, start=1):
+        seen = [one[value] for one in shapes if value in one]
+        several = [one.components for one in seen if one.components > 1]
+        holed = sum(one.holes > 0 for one in seen)
+        where = f"of {len(shapes)} label maps"
+        absent = "" if seen else f"in none {where}"
+        fewest, most = min(several, default=0), max(several, default=0)
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        parts = f"{number} components in {len(several)} {where}" if several else ""
+        unfit = "" if has_measure else "scikit-image is not installed (pip install scikit-image)"
+        for key, reason in (
+            ("largest_component", absent or parts or unfit),
+            ("fill_holes", absent or (f"holes in {holed} {where}" if holed else "")),
+        ):
+            if reason:
+                reasons[key][name] = reason
+            else:
+                plan[key].append(name)
+    return plan | {"reasons": reasons}
+
+
+def find_after(
+    labelled: Sequence[Mapping[str, Any]], labels: Mapping[str, int], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is done after the network: as the label maps say, or as the user asks.
+
+    Args:
+        labelled: cases of the source.
+        labels: structures and their values.
+        settings: of the user; ``largest_component`` and ``fill_holes`` are taken as they are.
+
+    Returns:
+        see `plan_after`.
+
+    Raises:
+        ConfigError: a setting is no list of structures, or scikit-image is needed and not installed.
+        DataError: a label map cannot be read.
+    """
+    asked = {key: settings[key] for key in TITLES if key in settings}
+    for key, names in asked.items():
+        named_classes(key, names, labels)
+    plan = plan_after(shapes_of([case["label"] for case in labelled], labels), labels)
+    kept = {key: {} if key in asked else reasons for key, reasons in plan["reasons"].items()}
+    return plan | asked | {"reasons": kept}
+
+
+def describe_after(plan: Mapping[str, Any]) -> str:
+    """What is done after the network, in words."""
+    sentences = []
+    for key, title in TITLES.items():
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in plan["reasons"][key].items())
+        sentences.append(f"{title}: {', '.join(plan[key]) or 'none'}{f' (not {reasons})' if reasons else ''}")
+    return f"After the network: {'. '.join(sentences)}."

@@ -1,0 +1,160 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Connected components of a label map: holes of a structure, and the classes of structures that are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import FillHoles
+from monai.utils import optional_import
+from scipy import ndimage
+
+from mapseg_components.errors import ConfigError
+from mapseg_components.structures import structures_of
+from mapseg_components.transforms.dictionary import EachKey
+from mapseg_components.transforms.inputs import as_volume
+
+__all__ = ["FillEnclosed", "FillEnclosedd", "holes_of", "named_classes", "require_components"]
+
+
+def holes_of(classes: np.ndarray, value: int) -> np.ndarray:
+    """Background that a structure alone encloses.
+
+    A hole is a part of the background, voxels connected by faces, edges or corners, that touches neither another
+    structure nor the edge of the volume. Along an axis of one voxel there is no edge: an image of one slice has holes
+    in its plane.
+
+    Args:
+        classes: (X, Y, Z), 0 is background.
+        value: of the structure.
+
+    Returns:
+        (X, Y, Z), ``True`` in a hole.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.transforms.components import holes_of
+        >>> ring = np.ones((3, 4, 1), int)
+        >>> ring[1, 1:3] = 0
+        >>> int(holes_of(ring, 1).sum())
+        2
+        >>> ring[1, 2] = 2  # another structure in the ring
+        >>> int(holes_of(ring, 1).sum())
+        0
+    """
+    holes = np.zeros(classes.shape, bool)
+    boxes = ndimage.find_objects((classes == value).astype(np.uint8))
+    if not boxes:
+        return holes
+    box = boxes[0]  # a hole is within the structure's box, and does not touch its border
+    flat = tuple(axis for axis, side in enumerate(classes.shape) if side == 1)
+    part = np.squeeze(classes[box], axis=flat)
+    if part.ndim == 0:
+        return holes
+    numbered, count = ndimage.label(part != value, np.ones((3,) * part.ndim))
+    enclosed = np.ones(count + 1, bool)
+    enclosed[0] = False
+    enclosed[numbered[(part != value) & (part != 0)]] = False
+    for axis in range(part.ndim):
+        enclosed[numbered.take([0, -1], axis)] = False
+    holes[box] = enclosed[numbered].reshape(classes[box].shape)
+    return holes
+
+
+class FillEnclosed(FillHoles):
+    """Fill the holes of structures, see `holes_of`.
+
+    MONAI's ``FillHoles`` gives a structure everything that it encloses, the blood within a myocardium as well; this
+    one fills background that touches no other structure, so that no voxel of a structure is changed.
+
+    Args:
+        applied_labels: class indices of the structures.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import FillEnclosed
+        >>> label_map = torch.ones(1, 3, 4, 5)
+        >>> label_map[0, 1, 1, 2] = 0
+        >>> FillEnclosed([1])(label_map).unique().tolist()
+        [1.0]
+    """
+
+    def __init__(self, applied_labels: Sequence[int]) -> None:
+        super().__init__(applied_labels=list(applied_labels))
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Label map (1, X, Y, Z) of the same type, metadata kept.
+
+        Raises:
+            ConfigError: it has several channels.
+        """
+        img = as_volume(img)
+        if len(img) != 1:
+            raise ConfigError(
+                f"holes are filled in a label map of one channel, this has {len(img)}: argmax comes first"
+            )
+        result = img.clone()
+        classes = img.as_subclass(torch.Tensor)[0].cpu().numpy()
+        for value in self.applied_labels or ():
+            result[0][torch.from_numpy(holes_of(classes, value)).to(img.device)] = value
+        return result
+
+
+class FillEnclosedd(EachKey):
+    """Dictionary version of `FillEnclosed`.
+
+    Args:
+        keys: label maps (1, X, Y, Z).
+        applied_labels: class indices of the structures.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import FillEnclosedd
+        >>> label_map = torch.ones(1, 3, 4, 5)
+        >>> label_map[0, 1, 1, 2] = 0
+        >>> FillEnclosedd("pred", [1])({"pred": label_map})["pred"].unique().tolist()
+        [1.0]
+    """
+
+    def __init__(self, keys: KeysCollection, applied_labels: Sequence[int], allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = FillEnclosed(applied_labels)
+
+
+def named_classes(setting: str, names: Any, labels: Mapping[str, int]) -> list[int]:
+    """Class indices of named structures.
+
+    Args:
+        setting: where the names come from, for messages: ``largest_component`` needs scikit-image.
+        names: a list of structures.
+        labels: structures and their values; class indices count them from 1.
+
+    Raises:
+        ConfigError: no list, an unknown name, or scikit-image is not installed.
+
+    Examples:
+        >>> from mapseg_components.transforms import named_classes
+        >>> named_classes("fill_holes", ["spleen"], {"liver": 4, "spleen": 9})
+        [2]
+    """
+    known = list(structures_of(labels))
+    if not isinstance(names, (list, tuple)):
+        raise ConfigError(f'{setting} is {names!r}, expected a list of structures such as ["{known[0]}"], or []')
+    unknown = [str(name) for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"{setting} names {', '.join(unknown)}, the bundle has {', '.join(known)}")
+    if names and setting != "fill_holes":
+        require_components(setting)
+    return [known.index(name) + 1 for name in names]
+
+
+def require_components(setting: str) -> None:
+    """Refuse what MONAI does by scikit-image where that is not installed. Raises `ConfigError`."""
+    if not optional_import("skimage.measure")[1]:
+        raise ConfigError(f"{setting} needs scikit-image, which is not installed: pip install scikit-image")
