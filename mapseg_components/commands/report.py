@@ -127,7 +127,8 @@ def report(directory: str, output: str | None = None) -> str:
     note = HELD_OUT_NOTE if held else ADAPTED_ON_NOTE
     body = [
         f'<p class="quiet">{plan["target"]} target scans{held_out}, '
-        f"{plan['source_training']} + {plan['source_validation']} source scans, {len(names)} structures, preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
+        f"{plan['source_training']} + {plan['source_validation']} source scans, "
+        f"{len(names)} structures, preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
         answer(KINDS[verdict["verdict"]], VERDICTS[verdict["verdict"]], shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
         f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
