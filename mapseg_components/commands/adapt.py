@@ -29,10 +29,9 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import all_targets, hold_out, source_cases, structure_names, target_cases
-from mapseg_components.plans.components import find_after
-from mapseg_components.plans.frame import find_frame
+from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
-from mapseg_components.plans.sizes import choose_preset, describe, gpu_gib, plan_sizes
+from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, versions, working
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.sides import refuse_sides
@@ -286,27 +285,7 @@ class Adaptation:
         structures = structure_names(request["labels"], request["source"], [*training, *validation])
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
-        labelled = [*training, *validation]
-        preset, reason = request["preset"], "asked for"
-        if preset == "auto":
-            preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
-        frame = find_frame(labelled, target, structures, preset, request["settings"] or {})
-        planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine)
-        if not frame.needs_view(planned["patch_size"]):
-            planned["global_view"] = False
-        self.record["plan"] = {
-            "preset": preset,
-            "reason": reason,
-            "source_training": len(training),
-            "source_validation": len(validation),
-            "target": len(target),
-            "target_heldout": [case["case_id"] for case in held_out],
-            **frame.figures,
-            "fine": frame.fine,
-            "labels": structures,
-            "settings": planned,
-            "after_network": find_after(labelled, structures, request["settings"] or {}),
-        }
+        self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
             "source_training": training,
@@ -378,7 +357,7 @@ class Adaptation:
         settings = {
             "weights": self.folder / "models" / f"{name}.pt",
             "_datalist": self.folder / "datalist.json",
-            "cases": "$" + " + ".join(f"mapseg_components.data.load_datalist(@_datalist, '{name}')" for name in sections),
+            "cases": "$" + " + ".join(f"mapseg_components.data.load_datalist(@_datalist, '{one}')" for one in sections),
             "overwrite": True,
         }
         output = self.folder / "predictions" / name

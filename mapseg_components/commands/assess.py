@@ -251,7 +251,8 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
     gain = float(differences.mean())
     low, high = bootstrap_interval(differences) or (gain, gain)
     why.append(
-        f"Estimated Dice on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: source-only {np.mean([a for a, _ in pairs]):.3f}, "
+        f"Estimated Dice on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: "
+        f"source-only {np.mean([a for a, _ in pairs]):.3f}, "
         f"adapted {np.mean([b for _, b in pairs]):.3f}; difference {gain:+.3f} (95 % interval {low:+.3f}"
         f" to {high:+.3f})."
     )
