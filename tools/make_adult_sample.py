@@ -3,10 +3,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the sample of adult brains, T1w to T2w: python tools/make_adult_sample.py --scans DIR.
 
-DIR holds ``<case>_T1.nii.gz``, ``<case>_T2.nii.gz`` and ``<case>_tissue.nii.gz`` at 2 mm, and ``LICENSE.txt``:
-scans of the Ljubljana database of people with multiple sclerosis (Lesjak et al. 2017), as described in
-``sample/adult_t1_to_t2/README.md``. The script cleans the rim of two target scans, crops, sorts into folders and writes
-the datalist. The same input gives the same bytes.
+DIR holds ``<case>_T1.nii.gz``, ``<case>_T2.nii.gz`` and ``<case>_tissue.nii.gz`` at 2 mm, and ``LICENSE.txt``, which
+``tools/adult_scans.py`` makes from the Ljubljana database of people with multiple sclerosis (Lesjak et al. 2017), as
+described in ``sample/adult_t1_to_t2/README.md``. The script cleans the rim of two target scans, crops, sorts into
+folders and writes the datalist. The same input gives the same bytes.
 """
 
 from __future__ import annotations

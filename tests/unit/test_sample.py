@@ -87,6 +87,15 @@ def test_the_adult_sample_says_whose_scans_these_are_and_that_its_labels_are_sil
     assert "10.1007/s12021-017-9348-7" in (ROOT.parent / "CITATION.cff").read_text()
 
 
+def test_each_adult_comes_with_the_notice_of_the_set_it_is_from():
+    folder = ROOT / "adult_t1_to_t2"
+    files = (folder / "LICENSE.txt", folder / "README.md", ROOT.parent / "CITATION.cff")
+    texts = [" ".join(path.read_text(encoding="utf-8").replace("\n>", "\n").split()) for path in files]
+    for title in ("Segmentations Based on Multi-rater Consensus", "White-Matter Lesion Change Detection Methods"):
+        assert all(title in text for text in texts), title
+    assert all(path.name.split("_")[0] in texts[0] for path in folder.rglob("*.nii.gz"))
+
+
 def test_no_label_of_a_target_training_scan_is_shipped(sample):
     entries = json.loads((sample / "datalist.json").read_text())["target_training"]
     assert all(set(entry) == {"image"} for entry in entries)
