@@ -16,10 +16,10 @@ from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import read_nifti
+from mapseg_components.data.datalist import all_targets
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
-from mapseg_components.plans.cases import all_targets
 from mapseg_components.reports import (
     FIGURES_STYLE,
     SLICES_SCRIPT,
@@ -55,8 +55,8 @@ QUALITY_NOTE = (
 HELD_OUT_NOTE = "All scans of this table were held out of adaptation."
 ADAPTED_ON_NOTE = "No scan was held out: gains are judged on the scans adapted on, and may be less on others."
 VOLUMES_NOTE = (
-    "Median over the judged target scans, in ml, and the range over the source's label maps. Another age or disease may well "
-    "lie outside of it; a model that fails does too."
+    "Median over the judged target scans, in ml, and the range over the source's label maps. Another age or disease "
+    "may well lie outside of it; a model that fails does too."
 )
 SIZES_NOTE = (
     "Mean over the target scans that were looked at during training. Each structure has a separate axis from 0."
@@ -126,8 +126,9 @@ def report(directory: str, output: str | None = None) -> str:
     held_out = f" ({len(held)} held out of adaptation: {escape(', '.join(held))})" if held else " (none held out)"
     note = HELD_OUT_NOTE if held else ADAPTED_ON_NOTE
     body = [
-        f'<p class="quiet">{plan["target"]} target scans{held_out}, {plan["source_training"]} + {plan["source_validation"]} '
-        f"source scans, {len(names)} structures, preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
+        f'<p class="quiet">{plan["target"]} target scans{held_out}, {plan["source_training"]} + '
+        f"{plan['source_validation']} source scans, {len(names)} structures, "
+        f"preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
         answer(KINDS[verdict["verdict"]], VERDICTS[verdict["verdict"]], shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
         f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(QUALITY_NOTE)}</p>{case_table(assessment)}',

@@ -247,7 +247,8 @@ def copied(folder, place):
 
 
 def fewer_scans(folder):
-    content = {section: load_datalist(SHORT["dataset_dir"], section) for section in SECTIONS if section != "target_heldout"}
+    sections = [section for section in SECTIONS if section != "target_heldout"]
+    content = {section: load_datalist(SHORT["dataset_dir"], section) for section in sections}
     content["source_training"] = content["source_training"][:2]
     (folder / "datalist.json").write_text(json.dumps(content))
     return folder / "datalist.json"
