@@ -4,21 +4,25 @@
 
 `consistency` is the agreement of the label maps of one scan under changed intensities. `Calibration` maps it to a Dice,
 by a line fitted on labelled source scans. A model can be consistent and wrong, so `Positions` bounds the Dice of a
-structure that lies where no labelled scan has it.
+structure that lies where no labelled scan has it, and `reconciled` the difference of two models that agree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-__all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positions_of"]
+from mapseg_components.contrast import contrast_view
+
+__all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positions_of", "reconciled"]
 
 # monotone curves of the intensities in [0, 1], as between scanners and protocols
-GAMMAS = (0.7, 1.4)
+VIEWS = ("gamma 0.7", "gamma 1.5")
+COVERAGE = 0.8  # nominal, of intervals
 # of the foreground's voxels along an axis; what lies beyond is taken as noise
 BOX_SHARES = (0.01, 0.99)
 SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that counts as normal
@@ -47,11 +51,12 @@ def consistency(
     segment: Callable[[torch.Tensor], torch.Tensor],
     classes: int,
     flip_axis: int | None = None,
+    views: Sequence[str] = VIEWS,
 ) -> torch.Tensor:
-    """Dice between the label map of a scan and those of the same scan changed.
+    """Dice between the label map of a scan and those of the same scan changed; one call of `segment` for each change.
 
-    The changes: intensities raised to the powers 0.7 and 1.4 and, if an axis is named, a mirror image along it (the
-    label map is mirrored back). A structure that only some of the label maps have counts as 0 in these.
+    The changes: the views, and, if an axis is named, a mirror image along it (the label map is mirrored back).
+    A structure that only some of the label maps have counts as 0 in these.
 
     Args:
         image: (C, X, Y, Z) in [0, 1].
@@ -59,14 +64,37 @@ def consistency(
         segment: function from such an image to its label map.
         classes: number of classes, background included.
         flip_axis: 0, 1 or 2; only for structures that are alike on both sides and not named by side.
+        views: names for `mapseg_components.contrast.contrast_view`; of contrasts that the model was trained for.
 
     Returns:
         (classes - 1,) between 0 and 1, mean over the ways; NaN where no label map has the structure.
     """
-    others = [segment(image**gamma) for gamma in GAMMAS]
+    others = [segment(contrast_view(name)(image)) for name in views]
     if flip_axis is not None:
         others.append(segment(image.flip(1 + flip_axis)).flip(flip_axis))
     return torch.stack([label_agreement(label_map, other, classes) for other in others]).nanmean(dim=0)
+
+
+def reconciled(first: np.ndarray, second: np.ndarray, agreement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Estimated Dice of two models, no further apart than their agreement allows.
+
+    1 - Jaccard is a metric (Levandowsky and Winter, Nature 234, 1971), so whatever the truth is, the Jaccard indices of
+    two label maps with it differ by at most 1 - their Jaccard index with each other. Estimates that differ by more are
+    moved towards their middle by the same amount.
+
+    Args:
+        first: estimated Dice per structure, of one model.
+        second: that of the other.
+        agreement: Dice between their label maps; NaN where neither has the structure.
+
+    Returns:
+        both estimates; NaN where one of them is.
+    """
+    one, other, common = (dice / (2 - dice) for dice in (first, second, np.nan_to_num(agreement, nan=1.0)))
+    half = np.minimum(np.abs(one - other), 1 - common) / 2
+    middle, sign = (one + other) / 2, np.sign(one - other)
+    jaccard = middle + sign * half, middle - sign * half
+    return 2 * jaccard[0] / (1 + jaccard[0]), 2 * jaccard[1] / (1 + jaccard[1])
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,8 @@ class Calibration:
             there is only one scan.
         lowest: lowest consistency seen. An estimate below it is a guess.
         highest: highest consistency seen. An estimate above it is a guess.
+        half_width: of the interval of the mean Dice of a segmentation, see `interval`; ``None`` with too few
+            segmentations or a single scan.
     """
 
     slope: float
@@ -89,10 +119,23 @@ class Calibration:
     error: float
     lowest: float
     highest: float
+    half_width: float | None = None
 
     @classmethod
-    def fit(cls, consistencies: Sequence[Sequence[float]], dice: Sequence[Sequence[float]]) -> Calibration | None:
-        """Fit to scans, each a list of structures; pairs with a NaN are left out. ``None`` below three points."""
+    def fit(
+        cls,
+        consistencies: Sequence[Sequence[float]],
+        dice: Sequence[Sequence[float]],
+        scans: Sequence[int] | None = None,
+    ) -> Calibration | None:
+        """Fit to segmentations, each a list of structures; pairs with a NaN are left out. ``None`` below three points.
+
+        Args:
+            consistencies: one list per segmentation.
+            dice: likewise.
+            scans: the scan that each segmentation is of; by default, each of another one. All segmentations of a scan
+                are left out together.
+        """
         pairs = [
             np.array([(c, d) for c, d in zip(*one) if np.isfinite(c) and np.isfinite(d)]).reshape(-1, 2)
             for one in zip(consistencies, dice)
@@ -102,18 +145,32 @@ class Calibration:
             return None
         slope, intercept = line(points)
         residuals = points[:, 1] - (slope * points[:, 0] + intercept)
-        if len(pairs) > 1:
-            left_out = []
-            for number, own in enumerate(pairs):
-                a, b = line(np.concatenate([one for other, one in enumerate(pairs) if other != number]))
+        groups = range(len(pairs)) if scans is None else scans
+        half_width = None
+        if len({*groups}) > 1:
+            left_out, means = [], []
+            for group, own in zip(groups, pairs):
+                a, b = line(np.concatenate([one for other, one in zip(groups, pairs) if other != group]))
                 left_out.append(own[:, 1] - (a * own[:, 0] + b))
+                if len(own):
+                    means.append(abs(float(np.mean(own[:, 1] - np.clip(a * own[:, 0] + b, 0.0, 1.0)))))
             residuals = np.concatenate(left_out)
+            half_width = conformal_quantile(means, COVERAGE)
         error = float(np.sqrt(np.mean(residuals**2)))
-        return cls(slope, intercept, len(points), error, float(points[:, 0].min()), float(points[:, 0].max()))
+        lowest, highest = float(points[:, 0].min()), float(points[:, 0].max())
+        return cls(slope, intercept, len(points), error, lowest, highest, half_width)
 
     def dice(self, consistency: float) -> float:
         """Expected Dice, between 0 and 1; NaN for NaN."""
         return float(np.clip(self.slope * consistency + self.intercept, 0.0, 1.0))
+
+    def interval(self, dice: float) -> tuple[float, float] | None:
+        """Interval around an estimated mean Dice over structures, with the nominal coverage `COVERAGE`.
+
+        Its half width is the conformal quantile of the absolute errors on labelled segmentations, whose scan was left
+        out of the fit. The coverage is nominal: it holds for scans like the labelled ones, not for another contrast.
+        """
+        return None if self.half_width is None else (max(dice - self.half_width, 0.0), min(dice + self.half_width, 1.0))
 
     def covers(self, consistency: float) -> bool:
         """Whether the labelled scans had such a consistency."""
@@ -197,6 +254,12 @@ class Positions:
         bound = torch.where(self.radii.isnan(), 1.0, 1 - 1.5 * share + 0.5 * share**3)
         missing = torch.where(self.always, 0.0, torch.nan)
         return torch.where(centres.isnan().any(dim=1), missing, bound)
+
+
+def conformal_quantile(errors: Sequence[float], coverage: float) -> float | None:
+    """The ceil((n + 1) coverage)-th smallest of n errors (Vovk et al. 2005); ``None`` where n is too small for it."""
+    rank = math.ceil((len(errors) + 1) * coverage)
+    return sorted(errors)[rank - 1] if 0 < rank <= len(errors) else None
 
 
 def line(points: np.ndarray) -> tuple[float, float]:

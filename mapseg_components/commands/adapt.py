@@ -21,14 +21,14 @@ from mapseg_components.commands.check import check
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.stages import finished_epochs, run_stage, threads
-from mapseg_components.data.datalist import stem
+from mapseg_components.commands.stages import finished_epochs, run_stage, threads, training_samples
+from mapseg_components.data.datalist import all_targets, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
-from mapseg_components.plans.cases import all_targets, hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import describe
@@ -215,6 +215,8 @@ class Adaptation:
                 self.request["symmetric"],
                 self.quiet,
                 self.request["any_position"],
+                self.request["random_contrasts"],
+                self.record.get("samples"),
             )
             self._save()
         chosen = self.record["assessment"]["verdict"]["ship"]
@@ -341,6 +343,7 @@ class Adaptation:
 
             seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
+        self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
         self.record["done"].append(stage.name)
         self._save()
 
@@ -353,11 +356,10 @@ class Adaptation:
         stage = f"predictions of {name}"
         if stage in self.record["done"]:
             return
-        sections = ["target_training", *(["target_heldout"] if self.record["plan"].get("target_heldout") else [])]
         settings = {
             "weights": self.folder / "models" / f"{name}.pt",
             "_datalist": self.folder / "datalist.json",
-            "cases": "$" + " + ".join(f"mapseg_components.data.load_datalist(@_datalist, '{one}')" for one in sections),
+            "cases": "$mapseg_components.data.datalist.all_targets(@_datalist)",
             "overwrite": True,
         }
         output = self.folder / "predictions" / name

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,24 @@ from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.data.volumes import voxel_ml
 from mapseg_components.metrics import bootstrap_interval
-from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
+from mapseg_components.plans.judging import (
+    DEGRADATIONS,
+    affordable_images,
+    count_windows,
+    evenly,
+    judged_images,
+    versions_of,
+)
+from mapseg_components.quality import (
+    COVERAGE,
+    VIEWS,
+    Calibration,
+    Positions,
+    consistency,
+    label_agreement,
+    positions_of,
+    reconciled,
+)
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
 
@@ -35,25 +52,26 @@ ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be
 LEAST_GAIN = 0.01
 MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
-# degraded versions of the labelled scans, whose truth is still known: they widen the range of the calibration
-DEGRADATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "as it is": lambda image: image,
-    "dark": lambda image: image**2.5,
-    "bright": lambda image: image**0.4,
-    "flat": lambda image: (0.35 + 0.3 * image) * (image > 0),
-    "half inverted": lambda image: (1 - (2 * image - 0.7).abs()).clamp(0, 1) * (image > 0),
-}
 
 
 def assess(
-    bundle: str, weights: Mapping[str, str], symmetric: bool = False, quiet: bool = False, any_position: bool = False
+    bundle: str,
+    weights: Mapping[str, str],
+    symmetric: bool = False,
+    quiet: bool = False,
+    any_position: bool = False,
+    inverts: bool = False,
+    samples: int | None = None,
 ) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
-    For each model a calibration from consistency to Dice is fitted to the labelled validation scans, as they are and in
-    four degraded versions. On each target scan, consistency gives an estimate of Dice, and the place of a structure
-    in the scan's foreground an upper bound, by where the source's training scans have it. Both cannot know errors that
-    a model makes alike however a scan is shown, and at the right place.
+    The scans are those of ``target_heldout``, or where there are none those of ``target_training``. For each model a
+    calibration from consistency to Dice is fitted to the labelled validation scans, as they are and degraded. At most
+    5 validation scans in 12 versions and 10 target scans are segmented, each once and once per view; fewer, down to 4
+    versions and 2 target scans, where that would cost more than a tenth of the adaptation. On each target scan,
+    consistency gives an estimate of Dice, and the place of a structure in the scan's foreground an upper bound, by
+    where the source's training scans have it; two models' estimates differ by no more than their agreement allows.
+    None of it can know errors that all models make alike however a scan is shown, and at the right place.
 
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
@@ -61,10 +79,13 @@ def assess(
         symmetric: see `mapseg_components.commands.adapt.adapt`.
         any_position: see `mapseg_components.commands.adapt.adapt`.
         quiet: no progress bar.
+        inverts: the models were trained on inverted contrasts as well: then the inverted scan is one of the views.
+        samples: training samples (patches) of the adaptation, which bound the cost of this comparison.
 
     Returns:
-        ``models`` (per model: ``validation_dice``, ``calibration``, ``prior``, ``cases``), ``between`` (Dice between
-        the two models' label maps per case) and ``verdict``.
+        ``held_out``, ``passes`` (number of segmentations of a whole scan), ``coverage`` (nominal, of each case's
+        ``interval``), ``models`` (per model: ``validation_dice``, ``calibration``, ``cases``), ``prior_ml``,
+        ``between`` (Dice between the two models' label maps per case) and ``verdict``.
     """
     parser = ConfigParser()
     parser.read_config(str(Path(bundle) / "configs" / "inference.json"))
@@ -99,30 +120,35 @@ def assess(
     if symmetric:
         refuse_sides("symmetric", names)
     flip = 0 if symmetric else None
+    views = (*VIEWS, "inverted") if inverts else VIEWS
+    passes_of_image = 1 + len(views) + symmetric
+    affordable = None
+    if samples is not None:
+        shape = preprocessing({"image": target[0]["image"]})["image"].shape[1:]
+        windows = len(weights) * passes_of_image * count_windows(shape, parser["patch_size"], parser["window_stride"])
+        affordable = affordable_images(windows, samples)
+    number_of_versions, number_of_targets = judged_images(len(target), affordable)
+    versions = versions_of(len(validation), number_of_versions)
+    target = evenly(target, number_of_targets)
     models: dict[str, Any] = {}
+    calibrations: dict[str, Calibration | None] = {}
     label_maps: dict[str, list[torch.Tensor]] = {}
-    steps = len(weights) * (len(validation) * len(DEGRADATIONS) + len(target))
-    with tqdm(total=steps, desc="assessment", unit="scan", disable=True if quiet else None) as bar:
+    images = len(weights) * (len(versions) + len(target))
+    with tqdm(total=images, desc="assessment", unit="scan", disable=True if quiet else None) as bar:
         for model, file in weights.items():
             load_weights(network, file)
             network.eval()
-            seen, dice, plain = [], [], []
-            for case in validation:
-                image = preprocessing({"image": case["image"]})["image"].as_subclass(torch.Tensor)
-                truth, _ = load_labels(case["label"])
-                points: tuple[list[float], list[float]] = ([], [])
-                for name, degrade in DEGRADATIONS.items():
-                    shown = degrade(image)
-                    label_map = segment(shown)
-                    own = label_agreement(label_map, truth, classes).tolist()
-                    points[0].extend(consistency(shown, label_map, segment, classes, flip).tolist())
-                    points[1].extend(own)
-                    if name == "as it is":
-                        plain.append(own)
-                    bar.update()
-                seen.append(points[0])
-                dice.append(points[1])
-            calibration = Calibration.fit(seen, dice)
+            seen, dice = [], []
+            for number, name in versions:
+                image = preprocessing({"image": validation[number]["image"]})["image"].as_subclass(torch.Tensor)
+                truth, _ = load_labels(validation[number]["label"])
+                shown = image if name is None else DEGRADATIONS[name](image)
+                label_map = segment(shown)
+                seen.append(consistency(shown, label_map, segment, classes, flip, views).tolist())
+                dice.append(label_agreement(label_map, truth, classes).tolist())
+                bar.update()
+            plain = [own for own, (_, name) in zip(dice, versions) if name is None]
+            calibration = calibrations[model] = Calibration.fit(seen, dice, [number for number, _ in versions])
             cases = []
             label_maps[model] = []
             for case in target:
@@ -130,7 +156,7 @@ def assess(
                 found = probabilities(image.as_subclass(torch.Tensor))
                 confidence, label_map = found.max(dim=0)
                 scan = image.as_subclass(torch.Tensor)
-                stable = consistency(scan, label_map, segment, classes, flip)
+                stable = consistency(scan, label_map, segment, classes, flip, views)
                 bound = positions.highest_dice(positions_of(scan, label_map, classes)[0])
                 figures = case_figures(label_map, confidence, stable, bound, calibration, voxel_ml(image), names)
                 cases.append({"case": case["case_id"], **figures})
@@ -144,15 +170,44 @@ def assess(
     result: dict[str, Any] = {
         "models": models,
         "held_out": judged == "target_heldout",
+        "passes": images * passes_of_image,
+        "coverage": COVERAGE,
         "prior_ml": {name: sorted(one[name] for one in prior) for name in names},
     }
     if {"source_only", "adapted"} <= set(models):
-        result["between"] = {
-            case["case_id"]: rounded(float(label_agreement(a.long(), b.long(), classes).nanmean()))
-            for case, a, b in zip(target, label_maps["source_only"], label_maps["adapted"])
-        }
+        result["between"] = {}
+        pairs = zip(*(zip(models[name]["cases"], label_maps[name]) for name in ("source_only", "adapted")))
+        for (first, one), (second, other) in pairs:
+            agreement = label_agreement(one.long(), other.long(), classes)
+            result["between"][first["case"]] = rounded(float(agreement.nanmean()))
+            reconcile(first, second, agreement.numpy())
+    for name, figures in models.items():
+        for case in figures["cases"]:
+            case["interval"] = interval_of(calibrations[name], case["estimated_dice"])
+    if "between" in result:
         result["verdict"] = verdict_of(models["source_only"], models["adapted"], result["held_out"])
     return result
+
+
+def interval_of(calibration: Calibration | None, dice: float | None) -> list[float | None] | None:
+    """Interval of an estimate, where there is one."""
+    found = None if calibration is None or dice is None else calibration.interval(dice)
+    return None if found is None else [rounded(end) for end in found]
+
+
+def reconcile(first: dict[str, Any], second: dict[str, Any], agreement: np.ndarray) -> None:
+    """Put estimates of two models on one scan no further apart than their label maps, see `reconciled`."""
+    estimates = (
+        np.array([np.nan if value is None else value for value in case["estimated_by_structure"].values()])
+        for case in (first, second)
+    )
+    for case, found in zip((first, second), reconciled(*estimates, agreement)):
+        known = np.isfinite(found)
+        if known.any():
+            values = dict(zip(case["estimated_by_structure"], found))
+            case["estimated_by_structure"] |= {name: rounded(v) for name, v in values.items() if np.isfinite(v)}
+        kept = [value for value in case["estimated_by_structure"].values() if value is not None]
+        case["estimated_dice"] = rounded(float(np.mean(kept))) if kept else None
 
 
 class LabelLoader:
@@ -204,10 +259,12 @@ def case_figures(
     estimates = np.full(len(names), np.nan)
     if calibration is not None:
         estimates = np.fmin([calibration.dice(value) for value in stable.tolist()], bound.numpy())
+    estimate = float(np.nanmean(estimates)) if np.isfinite(estimates).any() else np.nan
     return {
         "consistency": rounded(mean),
         "consistency_by_structure": {name: rounded(value) for name, value in zip(names, stable.tolist())},
-        "estimated_dice": rounded(float(np.nanmean(estimates))) if np.isfinite(estimates).any() else None,
+        "estimated_dice": rounded(estimate),
+        "estimated_by_structure": {name: rounded(value) for name, value in zip(names, estimates.tolist())},
         "misplaced": [name for name, value in zip(names, bound.tolist()) if value < MISPLACED_BELOW],
         "within_calibration": calibration is not None and calibration.covers(mean),
         "confidence": rounded(float(structure.mean())) if len(structure) else 0.0,
@@ -252,9 +309,8 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
     low, high = bootstrap_interval(differences) or (gain, gain)
     why.append(
         f"Estimated Dice on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: "
-        f"source-only {np.mean([a for a, _ in pairs]):.3f}, "
-        f"adapted {np.mean([b for _, b in pairs]):.3f}; difference {gain:+.3f} (95 % interval {low:+.3f}"
-        f" to {high:+.3f})."
+        f"source-only {np.mean([a for a, _ in pairs]):.3f}, adapted {np.mean([b for _, b in pairs]):.3f}; "
+        f"difference {gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
     )
     before, after = source["validation_dice"]["mean"], adapted["validation_dice"]["mean"]
     if before is not None and after is not None:

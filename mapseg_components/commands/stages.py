@@ -106,6 +106,12 @@ def finished_epochs(output: Path) -> int:
     return 0
 
 
+def training_samples(config: Mapping[str, Any], epochs: int) -> int | None:
+    """Patches that a stage trained on, or ``None`` where its config has expressions in place of the numbers."""
+    sizes = config.get("epoch_length"), config.get("batch_size")
+    return epochs * sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
+
+
 def error_of(title: str, log: Path, code: int) -> MAPSegError:
     """The error that a stage ended with, read from the last line of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

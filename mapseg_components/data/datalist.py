@@ -124,6 +124,12 @@ def has_section(datalist: str | Path, section: str) -> bool:
     return (Path(datalist) / SECTIONS[section]).is_dir() if content is None else section in content
 
 
+def all_targets(datalist: str | Path) -> list[dict[str, Any]]:
+    """Target cases of a run's datalist, adapted on and held out."""
+    held = load_datalist(datalist, "target_heldout") if has_section(datalist, "target_heldout") else []
+    return [*load_datalist(datalist, "target_training"), *held]
+
+
 def open_datalist(datalist: str | Path) -> dict[str, Any] | None:
     """Content of a datalist file, or of a folder of nnU-Net or the Decathlon; ``None`` for a folder of another layout.
 

@@ -26,7 +26,7 @@ from mapseg_components.scans.facts import facts_of
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.structures import structures_of, value_fault
 
-__all__ = ["all_targets", "hold_out", "source_cases", "structure_names", "target_cases"]
+__all__ = ["hold_out", "source_cases", "structure_names", "target_cases"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
@@ -110,12 +110,6 @@ def hold_out(cases: Sequence[dict], share: float, seed: int) -> tuple[list[dict]
     held = [case for index, case in enumerate(cases) if index in chosen]
     logger.info(f"Held out of adaptation, to judge it: {[case['case_id'] for case in held]}.")
     return [case for index, case in enumerate(cases) if index not in chosen], held
-
-
-def all_targets(datalist: str | Path) -> list[dict[str, Any]]:
-    """Target cases of a run's datalist, adapted on and held out."""
-    held = load_datalist(datalist, "target_heldout") if has_section(datalist, "target_heldout") else []
-    return [*load_datalist(datalist, "target_training"), *held]
 
 
 def refuse_misplaced(cases: Sequence[Mapping[str, Any]]) -> None:

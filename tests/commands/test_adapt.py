@@ -21,8 +21,9 @@ from mapseg_components.commands.assess import case_figures, verdict_of
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
 from mapseg_components.data import load_datalist
+from mapseg_components.data.datalist import all_targets
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
-from mapseg_components.plans.cases import all_targets, hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
 from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti

@@ -12,7 +12,16 @@ import torch
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
-from mapseg_components.quality import Calibration, Positions, consistency, label_agreement, positions_of
+from mapseg_components.quality import (
+    COVERAGE,
+    Calibration,
+    Positions,
+    conformal_quantile,
+    consistency,
+    label_agreement,
+    positions_of,
+    reconciled,
+)
 
 
 def test_agreement_is_monais_dice():
@@ -56,6 +65,79 @@ def test_mirrored_label_maps_are_mirrored_back():
     assert consistency(image, first_plane(image), first_plane, 2).item() == 1
     mirrored = consistency(image, first_plane(image), first_plane, 2, flip_axis=0).item()
     assert mirrored == pytest.approx(2 / 3)  # mirrored it finds the other end
+
+
+@pytest.mark.parametrize("views, flip", [((), 0), (("gamma 0.7",), None), (("inverted", "gamma 2", "gamma 1.5"), 1)])
+def test_each_view_costs_one_segmentation(views, flip):
+    shown = []
+
+    def segment(image):
+        shown.append(image)
+        return (image[0] > 0.5).long()
+
+    image = torch.rand(1, 4, 5, 6)
+    consistency(image, segment(image), segment, 2, flip, views)
+    assert len(shown) == 1 + len(views) + (flip is not None)
+
+
+def test_a_model_that_takes_dark_for_bright_is_not_consistent_with_the_inverted_scan():
+    image = torch.rand(1, 6, 7, 8, generator=torch.Generator().manual_seed(0))
+
+    def segment(image):
+        return (image[0] > image.median()).long()
+
+    label_map = segment(image)
+    assert consistency(image, label_map, segment, 2).item() == 1
+    assert consistency(image, label_map, segment, 2, views=("inverted",)).item() < 0.1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_truth_lets_two_models_differ_by_more_than_the_reconciled_estimates_may(seed):
+    """The true Dice of two label maps, whatever the truth is, are left as they are."""
+    torch.manual_seed(seed)
+    first, truth = torch.randint(0, 3, (2, 4, 5, 6))
+    second = torch.where(torch.rand(4, 5, 6) < 0.1 * seed, truth, first)
+    dice = [label_agreement(one, truth, 3).double().numpy() for one in (first, second)]
+    agreement = label_agreement(first, second, 3).double().numpy()
+    np.testing.assert_allclose(reconciled(*dice, agreement), dice, atol=1e-6)
+
+
+def test_estimates_of_label_maps_that_are_alike_are_alike():
+    one, other = reconciled(np.array([0.9, 0.2, np.nan, 0.9]), np.array([0.3, 0.2, 0.5, 0.1]), np.array([1, 0, 1, 0.8]))
+    assert one[0] == pytest.approx(other[0]) and 0.3 < one[0] < 0.9
+    assert one[1] == pytest.approx(0.2) and np.isnan(one[2]) and np.isnan(other[2])
+    assert 0.1 < other[3] < one[3] < 0.9
+    jaccard = [dice / (2 - dice) for dice in (one[3], other[3], 0.8)]
+    assert jaccard[0] - jaccard[1] == pytest.approx(1 - jaccard[2])
+
+
+def test_intervals_cover_as_often_as_they_say():
+    """Over many calibrations of scans alike, the next scan's Dice lies inside as often as the nominal coverage says."""
+    generator = np.random.default_rng(0)
+    inside = []
+    for _ in range(400):
+        seen = generator.uniform(0.3, 1, (13, 4))
+        dice = np.clip(0.8 * seen + 0.05 * generator.standard_normal((13, 1)), 0, 1)
+        fitted = Calibration.fit(seen[:-1], dice[:-1])
+        low, high = fitted.interval(np.mean([fitted.dice(value) for value in seen[-1]]))
+        inside.append(low <= dice[-1].mean() <= high)
+    assert COVERAGE - 0.06 < np.mean(inside) < COVERAGE + 0.12
+
+
+def test_too_few_segmentations_make_no_interval():
+    assert conformal_quantile([0.1, 0.2, 0.3], 0.8) is None and conformal_quantile([0.4, 0.2, 0.3, 0.1], 0.8) == 0.4
+    assert conformal_quantile([], 0.8) is None
+    versions = [[0.5, 0.7], [0.6, 0.9], [0.2, 0.3], [0.4, 0.5], [0.5, 0.6]]
+    assert Calibration.fit(versions, versions, [0, 0, 0, 0, 0]).interval(0.5) is None, "of one scan alone"
+    assert Calibration.fit(versions[:3], versions[:3], [0, 1, 2]).interval(0.5) is None
+    assert Calibration.fit(versions, versions, [0, 1, 0, 1, 0]).interval(0.5) == pytest.approx((0.5, 0.5))
+
+
+def test_versions_of_a_scan_are_left_out_together():
+    seen = [[0.0, 0.5, 1.0]] * 4
+    dice = [[0.0, 0.1, 0.2], [0.0, 0.1, 0.2], [0.4, 0.5, 0.6], [0.4, 0.5, 0.6]]
+    assert Calibration.fit(seen, dice, [0, 0, 1, 1]).error == pytest.approx(0.4)
+    assert Calibration.fit(seen, dice).error < 0.3
 
 
 def test_calibration_finds_the_line_and_says_where_it_was_seen():
