@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mapseg_components.contrast import contrast_view
-
 __all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positions_of", "reconciled"]
 
 # monotone curves of the intensities in [0, 1], as between scanners and protocols
-VIEWS = ("gamma 0.7", "gamma 1.5")
+VIEWS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (lambda image: image**0.7, lambda image: image**1.5)
 COVERAGE = 0.8  # nominal, of intervals
 # of the foreground's voxels along an axis; what lies beyond is taken as noise
 BOX_SHARES = (0.01, 0.99)
@@ -51,7 +49,7 @@ def consistency(
     segment: Callable[[torch.Tensor], torch.Tensor],
     classes: int,
     flip_axis: int | None = None,
-    views: Sequence[str] = VIEWS,
+    views: Sequence[Callable[[torch.Tensor], torch.Tensor]] = VIEWS,
 ) -> torch.Tensor:
     """Dice between the label map of a scan and those of the same scan changed; one call of `segment` for each change.
 
@@ -64,12 +62,12 @@ def consistency(
         segment: function from such an image to its label map.
         classes: number of classes, background included.
         flip_axis: 0, 1 or 2; only for structures that are alike on both sides and not named by side.
-        views: names for `mapseg_components.contrast.contrast_view`; of contrasts that the model was trained for.
+        views: changes of an image that move no voxel, to contrasts that the model was trained for.
 
     Returns:
         (classes - 1,) between 0 and 1, mean over the ways; NaN where no label map has the structure.
     """
-    others = [segment(contrast_view(name)(image)) for name in views]
+    others = [segment(view(image)) for view in views]
     if flip_axis is not None:
         others.append(segment(image.flip(1 + flip_axis)).flip(flip_axis))
     return torch.stack([label_agreement(label_map, other, classes) for other in others]).nanmean(dim=0)

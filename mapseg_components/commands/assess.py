@@ -17,6 +17,7 @@ from monai.transforms import Compose, Orientationd, Spacingd
 from tqdm import tqdm
 
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.data.volumes import voxel_ml
@@ -120,7 +121,7 @@ def assess(
     if symmetric:
         refuse_sides("symmetric", names)
     flip = 0 if symmetric else None
-    views = (*VIEWS, "inverted") if inverts else VIEWS
+    views = (*VIEWS, contrast_view("inverted")) if inverts else VIEWS
     passes_of_image = 1 + len(views) + symmetric
     affordable = None
     if samples is not None:

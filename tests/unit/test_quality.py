@@ -12,6 +12,7 @@ import torch
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
+from mapseg_components.contrast import contrast_view
 from mapseg_components.quality import (
     COVERAGE,
     Calibration,
@@ -76,7 +77,7 @@ def test_each_view_costs_one_segmentation(views, flip):
         return (image[0] > 0.5).long()
 
     image = torch.rand(1, 4, 5, 6)
-    consistency(image, segment(image), segment, 2, flip, views)
+    consistency(image, segment(image), segment, 2, flip, [contrast_view(name) for name in views])
     assert len(shown) == 1 + len(views) + (flip is not None)
 
 
@@ -88,7 +89,7 @@ def test_a_model_that_takes_dark_for_bright_is_not_consistent_with_the_inverted_
 
     label_map = segment(image)
     assert consistency(image, label_map, segment, 2).item() == 1
-    assert consistency(image, label_map, segment, 2, views=("inverted",)).item() < 0.1
+    assert consistency(image, label_map, segment, 2, views=[contrast_view("inverted")]).item() < 0.1
 
 
 @pytest.mark.parametrize("seed", range(5))
