@@ -277,7 +277,6 @@ class Adaptation:
         """Cases, structures, sizes."""
         request = self.request
         check_names(request["settings"] or {})
-        check_network(self.recipe, request["settings"] or {})
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")
@@ -296,6 +295,7 @@ class Adaptation:
             **({"target_heldout": held_out} if held_out else {}),
         }
         # while the folder is not this run's yet: it stays free for the corrected command
+        check_network(self.recipe, self.record["plan"], request)
         check_epochs(self.recipe, self.record["plan"], request)
         write_json(content, self.folder / "datalist.json")
 

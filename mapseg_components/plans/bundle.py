@@ -123,16 +123,14 @@ def check_names(settings: Mapping[str, Any]) -> None:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
 
 
-def check_network(recipe: Recipe, settings: Mapping[str, Any]) -> None:
-    """Refuse sizes of MAPSeg's network where a method has a planned one. Raises `ConfigError`."""
-    configs = bundles_folder() / ADAPTATION / "configs"
-    base = configs / "train.json"
-    config = ConfigParser.load_config_files([base, *(configs / overlay for overlay in recipe.overlays)])
-    without_effect = sorted(set(settings) & SIZES)
+def check_network(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    """Refuse sizes of MAPSeg's network where preset or method have a planned one. Raises `ConfigError`."""
+    config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
+    without_effect = sorted(set(request["settings"] or {}) & SIZES)
     if is_planned(config) and without_effect:
         raise ConfigError(
-            f"settings {without_effect} are of MAPSeg's network, and method {recipe.name} has a U-Net, planned from "
-            "patch_size and spacing: leave them out"
+            f"settings {without_effect} are of the paper's network, and preset {plan['preset']} or method "
+            f"{recipe.name} has a U-Net, planned from patch_size and spacing: leave them out, or set network_def as well"
         )
 
 
