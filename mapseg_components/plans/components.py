@@ -18,7 +18,6 @@ from mapseg_components.transforms.components import holes_of, named_classes
 
 __all__ = ["Shape", "describe_after", "find_after", "plan_after", "shapes_in", "shapes_of"]
 
-LOOKED_AT = 20  # label maps
 SPECK = 0.01  # of the largest component's voxels: smaller components are slips of the annotation
 TITLES = {"largest_component": "largest component only", "fill_holes": "holes filled"}
 
@@ -54,7 +53,7 @@ def shapes_in(classes: np.ndarray, count: int) -> dict[int, Shape]:
 
 
 def shapes_of(label_maps: Sequence[str], labels: Mapping[str, int]) -> list[dict[int, Shape]]:
-    """Structures of some of the label maps, evenly chosen. Values that are no structure count as background.
+    """Structures of every label map. Values that are no structure count as background.
 
     Args:
         label_maps: files.
@@ -63,10 +62,9 @@ def shapes_of(label_maps: Sequence[str], labels: Mapping[str, int]) -> list[dict
     Raises:
         DataError: a label map cannot be read.
     """
-    chosen = np.unique(np.linspace(0, len(label_maps) - 1, min(len(label_maps), LOOKED_AT)).round().astype(int))
     shapes = []
-    for place in chosen:
-        values = to_whole(read_nifti(label_maps[place]).voxels)
+    for path in label_maps:
+        values = to_whole(read_nifti(path).voxels)
         classes = np.zeros(values.shape, np.int32)
         for number, value in enumerate(labels.values(), start=1):
             classes[values == value] = number

@@ -18,7 +18,7 @@ from mapseg_components.commands.adapt import Adaptation
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans import components
 from mapseg_components.plans.bundle import check_names, write_bundle
-from mapseg_components.plans.components import LOOKED_AT, describe_after, find_after, shapes_in, shapes_of
+from mapseg_components.plans.components import describe_after, find_after, shapes_in
 from mapseg_components.prediction.bundle import open_bundle
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.transforms import FillEnclosed, named_classes
@@ -190,9 +190,15 @@ def test_values_that_are_no_structure_are_background(tmp_path):
     assert "myocardium" in find_after(cases, LABELS, {})["reasons"]["fill_holes"]
 
 
-def test_label_maps_are_chosen_evenly_and_not_all_are_read(tmp_path):
-    paths = [case["label"] for case in hearts(tmp_path, count=LOOKED_AT + 7)]
-    assert len(shapes_of(paths, LABELS)) == LOOKED_AT and len(shapes_of(paths[:3], LABELS)) == 3
+@pytest.mark.parametrize("odd", range(1, 25, 4))  # an atrium is in every second
+def test_one_label_map_of_many_decides_wherever_it_stands(odd, tmp_path):
+    def second_atrium(number, voxels):
+        if number == odd:
+            there = np.argwhere(voxels == LABELS["atrium"])
+            voxels[tuple((there - there.min(0)).T)] = LABELS["atrium"]  # in the corner of the volume
+
+    reasons = find_after(hearts(tmp_path, second_atrium, count=25), LABELS, {})["reasons"]["largest_component"]
+    assert reasons == {"atrium": "2 components in 1 of 25 label maps"}
 
 
 def test_what_the_user_asks_stands_in_the_place_of_the_plan(tmp_path):
