@@ -36,9 +36,8 @@ OPTIONAL_PARTS = {"federated/flare": "fl", "scans/segmentation.py": "dicom"}
 NOT_IN_THE_SDIST = (".ci/", ".github/", ".pre-commit-config.yaml")  # of the host of the repository
 LITTER = ("eval/volumes.csv", "data/scan.nii.gz", "models/last.pt", "configs/.hidden.yaml")
 TINY = {
-    **{"patch_size": [16, 16, 16], "window_stride": [12, 12, 12], "width": 8, "depth": 1, "dilations": [1, 2]},
-    **{"head_channels": 8, "decoder_channels": [8, 8], "max_epochs": 1, "epoch_length": 1, "constant_epochs": 1},
-    **{"local_block_size": 4, "val_interval": 1},
+    **{"patch_size": [16, 16, 16], "window_stride": [12, 12, 12], "max_epochs": 1, "epoch_length": 1},
+    **{"constant_epochs": 1, "local_block_size": 4, "val_interval": 1},
 }
 
 

@@ -130,7 +130,7 @@ def check_network(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str,
     if is_planned(config) and without_effect:
         raise ConfigError(
             f"settings {without_effect} are of the paper's network, and preset {plan['preset']} or method "
-            f"{recipe.name} has a U-Net, planned from patch_size and spacing: leave them out, or set network_def as well"
+            f"{recipe.name} has a U-Net, planned from patch_size and spacing: leave them out, or set network_def too"
         )
 
 
