@@ -89,7 +89,8 @@ def clustered(
     """Grey values within the mask and their clusters in the order of T1w brightness, cropped to the mask, uint8.
 
     Args:
-        t1: T1w. t2: T2w on the same grid (X, Y, Z).
+        t1: T1w (X, Y, Z).
+        t2: T2w on the same grid.
         mask: bool (X, Y, Z), of the brain.
         lesions: bool (X, Y, Z), called white matter.
     """

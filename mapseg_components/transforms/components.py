@@ -14,10 +14,10 @@ from monai.transforms import FillHoles
 from monai.utils import optional_import
 from scipy import ndimage
 
-from mapseg_components.errors import ConfigError
+from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.dictionary import EachKey
-from mapseg_components.transforms.inputs import as_volume
+from mapseg_components.transforms.inputs import as_volume, scan_name
 
 __all__ = ["FillEnclosed", "FillEnclosedd", "holes_of", "named_classes", "require_components"]
 
@@ -92,6 +92,7 @@ class FillEnclosed(FillHoles):
 
         Raises:
             ConfigError: it has several channels.
+            DataError: it holds values that are not whole.
         """
         img = as_volume(img)
         if len(img) != 1:
@@ -100,6 +101,10 @@ class FillEnclosed(FillHoles):
             )
         result = img.clone()
         classes = img.as_subclass(torch.Tensor)[0].cpu().numpy()
+        if not np.array_equal(classes, np.round(classes)):
+            raise DataError(
+                f"{scan_name(img)} has values that are not whole, and is no label map: argmax comes first"
+            )
         for value in self.applied_labels or ():
             result[0][torch.from_numpy(holes_of(classes, value)).to(img.device)] = value
         return result

@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, Orientationd
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["WorkingFrame", "WorkingFramed", "axes_in_frame"]
 
@@ -77,6 +78,7 @@ class WorkingFrame(Orientation):
 
     def __call__(self, data_array: torch.Tensor, lazy: bool | None = None) -> torch.Tensor:
         """Image (C, X, Y, Z) or (C, ...) with an affine, laid in the frame."""
+        data_array = as_volume(data_array)
         affine = data_array.affine.numpy() if isinstance(data_array, MetaTensor) else np.eye(4)
         if not np.array_equal(self.directions, RAS):
             codes = nib.orientations.aff2axcodes(affine)

@@ -12,9 +12,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
-from mapseg_components.errors import ConfigError
 from mapseg_components.memory import naming_memory_errors, require_memory
-from mapseg_components.transforms.probabilities import plain
+from mapseg_components.transforms.probabilities import beside, plain
 
 __all__ = ["ArgmaxOnScand"]
 
@@ -26,7 +25,8 @@ class ArgmaxOnScand(MapTransform):
 
     Probabilities are interpolated linearly, one class after the other, and the largest so far is kept: a border lies
     between voxels of the working grid, where a label map that is interpolated has steps, and the memory is that of one
-    class. In the place of ``AsDiscreted`` and ``Invertd`` where scans are resampled.
+    class. In the place of ``AsDiscreted`` and ``Invertd`` where scans are resampled. Of a scan that knows no file's
+    grid, such as an array, the likeliest classes stay on the grid of the logits.
 
     Args:
         keys: logits (classes, X, Y, Z) with the affine of their grid.
@@ -34,7 +34,6 @@ class ArgmaxOnScand(MapTransform):
         allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
-        ConfigError: in a call, logits or scan carry no metadata.
         ResourceError: in a call, the memory does not suffice.
 
     Examples:
@@ -62,13 +61,18 @@ class ArgmaxOnScand(MapTransform):
         scan = case[self.image_key]
         for key in self.key_iterator(case):
             logits = case[key]
-            if not isinstance(logits, MetaTensor) or not isinstance(scan, MetaTensor):
-                raise ConfigError(
-                    f"{key} or {self.image_key} has no metadata, which know the grids: load scans by LoadImaged, and "
-                    "keep MetaTensor on (monai.data.set_track_meta)"
-                )
-            case[key] = label_map_of(logits, scan.meta)
+            known = isinstance(scan, MetaTensor) and {"original_affine", "spatial_shape"} <= set(scan.meta)
+            if isinstance(logits, MetaTensor) and known:
+                case[key] = label_map_of(logits, scan.meta)
+            else:
+                classes = plain(logits).argmax(dim=0, keepdim=True)
+                case[key] = beside(classes.to(kept_type(len(logits))), logits)
         return case
+
+
+def kept_type(classes: int) -> torch.dtype:
+    """Type of a label map of so many classes."""
+    return torch.uint8 if classes <= 256 else torch.int32
 
 
 def label_map_of(logits: MetaTensor, meta: Mapping[str, Any]) -> MetaTensor:
@@ -82,7 +86,7 @@ def label_map_of(logits: MetaTensor, meta: Mapping[str, Any]) -> MetaTensor:
         scores = torch.softmax(plain(logits).float().cpu(), dim=0)
         move = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
         best = torch.full(shape, -1.0)
-        found = torch.zeros(shape, dtype=torch.uint8 if len(scores) <= 256 else torch.int32)
+        found = torch.zeros(shape, dtype=kept_type(len(scores)))
         for number, score in enumerate(scores):
             one = move(MetaTensor(score[None], affine=logits.affine), dst_affine=affine, spatial_size=shape)
             one = one.as_subclass(torch.Tensor)[0]

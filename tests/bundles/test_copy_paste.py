@@ -30,9 +30,9 @@ def test_it_trains_and_resumes_bit_for_bit(dataset, tmp_path):
 def test_its_recipe_runs_what_its_stages_name(dataset, tmp_path):
     recipe = read_recipe("copy_paste")
     source, adaptation = recipe.stages
-    train(tmp_path / "source", dataset, *recipe.overlays, *source.overlays, **UNET)
+    train(tmp_path / "source", dataset, "dynunet.yaml", *recipe.overlays, *source.overlays, **UNET)
     start = {"initial_weights": str(tmp_path / "source" / "source_only.pt"), "max_epochs": 1}
-    changed = [*recipe.overlays, *adaptation.overlays, "contrast_consistency.yaml"]
+    changed = ["dynunet.yaml", *recipe.overlays, *adaptation.overlays, "contrast_consistency.yaml"]
     assert TERMS <= set(train(tmp_path / "adaptation", dataset, *changed, **UNET, **start)[-1])
 
 

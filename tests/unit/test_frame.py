@@ -160,7 +160,8 @@ def test_a_plane_between_two_classes_is_found_between_the_voxels_of_the_working_
     np.testing.assert_array_equal(found.affine, np.eye(4))
 
 
-def test_logits_without_a_grid_are_refused():
-    scan = MetaTensor(torch.zeros(1, 3, 3, 3))
-    with pytest.raises(ConfigError, match="no metadata"):
-        ArgmaxOnScand()({"pred": torch.zeros(2, 3, 3, 3), "image": scan})
+def test_without_a_files_grid_classes_stay_on_that_of_the_logits():
+    logits = torch.randn(3, 4, 5, 6)
+    for scan in (torch.zeros(1, 8, 10, 12), MetaTensor(torch.zeros(1, 8, 10, 12))):
+        found = ArgmaxOnScand()({"pred": logits, "image": scan})["pred"]
+        assert torch.equal(found[0].as_subclass(torch.Tensor).long(), logits.argmax(dim=0))
