@@ -102,9 +102,7 @@ class FillEnclosed(FillHoles):
         result = img.clone()
         classes = img.as_subclass(torch.Tensor)[0].cpu().numpy()
         if not np.array_equal(classes, np.round(classes)):
-            raise DataError(
-                f"{scan_name(img)} has values that are not whole, and is no label map: argmax comes first"
-            )
+            raise DataError(f"{scan_name(img)} has values that are not whole, and is no label map: argmax comes first")
         for value in self.applied_labels or ():
             result[0][torch.from_numpy(holes_of(classes, value)).to(img.device)] = value
         return result

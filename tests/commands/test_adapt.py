@@ -121,7 +121,7 @@ def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path, metho
     if method == "entropy":
         models = [torch.load(tmp_path / "out" / "models" / f"{name}.pt") for name in ("source_only", "adapted")]
         moved = {name for name, value in models[0].items() if not torch.equal(value, models[1][name])}
-        assert moved and all("norm" in name or name.startswith("fusion.1.") for name in moved)  # kept is what was trained
+        assert moved and all("norm" in name or name.startswith("fusion.1.") for name in moved)
         with pytest.raises(ConfigError, match=r"\['width'\] are of the paper's network, and preset small-data-cpu"):
             adapt(**{**arguments, "settings": {"width": 8}}, output=str(tmp_path / "other"))
     assert len(list((tmp_path / "out" / "predictions" / "adapted").glob("*_seg.nii.gz"))) == 5
