@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from mapseg_components.transforms.frame import THICK, axes_in_frame, frame_of
 __all__ = ["Frame", "Grid", "Sizes", "find_frame", "grid_of", "plan_frame", "sizes_of"]
 
 LOOKED_AT = 10  # label maps whose structures are measured
+STACKS = 40  # that are compared with each other for the frame
 ALIKE = 1.1  # spacings within this factor are not worth a resampling
 COARSER = 1.3  # nor is a grid that is hardly coarser
 ACROSS = 4.0  # working voxels across the thinnest structure, at least
@@ -173,12 +175,14 @@ def directions_of(affines: Sequence[np.ndarray]) -> list[list[float]] | None:
     thick = [one for one in turns if is_thick(np.linalg.norm(one[0][:3, :3], axis=0))]
     if 2 * len(thick) <= len(turns):
         return None
+    thick = thick[:: math.ceil(len(thick) / STACKS)]
     candidates = []
     for affine, turn in thick:
         slices = int(np.argmax(np.linalg.norm(affine[:3, :3], axis=0)))
         plane = [axis for axis in range(3) if axis != slices]
         plane.sort(key=lambda axis: np.argmax(np.abs(turn[:, axis])))
-        rows = turn[:, [*plane, slices]].T
+        left, _, right = np.linalg.svd(turn[:, [*plane, slices]].T)
+        rows = left @ right  # at right angles, where the header's are nearly
         candidates.append(np.array([row if row[np.argmax(np.abs(row))] > 0 else -row for row in rows]))
 
     def alike(frame: np.ndarray) -> float:
