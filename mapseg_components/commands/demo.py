@@ -43,7 +43,7 @@ STEPS: Steps = {
     PLAIN: {"source": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3}},
     ADAPTED: {
         "source": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
-        "contrasts": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
+        "contrasts": {"max_epochs": 8, "epoch_length": 25, "val_interval": 4},
         "adaptation": {"max_epochs": 4, "epoch_length": 25, "val_interval": 2},
     },
 }

@@ -25,7 +25,7 @@ ALIKE = 1.1  # spacings within this factor are not worth a resampling
 COARSER = 1.3  # nor is a grid that is hardly coarser
 ACROSS = 4.0  # working voxels across the thinnest structure, at least
 FINE = 5.0  # working voxels across the thinnest structure, below which a network keeps the full resolution
-WHOLE = 0.6  # of a scan's side in a patch: beyond, a global view is nearly the patch itself
+WHOLE = 0.5  # of each side of a scan in a patch: beyond, a global view adds little to the patch
 AROUND = 1.3  # a patch is this many times wider than all structures together
 
 
