@@ -15,9 +15,10 @@ from scipy.ndimage import distance_transform_edt
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.sizes import plan_sizes
 from mapseg_components.scans.nifti import read_geometry, read_nifti
-from mapseg_components.transforms.frame import THICK, axes_in_frame, frame_of
+from mapseg_components.transforms.frame import axes_in_frame, frame_of, is_thick
+from mapseg_components.transforms.resampling import spacing_of
 
-__all__ = ["Frame", "Grid", "Sizes", "find_frame", "grid_of", "plan_frame", "sizes_of"]
+__all__ = ["Frame", "Grid", "Sizes", "find_frame", "plan_frame", "sizes_of"]
 
 LOOKED_AT = 10  # label maps whose structures are measured
 STACKS = 40  # that are compared with each other for the frame
@@ -130,11 +131,13 @@ def find_frame(
         ConfigError: a setting is no frame, or a preset is unknown.
         DataError: a scan or label map cannot be read.
     """
-    affines = [read_geometry(case["image"]).affine for case in (*labelled, *target)]
-    directions = settings["working_directions"] if "working_directions" in settings else directions_of(affines)
-    if directions is not None:
+    headers = [read_geometry(case["image"]) for case in (*labelled, *target)]
+    if "working_directions" in settings:
+        directions = settings["working_directions"]
         frame_of(directions)
-    grids = [grid_of(case["image"], directions) for case in (*labelled, *target)]
+    else:
+        directions = directions_of([header.affine for header in headers])
+    grids = [laid(header.shape, header.affine, directions) for header in headers]
     sizes = sizes_of([case["label"] for case in labelled], labels, directions)
     if "working_spacing" in settings:
         spacing = checked_spacing(settings["working_spacing"])
@@ -160,25 +163,20 @@ def checked_spacing(spacing: Any) -> list[float] | None:
     return found
 
 
-def is_thick(spacing: np.ndarray) -> bool:
-    """Whether voxels of these sides are those of thick slices."""
-    return bool(spacing.max() >= THICK * np.median(spacing))
-
-
 def directions_of(affines: Sequence[np.ndarray]) -> list[list[float]] | None:
     """Directions of the working frame's axes for scans of these affines (4, 4) each; ``None`` for the body's own.
 
     For stacks of thick slices it is the stack that lies best among the others, its slices on the last axis and its
     axes turned to the right, the front and upwards as far as they go; for anything else the body's axes.
     """
-    turns = [(affine, affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)) for affine in affines]
-    thick = [one for one in turns if is_thick(np.linalg.norm(one[0][:3, :3], axis=0))]
+    turns = [(affine, affine[:3, :3] / spacing_of(affine)) for affine in affines]
+    thick = [one for one in turns if is_thick(spacing_of(one[0]))]
     if 2 * len(thick) <= len(turns):
         return None
     thick = thick[:: math.ceil(len(thick) / STACKS)]
     candidates = []
     for affine, turn in thick:
-        slices = int(np.argmax(np.linalg.norm(affine[:3, :3], axis=0)))
+        slices = int(np.argmax(spacing_of(affine)))
         plane = [axis for axis in range(3) if axis != slices]
         plane.sort(key=lambda axis: np.argmax(np.abs(turn[:, axis])))
         left, _, right = np.linalg.svd(turn[:, [*plane, slices]].T)
@@ -196,19 +194,12 @@ def directions_of(affines: Sequence[np.ndarray]) -> list[list[float]] | None:
     return np.round(best, 4).tolist()
 
 
-def grid_of(path: str, directions: Sequence[Sequence[float]] | None = None) -> Grid:
-    """Grid of a scan in the working frame, from its header. Raises `DataError`."""
-    found = read_geometry(path)
-    return laid(found.shape, found.affine, directions)
-
-
 def laid(shape: Sequence[int], affine: np.ndarray, directions: Sequence[Sequence[float]] | None) -> Grid:
     """Grid of a shape and an affine (4, 4) in the working frame. Raises `ConfigError`."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = spacing_of(affine)
     if not np.isfinite(affine).all() or np.any(spacing == 0):
         raise ConfigError(f"the affine {np.asarray(affine).tolist()} names no axes: check the scan's header")
-    frame = np.eye(3) if directions is None else np.asarray(directions)
-    order = [axis for axis, _ in axes_in_frame(affine, frame)]
+    order = [axis for axis, _ in axes_in_frame(affine, frame_of(directions))]
     return Grid(np.asarray(shape)[order], spacing[order])
 
 
@@ -221,9 +212,8 @@ def sizes_of(
     widths: dict[str, list[float]] = {name: [] for name in labels}
     for path in label_maps[::step][:LOOKED_AT]:
         scan = read_nifti(path)
-        spacing = np.linalg.norm(scan.affine[:3, :3], axis=0)
-        frame = np.eye(3) if directions is None else np.asarray(directions)
-        order = [axis for axis, _ in axes_in_frame(scan.affine, frame)]
+        spacing = spacing_of(scan.affine)
+        order = [axis for axis, _ in axes_in_frame(scan.affine, frame_of(directions))]
         voxels = np.transpose(np.asarray(scan.voxels), order)
         sides = spacing[order]
         known = np.isin(np.round(voxels), list(labels.values()))

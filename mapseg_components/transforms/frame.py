@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +22,11 @@ __all__ = ["WorkingFrame", "WorkingFramed", "axes_in_frame"]
 RAS = np.eye(3)
 THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
 TILTED = 0.5  # cosine of 60 degrees between a scan's slices and the frame's: beyond, they are other slices
+
+
+def is_thick(spacing: np.ndarray) -> bool:
+    """Whether voxels of these sides (3,) are those of thick slices."""
+    return bool(spacing.max() >= THICK * np.median(spacing))
 
 
 def axes_in_frame(affine: np.ndarray, directions: np.ndarray) -> list[tuple[int, int]]:
@@ -43,7 +47,7 @@ def axes_in_frame(affine: np.ndarray, directions: np.ndarray) -> list[tuple[int,
     cosines = directions @ (affine[:3, :3] / spacing)  # of frame's axis (row) and scan's (column)
     orders = list(itertools.permutations(range(3)))
     slices = int(np.argmax(spacing))
-    if spacing[slices] >= THICK * np.median(spacing) and abs(cosines[2, slices]) >= TILTED:
+    if is_thick(spacing) and abs(cosines[2, slices]) >= TILTED:
         orders = [order for order in orders if order[2] == slices]
     best = max(orders, key=lambda order: sum(abs(cosines[axis, order[axis]]) for axis in range(3)))
     return [(axis, 1 if cosines[place, axis] >= 0 else -1) for place, axis in enumerate(best)]
@@ -113,10 +117,6 @@ class WorkingFramed(Orientationd):
     ) -> None:
         super().__init__(keys, axcodes="RAS", labels=None, allow_missing_keys=allow_missing_keys)
         self.ornt_transform = WorkingFrame(directions)
-
-    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        """Each of the keys, laid in the frame."""
-        return super().__call__(data, lazy=lazy)
 
 
 def frame_of(directions: Sequence[Sequence[float]] | None) -> np.ndarray:
