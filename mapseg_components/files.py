@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import tempfile
 import unicodedata
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 UNREADABLE = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates and line separators
 LOCK_NAME = ".run.lock"
 TEMPORARY_SUFFIX = ".tmp"
-# what `replacing` names its files: a hidden name, eight random characters of tempfile, the suffix
+# what `replacing` names its files: a hidden name, eight random characters, the suffix
 TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp(\.[\w.]+)?")
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _locks: dict[Path, list[Any]] = {}  # lock, process, claims
@@ -66,14 +67,13 @@ def replacing(path: str | os.PathLike[str], keep_previous: str | os.PathLike[str
         ResourceError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
-    temporary = None
+    ending = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix  # writers choose by it
+    # not longer than the name that the file system must take anyway; known before the file is there, so that a signal
+    # at any moment leaves nothing behind
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}{ending}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ending = "".join(path.suffixes[-2:]) if path.name.endswith(".gz") else path.suffix  # writers choose by it
-        prefix = f".{path.name[:40]}."  # not longer than the name that the file system must take anyway
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=TEMPORARY_SUFFIX + ending)
-        os.close(descriptor)
-        temporary = Path(name)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         yield temporary
         flush(temporary)
         temporary.chmod(0o666 & ~umask())
@@ -90,7 +90,7 @@ def replacing(path: str | os.PathLike[str], keep_previous: str | os.PathLike[str
             raise
         raise free_space_error(path, error) from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):  # of a folder that could not be made
             temporary.unlink(missing_ok=True)
 
 

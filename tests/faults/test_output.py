@@ -13,6 +13,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -268,6 +269,42 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
         strays += len(files.sweep_temporaries(tmp_path))
         assert names(tmp_path) == ["last.txt", "previous.txt"]
     assert strays  # some kills did hit a write
+
+
+def interrupted_at(moment, write):
+    """Whether Ctrl-C came: at the ``moment``-th line of `replacing`'s work, before its own cleaning up."""
+    count = 0
+
+    def line(frame, event, _):
+        nonlocal count
+        if event == "line" and frame.f_code.co_name == "replacing":
+            count += 1
+            if count == moment:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return line
+
+    sys.settrace(line)
+    try:
+        write()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupted_writer_leaves_nothing_beside_the_file(tmp_path):
+    """Ctrl-C at each line until the file has its new name."""
+    path, came = tmp_path / "volumes.csv", 0
+    path.write_text("old")
+    for moment in range(1, 100):
+        interrupted = interrupted_at(moment, lambda: files.write_text("new", path))
+        if path.read_text() == "new":
+            break
+        came += interrupted
+        assert names(tmp_path) == ["volumes.csv"], moment
+    assert came > 8
 
 
 def test_sweeping_takes_only_what_interrupted_writes_leave(tmp_path, caplog):
