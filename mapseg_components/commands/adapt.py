@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
+from mapseg_components.commands.order import TARGET_INVERTED, describe_order, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
@@ -104,8 +105,8 @@ def adapt(
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
             are taken as they are.
         pretraining: masked autoencoding on all images first, where the method has such a stage.
-        random_contrasts: show the source in random contrasts (``any_contrast.yaml``); turn it off if source and target
-            have the same contrast.
+        random_contrasts: show the source in random contrasts, and find out by the source-only model whether the target
+            is bright where the source is dark; turn it off if both have the same contrast.
         validation_share: of the source's cases, one at least, where it names none.
         held_out: share of the target's scans, two at least, that adaptation does not see and both models are judged
             on; 0 for none. Below five target scans none is held out.
@@ -199,6 +200,11 @@ class Adaptation:
         for stage in self.recipe.stages:
             if self.request["pretraining"] or not stage.optional:
                 self._train(stage)
+            if self._asks_for_order(stage):
+                self.record["order"] = settle_order(self.folder, self.folder / "stages" / str(self.recipe.order))
+                self._save()
+        if "order" in self.record:
+            logger.info(describe_order(self.record["order"]))
 
     def run(self) -> dict[str, Any]:
         """Everything that is not done yet: training, comparison of both models, label maps, report."""
@@ -215,7 +221,7 @@ class Adaptation:
                 self.request["symmetric"],
                 self.quiet,
                 self.request["any_position"],
-                self.request["random_contrasts"],
+                self.request["random_contrasts"] and self.recipe.inverts,
                 self.record.get("samples"),
             )
             self._save()
@@ -346,6 +352,11 @@ class Adaptation:
         self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
         self.record["done"].append(stage.name)
         self._save()
+
+    def _asks_for_order(self, stage: Stage) -> bool:
+        """Whether it is to be found out after this stage if the target is bright where the source is dark."""
+        known = "order" in self.record or TARGET_INVERTED in (self.request["settings"] or {})
+        return self.request["random_contrasts"] and not known and (self.recipe.order or "").startswith(f"{stage.name}/")
 
     def _comes(self, path: str) -> bool:
         """Whether what lies there is made at all: not by a stage that is left out."""

@@ -17,6 +17,7 @@ from monai.transforms import Compose, Orientationd, Spacingd
 from tqdm import tqdm
 
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.order import TARGET_INVERTED
 from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 CONFIDENT = 0.95
 HELD_OUT = "target scans that were held out of adaptation"
 ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be less on others)"
-LEAST_GAIN = 0.01
+LEAST_LOSS = 0.01
 MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
 
@@ -95,6 +96,8 @@ def assess(
     network = parser.get_parsed_content("network")
     device = parser.get_parsed_content("device")
     preprocessing = parser.get_parsed_content("preprocessing")
+    as_it_is = ConfigParser(parser.get() | {TARGET_INVERTED: False})
+    of_source = as_it_is.get_parsed_content("preprocessing")
     inferer = parser.get_parsed_content("inferer")
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
@@ -112,7 +115,7 @@ def assess(
 
     prior, places = [], []
     for case in load_datalist(datalist, "source_training"):
-        image = preprocessing({"image": case["image"]})["image"].as_subclass(torch.Tensor)
+        image = of_source({"image": case["image"]})["image"].as_subclass(torch.Tensor)
         truth, ml = load_labels(case["label"])
         prior.append(volumes_ml(truth, ml, names))
         places.append(positions_of(image, truth, classes))
@@ -141,7 +144,7 @@ def assess(
             network.eval()
             seen, dice = [], []
             for number, name in versions:
-                image = preprocessing({"image": validation[number]["image"]})["image"].as_subclass(torch.Tensor)
+                image = of_source({"image": validation[number]["image"]})["image"].as_subclass(torch.Tensor)
                 truth, _ = load_labels(validation[number]["label"])
                 shown = image if name is None else DEGRADATIONS[name](image)
                 label_map = segment(shown)
@@ -284,8 +287,9 @@ def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, 
 def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: bool = False) -> dict[str, Any]:
     """The verdict: which model to use, with the reason, from the figures of both on the same target scans.
 
-    The estimates of Dice are compared scan by scan. Better or worse means: the mean difference is 0.01 at least, and
-    the bootstrap interval (95 %, over scans) does not hold 0. An adapted model that is not better is not shipped.
+    The estimates of Dice are compared scan by scan. Better means: by their mean, and in more than half of the scans.
+    Worse: the mean difference is 0.01 at least, and the bootstrap interval (95 %, over scans) does not hold 0. An
+    adapted model that is not better is not shipped. A gain whose interval holds 0 is said to be uncertain.
 
     Args:
         source: figures of the source-only model, as `assess` makes them.
@@ -327,9 +331,11 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
         why.append(
             f"{outside} of {len(adapted['cases'])} target scans are less consistent than any labelled scan: guesses."
         )
-    if gain >= LEAST_GAIN and low > 0:
+    if gain > 0 and np.mean(differences > 0) > 0.5:
         verdict = "adapted"
-    elif gain <= -LEAST_GAIN and high < 0:
+        if low <= 0:
+            why.append("The interval holds 0: the gain is uncertain.")
+    elif gain <= -LEAST_LOSS and high < 0:
         verdict = "worse than source"
     else:
         verdict = "no gain"

@@ -14,9 +14,9 @@ from typing import Any
 
 from mapseg_components.commands.demo_adapt import (
     ADAPTED,
+    CONTRASTS,
     FIGURES,
     PICTURE,
-    PLAIN,
     PREDICTIONS,
     SCORES,
     Steps,
@@ -40,18 +40,17 @@ ADULTS = SAMPLES[0]
 # Length of each stage of `mapseg adapt` on the sample of adults, a step is one batch of each side. In all at most six
 # minutes on two cores.
 STEPS: Steps = {
-    PLAIN: {"source": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3}},
+    CONTRASTS: {"source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5}},
     ADAPTED: {
-        "source": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
-        "contrasts": {"max_epochs": 8, "epoch_length": 25, "val_interval": 4},
-        "adaptation": {"max_epochs": 4, "epoch_length": 25, "val_interval": 2},
+        "source": {"max_epochs": 16, "epoch_length": 25, "val_interval": 4},
+        "adaptation": {"max_epochs": 6, "epoch_length": 25, "val_interval": 2},
     },
 }
 TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedule of the shipped weights
 STAGES = ("pretraining", "source_only", "adaptation")
 RECORD = "demo.json"
 LOCK = {".run.lock", ".run.lock.json"}
-OWN = {*STAGES, PLAIN, ADAPTED, RECORD, PREDICTIONS, SCORES, FIGURES, PICTURE, *LOCK}
+OWN = {*STAGES, CONTRASTS, ADAPTED, RECORD, PREDICTIONS, SCORES, FIGURES, PICTURE, *LOCK}
 # slower than the preset: on this sample faster teachers drift (docs/reference/results.md)
 GENTLE = {"learning_rate": 0.0001, "ema_schedule": [[None, 0.999]], "target_scale_range": [0.9, 1.1], "max_epochs": 10}
 

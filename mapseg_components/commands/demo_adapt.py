@@ -14,6 +14,7 @@ from typing import Any
 
 from mapseg_components.commands.adapt import Adaptation, adapt
 from mapseg_components.commands.evaluate import MEAN, evaluate
+from mapseg_components.commands.order import TARGET_INVERTED, describe_order
 from mapseg_components.commands.predict import predict
 from mapseg_components.commands.report import VERDICTS
 from mapseg_components.data import load_datalist, read_nifti
@@ -27,7 +28,7 @@ __all__ = ["MODELS", "adapt_and_compare", "dice_table", "draw"]
 
 # model: its folder of predictions and scores
 MODELS = {"source-only": "source_only", "source-only, random contrasts": "random_contrasts", "adapted": "adapted"}
-PLAIN, ADAPTED = "plain", "adapted"  # folders of the two runs
+CONTRASTS, ADAPTED = "random_contrasts", "adapted"  # folders of the two runs
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 
 Steps = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -36,14 +37,15 @@ Steps = Mapping[str, Mapping[str, Mapping[str, Any]]]
 def adapt_and_compare(
     folder: Path, sample: Path, steps: Steps, seed: int, options: Mapping[str, Any], say: Callable[[str], None]
 ) -> tuple[str, dict[str, Any]]:
-    """Train a plain source-only model, run ``mapseg adapt``, and measure the three models on the sample's test scans.
+    """Train a source-only model in random contrasts, run ``mapseg adapt``, and measure three models on the test scans.
 
-    What is done already in the folder is not done again.
+    The third is the source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the folder
+    is not done again.
 
     Args:
         folder: of the results, locked by this process.
         sample: folder with ``datalist.json``.
-        steps: settings of each stage, of the runs ``plain`` and ``adapted``.
+        steps: settings of each stage, of the runs ``random_contrasts`` and ``adapted``.
         seed: of everything random.
         options: device, num_threads, quiet, verbose.
         say: prints a line of progress.
@@ -55,35 +57,35 @@ def adapt_and_compare(
         MAPSegError: of a stage.
     """
     recipe = read_recipe(str(inspect.signature(adapt).parameters["method"].default))
-    runs = {
-        PLAIN: run_of(folder / PLAIN, sample, source_alone(recipe), steps[PLAIN], seed, options, contrasts=False),
-        ADAPTED: run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], seed, options, contrasts=True),
-    }
-    for run in runs.values():
+    alone = source_alone(recipe)
+    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], seed, options)
+    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], seed, options)
+    for run in (contrasts, whole):
         run.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
-    say("1/3 source-only training, T1w as it is")
-    runs[PLAIN].train()
-    say("2/3 mapseg adapt: source-only training in random contrasts, adaptation to T2w without its labels")
-    record = runs[ADAPTED].run()
-    sources = ((PLAIN, "source_only"), (ADAPTED, "source_only"), (ADAPTED, "adapted"))
+    say("1/3 source-only training in random contrasts")
+    contrasts.train()
+    say("2/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
+    record = whole.run()
     say("3/3 the three models on the test scans")
+    as_they_are = {**options, "settings": {TARGET_INVERTED: False}}
+    shown = ((whole, "source_only", as_they_are), (contrasts, "source_only", as_they_are), (whole, "adapted", options))
     results = {}
-    for (name, own), (run_name, model) in zip(MODELS.items(), sources):
-        run = runs[run_name]
+    for (name, own), (run, model, asked) in zip(MODELS.items(), shown):
         weights = run.folder / "stages" / run.recipe.models[model]
-        results[name] = scored(run.folder, weights, sample, folder / PREDICTIONS / own, folder / SCORES / own, options)
-    seconds = {name: run.record["seconds"] for name, run in runs.items()}
+        results[name] = scored(run.folder, weights, sample, folder / PREDICTIONS / own, folder / SCORES / own, asked)
+    seconds = {CONTRASTS: contrasts.record["seconds"], ADAPTED: record["seconds"]}
     verdict = record["assessment"]["verdict"]
     figures = {"sample": sample.name, "seed": seed, "seconds": seconds, "verdict": verdict["verdict"], **results}
     write_json(figures, folder / FIGURES)
     predictions = {name: folder / PREDICTIONS / own for name, own in MODELS.items()}
     draw(sample, predictions, structures(results), folder / PICTURE)
-    plain, contrasts, adapted = (results[name]["mean"] for name in MODELS)
+    plain, random, adapted = (results[name]["mean"] for name in MODELS)
     text = [
         dice_table(results, f"Dice on {len(load_datalist(sample, 'target_test'))} T2w scans"),
         "",
-        f"Adapted: {adapted - plain:+.3f} mean Dice over source-only, {adapted - contrasts:+.3f} over random contrasts "
+        describe_order(record["order"]),
+        f"Adapted: {adapted - plain:+.3f} mean Dice over source-only, {adapted - random:+.3f} over random contrasts "
         f"(seed {seed}).",
         f"What mapseg adapt says without labels: {VERDICTS[verdict['verdict']]}",
         "The truth here are silver labels, made by clustering grey values, and both scans show one person.",
@@ -106,7 +108,6 @@ def run_of(
     steps: Mapping[str, Mapping[str, Any]],
     seed: int,
     options: Mapping[str, Any],
-    contrasts: bool,
 ) -> Adaptation:
     """``mapseg adapt`` with its defaults on a sample, but for the length of each stage."""
     request = {
@@ -118,7 +119,6 @@ def run_of(
         "source": str(sample / "datalist.json"),
         "target": str(sample / "target"),
         "pretraining": False,
-        "random_contrasts": contrasts,
         "seed": seed,
         "device": options["device"],
         "num_threads": options["num_threads"],
@@ -130,9 +130,9 @@ def run_of(
 
 
 def source_alone(recipe: Recipe) -> Recipe:
-    """The first training on the source of a recipe, and nothing after it."""
-    stage = next(stage for stage in recipe.stages if not stage.optional)
-    return replace(recipe, stages=(stage,), models={"source_only": f"{stage.name}/source_only.pt"})
+    """The first training on the source of a recipe, in contrasts of either order, and nothing after it."""
+    stage = replace(next(stage for stage in recipe.stages if not stage.optional), contrasts="any_contrast.yaml")
+    return replace(recipe, stages=(stage,), models={"source_only": f"{stage.name}/source_only.pt"}, order=None)
 
 
 def scored(
@@ -153,7 +153,7 @@ def scored(
         )
         if found.exit_code:
             raise DataError(f"the sample was not segmented: {found}")
-        shared = {key: value for key, value in options.items() if key != "device"}
+        shared = {key: value for key, value in options.items() if key not in ("device", "settings")}
         truth = str(sample / "test" / "labels")
         evaluate(str(predictions), truth, labels=str(bundle), output=str(scores), overwrite=True, **shared)
     content = json.loads(result.read_text(encoding="utf-8"))["structures"]

@@ -14,6 +14,7 @@ import numpy as np
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
+from mapseg_components.commands.order import describe_order
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import read_nifti
 from mapseg_components.data.datalist import all_targets
@@ -130,6 +131,7 @@ def report(directory: str, output: str | None = None) -> str:
         f'<p class="quiet">{plan["target"]} target scans{held_out}, {plan["source_training"]} + '
         f"{plan['source_validation']} source scans, {len(names)} structures, "
         f"preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
+        f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
         answer(KINDS[verdict["verdict"]], VERDICTS[verdict["verdict"]], shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
         f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(QUALITY_NOTE)}</p>{case_table(assessment)}',

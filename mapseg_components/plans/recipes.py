@@ -17,6 +17,7 @@ from mapseg_components.shipped_files import bundles_folder
 __all__ = ["Recipe", "Stage", "read_recipe", "recipe_names"]
 
 ADAPTATION = "mapseg_adaptation"
+INVERTS = "any_contrast.yaml"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Stage:
     paths: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
-    contrasts: str = "any_contrast.yaml"
+    contrasts: str = INVERTS
     scale: dict[str, float] = field(default_factory=dict)
 
 
@@ -55,6 +56,8 @@ class Recipe:
         dimensions: 2, 3 or both.
         measured: what was measured, in one line.
         overlays: of the adaptation bundle, in all its stages and in the bundle that is made.
+        order: weights below ``stages`` by whose confidence it is found out, once their stage is done, whether the
+            target is bright where the source is dark.
         stages: in their order.
         models: ``source_only`` and ``adapted``: weights below ``stages`` that are compared and kept.
     """
@@ -67,6 +70,12 @@ class Recipe:
     stages: tuple[Stage, ...]
     models: dict[str, str]
     overlays: tuple[str, ...] = ()
+    order: str | None = None
+
+    @property
+    def inverts(self) -> bool:
+        """Whether every model has seen the source bright for dark as well."""
+        return all(stage.contrasts == INVERTS for stage in self.stages if not stage.optional)
 
 
 def recipes_folder() -> Path:

@@ -18,6 +18,7 @@ import torch
 
 from mapseg_components.commands.adapt import adapt, read_mapping
 from mapseg_components.commands.assess import case_figures, verdict_of
+from mapseg_components.commands.order import describe_order
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
 from mapseg_components.data import load_datalist
@@ -68,7 +69,10 @@ def finished(folders):
 @pytest.mark.slow
 def test_the_output_is_a_bundle_that_runs(finished, tmp_path):
     output, record = finished
-    assert record["done"][:3] == ["source", "contrasts", "adaptation"]
+    assert record["done"][:2] == ["source", "adaptation"]
+    for name in ("train.json", "inference.json"):
+        config = json.loads((output / "configs" / name).read_text())
+        assert config["target_inverted"] is record["order"]["inverted"]
     shipped = record["assessment"]["verdict"]["ship"]
     assert (output / "models" / "model.pt").read_bytes() == (output / "models" / f"{shipped}.pt").read_bytes()
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
@@ -98,7 +102,7 @@ def test_the_report_needs_nothing_else(finished):
     output, record = finished
     page = (output / "report.html").read_text()
     assert not re.search(r"(?:src|href)\s*=\s*.(?!#)|@import|url\((?!data:image/png;base64,|#)", page)
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in page and html.escape(describe_order(record["order"])) in page
     for text in ("structure 1", "structure 2", "7", "8", "Score", "teacher agrees with its last look"):
         assert text in page
     assert page.count('class="viewer"') == 2 and page.count('type="range" min') == 6
@@ -287,7 +291,10 @@ def test_verdicts():
     mixed = verdict_of(figures(base), figures([0.6, 0.5, 0.8, 0.45]))
     assert mixed["verdict"] == "no gain" and mixed["ship"] == "source_only"
     lucky = verdict_of(figures(base), figures([b + d for b, d in zip(base, [0.2, -0.05, -0.02, -0.01])]))
-    assert lucky["gain"] > 0.01 and lucky["interval"][0] < 0 and lucky["verdict"] == "no gain", "one scan is no gain"
+    assert lucky["gain"] > 0.01 and lucky["verdict"] == "no gain", "one scan is no gain"
+    likely = verdict_of(figures(base), figures([b + d for b, d in zip(base, [0.03, 0.02, -0.03, 0.01])]))
+    assert likely["verdict"] == likely["ship"] == "adapted" and "the gain is uncertain" in " ".join(likely["why"])
+    assert "uncertain" not in " ".join(verdict_of(figures(base), figures(better))["why"])
     failing = verdict_of(figures([0.1, 0.1]), figures([0.3, 0.3]))
     assert failing["verdict"] == "adapted" and "look at its label maps before any use" in failing["why"][-1]
     assert "guesses" in " ".join(verdict_of(figures(base), figures(better, within=False))["why"])

@@ -17,7 +17,7 @@ import pytest
 from mapseg_components.commands import demo as demo_command
 from mapseg_components.commands.adapt import Adaptation, adapt
 from mapseg_components.commands.demo import STEPS
-from mapseg_components.commands.demo_adapt import ADAPTED, MODELS, PLAIN, dice_table, run_of, source_alone
+from mapseg_components.commands.demo_adapt import ADAPTED, CONTRASTS, MODELS, dice_table, run_of, source_alone
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.recipes import Stage, read_recipe
 from mapseg_components.shipped_files import sample_folder
@@ -33,22 +33,23 @@ SHORTEST = {"max_epochs": 1, "epoch_length": 2, "val_interval": 1}
 def test_every_stage_of_the_recipe_has_its_length_and_no_other():
     # an optional stage, pretraining, is left out
     assert set(STEPS[ADAPTED]) == {stage.name for stage in RECIPE.stages if not stage.optional}
-    assert set(STEPS[PLAIN]) == {stage.name for stage in source_alone(RECIPE).stages}
-    for steps in (*STEPS[PLAIN].values(), *STEPS[ADAPTED].values()):
+    assert set(STEPS[CONTRASTS]) == {stage.name for stage in source_alone(RECIPE).stages}
+    for steps in (*STEPS[CONTRASTS].values(), *STEPS[ADAPTED].values()):
         assert steps["max_epochs"] >= steps["val_interval"], "no epoch would be validated"
 
 
-def test_the_plain_model_is_the_first_stage_alone_whatever_comes_before_it():
+def test_the_model_of_random_contrasts_is_the_first_stage_alone_whatever_comes_before_it():
     before = Stage(name="pretraining", bundle="mapseg_pretraining", optional=True)
     alone = source_alone(replace(RECIPE, stages=(before, *RECIPE.stages)))
     first = next(stage for stage in RECIPE.stages if not stage.optional)
-    assert alone.stages == (first,) and alone.models == {"source_only": f"{first.name}/source_only.pt"}
+    assert alone.stages == (replace(first, contrasts="any_contrast.yaml"),) and alone.order is None
+    assert alone.models == {"source_only": f"{first.name}/source_only.pt"}
 
 
 def test_the_adapted_run_is_mapseg_adapt_as_it_comes_but_for_the_length_of_stages(tmp_path):
     sample = sample_folder("adult_t1_to_t2")
     steps = {"adaptation": {"max_epochs": 7}}
-    run = run_of(tmp_path, sample, RECIPE, steps, 5, OPTIONS, contrasts=True)
+    run = run_of(tmp_path, sample, RECIPE, steps, 5, OPTIONS)
     defaults = {name: one.default for name, one in inspect.signature(adapt).parameters.items()}
     changed = {name for name, value in run.request.items() if value != defaults[name]}
     assert changed == {"source", "target", "pretraining", "seed", "device", "num_threads"}
@@ -76,10 +77,11 @@ def without_hours(monkeypatch):
     def run(self):
         left_behind(self, calls)
         verdict = {"verdict": "adapted", "ship": "adapted", "why": []}
-        return {**self.record, "assessment": {"verdict": verdict}, "report": "report.html"}
+        order = {"inverted": True, "confidence_as_is": [0.5], "confidence_inverted": [0.75]}
+        return {**self.record, "order": order, "assessment": {"verdict": verdict}, "report": "report.html"}
 
     def predict(scans, output, *, bundle, weights, **options):
-        predicted.append((Path(output).name, Path(bundle).name, Path(weights).read_text()))
+        predicted.append((Path(output).name, Path(weights).read_text(), options.get("settings")))
         Path(output).mkdir(parents=True, exist_ok=True)
         wrong = {"source_only": 0.8, "random_contrasts": 0.4, "adapted": 0.1}[Path(output).name]
         rng = np.random.default_rng(0)
@@ -104,15 +106,12 @@ def without_hours(monkeypatch):
 def test_three_models_are_measured_each_with_its_own_weights(without_hours, tmp_path, capsys):
     calls, predicted = without_hours
     report = demo_command(str(tmp_path / "out"), seed=4, num_threads=1)
-    assert [(name, request["random_contrasts"], request["seed"]) for name, _, request in calls] == [
-        (PLAIN, False, 4),
-        (ADAPTED, True, 4),
-    ]
-    source, adapted = RECIPE.models["source_only"], RECIPE.models["adapted"]
+    assert [(name, request["seed"]) for name, _, request in calls] == [(CONTRASTS, 4), (ADAPTED, 4)]
+    as_they_are = {"target_inverted": False}
     assert predicted == [
-        ("source_only", PLAIN, f"{PLAIN}/{source_alone(RECIPE).models['source_only']}"),
-        ("random_contrasts", ADAPTED, f"{ADAPTED}/{source}"),
-        ("adapted", ADAPTED, f"{ADAPTED}/{adapted}"),
+        ("source_only", f"{ADAPTED}/{RECIPE.models['source_only']}", as_they_are),
+        ("random_contrasts", f"{CONTRASTS}/{source_alone(RECIPE).models['source_only']}", as_they_are),
+        ("adapted", f"{ADAPTED}/{RECIPE.models['adapted']}", None),
     ]
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
     means = [figures[name]["mean"] for name in MODELS]
@@ -120,7 +119,7 @@ def test_three_models_are_measured_each_with_its_own_weights(without_hours, tmp_
     text = str(report)
     assert all(name in text for name in MODELS) and "white matter" in text and "silver labels" in text
     assert f"{means[2] - means[0]:+.3f} mean Dice over source-only" in text
-    assert f"{means[2] - means[1]:+.3f} over random contrasts" in text
+    assert f"{means[2] - means[1]:+.3f} over random contrasts" in text and "are shown bright for dark" in text
     assert (tmp_path / "out" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr()
     assert printed.out == "" and [line[:3] for line in printed.err.splitlines()] == ["1/3", "2/3", "3/3"]
@@ -184,8 +183,7 @@ def test_the_table_has_a_column_a_model_and_lines_of_one_length():
 
 @pytest.mark.slow
 def test_the_whole_way_with_the_shortest_stages(tmp_path, monkeypatch):
-    shortest = {run: dict.fromkeys(stages, SHORTEST) for run, stages in STEPS.items()}
-    monkeypatch.setattr(MODULE, "STEPS", shortest)
+    monkeypatch.setattr(MODULE, "STEPS", {run: dict.fromkeys(stages, SHORTEST) for run, stages in STEPS.items()})
     report = demo_command(str(tmp_path / "out"), num_threads=1, quiet=True)
     assert all(0 <= report.figures[name]["mean"] <= 1 for name in MODELS)
     assert set(report.figures["seconds"][ADAPTED]) >= set(STEPS[ADAPTED])

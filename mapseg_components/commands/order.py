@@ -1,0 +1,100 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Is the target bright where the source is dark? Found out by a model of the source, without labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+
+from mapseg_components.checkpoints import load_weights
+from mapseg_components.contrast import inverted
+from mapseg_components.data import load_datalist
+from mapseg_components.files import write_json
+from mapseg_components.plans.judging import evenly
+
+__all__ = ["TARGET_INVERTED", "describe_order", "find_order", "settle_order"]
+
+TARGET_INVERTED = "target_inverted"  # setting of the bundles
+MOST_SCANS = 8
+MOST_OF_THEM = 0.8  # share of the scans that must agree
+LEAST_GAIN = 0.01  # of the mean confidence
+
+
+def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
+    """Confidence of a model of the source on target scans as they are, and bright for dark.
+
+    A model that saw the source in its own order of intensities is surer of its structures in a scan of that order: a
+    T1w model in an inverted T2w scan. The target counts as inverted if the model is surer so in at least four of five
+    scans, and by 0.01 in the mean.
+
+    Args:
+        bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
+        weights: of a model that was not trained on inverted scans.
+
+    Returns:
+        ``inverted``; ``confidence_as_is`` and ``confidence_inverted``, mean largest probability of the voxels of
+        structures, a number for each scan.
+
+    Raises:
+        CheckpointError: the weights cannot be loaded.
+        DataError: a scan cannot be read.
+    """
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs" / "inference.json"))
+    parser["bundle_root"] = str(bundle)
+    parser[TARGET_INVERTED] = False
+    network, device = parser.get_parsed_content("network"), parser.get_parsed_content("device")
+    preprocessing, inferer = parser.get_parsed_content("preprocessing"), parser.get_parsed_content("inferer")
+    load_weights(network, weights)
+    network.eval()
+
+    def confidence(image: torch.Tensor) -> float:
+        with torch.no_grad():
+            logits = inferer(image[None].to(device), network)[0].as_subclass(torch.Tensor)
+        largest, classes = logits.float().softmax(dim=0).max(dim=0)
+        return round(float(largest[classes > 0].mean()), 4) if (classes > 0).any() else 0.0
+
+    as_is, opposite = [], []
+    scans = load_datalist(bundle / "datalist.json", "target_training")
+    for case in evenly(scans, min(MOST_SCANS, len(scans))):
+        image = preprocessing({"image": case["image"]})["image"].as_subclass(torch.Tensor)
+        as_is.append(confidence(image))
+        opposite.append(confidence(inverted(image)))
+    gains = np.subtract(opposite, as_is)
+    return {
+        "inverted": bool((gains > 0).mean() >= MOST_OF_THEM and gains.mean() >= LEAST_GAIN),
+        "confidence_as_is": as_is,
+        "confidence_inverted": opposite,
+    }
+
+
+def settle_order(bundle: Path, weights: Path) -> dict[str, Any]:
+    """Find the order of intensities and write it into the bundle's configs of training and inference.
+
+    Args, returns and raises: see `find_order`.
+    """
+    found = find_order(bundle, weights)
+    for name in ("train.json", "inference.json"):
+        path = bundle / "configs" / name
+        write_json(json.loads(path.read_text(encoding="utf-8")) | {TARGET_INVERTED: found["inverted"]}, path)
+    return found
+
+
+def describe_order(found: Mapping[str, Any]) -> str:
+    """The answer in words, for the terminal and the report."""
+    sure = ", ".join(
+        f"{np.mean(found[f'confidence_{name}']):.3f} {title}"
+        for name, title in (("as_is", "as they are"), ("inverted", "bright for dark"))
+    )
+    does = "are shown bright for dark" if found["inverted"] else "are shown as they are"
+    return (
+        f"Target scans {does}: the source-only model's mean confidence in {len(found['confidence_as_is'])} of them is "
+        f"{sure} (another choice: the setting {TARGET_INVERTED})."
+    )

@@ -1,0 +1,119 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the target is bright where the source is dark: found out by confidence, kept in the configs, shown so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+from mapseg_components.commands.assess import assess
+from mapseg_components.commands.order import TARGET_INVERTED, describe_order, find_order, settle_order
+from mapseg_components.contrast import inverted
+from mapseg_components.data import SeededDataset
+from mapseg_components.inferers import AutocastInferer
+from tests.conftest import ROOT, make_scan, write_nifti
+from tests.test_verdict import measured
+from tools.verdict import weights_of
+
+CONFIGS = ROOT / "bundles" / "mapseg_adaptation" / "configs"
+
+
+@pytest.fixture
+def bundle(tmp_path, dataset):
+    """A bundle with two target scans, configs of training and inference, and weights."""
+    measured(tmp_path, dataset, {"source-only": 0.5, "adapted": 0.5})
+    folder = tmp_path / "bundle"
+    shutil.copyfile(CONFIGS / "train.json", folder / "configs" / "train.json")
+    content = json.loads((folder / "datalist.json").read_text())
+    content["target_training"] = []
+    for seed in (7, 8):
+        path = tmp_path / f"{seed}.nii.gz"
+        write_nifti(path, make_scan(seed=seed)[0])
+        content["target_training"].append({"image": str(path)})
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder, weights_of(tmp_path / "seed3", "source-only")
+
+
+def surer(*signs: int):
+    """Instead of a model: the first structure everywhere, surer in bright scans (1) or in dark ones (-1), in turn."""
+    calls = []
+
+    def infer(self, image, network):
+        # each scan is seen as it is, then bright for dark
+        sign = signs[len(calls) // 2 % len(signs)]
+        calls.append(image)
+        logit = 1 + sign * image[image > 0].mean()
+        return torch.stack([torch.zeros_like(image[:, 0]), logit.expand_as(image[:, 0])], dim=1)
+
+    return infer
+
+
+def test_the_model_is_surer_in_the_order_of_the_source(bundle, monkeypatch):
+    monkeypatch.setattr(AutocastInferer, "__call__", surer(1))
+    bright = find_order(*bundle)
+    monkeypatch.setattr(AutocastInferer, "__call__", surer(-1))
+    dark = find_order(*bundle)
+    assert len(bright["confidence_as_is"]) == len(bright["confidence_inverted"]) == 2, "no scan is counted twice"
+    assert bright["inverted"] is not dark["inverted"]
+    for found in (bright, dark):
+        gains = [b - a for a, b in zip(found["confidence_as_is"], found["confidence_inverted"])]
+        assert all((gain > 0) is found["inverted"] for gain in gains)
+    text = describe_order(bright if bright["inverted"] else dark)
+    assert "in 2 of them" in text and "are shown bright for dark" in text and TARGET_INVERTED in text
+
+
+def test_scans_that_do_not_agree_stay_as_they_are(bundle, monkeypatch):
+    monkeypatch.setattr(AutocastInferer, "__call__", surer(1, -1))
+    assert not find_order(*bundle)["inverted"]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_both_configs_have_it(bundle, monkeypatch, sign):
+    monkeypatch.setattr(AutocastInferer, "__call__", surer(sign))
+    before = {name: json.loads((bundle[0] / "configs" / name).read_text()) for name in ("train.json", "inference.json")}
+    found = settle_order(*bundle)
+    for name, content in before.items():
+        assert json.loads((bundle[0] / "configs" / name).read_text()) == {**content, TARGET_INVERTED: found["inverted"]}
+
+
+def parsed(name, dataset, settings, *identifiers):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / name), str(CONFIGS / "tiny.yaml")])
+    parser.update({"dataset_dir": str(dataset), "datalist": str(dataset / "datalist.json"), **settings})
+    return [parser.get_parsed_content(identifier) for identifier in identifiers]
+
+
+def test_the_target_alone_is_shown_bright_for_dark_in_patch_and_view(dataset):
+    shown = {}
+    for order in (False, True):
+        settings = {TARGET_INVERTED: order, "labels": {"first": 1, "second": 2}, "diagnostics_scans": 1}
+        names = ("train#dataset", "train#target_dataset", "train#diagnostic_dataset", "validate#dataset")
+        shown[order] = [SeededDataset(one)[0, 3] for one in parsed("train.json", dataset, settings, *names)]
+    source, target, diagnostic, validation = zip(shown[False], shown[True])
+    for as_is, other in (source, validation):
+        assert torch.equal(as_is["image"], other["image"])
+    for as_is, other in (target, diagnostic):
+        for key in {"image", "global_image"} & set(as_is):
+            assert (as_is[key] > 0).any() and torch.equal(other[key], inverted(as_is[key])), key
+    assert "global_image" in target[0]
+
+
+def test_the_comparison_shows_the_source_as_it_is(bundle, monkeypatch):
+    """Calibration and target scans, with one image for both: what differs is the order."""
+    folder, weights = bundle
+    path = folder / "datalist.json"
+    content = json.loads(path.read_text())
+    content["target_training"] = [{"image": content["source_validation"][0]["image"]}]
+    path.write_text(json.dumps(content))
+    config = folder / "configs" / "inference.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {TARGET_INVERTED: True}))
+    seen = []
+    original = AutocastInferer.__call__
+    monkeypatch.setattr(AutocastInferer, "__call__", lambda self, x, n: seen.append(x[0]) or original(self, x, n))
+    assess(str(folder), {"source_only": str(weights)}, quiet=True)
+    assert torch.equal(seen[-3], inverted(seen[0])), "the last scan and its two views"
