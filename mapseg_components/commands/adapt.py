@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
-from mapseg_components.commands.order import TARGET_INVERTED, describe_order, settle_order
+from mapseg_components.commands.order import asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
@@ -197,14 +197,17 @@ class Adaptation:
         if "check" not in self.record:
             self._check()
             self._save()
-        for stage in self.recipe.stages:
+        self.recipe = recipe_of(self.recipe, self.record, self.request)
+        number = 0
+        while number < len(self.recipe.stages):
+            stage, number = self.recipe.stages[number], number + 1
             if self.request["pretraining"] or not stage.optional:
                 self._train(stage)
-            if self._asks_for_order(stage):
+            if asks_for_order(self.recipe, stage, self.record, self.request):
                 self.record["order"] = settle_order(self.folder, self.folder / "stages" / str(self.recipe.order))
                 self._save()
-        if "order" in self.record:
-            logger.info(describe_order(self.record["order"]))
+                logger.info(describe_order(self.record["order"]))
+                self.recipe = recipe_of(self.recipe, self.record, self.request)
 
     def run(self) -> dict[str, Any]:
         """Everything that is not done yet: training, comparison of both models, label maps, report."""
@@ -352,11 +355,6 @@ class Adaptation:
         self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
         self.record["done"].append(stage.name)
         self._save()
-
-    def _asks_for_order(self, stage: Stage) -> bool:
-        """Whether it is to be found out after this stage if the target is bright where the source is dark."""
-        known = "order" in self.record or TARGET_INVERTED in (self.request["settings"] or {})
-        return self.request["random_contrasts"] and not known and (self.recipe.order or "").startswith(f"{stage.name}/")
 
     def _comes(self, path: str) -> bool:
         """Whether what lies there is made at all: not by a stage that is left out."""

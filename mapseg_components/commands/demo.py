@@ -43,6 +43,7 @@ STEPS: Steps = {
     CONTRASTS: {"source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5}},
     ADAPTED: {
         "source": {"max_epochs": 16, "epoch_length": 25, "val_interval": 4},
+        "contrasts": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
         "adaptation": {"max_epochs": 6, "epoch_length": 25, "val_interval": 2},
     },
 }

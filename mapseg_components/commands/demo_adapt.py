@@ -39,8 +39,8 @@ def adapt_and_compare(
 ) -> tuple[str, dict[str, Any]]:
     """Train a source-only model in random contrasts, run ``mapseg adapt``, and measure three models on the test scans.
 
-    The third is the source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the folder
-    is not done again.
+    The third is the first source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the
+    folder is not done again.
 
     Args:
         folder: of the results, locked by this process.
@@ -69,10 +69,11 @@ def adapt_and_compare(
     record = whole.run()
     say("3/3 the three models on the test scans")
     as_they_are = {**options, "settings": {TARGET_INVERTED: False}}
-    shown = ((whole, "source_only", as_they_are), (contrasts, "source_only", as_they_are), (whole, "adapted", options))
+    first, adapted = alone.models["source_only"], whole.recipe.models["adapted"]
+    shown = ((whole, first, as_they_are), (contrasts, first, as_they_are), (whole, adapted, options))
     results = {}
-    for (name, own), (run, model, asked) in zip(MODELS.items(), shown):
-        weights = run.folder / "stages" / run.recipe.models[model]
+    for (name, own), (run, path, asked) in zip(MODELS.items(), shown):
+        weights = run.folder / "stages" / path
         results[name] = scored(run.folder, weights, sample, folder / PREDICTIONS / own, folder / SCORES / own, asked)
     seconds = {CONTRASTS: contrasts.record["seconds"], ADAPTED: record["seconds"]}
     verdict = record["assessment"]["verdict"]
@@ -80,12 +81,12 @@ def adapt_and_compare(
     write_json(figures, folder / FIGURES)
     predictions = {name: folder / PREDICTIONS / own for name, own in MODELS.items()}
     draw(sample, predictions, structures(results), folder / PICTURE)
-    plain, random, adapted = (results[name]["mean"] for name in MODELS)
+    plain, random, best = (results[name]["mean"] for name in MODELS)
     text = [
         dice_table(results, f"Dice on {len(load_datalist(sample, 'target_test'))} T2w scans"),
         "",
         describe_order(record["order"]),
-        f"Adapted: {adapted - plain:+.3f} mean Dice over source-only, {adapted - random:+.3f} over random contrasts "
+        f"Adapted: {best - plain:+.3f} mean Dice over source-only, {best - random:+.3f} over random contrasts "
         f"(seed {seed}).",
         f"What mapseg adapt says without labels: {VERDICTS[verdict['verdict']]}",
         "The truth here are silver labels, made by clustering grey values, and both scans show one person.",

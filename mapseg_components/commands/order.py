@@ -18,8 +18,9 @@ from mapseg_components.contrast import inverted
 from mapseg_components.data import load_datalist
 from mapseg_components.files import write_json
 from mapseg_components.plans.judging import evenly
+from mapseg_components.plans.recipes import Recipe, Stage
 
-__all__ = ["TARGET_INVERTED", "describe_order", "find_order", "settle_order"]
+__all__ = ["TARGET_INVERTED", "asks_for_order", "describe_order", "find_order", "recipe_of", "settle_order"]
 
 TARGET_INVERTED = "target_inverted"  # setting of the bundles
 MOST_SCANS = 8
@@ -85,6 +86,35 @@ def settle_order(bundle: Path, weights: Path) -> dict[str, Any]:
         path = bundle / "configs" / name
         write_json(json.loads(path.read_text(encoding="utf-8")) | {TARGET_INVERTED: found["inverted"]}, path)
     return found
+
+
+def known_order(record: Mapping[str, Any], request: Mapping[str, Any]) -> bool | None:
+    """Whether a run of ``mapseg adapt`` shows the target bright for dark; ``None`` while it is not known."""
+    if TARGET_INVERTED in (request["settings"] or {}):
+        return bool(request["settings"][TARGET_INVERTED])
+    return record["order"]["inverted"] if "order" in record else None
+
+
+def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
+    """Whether the order of intensities is to be found out after this stage of a run.
+
+    Args:
+        recipe: of the run.
+        stage: the one that is done.
+        record: content of ``run.json``.
+        request: arguments of ``mapseg adapt``.
+    """
+    after = (recipe.order or "").startswith(f"{stage.name}/")
+    return after and bool(request["random_contrasts"]) and known_order(record, request) is None
+
+
+def recipe_of(recipe: Recipe, record: Mapping[str, Any], request: Mapping[str, Any]) -> Recipe:
+    """The stages that a run needs as far as is known: random contrasts of either order are for a target as it is.
+
+    Args: see `asks_for_order`.
+    """
+    needless = known_order(record, request) or not request["random_contrasts"]
+    return recipe.without_contrasts() if needless else recipe
 
 
 def describe_order(found: Mapping[str, Any]) -> str:

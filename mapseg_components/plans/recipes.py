@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Stage:
         optional: whether ``mapseg adapt --pretraining False`` leaves it out.
         contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off.
         scale: factors of settings, so that a stage is as long as a share of what the preset says.
+        only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     optional: bool = False
     contrasts: str = INVERTS
     scale: dict[str, float] = field(default_factory=dict)
+    only_as_is: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,23 @@ class Recipe:
     def inverts(self) -> bool:
         """Whether every model has seen the source bright for dark as well."""
         return all(stage.contrasts == INVERTS for stage in self.stages if not stage.optional)
+
+    def without_contrasts(self) -> Recipe:
+        """Without the stages that are for a target as it is alone; their weights are those of the stage before."""
+        kept: list[Stage] = []
+        instead: dict[str, str] = {}
+        for stage in self.stages:
+            if stage.only_as_is:
+                instead[stage.name] = kept[-1].name
+            else:
+                kept.append(stage)
+
+        def moved(paths: dict[str, str]) -> dict[str, str]:
+            parts = {name: path.partition("/") for name, path in paths.items()}
+            return {name: "".join([instead.get(first, first), *rest]) for name, (first, *rest) in parts.items()}
+
+        stages = tuple(replace(stage, paths=moved(stage.paths)) for stage in kept)
+        return replace(self, stages=stages, models=moved(self.models))
 
 
 def recipes_folder() -> Path:

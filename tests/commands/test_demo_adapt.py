@@ -63,7 +63,7 @@ def test_the_adapted_run_is_mapseg_adapt_as_it_comes_but_for_the_length_of_stage
 def left_behind(run, calls):
     """Weights that a training leaves behind, and its record."""
     calls.append((run.folder.name, [stage.name for stage in run.recipe.stages], run.request))
-    for path in run.recipe.models.values():
+    for path in ("source/source_only.pt", *run.recipe.models.values()):
         (run.folder / "stages" / path).parent.mkdir(parents=True, exist_ok=True)
         (run.folder / "stages" / path).write_text(f"{run.folder.name}/{path}")
     run.record["seconds"] = {"source": 1.0}
@@ -109,7 +109,7 @@ def test_three_models_are_measured_each_with_its_own_weights(without_hours, tmp_
     assert [(name, request["seed"]) for name, _, request in calls] == [(CONTRASTS, 4), (ADAPTED, 4)]
     as_they_are = {"target_inverted": False}
     assert predicted == [
-        ("source_only", f"{ADAPTED}/{RECIPE.models['source_only']}", as_they_are),
+        ("source_only", f"{ADAPTED}/{source_alone(RECIPE).models['source_only']}", as_they_are),
         ("random_contrasts", f"{CONTRASTS}/{source_alone(RECIPE).models['source_only']}", as_they_are),
         ("adapted", f"{ADAPTED}/{RECIPE.models['adapted']}", None),
     ]
@@ -186,8 +186,9 @@ def test_the_whole_way_with_the_shortest_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "STEPS", {run: dict.fromkeys(stages, SHORTEST) for run, stages in STEPS.items()})
     report = demo_command(str(tmp_path / "out"), num_threads=1, quiet=True)
     assert all(0 <= report.figures[name]["mean"] <= 1 for name in MODELS)
-    assert set(report.figures["seconds"][ADAPTED]) >= set(STEPS[ADAPTED])
-    for stage in STEPS[ADAPTED]:
+    done = {"source", "adaptation"}
+    assert done <= set(report.figures["seconds"][ADAPTED])
+    for stage in done:
         history = (tmp_path / "out" / ADAPTED / "stages" / stage / "history.jsonl").read_text()
         assert history.count("\n") == SHORTEST["max_epochs"], stage
     assert (tmp_path / "out" / ADAPTED / "report.html").is_file()

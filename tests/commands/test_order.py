@@ -12,10 +12,18 @@ import torch
 from monai.bundle import ConfigParser
 
 from mapseg_components.commands.assess import assess
-from mapseg_components.commands.order import TARGET_INVERTED, describe_order, find_order, settle_order
+from mapseg_components.commands.order import (
+    TARGET_INVERTED,
+    asks_for_order,
+    describe_order,
+    find_order,
+    recipe_of,
+    settle_order,
+)
 from mapseg_components.contrast import inverted
 from mapseg_components.data import SeededDataset
 from mapseg_components.inferers import AutocastInferer
+from mapseg_components.plans.recipes import read_recipe
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.test_verdict import measured
 from tools.verdict import weights_of
@@ -117,3 +125,39 @@ def test_the_comparison_shows_the_source_as_it_is(bundle, monkeypatch):
     monkeypatch.setattr(AutocastInferer, "__call__", lambda self, x, n: seen.append(x[0]) or original(self, x, n))
     assess(str(folder), {"source_only": str(weights)}, quiet=True)
     assert torch.equal(seen[-3], inverted(seen[0])), "the last scan and its two views"
+
+
+def test_stages_for_a_target_as_it_is_are_left_out_of_others():
+    """What they would have made comes from the stage before, also where it is known without a look at the target."""
+    recipe = read_recipe("mapseg")
+    source, contrasts, adaptation = recipe.stages
+    assert contrasts.only_as_is and adaptation.paths["initial_weights"].startswith(f"{contrasts.name}/")
+    nothing = {"settings": None, "random_contrasts": True}
+    found = {answer: {"order": {"inverted": answer}} for answer in (True, False)}
+    whole = [recipe_of(recipe, {}, nothing), recipe_of(recipe, found[False], nothing)]
+    whole.append(recipe_of(recipe, found[True], {**nothing, "settings": {TARGET_INVERTED: False}}))
+    assert whole == [recipe] * 3
+    short = [recipe_of(recipe, found[True], nothing), recipe_of(recipe, {}, {**nothing, "random_contrasts": False})]
+    short.append(recipe_of(recipe, {}, {**nothing, "settings": {TARGET_INVERTED: True}}))
+    for one in short:
+        assert one.stages[0] == source and len(one.stages) == 2
+        assert one.stages[1].paths["initial_weights"] == one.models["source_only"] == recipe.order
+    assert recipe_of(short[0], found[True], nothing) == short[0], "a second time changes nothing"
+
+
+@pytest.mark.parametrize(
+    "stage, record, changes, asks",
+    [
+        (0, {}, {}, True),
+        (1, {}, {}, False),
+        (0, {"order": {"inverted": False}}, {}, False),
+        (0, {}, {"random_contrasts": False}, False),
+        (0, {}, {"settings": {TARGET_INVERTED: False}}, False),
+        (0, {}, {"settings": {"max_epochs": 3}}, True),
+    ],
+)
+def test_it_is_asked_once_and_only_where_it_is_not_known(stage, record, changes, asks):
+    recipe = read_recipe("mapseg")
+    request = {"settings": None, "random_contrasts": True, **changes}
+    assert asks_for_order(recipe, recipe.stages[stage], record, request) is asks
+    assert not asks_for_order(read_recipe("mean_teacher"), recipe.stages[stage], record, request)
