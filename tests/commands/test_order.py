@@ -47,14 +47,10 @@ def bundle(tmp_path, dataset):
     return folder, weights_of(tmp_path / "seed3", "source-only")
 
 
-def surer(*signs: int):
-    """Instead of a model: the first structure everywhere, surer in bright scans (1) or in dark ones (-1), in turn."""
-    calls = []
+def surer(sign: int):
+    """Instead of a model: the first structure everywhere, surer in bright scans (1) or in dark ones (-1)."""
 
     def infer(self, image, network):
-        # each scan is seen as it is, then bright for dark
-        sign = signs[len(calls) // 2 % len(signs)]
-        calls.append(image)
         logit = 1 + sign * image[image > 0].mean()
         return torch.stack([torch.zeros_like(image[:, 0]), logit.expand_as(image[:, 0])], dim=1)
 
@@ -75,9 +71,16 @@ def test_the_model_is_surer_in_the_order_of_the_source(bundle, monkeypatch):
     assert "in 2 of them" in text and "are shown bright for dark" in text and TARGET_INVERTED in text
 
 
-def test_scans_that_do_not_agree_stay_as_they_are(bundle, monkeypatch):
-    monkeypatch.setattr(AutocastInferer, "__call__", surer(1, -1))
-    assert not find_order(*bundle)["inverted"]
+@pytest.mark.parametrize("gains, found", [((2.0, -0.1), False), ((2.0, 0.1), True), ((0.01, 0.01), False)])
+def test_scans_must_agree_and_the_mean_be_clear(bundle, monkeypatch, gains, found):
+    """Logits of the first structure: 1 as it is, and bright for dark, which comes next, so much more."""
+    logits = iter([logit for gain in gains for logit in (1.0, 1.0 + gain)])
+
+    def infer(self, image, network):
+        return torch.stack([torch.zeros_like(image[:, 0]), torch.full_like(image[:, 0], next(logits))], dim=1)
+
+    monkeypatch.setattr(AutocastInferer, "__call__", infer)
+    assert find_order(*bundle)["inverted"] is found
 
 
 @pytest.mark.parametrize("sign", [1, -1])
