@@ -42,9 +42,9 @@ ADULTS = SAMPLES[0]
 STEPS: Steps = {
     CONTRASTS: {"source": {"max_epochs": 10, "epoch_length": 25, "val_interval": 5}},
     ADAPTED: {
-        "source": {"max_epochs": 16, "epoch_length": 25, "val_interval": 4},
+        "source": {"max_epochs": 18, "epoch_length": 25, "val_interval": 6},
         "contrasts": {"max_epochs": 6, "epoch_length": 25, "val_interval": 3},
-        "adaptation": {"max_epochs": 6, "epoch_length": 25, "val_interval": 2},
+        "adaptation": {"max_epochs": 3, "epoch_length": 25, "val_interval": 1},
     },
 }
 TRAINING = ["train.json"]  # of both bundles: holds the labels, sizes and schedule of the shipped weights

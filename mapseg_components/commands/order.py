@@ -96,7 +96,7 @@ def known_order(record: Mapping[str, Any], request: Mapping[str, Any]) -> bool |
 
 
 def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
-    """Whether the order of intensities is to be found out after this stage of a run.
+    """Whether the order of intensities is to be found out after this stage of a run, before the next one.
 
     Args:
         recipe: of the run.
@@ -104,7 +104,7 @@ def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], requ
         record: content of ``run.json``.
         request: arguments of ``mapseg adapt``.
     """
-    after = (recipe.order or "").startswith(f"{stage.name}/")
+    after = (recipe.order or "").startswith(f"{stage.name}/") and record["done"][-1:] == [stage.name]
     return after and bool(request["random_contrasts"]) and known_order(record, request) is None
 
 

@@ -153,6 +153,8 @@ def test_stages_for_a_target_as_it_is_are_left_out_of_others():
     [
         (0, {}, {}, True),
         (1, {}, {}, False),
+        (0, {"done": ["source", "contrasts", "adaptation"]}, {}, False),  # a run of an earlier version
+        (0, {"done": []}, {}, False),
         (0, {"order": {"inverted": False}}, {}, False),
         (0, {}, {"random_contrasts": False}, False),
         (0, {}, {"settings": {TARGET_INVERTED: False}}, False),
@@ -162,5 +164,6 @@ def test_stages_for_a_target_as_it_is_are_left_out_of_others():
 def test_it_is_asked_once_and_only_where_it_is_not_known(stage, record, changes, asks):
     recipe = read_recipe("mapseg")
     request = {"settings": None, "random_contrasts": True, **changes}
+    record = {"done": [recipe.stages[stage].name], **record}
     assert asks_for_order(recipe, recipe.stages[stage], record, request) is asks
     assert not asks_for_order(read_recipe("mean_teacher"), recipe.stages[stage], record, request)
