@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mapseg_components.plans.components import find_after
+from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import find_frame
 from mapseg_components.plans.sizes import choose_preset, gpu_gib, plan_sizes
 
@@ -35,7 +36,7 @@ def make_plan(
         request: arguments of ``mapseg adapt``.
 
     Returns:
-        plain values, of which ``settings`` are settings of the bundles.
+        plain values, of which ``settings`` are settings of the bundles; ``flip_axes`` is for methods that mirror scans.
 
     Raises:
         ConfigError: a setting of the user is out of bounds, or the preset is unknown.
@@ -61,5 +62,6 @@ def make_plan(
         "fine": frame.fine,
         "labels": dict(structures),
         "settings": planned,
+        "flip_axes": find_flips(structures, planned, preset, asked),
         "after_network": find_after(labelled, structures, asked),
     }
