@@ -122,7 +122,7 @@ def settled(
 
 
 def asked_of(bundle: str, recipe: Recipe, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the user for a bundle: the order of intensities is a translation's, whose result is in the target's."""
+    """Settings of the user for a bundle; of the order of intensities a translation takes care, where there is one."""
     asked = dict(request["settings"] or {})
     if bundle == ADAPTATION and TRANSLATION in bundles_of(recipe):
         asked.pop("target_inverted", None)
@@ -135,7 +135,7 @@ def bundles_of(recipe: Recipe) -> list[str]:
 
 
 def config_of(bundle: str) -> str:
-    """Name of the config that a new bundle has for the settings of another bundle's stage, e.g. ``pretraining.json``."""
+    """Name of the config that a new bundle has for the stage of another bundle, e.g. ``pretraining.json``."""
     return f"{bundle.partition('_')[2]}.json"
 
 

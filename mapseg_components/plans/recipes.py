@@ -33,8 +33,8 @@ class Stage:
         paths: settings that are files or folders below ``stages``, of earlier stages or of this one.
         settings: further ones.
         optional: whether ``mapseg adapt --pretraining False`` leaves it out.
-        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off; ``None`` for
-            none.
+        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off; may be
+            ``None``.
         scale: factors of settings, so that a stage is as long as a share of what the preset says.
         only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
         fixed: further settings that hold whatever the user asks for.
@@ -78,8 +78,8 @@ class Recipe:
             target is bright where the source is dark.
         stages: in their order.
         models: ``source_only`` and ``adapted``: weights below ``stages`` that are compared and kept.
-        presets: preset to overlays of the adaptation bundle that come before `overlays`, for a method that has a network
-            of its own on large machines.
+        presets: preset to overlays of the adaptation bundle that come before `overlays`, for a method that has a
+            network of its own on large machines.
         mirrors: whether scans are mirrored along the axes that the plan allows.
         rounds: how often the stages of each round are repeated, unless the user sets it; ``None`` where there are none.
         folds: models that make the pseudo labels together, each with its own part of the source for validation, unless

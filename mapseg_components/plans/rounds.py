@@ -20,9 +20,9 @@ REQUIRED = "required_structures"
 def options_of(recipe: Recipe) -> dict[str, Any]:
     """Settings of a recipe itself, with their defaults; none where it has no rounds.
 
-    ``rounds``: how often target scans are labelled and a student is trained from them; ``folds``: models that label them
-    together; ``required_structures``: those without which a pseudo label is left out, by default (``None``) those that
-    every label map of the source has.
+    ``rounds``: how often target scans are labelled and a student is trained from them; ``folds``: models that label
+    them together; ``required_structures``: those without which a pseudo label is left out, by default (``None``) those
+    that every label map of the source has.
     """
     return {} if recipe.rounds is None else {"rounds": recipe.rounds, "folds": recipe.folds, REQUIRED: None}
 
@@ -52,11 +52,11 @@ def check_options(
 def written_out(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """A recipe whose stages are each run once.
 
-    Stages of each round are repeated, ``<name>_1``, ``<name>_2``, ...; a path that begins with the name of one is of the
-    same round. Pseudo labels come from the stage's weights in the first round, and from the adapted model of the round
-    before in others; without a round these weights are the adapted model. With folds, a training whose weights make
-    pseudo labels becomes several, ``<name>_fold_1``, ``<name>_fold_2``, ...; the last round's student makes none, and is
-    one network.
+    Stages of each round are repeated, ``<name>_1``, ``<name>_2``, ...; a path that begins with the name of one is of
+    the same round. Pseudo labels come from the stage's weights in the first round, and from the adapted model of the
+    round before in others; without a round these weights are the adapted model. With folds, a training whose weights
+    make pseudo labels becomes several, ``<name>_fold_1``, ``<name>_fold_2``, ...; the last round's student makes none,
+    and is one network.
 
     Args:
         recipe: as its file has it.
