@@ -158,8 +158,8 @@ class Run:
         left = [case for case in load_datalist(datalist, "target_training") if not maps[case["case_id"]].is_file()]
         weights = [str(self.stages / path) for path in stage.weights]
         logger.info(
-            f"Stage {stage.name}: {len(left)} of {len(maps)} target scans to segment by {len(weights)} model(s); what it "
-            f"does stands in {output / 'log.txt'}."
+            f"Stage {stage.name}: {len(left)} of {len(maps)} target scans to segment by {len(weights)} model(s); what "
+            f"it does stands in {output / 'log.txt'}."
         )
         seconds = 0.0
         if left:
