@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
@@ -99,8 +100,13 @@ def settled(
     overlays = [*PRESETS[plan["preset"]]["overlays"]]
     if bundle.name == ADAPTATION:
         overlays += [*recipe.presets.get(plan["preset"], ()), *recipe.overlays]
-    files = [configs / name, *(configs / overlay for overlay in overlays if (configs / overlay).is_file())]
-    config = {key: value for key, value in ConfigParser.load_config_files(files).items() if key in base}
+    merged = ConfigParser(dict(base))
+    for overlay in overlays:
+        content = ConfigParser.load_config_file(configs / overlay) if (configs / overlay).is_file() else {}
+        for key, value in content.items():
+            if key.lstrip("+").partition("#")[0] in base:  # others are of another config, such as that of training
+                merge_kv(merged, key, value)
+    config = {key: value for key, value in merged.get().items() if key in base}
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
     wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
     wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
