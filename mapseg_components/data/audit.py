@@ -34,8 +34,8 @@ LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: loo
 # a scan may be in several: evaluating on the scans that the adaptation saw, without their labels, is common, and pseudo
 # labels are those of scans for training
 SHARED = {"target_training", "target_labelled", "target_test"}
-# sections whose scans must differ in content as well
-APART = ("source_training", "source_validation", "target_training")
+# sections that a training reads, if it has them; scans must differ in content as well
+APART = ("source_training", "source_validation", "target_training", "target_labelled")
 
 
 class Audit:
@@ -256,7 +256,9 @@ class Audit:
                 images.setdefault(section, []).append((case[IMAGE], facts))
                 if LABEL not in case:
                     continue
-                label = self.label(case[LABEL], known, facts)
+                # a pseudo label names an orientation, its scan may not
+                assumed = section == "target_labelled" and self.assume_orientation is not None
+                label = self.label(case[LABEL], known, None if assumed else facts)
                 if section == "source_training":
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()
