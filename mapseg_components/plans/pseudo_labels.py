@@ -102,14 +102,12 @@ def nothing_left(left_out: Sequence[Mapping[str, Any]], folder: Path) -> DataErr
     for one in left_out:
         for name in one["missing"]:
             counts[name] = counts.get(name, 0) + 1
-    structures = ", ".join(f"{name} in {count}" for name, count in counts.items())
-    everywhere = [name for name, count in counts.items() if count == len(left_out)]
-    in_all = f"; {', '.join(everywhere)} in all of them" if everywhere and len(left_out) > 1 else ""
+    structures = ", ".join(f"{name} in {'all' if n == len(left_out) else n}" for name, n in counts.items())
     cases = ", ".join(str(one["case"]) for one in left_out[:MOST_NAMED])
     more = f" and {len(left_out) - MOST_NAMED} more" if len(left_out) > MOST_NAMED else ""
     return DataError(
         f"{folder}: no pseudo label is left of {len(left_out)} target scans ({cases}{more}): each lacks a structure of "
-        f"those that every label map of the source has (missing: {structures}{in_all}). Look at the label maps in "
+        f"those that every label map of the source has (missing: {structures}). Look at the label maps in "
         f"{folder.parent}: where the target's scans do not show these structures, repeat the command with the setting "
         "required_structures, a list of those that they show; where they do, the model has not learnt to find them: "
         "train longer (max_epochs) in a new folder"
