@@ -109,6 +109,7 @@ def settled(
     config = {key: value for key, value in merged.get().items() if key in base}
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
     wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
+    wanted |= {"slice_size": plan["slice_size"]}
     wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
     wanted |= {"labels": plan["labels"], "seed": request["seed"], **asked_of(bundle.name, recipe, request)}
     if request["device"] != "auto":

@@ -21,6 +21,7 @@ __all__ = [
     "describe",
     "gpu_gib",
     "plan_sizes",
+    "plan_slices",
     "plan_unet",
     "settings_of",
 ]
@@ -37,6 +38,7 @@ FILTERS_REDUCED = [32, 64, 128, 160]  # of one that begins at half the resolutio
 FILTERS_NNUNET = [32, 64, 128, 256, 320, 320, 320]  # of the network of that paper, with deep supervision
 IN_PLANE_DEG = 15  # rotation of thick slices
 MOST_SLICES, MOST_IN_PLANE = 8, 192  # sides of a flat patch
+MOST_OF_SLICE = 112  # side of a slice that is translated, on a small machine
 SHARE = 0.28  # of a cube's voxels: few scans have few slices, and many patches are seen
 PAPER_GIB, PAPER_SCANS = 70, 40
 
@@ -119,6 +121,20 @@ def plan_sizes(
     if ratio.max() >= THICK:
         settings["rotation_deg"] = [0 if ratio[axis] < THICK else IN_PLANE_DEG for axis in range(3)]
     return settings
+
+
+def plan_slices(shapes: Sequence[Sequence[int]], preset: str) -> list[int]:
+    """Sides of the slices that a translation works on, across the last axis of the working frame.
+
+    Those of the median scan, in steps of 16 voxels, 32 at least; at most as large as the preset affords.
+
+    Args:
+        shapes: voxels per axis of each scan, in the working frame.
+        preset: one of `PRESETS`.
+    """
+    median = np.median(shapes, axis=0)
+    most = MOST_OF_SLICE if "unet.yaml" in PRESETS[preset]["overlays"] else 2 * MOST_OF_SLICE
+    return [min(max(math.ceil(side / 16) * 16, 32), most) for side in median[:2]]
 
 
 def plane_side(shape: np.ndarray, spacing: np.ndarray, base: int) -> int:
