@@ -202,6 +202,7 @@ class Adaptation(Run):
         self.train()
         models = self.folder / "models"
         weights = {name: self.stages / path for name, path in self.recipe.models.items()}
+        self.record["models"] = self.recipe.models
         if not weights["adapted"].is_file():
             raise ConfigError(f"{weights['adapted'].parent}: no epoch was validated: let max_epochs reach val_interval")
         if "assessment" not in self.record:

@@ -121,13 +121,15 @@ class Run:
             configs = [*overlays, str(self.folder / "configs" / config_of(stage.bundle))]
         earlier = {name: self.stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        own = {name: scaled(merged[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
+        factors = stage.factors(self.record["plan"]["preset"])
+        own = {name: scaled(merged[name], factor) for name, factor in factors.items()} | dict(stage.settings)
         own = {name: value for name, value in own.items() if name not in self.asked} | dict(stage.fixed)
         if stage.fold is not None:
             output.mkdir(parents=True, exist_ok=True)
             earlier["datalist"] = output / DATALIST
             content = divided(read_json(self.datalist_of(stage)), stage.fold, self.request["seed"])
             write_json(content, earlier["datalist"])
+            own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
         epochs = own.get("max_epochs", merged.get("max_epochs"))
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:

@@ -180,7 +180,9 @@ def check_epochs(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, 
     epochs, interval = config["max_epochs"], config["val_interval"]
     if isinstance(epochs, int) and "max_epochs" not in (request["settings"] or {}):
         own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
-        epochs = min(scaled(epochs, stage.scale.get("max_epochs", 1)) for stage in own)  # of the shortest stage
+        epochs = min(
+            scaled(epochs, stage.factors(plan["preset"]).get("max_epochs", 1)) for stage in own
+        )  # of the shortest stage
     if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
         raise ConfigError(
             f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "

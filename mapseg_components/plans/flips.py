@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.sizes import SHORT
 from mapseg_components.sides import refuse_sides, sided_names
 
 __all__ = ["find_flips", "plan_flips"]
 
 ACROSS = 0.3  # share of left and right in the direction of an axis from which a flip exchanges the sides of the body
-SHORT = ("small-data-cpu",)  # presets of so few steps that only what a body itself mirrors is worth learning
 
 
 def plan_flips(

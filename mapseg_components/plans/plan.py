@@ -36,8 +36,8 @@ def make_plan(
         request: arguments of ``mapseg adapt``.
 
     Returns:
-        plain values, of which ``settings`` are settings of the bundles; ``flip_axes`` is for methods that mirror scans, ``slice_size``
-        for those that translate them.
+        plain values, of which ``settings`` are settings of the bundles; ``flip_axes`` is for methods that mirror scans,
+        ``slice_size`` for those that translate them.
 
     Raises:
         ConfigError: a setting of the user is out of bounds, or the preset is unknown.

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.sizes import SHORT
 from mapseg_components.shipped_files import bundles_folder
 
 __all__ = ["Recipe", "Stage", "read_recipe", "recipe_names", "scaled"]
@@ -36,6 +37,7 @@ class Stage:
         contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off; may be
             ``None``.
         scale: factors of settings, so that a stage is as long as a share of what the preset says.
+        short: further such factors, in the presets of few steps alone.
         only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
         fixed: further settings that hold whatever the user asks for.
         kind: ``training``, or ``pseudo_labels``: the scans of ``target_training`` are segmented by `weights`, those
@@ -56,11 +58,16 @@ class Stage:
     contrasts: str | None = INVERTS
     scale: dict[str, float] = field(default_factory=dict)
     only_as_is: bool = False
+    short: dict[str, float] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     kind: str = TRAINING
     weights: tuple[str, ...] = ()
     each_round: bool = False
     fold: tuple[int, int] | None = None
+
+    def factors(self, preset: str) -> dict[str, float]:
+        """Factors of settings in a preset."""
+        return self.scale | (self.short if preset in SHORT else {})
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
+SHORT = ("small-data-cpu",)  # presets of few steps
 FILTERS = [12, 24, 48, 96, 160]  # of a U-Net's levels
 FILTERS_REDUCED = [32, 64, 128, 160]  # of one that begins at half the resolution
 FILTERS_NNUNET = [32, 64, 128, 256, 320, 320, 320]  # of the network of that paper, with deep supervision
