@@ -186,7 +186,9 @@ def test_the_bundle_has_the_method_and_a_network_that_takes_its_patch(preset, na
     assert network["_target_"].endswith("DynUNet" if large else "GlobalLocalUNet")
     if large:  # 32 kernels, deep supervision
         assert network["filters"][0] == 32 and len(network["filters"]) == len(network["strides"])
-        options = {key: value for key, value in network.items() if key not in ("_target_", "in_channels", "out_channels")}
+        options = {
+            key: value for key, value in network.items() if key not in ("_target_", "in_channels", "out_channels")
+        }
         with torch.device("meta"):
             made = DynUNet(in_channels=1, out_channels=4, **options)
             found = made(torch.zeros(1, 1, *plan["settings"]["patch_size"]))
