@@ -44,10 +44,10 @@ def labelled(dataset):
 
 def test_a_student_trains_on_both_sides_and_resumes_bit_for_bit(labelled, tmp_path):
     """With COSMOS's network: deep supervision and all; no label of the target is opened, there is none."""
-    whole = train(tmp_path / "whole", labelled, *STUDENT, **SHORT, max_epochs=3)
+    whole = train(tmp_path / "whole", labelled, *STUDENT, **SHORT, max_epochs=2)
     assert {"source", "target", "target_loss", "score"} <= set(whole[0])
-    for epochs in (2, 3):
-        train(tmp_path / "parts", labelled, *STUDENT, **SHORT, max_epochs=epochs, **{"lr_scheduler#total_iters": 3})
+    for epochs in (1, 2):
+        train(tmp_path / "parts", labelled, *STUDENT, **SHORT, max_epochs=epochs, **{"lr_scheduler#total_iters": 2})
     first, second = (weights(tmp_path / name / "last.pt")["network"] for name in ("whole", "parts"))
     assert any("deep_supervision" in name for name in first) and (tmp_path / "whole" / "model.pt").is_file()
     assert all(torch.equal(first[name], second[name]) for name in first)

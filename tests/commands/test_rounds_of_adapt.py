@@ -16,6 +16,7 @@ import pytest
 
 from mapseg_components.commands.adapt import Adaptation, adapt
 from mapseg_components.commands.report import report
+from mapseg_components.commands.report_rounds import rounds_section, translation_section
 from mapseg_components.data import load_datalist
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
@@ -42,8 +43,7 @@ class Stopped(BaseException):
 class FakeStages:
     """In the place of `run_stage`: writes what a stage of the bundles leaves behind, and remembers what it was given.
 
-    A stage leaves the number of the call that finished it in its weights, so that one run twice is seen. The `stop_at`th
-    call ends in its middle; of pseudo labels one scan is written by then.
+    The call number `stop_at` ends in its middle; of pseudo labels one scan is written by then.
     """
 
     def __init__(self):
@@ -143,14 +143,14 @@ def files_of(folder):
 
 
 def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(stages, scans):
-    whole, _ = finish(scans, "whole", rounds=2, folds=2)
+    whole, _ = finish(scans, "whole", rounds=2)
     calls = list(stages.calls)
     titles = [title for title, *_ in calls]
     assert titles == [stage.name for stage in whole.recipe.stages] == whole.record["done"]
     expected = files_of(scans / "whole")
-    for number in range(0, len(calls)):
+    for number in range(len(calls)):
         stages.calls, stages.stop_at = [], number
-        run, stops = finish(scans, f"stopped-{number}", rounds=2, folds=2)
+        run, stops = finish(scans, f"stopped-{number}", rounds=2)
         assert stops >= 1 and files_of(run.folder) == expected
         assert run.record["done"] == whole.record["done"]
         again = [title for title, *_ in stages.calls]
@@ -265,7 +265,7 @@ def test_wrong_settings_are_named_before_anything_is_written(stages, scans, sett
 
 
 def test_the_report_shows_translation_and_rounds(tmp_path):
-    folder = make_run(tmp_path / "run", structures=2)
+    folder = make_run(tmp_path / "run", structures=2, scans=1, epochs=2)
     run = json.loads((folder / "run.json").read_text())
     names = list(run["plan"]["labels"])
     run["models"] = {"source_only": "source/source_only.pt", "adapted": "student_2/model.pt"}
@@ -284,5 +284,4 @@ def test_the_report_shows_translation_and_rounds(tmp_path):
     assert "translation_0005" in page and "translation_0015" in page and "translation_0010" not in page
     for text in ("Pseudo labels</h2>", "&lt;scan d&gt;", "0.812", "Adaptation: the Score", f"Required: {names[0]}."):
         assert text in page
-    plain = Path(report(str(make_run(tmp_path / "plain", structures=2)))).read_text()
-    assert "<h2>Translation" not in plain and "Pseudo labels</h2>" not in plain
+    assert translation_section(tmp_path) == rounds_section({}) == "", "of other methods"

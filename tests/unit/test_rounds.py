@@ -82,7 +82,7 @@ def test_settings_of_a_recipe_are_its_own_alone():
     with pytest.raises(ConfigError, match="folds is 4, and the source has 3 cases"):
         check_options(COSMOS, {"folds": 4}, LABELS, [1, 2, 3])
     for wrong in ("tumour", ["liver"]):
-        with pytest.raises(ConfigError, match="required_structures is .*, expected a list of structures among"):
+        with pytest.raises(ConfigError, match=r"required_structures is .*, expected a list of structures among"):
             check_options(COSMOS, {"required_structures": wrong}, LABELS, [1, 2, 3])
 
 

@@ -69,7 +69,7 @@ def test_both_domains_have_half_of_the_loss_however_many_scans_are_kept(kept, ba
 
 
 def test_a_side_without_labels_is_named():
-    with pytest.raises(ConfigError, match="the target has .*'image'.* and no 'label': self-training"):
+    with pytest.raises(ConfigError, match=r"the target has .*'image'.* and no 'label': self-training"):
         SelfTraining(DICE).passes({"target": {"image": torch.zeros(1, 1, *SIDES)}})
     (only,) = SelfTraining(DICE).passes(
         {"source": {"image": torch.zeros(1, 1, *SIDES), "label": torch.zeros(1, 1, *SIDES)}}
@@ -173,7 +173,7 @@ def test_axes_that_a_user_asks_for_are_taken_unless_sides_forbid_them():
     with pytest.raises(ConfigError, match=r"flip_axes mirrors left and right, but .*Kidney_L"):
         find_flips({"Kidney_L": 1}, planned, "paper", {"flip_axes": [0, 1]})
     for wrong in (3, [3], "x", [True]):
-        with pytest.raises(ConfigError, match="flip_axes is .*, expected a list of axes from 0 to 2"):
+        with pytest.raises(ConfigError, match=r"flip_axes is .*, expected a list of axes from 0 to 2"):
             find_flips({"tumour": 1}, planned, "paper", {"flip_axes": wrong})
 
 
