@@ -13,28 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigParser
-from tqdm import tqdm
-
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
 from mapseg_components.commands.order import asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
-from mapseg_components.commands.restore import restore
-from mapseg_components.commands.stages import finished_epochs, run_stage, threads, training_samples
-from mapseg_components.data.datalist import all_targets, stem
-from mapseg_components.data.results import result_path
+from mapseg_components.commands.stages import threads
+from mapseg_components.commands.training import Run
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
+from mapseg_components.plans.recipes import read_recipe
+from mapseg_components.plans.rounds import REQUIRED, check_options
 from mapseg_components.plans.sizes import describe
-from mapseg_components.session import choose_device, versions, working
-from mapseg_components.shipped_files import bundles_folder
+from mapseg_components.session import choose_device, working
 from mapseg_components.sides import refuse_sides
 
 __all__ = ["adapt"]
@@ -169,7 +164,7 @@ def adapt(
         unlock_folders([folder])
 
 
-class Adaptation:
+class Adaptation(Run):
     """The stages of one call of `adapt`.
 
     Args:
@@ -178,13 +173,6 @@ class Adaptation:
         quiet: no progress bars.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:
-        self.folder = folder
-        self.request = request
-        self.quiet = quiet
-        self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
-        self.recipe = read_recipe(request["method"])
-
     def train(self) -> None:
         """Plan, check and every stage of the recipe that is not done yet."""
         threads(self.request["num_threads"])
@@ -192,28 +180,29 @@ class Adaptation:
         if "plan" not in self.record:
             self._plan()
             write_bundle(self.folder, self.recipe, self.record["plan"], self.request, self._scans("target"))
-            self._save()
+            self.save()
         logger.info(describe(self.record["plan"]))
         if "check" not in self.record:
             self._check()
-            self._save()
+            self.save()
         self.recipe = recipe_of(self.recipe, self.record, self.request)
         number = 0
         while number < len(self.recipe.stages):
             stage, number = self.recipe.stages[number], number + 1
             if self.request["pretraining"] or not stage.optional:
-                self._train(stage)
+                self.do(stage)
             if asks_for_order(self.recipe, stage, self.record, self.request):
-                self.record["order"] = settle_order(self.folder, self.folder / "stages" / str(self.recipe.order))
-                self._save()
+                self.record["order"] = settle_order(self.folder, self.stages / str(self.recipe.order))
+                self.save()
                 logger.info(describe_order(self.record["order"]))
                 self.recipe = recipe_of(self.recipe, self.record, self.request)
 
     def run(self) -> dict[str, Any]:
         """Everything that is not done yet: training, comparison of both models, label maps, report."""
         self.train()
-        stages, models = self.folder / "stages", self.folder / "models"
-        weights = {name: stages / path for name, path in self.recipe.models.items()}
+        models = self.folder / "models"
+        weights = {name: self.stages / path for name, path in self.recipe.models.items()}
+        self.record["models"] = self.recipe.models
         if not weights["adapted"].is_file():
             raise ConfigError(f"{weights['adapted'].parent}: no epoch was validated: let max_epochs reach val_interval")
         if "assessment" not in self.record:
@@ -226,16 +215,17 @@ class Adaptation:
                 self.request["any_position"],
                 self.request["random_contrasts"] and self.recipe.inverts,
                 self.record.get("samples"),
+                {name: str(self.datalist_of_model(name)) for name in weights},
             )
-            self._save()
+            self.save()
         chosen = self.record["assessment"]["verdict"]["ship"]
         models.mkdir(exist_ok=True)
         for name, path in (*weights.items(), ("model", weights[chosen])):
             shutil.copyfile(path, models / f"{name}.pt")
         for name in weights:
-            self._predict(name)
+            self.predict(name)
         self.record["report"] = report(str(self.folder))
-        self._save()
+        self.save()
         return self.record
 
     def _resume(self) -> None:
@@ -250,11 +240,9 @@ class Adaptation:
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
         saved["request"].setdefault("held_out", 0)  # a run of an earlier version
-        now = json.loads(json.dumps(self.request))
+        before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
-            f"{name} was {saved['request'].get(name)!r}, now {now[name]!r}"
-            for name in now
-            if saved["request"].get(name) != now[name] and name not in ("device", "num_threads")
+            f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
         ]
         if changed:
             raise ConfigError(
@@ -262,9 +250,6 @@ class Adaptation:
                 "or choose a new folder"
             )
         self.record = {**saved, "request": self.request}
-
-    def _save(self) -> None:
-        write_json(self.record, self.folder / "run.json")
 
     def _scans(self, side: str) -> str:
         """Where the scans of the source or the target are read."""
@@ -285,7 +270,7 @@ class Adaptation:
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
-        check_names(request["settings"] or {})
+        check_names(self.asked, self.recipe)
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")
@@ -295,6 +280,7 @@ class Adaptation:
         structures = structure_names(request["labels"], request["source"], [*training, *validation])
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
+        check_options(self.recipe, self.asked, structures, [*training, *validation])
         self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
@@ -310,12 +296,11 @@ class Adaptation:
 
     def _check(self) -> None:
         """Findings about all scans, for the report; what blocks a training ends the first stage."""
-        asked = self.request["settings"] or {}
         found = check(
             str(self.folder / "datalist.json"),
-            dropped_labels=asked.get("dropped_labels"),
-            assume_orientation=asked.get("assume_orientation"),
-            non_finite=asked.get("non_finite"),
+            dropped_labels=self.asked.get("dropped_labels"),
+            assume_orientation=self.asked.get("assume_orientation"),
+            non_finite=self.asked.get("non_finite"),
             output=str(self.folder / "check"),
             overwrite=True,
             quiet=self.quiet,
@@ -323,69 +308,12 @@ class Adaptation:
         self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
         logger.info(f"Check of all scans: {found.verdict()}")
 
-    def _train(self, stage: Stage) -> None:
-        if stage.name in self.record["done"]:
-            return
-        stages = self.folder / "stages"
-        output = stages / stage.name
-        if stage.bundle == ADAPTATION:
-            bundle = self.folder
-            contrasts = [stage.contrasts] if self.request["random_contrasts"] else []
-            asked = "settings_of_target.json" if "handover.yaml" in stage.overlays else "settings.json"
-            configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, asked)]
-        else:
-            bundle = bundles_folder() / stage.bundle
-            overlays = [f"configs/{name}" for name in ("train.json", *stage.overlays)]
-            configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
-        earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
-        merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        asked_for = self.request["settings"] or {}
-        own = {name: scaled(merged[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
-        own = {name: value for name, value in own.items() if name not in asked_for}
-        epochs = own.get("max_epochs", merged["max_epochs"])
-        logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
-        with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
-            bar.update(finished_epochs(output))
 
-            def on_epoch(done: int) -> None:
-                bar.update(done - bar.n)
-
-            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
-        self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
-        self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
-        self.record["done"].append(stage.name)
-        self._save()
-
-    def _comes(self, path: str) -> bool:
-        """Whether what lies there is made at all: not by a stage that is left out."""
-        left_out = {stage.name for stage in self.recipe.stages if stage.optional and not self.request["pretraining"]}
-        return Path(path).parts[0] not in left_out
-
-    def _predict(self, name: str) -> None:
-        stage = f"predictions of {name}"
-        if stage in self.record["done"]:
-            return
-        settings = {
-            "weights": self.folder / "models" / f"{name}.pt",
-            "_datalist": self.folder / "datalist.json",
-            "cases": "$mapseg_components.data.datalist.all_targets(@_datalist)",
-            "overwrite": True,
-        }
-        output = self.folder / "predictions" / name
-        seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
-        if self.request["prepare"] is not None:
-            for case in all_targets(self.folder / "datalist.json"):
-                image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
-                sidecar = image.with_name(f"{stem(image)}.json")
-                restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
-        self.record["seconds"][stage] = round(seconds, 1)
-        self.record["done"].append(stage)
-        self._save()
-
-
-def scaled(value: float, factor: float) -> float:
-    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
-    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
+def comparable(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the result of a run so far, of its arguments: pseudo labels to come may be kept by another rule."""
+    settings = {name: value for name, value in (request["settings"] or {}).items() if name != REQUIRED}
+    kept = {name: value for name, value in request.items() if name not in ("device", "num_threads")}
+    return kept | {"settings": settings or None}
 
 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -62,6 +62,7 @@ def assess(
     any_position: bool = False,
     inverts: bool = False,
     samples: int | None = None,
+    validation: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
@@ -81,6 +82,8 @@ def assess(
         quiet: no progress bar.
         inverts: the models were trained on inverted contrasts as well: then the inverted scan is one of the views.
         samples: training samples (patches) of the adaptation, which bound the cost of this comparison.
+        validation: model name to the datalist whose section ``source_validation`` shows the scans as the model was
+            trained on them, such as translated ones; by default the bundle's. Cases and label maps are the same.
 
     Returns:
         ``held_out``, ``passes`` (number of segmentations of a whole scan), ``coverage`` (nominal, of each case's
@@ -93,7 +96,9 @@ def assess(
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
     judged = "target_heldout" if has_section(datalist, "target_heldout") else "target_training"
-    validation, target = (load_datalist(datalist, name) for name in ("source_validation", judged))
+    target = load_datalist(datalist, judged)
+    own_scans = {name: (validation or {}).get(name, str(datalist)) for name in weights}
+    labelled = {name: load_datalist(path, "source_validation") for name, path in own_scans.items()}
     classes = len(names) + 1
 
     def segment(image: torch.Tensor) -> torch.Tensor:
@@ -118,7 +123,7 @@ def assess(
         windows = len(weights) * passes_of_image * count_windows(shape, parser["patch_size"], parser["window_stride"])
         affordable = affordable_images(windows, samples)
     number_of_versions, number_of_targets = judged_images(len(target), affordable)
-    versions = versions_of(len(validation), number_of_versions)
+    versions = versions_of(min(map(len, labelled.values())), number_of_versions)
     target = evenly(target, number_of_targets)
     models: dict[str, Any] = {}
     calibrations: dict[str, Calibration | None] = {}
@@ -129,8 +134,8 @@ def assess(
             trial.load(file)
             seen, dice = [], []
             for number, name in versions:
-                image = trial.scan(validation[number]["image"], source=True).as_subclass(torch.Tensor)
-                truth, _ = load_labels(validation[number]["label"])
+                image = trial.scan(labelled[model][number]["image"], source=True).as_subclass(torch.Tensor)
+                truth, _ = load_labels(labelled[model][number]["label"])
                 shown = image if name is None else DEGRADATIONS[name](image)
                 label_map = segment(shown)
                 seen.append(consistency(shown, label_map, segment, classes, flip, views).tolist())
@@ -153,6 +158,7 @@ def assess(
                 bar.update()
             models[model] = {
                 "validation_dice": summary(plain, names),
+                "translated_validation": own_scans[model] != str(datalist),
                 "calibration": None if calibration is None else vars(calibration),
                 "cases": cases,
             }
@@ -304,7 +310,10 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
     )
     before, after = source["validation_dice"]["mean"], adapted["validation_dice"]["mean"]
     if before is not None and after is not None:
-        why.append(f"Dice on the labelled validation scans of the source: {before:.3f} before, {after:.3f} after.")
+        shown = ", translated for the adapted model" if adapted.get("translated_validation") else ""
+        why.append(
+            f"Dice on the labelled validation scans of the source{shown}: {before:.3f} before, {after:.3f} after."
+        )
     off = [sum(bool(case.get("misplaced")) for case in model["cases"]) for model in (source, adapted)]
     if any(off):
         why.append(

@@ -45,6 +45,7 @@ SIDE = {
     "source_validation": "source",
     "target_training": "target",
     "target_heldout": "target",
+    "target_labelled": "target",
     "target_test": "target",
 }
 

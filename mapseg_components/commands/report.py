@@ -15,6 +15,12 @@ import numpy as np
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.order import describe_order
+from mapseg_components.commands.report_rounds import (
+    PICTURES_STYLE,
+    adapted_stage,
+    rounds_section,
+    translation_section,
+)
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import read_nifti
 from mapseg_components.data.datalist import all_targets
@@ -78,6 +84,7 @@ select { font: inherit; max-width: 100%; } label { max-width: 100%; }
 pre { overflow-x: auto; background: var(--soft); padding: .8rem; font-size: .8rem; }
 @media (max-width: 30rem) { .tables > div { width: 100%; } }
 """
+STYLES = FIGURES_STYLE + SLICES_STYLE + PICTURES_STYLE + STYLE
 SCRIPT = """
 var chooser = document.getElementById("scan"), painted = document.getElementById("painted");
 var show = function () {
@@ -138,7 +145,9 @@ def report(directory: str, output: str | None = None) -> str:
         f'<h2>Each structure</h2><div class="tables"><div><h3>Volume on the target</h3>'
         f'<p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}</div>'
         f"<div><h3>Dice on the source's validation scans</h3>{validation_table(assessment, names)}</div></div>",
-        f"<h2>Training</h2>{figures(folder, assessment, names)}",
+        translation_section(folder),
+        rounds_section(run),
+        f"<h2>Training</h2>{figures(folder, assessment, names, adapted_stage(run))}",
         f"<h2>What this cannot know</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in CANNOT_KNOW)}</ul>",
         f"<h2>Check of the scans</h2>{check_section(run.get('check'))}",
         "<h2>Settings</h2><details><summary>Arguments, plan, seconds, versions</summary><pre>"
@@ -146,7 +155,8 @@ def report(directory: str, output: str | None = None) -> str:
     ]
     target = Path(output) if output else folder / "report.html"
     write_text(
-        page("Adaptation report", "\n".join(body), FIGURES_STYLE + SLICES_STYLE + STYLE, SCRIPT + SLICES_SCRIPT), target
+        page("Adaptation report", "\n".join(body), STYLES, SCRIPT + SLICES_SCRIPT),
+        target,
     )
     return str(target)
 
@@ -232,9 +242,9 @@ def check_section(found: Mapping[str, Any] | None) -> str:
     return f"<p>{escape(found['verdict'])}</p>{findings_table(found['findings']) if found['findings'] else ''}"
 
 
-def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Curves of the stages."""
-    source, adapted = (read_history(folder / "stages" / name) for name in ("source", "adaptation"))
+def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str], stage: str = "adaptation") -> str:
+    """Curves of the first stage and of the one that the adapted model is from."""
+    source, adapted = (read_history(folder / "stages" / name) for name in ("source", stage))
     dice = {"teacher": "source_dice_teacher", "student": "source_dice_student"}
     stability = {
         "teacher and student agree (Dice)": "target_agreement_teacher_student",

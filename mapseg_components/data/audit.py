@@ -31,10 +31,11 @@ FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
 FIELD_OF_VIEW_MM = 10.0, 3000.0  # the longest side of a scan is rarely shorter, never longer
 CT_SHIFT = 1024.0
 LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: looks like a label map"
-# a scan may be in both: evaluating on the scans that the adaptation saw, without their labels, is common
-SHARED = {"target_training", "target_test"}
-# sections whose scans must differ in content as well
-APART = ("source_training", "source_validation", "target_training")
+# a scan may be in several: evaluating on the scans that the adaptation saw, without their labels, is common, and pseudo
+# labels are those of scans for training
+SHARED = {"target_training", "target_labelled", "target_test"}
+# sections that a training reads, if it has them; scans must differ in content as well
+APART = ("source_training", "source_validation", "target_training", "target_labelled")
 
 
 class Audit:
@@ -104,7 +105,7 @@ class Audit:
             for case in cases:
                 before = files.setdefault(os.path.realpath(case[IMAGE]), [])
                 for other in before:
-                    if {other, section} != SHARED:
+                    if other == section or not {other, section} <= SHARED:
                         self.add(case[IMAGE], f"is in {other} and in {section}", "keep it in one of them")
                 before.append(section)
         training = {case[CASE_ID] for case in sections.get("source_training", ())}
@@ -248,14 +249,16 @@ class Audit:
         seen: set[float] = set()
         unread = self.skip
         for section, cases in found.items():
-            side = "target" if section == "target_training" else "source"
+            side = "target" if section.startswith("target") else "source"
             policy = target_negative_values if side == "target" else source_negative_values
             for case in cases:
                 facts = self.scan(case[IMAGE], policy, f"{side}_negative_values")
                 images.setdefault(section, []).append((case[IMAGE], facts))
                 if LABEL not in case:
                     continue
-                label = self.label(case[LABEL], known, facts)
+                # a pseudo label names an orientation, its scan may not
+                assumed = section == "target_labelled" and self.assume_orientation is not None
+                label = self.label(case[LABEL], known, None if assumed else facts)
                 if section == "source_training":
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()

@@ -12,7 +12,8 @@ A datalist is a JSON file in MONAI's decathlon style::
         "target_test": [{"image": "t2/d.nii.gz", "label": "labels/d.nii.gz"}]
     }
 
-Paths are relative to the file's folder. ``domain`` and ``case_id`` are optional. A folder works as well::
+Paths are relative to the file's folder. ``domain`` and ``case_id`` are optional. ``target_labelled`` names target scans
+with the pseudo labels that self-training learns from. A folder works as well::
 
     source/images/*.nii.gz      source/labels/<same name>
     validation/images/...       validation/labels/...
@@ -51,6 +52,7 @@ SECTIONS = {
     "source_validation": "validation",
     "target_training": "target",
     "target_heldout": "heldout",
+    "target_labelled": "pseudo",
     "target_test": "test",
 }
 MOST_FOLDERS = 200  # searched for the text of an error

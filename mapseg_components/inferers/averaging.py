@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ class AveragingInferer(Inferer):
         inferer: runs one member.
         weights: files of further weights of the evaluator's network; all members count equally.
         flip_axes: spatial axes (0 to 2) that are mirrored together for a second pass of each member; empty for none.
+        every_flip: a pass for each combination of these axes, 8 for all three (nnU-Net), instead of the two.
 
     Raises:
         ConfigError: an axis is no spatial axis.
@@ -45,14 +47,19 @@ class AveragingInferer(Inferer):
     """
 
     def __init__(
-        self, inferer: Inferer, weights: Sequence[str | os.PathLike[str]] = (), flip_axes: Sequence[int] = ()
+        self,
+        inferer: Inferer,
+        weights: Sequence[str | os.PathLike[str]] = (),
+        flip_axes: Sequence[int] = (),
+        every_flip: bool = False,
     ) -> None:
         super().__init__()
         if not set(flip_axes) <= {0, 1, 2}:
             raise ConfigError(f"flip_axes is {list(flip_axes)}, expected axes from 0 to 2")
         self.inferer = inferer
         self.weights = list(weights)
-        self.flip_axes = list(flip_axes)
+        self.flip_axes = list(dict.fromkeys(flip_axes))
+        self.every_flip = every_flip
         self._others: list[nn.Module] | None = None
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +80,9 @@ class AveragingInferer(Inferer):
         """
         if self._others is None:
             self._others = [self._member(network, path) for path in self.weights]
-        views = [[]] + ([[axis + 2 for axis in self.flip_axes]] if self.flip_axes else [])
+        axes_of_input = [axis + 2 for axis in self.flip_axes]
+        counts = [*range(len(axes_of_input) + 1)] if self.every_flip else sorted({0, len(axes_of_input)})
+        views = [axes for number in counts for axes in itertools.combinations(axes_of_input, number)]
         total, count = None, 0
         for member in (network, *self._others):
             for axes in views:

@@ -8,6 +8,7 @@ from mapseg_components.methods.copy_paste import CopyPaste
 from mapseg_components.methods.entropy import EntropyMinimization, norm_parameters
 from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel, Teacher, ViewLabels
 from mapseg_components.methods.mapseg import MAPSeg
+from mapseg_components.methods.self_training import SelfTraining, deep_weights
 
 __all__ = [
     "ArgmaxLabels",
@@ -19,8 +20,10 @@ __all__ = [
     "Method",
     "Pass",
     "PseudoLabel",
+    "SelfTraining",
     "Supervised",
     "Teacher",
     "ViewLabels",
+    "deep_weights",
     "norm_parameters",
 ]

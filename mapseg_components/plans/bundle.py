@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
-from mapseg_components.plans.recipes import ADAPTATION, Recipe
-from mapseg_components.plans.sizes import PRESETS, plan_unet, settings_of
+from mapseg_components.plans.recipes import ADAPTATION, TRANSLATION, Recipe, scaled
+from mapseg_components.plans.rounds import options_of
+from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
 __all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
+LABELLING = "pseudo_labels.yaml"  # of inference, for stages of pseudo labels
 UNETS = ("GlobalLocalUNet", "UNetMAE")  # those that begin at half the resolution
 SIZES = {"width", "depth", "stride", "dilations", "head_channels", "dropout"}  # of MAPSeg's network
 BESIDE = ("logging.conf", "evaluate.json", "multi_gpu_train.json")
@@ -37,12 +40,14 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         request: arguments of ``mapseg adapt``.
         scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """
-    origin, pretraining = (bundles_folder() / name for name in (ADAPTATION, PRETRAINING))
+    origin = bundles_folder() / ADAPTATION
     configs = folder / "configs"
     configs.mkdir(exist_ok=True)
     (folder / "docs").mkdir(exist_ok=True)
     own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
-    stages = {overlay for stage in own for overlay in (*stage.overlays, stage.contrasts)}
+    stages = {overlay for stage in own for overlay in (*stage.overlays, stage.contrasts) if overlay}
+    if any(stage.weights for stage in own):
+        stages.add(LABELLING)
     for name in {*BESIDE, *stages}:
         shutil.copyfile(origin / "configs" / name, configs / name)
     shutil.copyfile(origin / "LICENSE", folder / "LICENSE")
@@ -50,10 +55,12 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     write_json(train, configs / "train.json")
     inference = settled(origin, "inference.json", recipe, plan, request) | {"dataset_dir": scans}
     write_json(inference, configs / "inference.json")
-    known = ConfigParser.load_config_file(pretraining / "configs" / "train.json")
-    own = settled(pretraining, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
-    write_json({key: own[key] for key in known if own[key] != known[key]}, configs / "pretraining.json")
-    asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
+    for name in {PRETRAINING, *bundles_of(recipe)} - {ADAPTATION}:
+        other = bundles_folder() / name
+        known = ConfigParser.load_config_file(other / "configs" / "train.json")
+        wanted = settled(other, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
+        write_json({key: wanted[key] for key in known if wanted[key] != known[key]}, configs / config_of(name))
+    asked = {key: value for key, value in asked_of(ADAPTATION, recipe, request).items() if key in train}
     write_json(asked, configs / "settings.json")
     bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
     write_json({key: value for key, value in asked.items() if key not in bound}, configs / "settings_of_target.json")
@@ -90,22 +97,53 @@ def settled(
     configs = bundle / "configs"
     base = ConfigParser.load_config_file(configs / name)
     known = set(ConfigParser.load_config_file(configs / "train.json")) | set(base)
-    overlays = [*PRESETS[plan["preset"]]["overlays"], *(recipe.overlays if bundle.name == ADAPTATION else ())]
-    files = [configs / name, *(configs / overlay for overlay in overlays if (configs / overlay).is_file())]
-    config = {key: value for key, value in ConfigParser.load_config_files(files).items() if key in base}
+    overlays = [*PRESETS[plan["preset"]]["overlays"]]
+    if bundle.name == ADAPTATION:
+        overlays += [*recipe.presets.get(plan["preset"], ()), *recipe.overlays]
+    merged = ConfigParser(dict(base))
+    for overlay in overlays:
+        content = ConfigParser.load_config_file(configs / overlay) if (configs / overlay).is_file() else {}
+        for key, value in content.items():
+            if key.lstrip("+").partition("#")[0] in base:  # others are of another config, such as that of training
+                merge_kv(merged, key, value)
+    config = {key: value for key, value in merged.get().items() if key in base}
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
     wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
-    wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
+    wanted |= {"slice_size": plan["slice_size"]}
+    wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
+    wanted |= {"labels": plan["labels"], "seed": request["seed"], **asked_of(bundle.name, recipe, request)}
     if request["device"] != "auto":
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}
     if is_planned(config):
         own = str(config["network_def"]["_target_"]).endswith(UNETS)
-        unet = plan_unet(config["patch_size"], plan["working_spacing_mm"], reduced=own and not plan["fine"])
+        deep = config["network_def"].get("deep_supervision", False)
+        filters = FILTERS_NNUNET if deep else None
+        unet = plan_unet(config["patch_size"], plan["working_spacing_mm"], own and not plan["fine"], filters)
         if own:
             del unet["upsample_kernel_size"]
+        if deep:  # at all resolutions but the two lowest, as nnU-Net; one at least
+            unet["deep_supr_num"] = max(len(unet["strides"]) - 3, 1)
         config["network_def"] = config["network_def"] | unet
     return config
+
+
+def asked_of(bundle: str, recipe: Recipe, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the user for a bundle; of the order of intensities a translation takes care, where there is one."""
+    asked = dict(request["settings"] or {})
+    if bundle == ADAPTATION and TRANSLATION in bundles_of(recipe):
+        asked.pop("target_inverted", None)
+    return asked
+
+
+def bundles_of(recipe: Recipe) -> list[str]:
+    """Names of the shipped bundles whose trainings a recipe has."""
+    return list(dict.fromkeys(stage.bundle for stage in recipe.stages))
+
+
+def config_of(bundle: str) -> str:
+    """Name of the config that a new bundle has for the stage of another bundle, e.g. ``pretraining.json``."""
+    return f"{bundle.partition('_')[2]}.json"
 
 
 def is_planned(config: Mapping[str, Any]) -> bool:
@@ -113,11 +151,13 @@ def is_planned(config: Mapping[str, Any]) -> bool:
     return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", *UNETS))
 
 
-def check_names(settings: Mapping[str, Any]) -> None:
-    """Refuse settings that no bundle has. Raises `ConfigError`."""
-    folders = [bundles_folder() / name for name in (ADAPTATION, PRETRAINING)]
+def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
+    """Refuse settings that no bundle has, nor the recipe. Raises `ConfigError`."""
+    names = dict.fromkeys((ADAPTATION, PRETRAINING, *(bundles_of(recipe) if recipe is not None else ())))
+    folders = [bundles_folder() / name for name in names]
     known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
     known |= set(ConfigParser.load_config_file(bundles_folder() / ADAPTATION / "configs" / "inference.json"))
+    known |= set(options_of(recipe)) if recipe is not None else set()
     unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
@@ -138,6 +178,11 @@ def check_epochs(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, 
     """Refuse training that would choose no weights. Raises `ConfigError`."""
     config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
     epochs, interval = config["max_epochs"], config["val_interval"]
+    if isinstance(epochs, int) and "max_epochs" not in (request["settings"] or {}):
+        own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
+        epochs = min(
+            scaled(epochs, stage.factors(plan["preset"]).get("max_epochs", 1)) for stage in own
+        )  # of the shortest stage
     if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
         raise ConfigError(
             f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "

@@ -84,7 +84,7 @@ def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> d
 
     Returns:
         ``largest_component`` and ``fill_holes``, names each; ``reasons``, for each of both the reason by structure
-        where it is not done.
+        where it is not done; ``in_every_map``, structures that no label map lacks.
     """
     plan: dict[str, Any] = {"largest_component": [], "fill_holes": []}
     reasons: dict[str, dict[str, str]] = {"largest_component": {}, "fill_holes": {}}
@@ -107,7 +107,8 @@ def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> d
                 reasons[key][name] = reason
             else:
                 plan[key].append(name)
-    return plan | {"reasons": reasons}
+    everywhere = [name for value, name in enumerate(names, start=1) if all(value in one for one in shapes)]
+    return plan | {"reasons": reasons, "in_every_map": everywhere}
 
 
 def find_after(

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mapseg_components.plans.components import find_after
+from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import find_frame
-from mapseg_components.plans.sizes import choose_preset, gpu_gib, plan_sizes
+from mapseg_components.plans.sizes import choose_preset, gpu_gib, plan_sizes, plan_slices
 
 __all__ = ["make_plan"]
 
@@ -35,7 +36,8 @@ def make_plan(
         request: arguments of ``mapseg adapt``.
 
     Returns:
-        plain values, of which ``settings`` are settings of the bundles.
+        plain values, of which ``settings`` are settings of the bundles; ``flip_axes`` is for methods that mirror scans,
+        ``slice_size`` for those that translate them.
 
     Raises:
         ConfigError: a setting of the user is out of bounds, or the preset is unknown.
@@ -61,5 +63,7 @@ def make_plan(
         "fine": frame.fine,
         "labels": dict(structures),
         "settings": planned,
+        "slice_size": plan_slices(frame.shapes, preset),
+        "flip_axes": find_flips(structures, planned, preset, asked),
         "after_network": find_after(labelled, structures, asked),
     }

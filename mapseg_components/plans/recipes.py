@@ -12,17 +12,20 @@ from typing import Any
 import yaml
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.sizes import SHORT
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["Recipe", "Stage", "read_recipe", "recipe_names"]
+__all__ = ["Recipe", "Stage", "read_recipe", "recipe_names", "scaled"]
 
 ADAPTATION = "mapseg_adaptation"
+TRANSLATION = "cosmos_translation"
+TRAINING, PSEUDO_LABELS = "training", "pseudo_labels"  # kinds of stages
 INVERTS = "any_contrast.yaml"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training.
+    """One training, or the segmentation of the target's scans for pseudo labels.
 
     Args:
         name: of its folder below ``stages``.
@@ -31,9 +34,19 @@ class Stage:
         paths: settings that are files or folders below ``stages``, of earlier stages or of this one.
         settings: further ones.
         optional: whether ``mapseg adapt --pretraining False`` leaves it out.
-        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off.
+        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off; may be
+            ``None``.
         scale: factors of settings, so that a stage is as long as a share of what the preset says.
+        short: further such factors, in the presets of few steps alone.
         only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
+        fixed: further settings that hold whatever the user asks for.
+        kind: ``training``, or ``pseudo_labels``: the scans of ``target_training`` are segmented by `weights`, those
+            that lack a structure are left out, and ``pseudo/datalist.json`` names the others with their label maps.
+        weights: files below ``stages`` that make pseudo labels, together if there are several; of a stage of each round
+            those of the first, the adapted model of the round before in later ones.
+        each_round: whether it is repeated, see `mapseg_components.plans.rounds`.
+        fold: number of its part of the source's cases, which it is validated on, and how many parts there are; ``None``
+            for the run's own division.
     """
 
     name: str
@@ -42,9 +55,19 @@ class Stage:
     paths: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
-    contrasts: str = INVERTS
+    contrasts: str | None = INVERTS
     scale: dict[str, float] = field(default_factory=dict)
     only_as_is: bool = False
+    short: dict[str, float] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    kind: str = TRAINING
+    weights: tuple[str, ...] = ()
+    each_round: bool = False
+    fold: tuple[int, int] | None = None
+
+    def factors(self, preset: str) -> dict[str, float]:
+        """Factors of settings in a preset."""
+        return self.scale | (self.short if preset in SHORT else {})
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,12 @@ class Recipe:
             target is bright where the source is dark.
         stages: in their order.
         models: ``source_only`` and ``adapted``: weights below ``stages`` that are compared and kept.
+        presets: preset to overlays of the adaptation bundle that come before `overlays`, for a method that has a
+            network of its own on large machines.
+        mirrors: whether scans are mirrored along the axes that the plan allows.
+        rounds: how often the stages of each round are repeated, unless the user sets it; ``None`` where there are none.
+        folds: models that make the pseudo labels together, each with its own part of the source for validation, unless
+            the user sets it.
     """
 
     name: str
@@ -73,6 +102,10 @@ class Recipe:
     models: dict[str, str]
     overlays: tuple[str, ...] = ()
     order: str | None = None
+    presets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    mirrors: bool = False
+    rounds: int | None = None
+    folds: int = 1
 
     @property
     def inverts(self) -> bool:
@@ -93,8 +126,16 @@ class Recipe:
             parts = {name: path.partition("/") for name, path in paths.items()}
             return {name: "".join([instead.get(first, first), *rest]) for name, (first, *rest) in parts.items()}
 
-        stages = tuple(replace(stage, paths=moved(stage.paths)) for stage in kept)
-        return replace(self, stages=stages, models=moved(self.models))
+        def of(stage: Stage) -> Stage:
+            weights = moved(dict(zip(stage.weights, stage.weights)))
+            return replace(stage, paths=moved(stage.paths), weights=tuple(weights.values()))
+
+        return replace(self, stages=tuple(map(of, kept)), models=moved(self.models))
+
+
+def scaled(value: float, factor: float) -> float:
+    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
+    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
 
 
 def recipes_folder() -> Path:
@@ -122,9 +163,11 @@ def read_recipe(name: str) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         stages = tuple(
-            Stage(**{key: tuple(value) if key == "overlays" else value for key, value in stage.items()})
+            Stage(**{key: tuple(value) if key in ("overlays", "weights") else value for key, value in stage.items()})
             for stage in content.pop("stages")
         )
+        if "presets" in content:
+            content["presets"] = {preset: tuple(names) for preset, names in content["presets"].items()}
         lists = {key: tuple(content[key]) for key in ("overlays", "dimensions") if key in content}
         return Recipe(**{**content, **lists, "name": name, "stages": stages})
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:

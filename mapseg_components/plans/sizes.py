@@ -21,6 +21,7 @@ __all__ = [
     "describe",
     "gpu_gib",
     "plan_sizes",
+    "plan_slices",
     "plan_unet",
     "settings_of",
 ]
@@ -32,10 +33,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
+SHORT = ("small-data-cpu",)  # presets of few steps
 FILTERS = [12, 24, 48, 96, 160]  # of a U-Net's levels
 FILTERS_REDUCED = [32, 64, 128, 160]  # of one that begins at half the resolution
+FILTERS_NNUNET = [32, 64, 128, 256, 320, 320, 320]  # of the network of that paper, with deep supervision
 IN_PLANE_DEG = 15  # rotation of thick slices
 MOST_SLICES, MOST_IN_PLANE = 8, 192  # sides of a flat patch
+MOST_OF_SLICE = 112  # side of a slice that is translated, on a small machine
 SHARE = 0.28  # of a cube's voxels: few scans have few slices, and many patches are seen
 PAPER_GIB, PAPER_SCANS = 70, 40
 
@@ -120,6 +124,20 @@ def plan_sizes(
     return settings
 
 
+def plan_slices(shapes: Sequence[Sequence[int]], preset: str) -> list[int]:
+    """Sides of the slices that a translation works on, across the last axis of the working frame.
+
+    Those of the median scan, in steps of 16 voxels, 32 at least; at most as large as the preset affords.
+
+    Args:
+        shapes: voxels per axis of each scan, in the working frame.
+        preset: one of `PRESETS`.
+    """
+    median = np.median(shapes, axis=0)
+    most = MOST_OF_SLICE if "unet.yaml" in PRESETS[preset]["overlays"] else 2 * MOST_OF_SLICE
+    return [min(max(math.ceil(side / 16) * 16, 32), most) for side in median[:2]]
+
+
 def plane_side(shape: np.ndarray, spacing: np.ndarray, base: int) -> int:
     """Side in the plane of flat patches, which cost as much as a cube of ``base`` or less."""
     if spacing.max() < THICK * spacing.min() and not (shape == 1).any():
@@ -128,7 +146,12 @@ def plane_side(shape: np.ndarray, spacing: np.ndarray, base: int) -> int:
     return min(round(math.sqrt(base**3 * SHARE / slices) / 16) * 16, MOST_IN_PLANE)
 
 
-def plan_unet(patch_size: Sequence[int], spacing: Sequence[float], reduced: bool = False) -> dict[str, Any]:
+def plan_unet(
+    patch_size: Sequence[int],
+    spacing: Sequence[float],
+    reduced: bool = False,
+    filters: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Kernels, strides and filters of a U-Net, after nnU-Net's rules (Isensee et al. 2021).
 
     An axis is halved while four voxels are left of the patch, it divides evenly and its voxels are less than twice as
@@ -138,6 +161,7 @@ def plan_unet(patch_size: Sequence[int], spacing: Sequence[float], reduced: bool
         patch_size: voxels per axis; of one voxel along the slices of 2D images.
         spacing: mm per axis.
         reduced: the first level has half the resolution already, and twice the filters.
+        filters: of all levels that there may be, by default those of small machines.
 
     Returns:
         ``kernel_size``, ``strides``, ``upsample_kernel_size`` and ``filters``, a level each.
@@ -146,7 +170,7 @@ def plan_unet(patch_size: Sequence[int], spacing: Sequence[float], reduced: bool
     wide = [side == 1 for side in sides]  # nothing to look at beside a single slice
     kernels: list[list[int]] = []
     strides: list[list[int]] = [] if reduced else [[1, 1, 1]]
-    filters = FILTERS_REDUCED if reduced else FILTERS
+    filters = filters or (FILTERS_REDUCED if reduced else FILTERS)
     while True:
         narrowest = min(width for width, flat in zip(widths, wide) if not flat)
         near = [width < 2 * narrowest and not flat for width, flat in zip(widths, wide)]
@@ -165,7 +189,7 @@ def plan_unet(patch_size: Sequence[int], spacing: Sequence[float], reduced: bool
         "kernel_size": kernels[: len(strides)],
         "strides": strides,
         "upsample_kernel_size": strides[1:],
-        "filters": filters[: len(strides)],
+        "filters": [*filters[: len(strides)]],
     }
 
 

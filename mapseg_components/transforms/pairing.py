@@ -49,7 +49,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         scale_range: of the isotropic scale, above 1 enlarges; ``(0.7, 1.4)`` for the source in the paper.
         rotate_range_deg: largest rotation about each axis, degrees; one number or one per axis. Thick slices are turned
             in their plane only.
-        flip_prob: probability of a flip of each axis (0.5 in pretraining, 0 in adaptation).
+        flip_prob: probability of a flip of each axis (0.5 in pretraining, 0 in adaptation), one number or one per axis.
         foreground_fraction: share of patches centred on a labelled voxel, its class drawn uniformly from the
             classes of the scan. For labelled (source) scans only: one without a label is refused.
         global_view: whether there is one; without it the crop is an ordinary random patch.
@@ -74,17 +74,15 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         prob: float = 0.35,
         scale_range: Sequence[float] = (1.0, 1.0),
         rotate_range_deg: Sequence[float] | float = 0.0,
-        flip_prob: float = 0.0,
+        flip_prob: Sequence[float] | float = 0.0,
         foreground_fraction: float = 0.0,
         global_view: bool = True,
     ) -> None:
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ConfigError(f"scale_range is {list(scale_range)}, expected 0 < lowest <= highest")
-        for name, value in {
-            "prob": prob,
-            "flip_prob": flip_prob,
-            "foreground_fraction": foreground_fraction,
-        }.items():
+        flips = ensure_tuple_rep(flip_prob, 3)
+        shares = {"prob": (prob,), "flip_prob": flips, "foreground_fraction": (foreground_fraction,)}
+        for name, value in ((name, value) for name, values in shares.items() for value in values):
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}, expected a share between 0 and 1")
         self.patch_size = ensure_tuple_rep(patch_size, 3)
@@ -92,7 +90,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.prob = prob
         self.scale_range = tuple(scale_range)
         self.rotate_range_deg = rotate_range_deg
-        self.flip_prob = flip_prob
+        self.flip_prob = flips
         self.foreground_fraction = foreground_fraction
         self.global_view = global_view
         self.warp = np.eye(4)
@@ -258,7 +256,7 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         scale_range: of the isotropic scale, above 1 enlarges.
         rotate_range_deg: largest rotation about each axis, degrees; one number or one per axis. Thick slices are turned
             in their plane only.
-        flip_prob: probability of a flip of each axis.
+        flip_prob: probability of a flip of each axis, one number or one per axis.
         foreground_fraction: share of patches centred on a labelled voxel.
         image_key: the scan.
         label_key: its label; may be absent from the data, as it is on the target side.
@@ -291,7 +289,7 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         prob: float = 0.35,
         scale_range: Sequence[float] = (1.0, 1.0),
         rotate_range_deg: Sequence[float] | float = 0.0,
-        flip_prob: float = 0.0,
+        flip_prob: Sequence[float] | float = 0.0,
         foreground_fraction: float = 0.0,
         image_key: str = IMAGE,
         label_key: str = LABEL,

@@ -25,6 +25,7 @@ ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundle
 # they need a package, see test_test_time.py
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
 PARTS = {"dynunet.yaml"}  # it needs a method, see test_guests.py
+PARTS |= {"cosmos.yaml", "self_training.yaml", "pseudo_labels.yaml"}  # see test_self_training.py
 STANDALONE = {
     "metadata.json",
     "train.json",

@@ -1,0 +1,207 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of ``mapseg adapt``: its folder, its record, and what a training and pseudo labels do in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+from tqdm import tqdm
+
+from mapseg_components.commands.assess import rounded
+from mapseg_components.commands.restore import restore
+from mapseg_components.commands.stages import finished_epochs, run_stage, training_samples
+from mapseg_components.data import load_datalist
+from mapseg_components.data.datalist import all_targets, read_json, stem
+from mapseg_components.data.results import result_path
+from mapseg_components.files import write_json
+from mapseg_components.plans.bundle import LABELLING, config_of
+from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
+from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, read_recipe, scaled
+from mapseg_components.plans.rounds import REQUIRED, divided, written_out
+from mapseg_components.session import versions
+from mapseg_components.shipped_files import bundles_folder
+
+__all__ = ["Run"]
+
+logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
+
+DATALIST = "datalist.json"
+PSEUDO = "pseudo"  # folder of the pseudo labels that are kept, in that of their stage
+
+
+class Run:
+    """A folder of ``mapseg adapt``, its record and its stages; what is done already is not done again.
+
+    Args:
+        folder: absolute, locked by this process.
+        request: the arguments.
+        quiet: no progress bars.
+
+    Raises:
+        ConfigError: the method, or a setting of its recipe, is unknown.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:
+        self.folder = folder
+        self.request = request
+        self.quiet = quiet
+        self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
+        self.recipe = written_out(read_recipe(request["method"]), self.asked)
+
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """Settings of the user."""
+        return self.request["settings"] or {}
+
+    @property
+    def stages(self) -> Path:
+        """Folder of the stages' folders."""
+        return self.folder / "stages"
+
+    def save(self) -> None:
+        """Write the record."""
+        write_json(self.record, self.folder / "run.json")
+
+    def do(self, stage: Stage) -> None:
+        """Run a stage, unless it is done.
+
+        Raises:
+            MAPSegError: the error of the stage; what it had done so far stays for the next call.
+        """
+        if stage.name in self.record["done"]:
+            return
+        seconds = self._label(stage) if stage.kind == PSEUDO_LABELS else self._train(stage)
+        self._done(stage.name, self.record["seconds"].get(stage.name, 0) + seconds)
+
+    def predict(self, name: str) -> None:
+        """Label maps of all target scans by a model of the bundle, unless they are there."""
+        stage = f"predictions of {name}"
+        if stage in self.record["done"]:
+            return
+        output = self.folder / "predictions" / name
+        settings = {"weights": self.folder / "models" / f"{name}.pt", **segmented(self.folder / DATALIST)}
+        seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
+        if self.request["prepare"] is not None:
+            for case in all_targets(self.folder / DATALIST):
+                image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
+                sidecar = image.with_name(f"{stem(image)}.json")
+                restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
+        self._done(stage, seconds)
+
+    def datalist_of(self, stage: Stage) -> Path:
+        """The datalist that a stage reads: the run's, or one that an earlier stage has written."""
+        return self.stages / stage.paths["datalist"] if "datalist" in stage.paths else self.folder / DATALIST
+
+    def datalist_of_model(self, name: str) -> Path:
+        """The datalist of the stage that a model of the recipe is from."""
+        first = self.recipe.models[name].partition("/")[0]
+        return next(self.datalist_of(stage) for stage in self.recipe.stages if stage.name == first)
+
+    def _done(self, name: str, seconds: float) -> None:
+        self.record["seconds"][name] = round(seconds, 1)
+        self.record["done"].append(name)
+        self.save()
+
+    def _train(self, stage: Stage) -> float:
+        """Seconds of a training."""
+        output = self.stages / stage.name
+        if stage.bundle == ADAPTATION:
+            bundle = self.folder
+            contrasts = [stage.contrasts] if self.request["random_contrasts"] and stage.contrasts else []
+            asked = "settings_of_target.json" if "handover.yaml" in stage.overlays else "settings.json"
+            configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, asked)]
+        else:
+            bundle = bundles_folder() / stage.bundle
+            overlays = [f"configs/{name}" for name in ("train.json", *stage.overlays)]
+            configs = [*overlays, str(self.folder / "configs" / config_of(stage.bundle))]
+        earlier = {name: self.stages / path for name, path in stage.paths.items() if self._comes(path)}
+        merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
+        factors = stage.factors(self.record["plan"]["preset"])
+        own = {name: scaled(merged[name], factor) for name, factor in factors.items()} | dict(stage.settings)
+        own = {name: value for name, value in own.items() if name not in self.asked} | dict(stage.fixed)
+        if stage.fold is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            earlier["datalist"] = output / DATALIST
+            content = divided(read_json(self.datalist_of(stage)), stage.fold, self.request["seed"])
+            write_json(content, earlier["datalist"])
+            own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
+        epochs = own.get("max_epochs", merged.get("max_epochs"))
+        logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
+        with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
+            bar.update(finished_epochs(output))
+
+            def on_epoch(done: int) -> None:
+                bar.update(done - bar.n)
+
+            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
+        self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
+        return seconds
+
+    def _comes(self, path: str) -> bool:
+        """Whether what lies there is made at all: not by a stage that is left out."""
+        left_out = {stage.name for stage in self.recipe.stages if stage.optional and not self.request["pretraining"]}
+        return Path(path).parts[0] not in left_out
+
+    def _label(self, stage: Stage) -> float:
+        """Seconds of a segmentation of the target's scans, of which those with all structures are kept.
+
+        Scans that an interrupted call had segmented are not segmented again.
+        """
+        output, datalist = self.stages / stage.name, self.datalist_of(stage)
+        maps = {
+            case["case_id"]: result_path(case["image"], output, "seg")
+            for case in load_datalist(datalist, "target_training")
+        }
+        left = [case for case in load_datalist(datalist, "target_training") if not maps[case["case_id"]].is_file()]
+        weights = [str(self.stages / path) for path in stage.weights]
+        logger.info(
+            f"Stage {stage.name}: {len(left)} of {len(maps)} target scans to segment by {len(weights)} model(s); what "
+            f"it does stands in {output / 'log.txt'}."
+        )
+        seconds = 0.0
+        if left:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json({"target_training": left}, output / "to_segment.json")
+            axes = ConfigParser.load_config_file(self.folder / "configs" / "train.json")["flip_axes"]
+            settings = {
+                "weights": weights[0],
+                "evaluator#inferer#weights": weights[1:],
+                "evaluator#inferer#flip_axes": axes,
+                **segmented(output / "to_segment.json"),
+            }
+            configs = ["configs/inference.json", f"configs/{LABELLING}"]
+            seconds = run_stage(stage.name, self.folder, configs, output, settings)
+        plan = self.record["plan"]
+        required = self.asked.get(REQUIRED)
+        if required is None:
+            required = plan["after_network"]["in_every_map"]
+        found = keep_pseudo_labels(datalist, maps, plan["labels"], required, output / PSEUDO)
+        logger.info(f"Pseudo labels of {len(found['kept'])} of {found['scans']} scans are kept.")
+        before = self._labels_before(stage)
+        if before is not None:
+            earlier = {case: self.stages / before.name / path.name for case, path in maps.items()}
+            dice = agreement_of(earlier, maps, list(plan["labels"]))
+            known = [value for value in dice.values() if value is not None]
+            mean = rounded(sum(known) / len(known)) if known else None
+            found["with_round_before"] = {"structures": dice, "mean": mean}
+        self.record.setdefault(PSEUDO_LABELS, {})[stage.name] = found
+        return seconds
+
+    def _labels_before(self, stage: Stage) -> Stage | None:
+        """The stage of pseudo labels of the round before."""
+        earlier = self.recipe.stages[: self.recipe.stages.index(stage)]
+        return next((one for one in reversed(earlier) if one.kind == PSEUDO_LABELS), None)
+
+
+def segmented(datalist: Path) -> dict[str, Any]:
+    """Settings of inference for the target scans of a datalist; results of an interrupted call are replaced."""
+    return {
+        "_datalist": datalist,
+        "cases": "$mapseg_components.data.datalist.all_targets(@_datalist)",
+        "overwrite": True,
+    }

@@ -1,0 +1,219 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds of self-training: the stages written out, the source divided, pseudo labels kept by what they hold."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.networks.nets import DynUNet
+
+from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.plans.bundle import check_epochs, check_names, settled
+from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
+from mapseg_components.plans.recipes import PSEUDO_LABELS, read_recipe
+from mapseg_components.plans.rounds import check_options, divided, options_of, written_out
+from mapseg_components.plans.sizes import PRESETS, plan_sizes, plan_slices
+from mapseg_components.shipped_files import bundles_folder
+from tests.conftest import write_nifti
+
+COSMOS = read_recipe("cosmos")
+LABELS = {"tumour": 500, "cochlea": 7, "nerve": 33}
+SHAPE = (7, 8, 9)
+AFFINE = np.array([[0, -1.5, 0, 3], [1.2, 0, 0, -7], [0, 0, 2.0, 5], [0, 0, 0, 1]], dtype=float)
+
+
+@pytest.mark.parametrize("folds", [1, 2, 3])
+@pytest.mark.parametrize("rounds", range(4))
+def test_each_stage_needs_earlier_ones_alone_and_labels_come_from_the_round_before(rounds, folds):
+    recipe = written_out(COSMOS, {"rounds": rounds, "folds": folds})
+    names = [stage.name for stage in recipe.stages]
+    assert len({*names}) == len(names)
+    for number, stage in enumerate(recipe.stages):
+        needed = {path.partition("/")[0] for path in (*stage.paths.values(), *stage.weights)}
+        assert needed <= {*names[:number]}, stage
+    labelling = [stage for stage in recipe.stages if stage.kind == PSEUDO_LABELS]
+    students = [stage for stage in recipe.stages if stage.name.startswith("student")]
+    assert len(labelling) == rounds and len(students) == (rounds - 1) * folds + 1 if rounds else not students
+    for number, stage in enumerate(labelling):
+        assert len({*stage.weights}) == folds
+        by = "teacher" if number == 0 else f"student_{number}"
+        assert all(path.startswith((f"{by}/", f"{by}_fold_")) for path in stage.weights)
+    last = names[-1] if rounds else "teacher"
+    assert recipe.models["adapted"].partition("/")[0] == last and students[-1:] == [
+        stage for stage in students if stage.fold is None and stage.name == last
+    ]
+    assert recipe.models["source_only"] == COSMOS.models["source_only"]
+
+
+def test_each_student_is_trained_from_scratch_on_its_own_round():
+    recipe = written_out(COSMOS, {})
+    students = {stage.name: stage for stage in recipe.stages if stage.name.startswith("student")}
+    assert len(students) == COSMOS.rounds == 3
+    for number in (1, 2, 3):
+        student = students[f"student_{number}"]
+        assert student.paths == {"datalist": f"labels_{number}/pseudo/datalist.json"}, "no weights to begin with"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"rounds": -1}, "rounds is -1, expected a whole number, 0 or more"),
+        ({"rounds": "three"}, "rounds is 'three'"),
+        ({"folds": 0}, "folds is 0, expected a whole number, 1 or more"),
+        ({"folds": True}, "folds is True"),
+    ],
+)
+def test_wrong_numbers_of_rounds_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        written_out(COSMOS, settings)
+
+
+def test_settings_of_a_recipe_are_its_own_alone():
+    assert options_of(read_recipe("mapseg")) == {} and written_out(read_recipe("mapseg"), {"rounds": -1}).rounds is None
+    with pytest.raises(ConfigError, match=r"settings \['rounds'\] are in no bundle"):
+        check_names({"rounds": 3}, read_recipe("mapseg"))
+    check_options(COSMOS, {"folds": 3, "required_structures": ["tumour"]}, LABELS, [1, 2, 3])
+    with pytest.raises(ConfigError, match="folds is 4, and the source has 3 cases"):
+        check_options(COSMOS, {"folds": 4}, LABELS, [1, 2, 3])
+    for wrong in ("tumour", ["liver"]):
+        with pytest.raises(ConfigError, match=r"required_structures is .*, expected a list of structures among"):
+            check_options(COSMOS, {"required_structures": wrong}, LABELS, [1, 2, 3])
+
+
+@pytest.mark.parametrize("cases, folds", [(5, 2), (7, 3), (5, 5)])
+def test_every_case_is_validated_on_once(cases, folds):
+    content = {"source_training": [*range(cases - 2)], "source_validation": [*range(cases - 2, cases)], "x": 1}
+    parts = [divided(content, (number, folds), seed=3) for number in range(1, folds + 1)]
+    assert sorted(case for part in parts for case in part["source_validation"]) == [*range(cases)]
+    for part in parts:
+        assert sorted([*part["source_training"], *part["source_validation"]]) == [*range(cases)]
+        assert part["x"] == 1 and abs(len(part["source_validation"]) - cases / folds) < 1
+    assert parts[0] == divided(content, (1, folds), seed=3)
+    assert any(parts[0] != divided(content, (1, folds), seed) for seed in range(9))
+
+
+def made(folder, present):
+    """A datalist with target scans, and a label map of class indices for each, of the structures given."""
+    generator = np.random.default_rng(0)
+    cases, maps = [], {}
+    for number, classes in enumerate(present):
+        case = f"scan-{number}"
+        voxels = generator.choice([0, *classes], SHAPE).astype(np.uint8)
+        voxels.flat[: len(classes)] = classes
+        image = write_nifti(folder / "scans" / f"{case}.nii.gz", generator.random(SHAPE, np.float32), AFFINE)
+        cases.append({"image": image, "case_id": case, "domain": "site", "label": f"{folder}/never/opened.nii.gz"})
+        maps[case] = folder / f"{case}_seg.nii.gz"
+        write_nifti(maps[case], voxels, AFFINE)
+    content = {"labels": {"500": "tumour"}, "source_training": [{"image": "a", "label": "b"}], "target_training": cases}
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder / "datalist.json", maps
+
+
+@pytest.mark.parametrize("required", [[], ["cochlea"], ["tumour", "nerve"], [*LABELS]])
+def test_what_is_kept_has_all_that_is_required_and_nothing_else_is_left_out(tmp_path, required):
+    present = [[1, 2, 3], [1, 3], [2], [1, 2], [1, 2, 3]]
+    datalist, maps = made(tmp_path, present)
+    found = keep_pseudo_labels(datalist, maps, LABELS, required, tmp_path / "pseudo")
+    names, values = list(LABELS), np.array([0, *LABELS.values()])
+    lacking = {
+        f"scan-{number}": [name for name in required if names.index(name) + 1 not in classes]
+        for number, classes in enumerate(present)
+    }
+    assert found["kept"] == [case for case, missing in lacking.items() if not missing]
+    assert found["left_out"] == [{"case": case, "missing": missing} for case, missing in lacking.items() if missing]
+    assert json.loads((tmp_path / "pseudo" / "left_out.json").read_text()) == found
+    before, after = (json.loads(path.read_text()) for path in (datalist, tmp_path / "pseudo" / "datalist.json"))
+    labelled = after.pop("target_labelled")
+    assert after == before and [case["case_id"] for case in labelled] == found["kept"]
+    for case in labelled:
+        kept, said = nib.load(case["label"]), nib.load(maps[case["case_id"]])
+        np.testing.assert_array_equal(np.asarray(kept.dataobj), values[np.asarray(said.dataobj)])
+        np.testing.assert_array_equal(kept.affine, said.affine)
+        assert case["domain"] == "site" and case["image"].endswith(f"{case['case_id']}.nii.gz")
+
+
+def test_a_filter_that_leaves_nothing_says_what_is_missing_and_loses_nothing(tmp_path):
+    datalist, maps = made(tmp_path, [[1], [1, 3], [3]])
+    keep_pseudo_labels(datalist, maps, LABELS, [], tmp_path / "pseudo")
+    before = {path: path.read_bytes() for path in (tmp_path / "pseudo").rglob("*.*") if path.name != "left_out.json"}
+    with pytest.raises(DataError) as caught:
+        keep_pseudo_labels(datalist, maps, LABELS, ["tumour", "cochlea"], tmp_path / "pseudo")
+    for text in ("no pseudo label is left of 3 target scans", "cochlea in all", "tumour in 1", "required_structures"):
+        assert text in str(caught.value)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert len(json.loads((tmp_path / "pseudo" / "left_out.json").read_text())["left_out"]) == 3
+
+
+def test_agreement_of_rounds_is_the_mean_dice_of_each_structure(tmp_path):
+    _, first = made(tmp_path / "a", [[1], [1]])
+    _, second = made(tmp_path / "b", [[1], [1, 2]])
+    assert agreement_of(first, first, list(LABELS)) == {"tumour": 1.0, "cochlea": None, "nerve": None}
+    found = agreement_of(first, second, list(LABELS))
+    assert 0 < found["tumour"] < 1 and found["cochlea"] == 0.0
+
+
+def plan_of(preset, shape=(120, 130, 110), spacing=(1, 1, 1)):
+    """A plan as `mapseg adapt` makes it, of cubes."""
+    settings = plan_sizes([shape], [spacing], preset) | {"global_view": False}
+    after = {"largest_component": ["tumour"], "fill_holes": []}
+    rest = {"fine": True, "labels": LABELS, "flip_axes": [0, 1], "after_network": after}
+    sizes = {"slice_size": plan_slices([shape], preset), "working_spacing_mm": spacing, "settings": settings}
+    return {"preset": preset, **rest, **sizes}
+
+
+def request_of(**settings):
+    return {"seed": 3, "device": "cpu", "settings": settings}
+
+
+@pytest.mark.parametrize("name", ["train.json", "inference.json"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_bundle_has_the_method_and_a_network_that_takes_its_patch(preset, name):
+    plan = plan_of(preset)
+    config = settled(bundles_folder() / "mapseg_adaptation", name, COSMOS, plan, request_of())
+    base = ConfigParser.load_config_file(bundles_folder() / "mapseg_adaptation" / "configs" / name)
+    assert set(config) == set(base) and config["run"] == base["run"]
+    if name == "train.json":
+        assert config["method"]["_target_"].endswith("SelfTraining") and config["flip_axes"] == [0, 1]
+        assert "target_labelled" in config["train"]["target_dataset"]["data"]
+    network = config["network_def"]
+    large = preset != "small-data-cpu"
+    assert network["_target_"].endswith("DynUNet" if large else "GlobalLocalUNet")
+    if large:  # 32 kernels, deep supervision
+        assert network["filters"][0] == 32 and len(network["filters"]) == len(network["strides"])
+        options = {
+            key: value for key, value in network.items() if key not in ("_target_", "in_channels", "out_channels")
+        }
+        with torch.device("meta"):
+            made = DynUNet(in_channels=1, out_channels=4, **options)
+            found = made(torch.zeros(1, 1, *plan["settings"]["patch_size"]))
+        assert found.shape == (1, network["deep_supr_num"] + 1, 4, *plan["settings"]["patch_size"])
+
+
+def test_an_order_of_intensities_is_the_translations():
+    asked = request_of(target_inverted=True, learning_rate=0.5)
+    bundle = bundles_folder() / "mapseg_adaptation"
+    for recipe, expected in ((COSMOS, False), (read_recipe("mean_teacher"), True)):
+        config = settled(bundle, "train.json", recipe, plan_of("small-data-cpu"), asked)
+        assert config["target_inverted"] is expected and config["learning_rate"] == 0.5
+
+
+def test_the_shortest_stage_must_reach_a_validation():
+    plan = plan_of("small-data-cpu")
+    check_epochs(COSMOS, plan, request_of(val_interval=14))
+    with pytest.raises(ConfigError, match="max_epochs is 14, val_interval 15"):
+        check_epochs(COSMOS, plan, request_of(val_interval=15))
+    check_epochs(COSMOS, plan, request_of(val_interval=15, max_epochs=15))
+
+
+@pytest.mark.parametrize("shape", [(20, 300, 90), (120, 97, 8), (50, 40, 1)])
+def test_slices_of_a_translation_hold_the_scan_as_far_as_a_machine_affords(shape):
+    small, large = plan_slices([shape], "small-data-cpu"), plan_slices([shape], "paper")
+    for axis in range(2):
+        assert small[axis] % 16 == large[axis] % 16 == 0 and 32 <= small[axis] <= large[axis] <= 2 * 112
+        assert large[axis] >= min(shape[axis], 224)
