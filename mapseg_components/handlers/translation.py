@@ -181,7 +181,7 @@ def slices_of(image: torch.Tensor, label: torch.Tensor) -> tuple[list[int], int,
 def slice_at(volume: np.ndarray, height: float) -> int:
     """Slice of a volume (X, Y, Z) at a height in its foreground."""
     filled = filled_slices(volume)
-    return int(round(filled[0] + height * (filled[-1] - filled[0])))
+    return round(filled[0] + height * (filled[-1] - filled[0]))
 
 
 def filled_slices(volume: np.ndarray) -> list[int]:
