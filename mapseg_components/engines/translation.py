@@ -228,11 +228,12 @@ class TranslationTrainer(SupervisedTrainer):
         to_target, to_source = self.network.to_target, self.network.to_source
         self.discriminators.requires_grad_(False)
         with self.optimization.autocast():
-            features = to_target.translator.encode(torch.cat([source, target]))
-            as_target, same_target = to_target.translator.decode(features).split([len(source), len(target)])
+            both = torch.cat([source, target])
+            features = to_target.translator.encode(both)
+            as_target, same_target = to_target.translator.decode(features, both).split([len(source), len(target)])
             as_source, same_source = to_source.translator(torch.cat([target, source])).split([len(target), len(source)])
             again = to_source.translator.encode(as_target)
-            back_source = to_source.translator.decode(again)
+            back_source = to_source.translator.decode(again, as_target)
             back_target = to_target.translator(as_source)
             scores = [self.discriminators(as_target, TARGET), self.discriminators(as_source, SOURCE)]
             logits = []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetUpBlock
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
@@ -91,8 +92,17 @@ class SliceDecoder(nn.Module):
         return self.head(result)
 
 
+def surrounds(image: torch.Tensor) -> torch.Tensor:
+    """1 where a voxel of slices (B, C, X, Y) or one within two voxels of it is not 0, else 0; float32 (B, 1, X, Y)."""
+    filled = (image != 0).any(dim=1, keepdim=True).float()
+    return F.max_pool2d(filled, kernel_size=5, stride=1, padding=2)
+
+
 class SliceTranslator(nn.Module):
     """A U-Net that shows a slice as another domain would: the encoder ``G_E`` and the decoder ``G_D`` of COSMOS.
+
+    Empty surroundings stay empty: where all voxels within two of one are 0, the result is 0. Otherwise a discriminator
+    would tell translated slices by what is around the body, and that alone.
 
     Args:
         in_channels: image channels.
@@ -124,12 +134,12 @@ class SliceTranslator(nn.Module):
         """Features of all levels of slices (B, in_channels, X, Y)."""
         return self.encoder(image)
 
-    def decode(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """Translated slices (B, in_channels, X, Y) in [0, 1], float32."""
-        return torch.sigmoid(self.decoder(features).float())
+    def decode(self, features: list[torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        """Translated slices (B, in_channels, X, Y) in [0, 1], float32, from the features of slices of that shape."""
+        return torch.sigmoid(self.decoder(features).float()) * surrounds(image)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.decode(self.encode(image))
+        return self.decode(self.encode(image), image)
 
 
 class TargetAwareTranslator(nn.Module):
@@ -162,7 +172,7 @@ class TargetAwareTranslator(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = self.translator.encode(image)
-        return self.translator.decode(features), self.segmentation(features)
+        return self.translator.decode(features, image), self.segmentation(features)
 
 
 class DomainTranslators(nn.Module):
