@@ -123,7 +123,7 @@ class TranslationTrainer(SupervisedTrainer):
         sum, its unweighted terms ``cycle``, ``adversarial``, ``identity``, ``segmentation``, and ``discriminator``.
 
     Raises:
-        ConfigError: the criterion is unknown, or a weight negative.
+        ConfigError: the criterion is unknown, or a weight negative; or, while running, slices do not fit the networks.
         NonFiniteError: while running, if a loss or a gradient is NaN or infinite; the message names the cases.
 
     Examples:
@@ -200,7 +200,12 @@ class TranslationTrainer(SupervisedTrainer):
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:  # type: ignore[override]
         cases = {side: list(batch.get(CASE_ID, [])) for side, batch in batchdata.items()}
-        sizes = next(iter(batchdata.values()))[IMAGE].shape
+        sizes = batchdata[SOURCE][IMAGE].shape
+        stride = self.network.to_target.translator.encoder.stride
+        if any(side % stride for side in sizes[2:4]):
+            raise ConfigError(
+                f"slice_size is {list(sizes[2:4])}, expected multiples of {stride} for a U-Net of this many levels"
+            )
         with self.optimization.naming_errors(engine.state.iteration, cases, sizes, REMEDY):
             return [self._step(engine, batchdata)]
 
