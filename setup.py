@@ -18,6 +18,7 @@ SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py look
 SAMPLE = ("LICENSE.txt", "datalist.json", "*.md", "SHA256SUMS", "*/images/*.nii.gz", "*/labels/*.nii.gz")
 # folder, what it must hold; results of runs in a clone stay out
 CONTENT = {
+    "bundles/cosmos_translation": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "recipes/*"),
     "bundles/mapseg_pretraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "sample/adult_t1_to_t2": SAMPLE,

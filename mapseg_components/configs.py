@@ -51,7 +51,7 @@ SAFE_TO_CHANGE = {
     *("bundle_root", "ckpt_dir", "output_dir", "dataset_dir", "datalist", "device", "imports", "initialize", "run"),
     *("training", "finalize", "resume", "max_epochs", "patience", "val_interval", "num_workers", "cache_rate"),
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
-    *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans"),
+    *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans", "picture_scans"),
     *("compile", "activation_checkpointing", "fused", "pin_memory", "keep_freed_memory", "stitching_device"),
     *TRACKING,
 }

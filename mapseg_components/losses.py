@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4)."""
+"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4), and of translated slices."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "LocalGlobalCosineLoss",
     "MaskedReconstructionLoss",
     "SegmentationLoss",
+    "SliceDiceLoss",
 ]
 
 SMALLEST = 1e-8  # share of a class in a logarithm
@@ -96,6 +97,43 @@ class SegmentationLoss(nn.Module):
         present = present.index_fill_(0, counted.flatten(), True)[1:]
         # neither bincount nor indexing: no wait for the device, and a batch without foreground gives 0
         return cross_entropy - torch.where(present, dice, 0.0).sum() / present.sum().clamp(min=1)
+
+
+class SliceDiceLoss(nn.Module):
+    """``1 - Dice`` of slices, over the structures that each slice has, the segmentation loss of COSMOS (crossMoDA).
+
+    A slice without a structure counts nowhere: its Dice would say nothing of the slice that is segmented.
+
+    Args:
+        smooth: added to numerator and denominator of each Dice ratio.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import SliceDiceLoss
+        >>> label = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]]).view(2, 1, 2, 2)  # the second slice is empty
+        >>> logits = torch.zeros(2, 3, 2, 2)  # each class is as likely as another
+        >>> round(SliceDiceLoss()(logits, label).item(), 3)  # 1 - 2 * (2/3) / (2 + 4/3)
+        0.6
+    """
+
+    def __init__(self, smooth: float = 1e-5) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {"include_background": False, "to_onehot_y": True, "softmax": True}
+        self.dice = DiceLoss(**settings, reduction="none", smooth_nr=smooth, smooth_dr=smooth)
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Scalar loss, the mean over slices of the mean over their structures; 0 if no slice has one.
+
+        Args:
+            logits: (B, C, X, Y).
+            label: (B, 1, X, Y), class indices of any number type.
+        """
+        logits, label = plain(logits).float(), plain(label).long()
+        loss = self.dice(logits, label).flatten(1)  # (B, C - 1)
+        classes = torch.arange(1, logits.shape[1], device=label.device)
+        present = (label.flatten(1)[:, :, None] == classes).any(dim=1)
+        of_slices = torch.where(present, loss, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
+        return of_slices.sum() / present.any(dim=1).sum().clamp(min=1)
 
 
 class MaskedReconstructionLoss(nn.Module):

@@ -27,6 +27,18 @@ EQUAL = [
         )
     ),
     (
+        "cosmos_translation/configs/train.json",
+        "cosmos_translation/configs/inference.json",
+        "in_channels slice_size width levels norm percentile percentile_foreground target_inverted keep_background "
+        "working_directions working_spacing".split(),
+    ),
+    (
+        "mapseg_adaptation/configs/train.json",
+        "cosmos_translation/configs/train.json",  # one reading of scans
+        "loading source_policy target_policy cached datalist device assume_orientation audit audit_file "
+        "working_directions working_spacing percentile".split(),
+    ),
+    (
         "mapseg_adaptation/configs/train.json",
         "mapseg_pretraining/configs/train.json",
         # one encoder, one reading of scans
@@ -54,7 +66,8 @@ def findings() -> list[str]:
             check_settings(dict.fromkeys(known), path.parent)
         except ConfigError as error:
             found.append(f"{path.relative_to(BUNDLES)}: {error}")
-        twin = configs.get(BUNDLES / "mapseg_pretraining" / "configs" / path.name)
+        encoder = path.parent.parent.name.startswith("mapseg_")  # cosmos_translation has networks of its own
+        twin = configs.get(BUNDLES / "mapseg_pretraining" / "configs" / path.name) if encoder else None
         for key in SHARED if twin is not None and path.name != "tiny.yaml" else ():
             if key in config and key in twin and config[key] != twin[key]:
                 found.append(f"{path.name}: {key} is {config[key]!r} in adaptation and {twin[key]!r} in pretraining")

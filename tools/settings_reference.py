@@ -38,7 +38,7 @@ OPTION, WORD = re.compile(r"--(\w+)"), re.compile(r"\w+")
 ROWS = re.compile(r"^\|((?: `\w+`,?)+) \|", re.MULTILINE)
 INTRODUCTION = """# Settings
 
-Every setting of the two bundles. `python tools/settings_reference.py` writes this page from the bundles' configs and
+Every setting of the bundles. `python tools/settings_reference.py` writes this page from the bundles' configs and
 from the meanings in `bundles/*/docs/settings.yaml`.
 
 A setting is changed in an overlay (`name: value`) or on the command line (`--name value`; null is `--name '$None'`).

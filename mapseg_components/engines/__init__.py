@@ -5,5 +5,6 @@
 from mapseg_components.engines.adaptation import AdaptationTrainer, UDATrainer
 from mapseg_components.engines.optimization import OptimizationStep
 from mapseg_components.engines.pretraining import MAETrainer
+from mapseg_components.engines.translation import ReplayBuffer, TranslationTrainer
 
-__all__ = ["AdaptationTrainer", "MAETrainer", "OptimizationStep", "UDATrainer"]
+__all__ = ["AdaptationTrainer", "MAETrainer", "OptimizationStep", "ReplayBuffer", "TranslationTrainer", "UDATrainer"]

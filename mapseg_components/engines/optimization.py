@@ -18,6 +18,7 @@ from mapseg_components.precision import autocast
 __all__ = ["OptimizationStep"]
 
 SMALLEST_SCALE = 2.0**-10
+SMALLER = "patch_size, batch_size or width for a new run, or set batched_passes to false and go on with this one"
 
 
 class OptimizationStep:
@@ -87,16 +88,16 @@ class OptimizationStep:
         self.scaler.scale(loss / self.accumulate_steps).backward()
 
     @contextlib.contextmanager
-    def naming_errors(self, iteration: int, cases: Any, sizes: Sequence[int]) -> Iterator[None]:
+    def naming_errors(self, iteration: int, cases: Any, sizes: Sequence[int], remedy: str = SMALLER) -> Iterator[None]:
         """Context of an iteration: numeric and memory errors name the iteration, the cases and the remedy.
 
         Args:
             iteration: counted from 1.
             cases: case ids of the batch, for the message.
             sizes: (B, C, X, Y, Z) of its local patches.
+            remedy: settings that need less memory.
         """
         what = f"iteration {iteration} on {self.device}, batch of {sizes[0]} patches {tuple(sizes[2:])}"
-        remedy = "patch_size, batch_size or width for a new run, or set batched_passes to false and go on with this one"
         with naming_memory_errors(what, f"{remedy}: the last checkpoint is intact"):
             try:
                 yield

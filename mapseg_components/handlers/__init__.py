@@ -10,6 +10,7 @@ from mapseg_components.handlers.history import DiceReport, EpochHistory, Volumes
 from mapseg_components.handlers.progress import LossProgressBar
 from mapseg_components.handlers.scoring import ScoreCheckpoint, TeacherValidation
 from mapseg_components.handlers.share_limits import ShareLimits
+from mapseg_components.handlers.translation import TranslationPictures
 
 __all__ = [
     "DiceReport",
@@ -22,6 +23,7 @@ __all__ = [
     "TargetDiagnostics",
     "TeacherValidation",
     "TrainingCheckpoint",
+    "TranslationPictures",
     "VolumesTable",
     "WeightsLoader",
 ]

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Residual encoder, masked autoencoder, global-local segmenter of MAPSeg; training passes of any network."""
+"""Residual encoder, masked autoencoder, global-local segmenter of MAPSeg; translators; passes of any network."""
 
 from mapseg_components.networks.decoders import ASPP, ReconstructionDecoder, SegmentationHead
 from mapseg_components.networks.encoder import ResidualBlock, ResidualEncoder
@@ -8,10 +8,18 @@ from mapseg_components.networks.mae import MultiScaleMAE
 from mapseg_components.networks.passes import GlobalLocalPass, PlainPass, training_pass
 from mapseg_components.networks.recomputation import Recomputable, prepare_network
 from mapseg_components.networks.segmenter import GlobalLocalDeepLabV3
+from mapseg_components.networks.translator import (
+    DomainDiscriminators,
+    DomainTranslators,
+    SliceTranslator,
+    TargetAwareTranslator,
+)
 from mapseg_components.networks.unet import GlobalLocalUNet, UNetEncoder, UNetMAE
 
 __all__ = [
     "ASPP",
+    "DomainDiscriminators",
+    "DomainTranslators",
     "GlobalLocalDeepLabV3",
     "GlobalLocalPass",
     "GlobalLocalUNet",
@@ -22,6 +30,8 @@ __all__ = [
     "ResidualBlock",
     "ResidualEncoder",
     "SegmentationHead",
+    "SliceTranslator",
+    "TargetAwareTranslator",
     "UNetEncoder",
     "UNetMAE",
     "prepare_network",

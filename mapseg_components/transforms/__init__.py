@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms of MAPSeg in MONAI's conventions, for any MONAI ``Compose``."""
 
+from mapseg_components.transforms.background import RestoreBackgroundd
 from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
 from mapseg_components.transforms.components import FillEnclosed, FillEnclosedd, named_classes
@@ -49,6 +50,7 @@ __all__ = [
     "RandGlobalLocalHistogramShiftd",
     "RandPercentileClip",
     "RandPercentileClipd",
+    "RestoreBackgroundd",
     "SaveLabelMap",
     "SaveLabelMapd",
     "SaveVolume",

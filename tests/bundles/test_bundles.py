@@ -22,6 +22,7 @@ from tests.warm import python
 from tools.check_bundles import findings
 
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
+TRANSLATION = ROOT / "bundles" / "cosmos_translation"
 # they need a package, see test_test_time.py
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
 PARTS = {"dynunet.yaml"}  # it needs a method, see test_guests.py
@@ -46,7 +47,7 @@ def train(bundle, folder, dataset, *extra, cwd=None, **settings):
     """Train in this process, with tiny sizes on top of the named overlays."""
     files = [str(bundle / "configs" / name) for name in ("train.json", *extra, "tiny.yaml")]
     settings = {"bundle_root": str(bundle), "dataset_dir": str(dataset), **settings}
-    if bundle == ADAPTATION:
+    if bundle != PRETRAINING:
         settings.setdefault("labels", LABELS)
     settings |= {"ckpt_dir": str(folder), "output_dir": str(folder), "amp": None, "device": "$torch.device('cpu')"}
     run(run_id="training", config_file=files, **settings)
@@ -90,7 +91,7 @@ def test_tiny_run_from_its_own_folder(bundle, dataset, tmp_path):
 
 @pytest.mark.parametrize(
     "bundle, overlay",
-    [(b, o) for b in (ADAPTATION, PRETRAINING) for o in overlays(b)],
+    [(b, o) for b in (ADAPTATION, PRETRAINING, TRANSLATION) for o in overlays(b)],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_every_overlay_runs_from_another_folder(bundle, overlay, dataset, tmp_path, monkeypatch):
@@ -229,7 +230,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(dataset, tmp_path, argu
 
 
 @pytest.mark.parametrize("name", ["train", "inference"])
-@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda b: b.name)
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING, TRANSLATION], ids=lambda b: b.name)
 def test_required_properties_are_there(bundle, name, dataset):
     """In the style of the Model Zoo's unit tests."""
     workflow = ConfigWorkflow(
@@ -239,7 +240,7 @@ def test_required_properties_are_there(bundle, name, dataset):
         meta_file=str(bundle / "configs" / "metadata.json"),
         bundle_root=str(bundle),
         dataset_dir=str(dataset if name == "train" else dataset / "target_training"),
-        **({"width": 8, "depth": 1} if name == "train" else {}),
+        **({"width": 8, **({} if bundle == TRANSLATION else {"depth": 1})} if name == "train" else {}),
     )
     workflow.initialize()
     assert not workflow.check_properties()

@@ -18,7 +18,7 @@ from monai.fl.utils.constants import ExtraItems, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 
 from mapseg_components.errors import MAPSegError
-from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, command, same, weights
+from tests.bundles.test_bundles import ADAPTATION, LABELS, PRETRAINING, TRANSLATION, command, same, weights
 from tests.bundles.test_packing import SCAN, python_without_the_package
 from tests.conftest import make_scan, write_nifti
 from tools.pack_bundle import pack
@@ -37,7 +37,7 @@ def cause(error):
 # ---- monai.bundle.load ----------------------------------------------------------------------------------------------
 
 
-@BOTH
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING, TRANSLATION], ids=lambda b: b.name)
 @pytest.mark.parametrize("workflow_type", ["train", "inference"])
 def test_load_with_defaults_returns_every_shipped_tensor(bundle, workflow_type, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

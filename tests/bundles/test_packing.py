@@ -24,6 +24,7 @@ from tests.warm import Server
 from tools.pack_bundle import contents, pack
 
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
+TRANSLATION = ROOT / "bundles" / "cosmos_translation"
 SCAN = SAMPLE / "test" / "images" / "GA24_notoperated.nii.gz"
 
 
@@ -43,7 +44,7 @@ def python_without_the_package(*arguments, cwd):
     return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda b: b.name)
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING, TRANSLATION], ids=lambda b: b.name)
 def test_same_files_give_the_same_bytes(bundle, tmp_path):
     copy = tmp_path / "copy" / bundle.name
     shutil.copytree(bundle, copy, copy_function=shutil.copy)  # other times and another folder
@@ -62,7 +63,7 @@ def test_same_files_give_the_same_bytes(bundle, tmp_path):
     assert (digest, name) == (hashlib.sha256(first.read_bytes()).hexdigest(), first.name)
 
 
-@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING], ids=lambda b: b.name)
+@pytest.mark.parametrize("bundle", [ADAPTATION, PRETRAINING, TRANSLATION], ids=lambda b: b.name)
 def test_configs_of_a_release_have_the_layout_of_the_model_zoo_and_the_same_content(bundle, tmp_path):
     archive = zipfile.ZipFile(pack(bundle, tmp_path))
     configs = sorted(bundle.glob("configs/*.json"))

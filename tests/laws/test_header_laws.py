@@ -32,6 +32,8 @@ CONFIGS = {
     "mapseg_adaptation/configs/evaluate.json": "label_loading#transforms#0",
     "mapseg_pretraining/configs/train.json": "train#preprocessing#transforms#0",
     "mapseg_pretraining/configs/inference.json": "preprocessing#transforms#0",
+    "cosmos_translation/configs/train.json": "loading#0",
+    "cosmos_translation/configs/inference.json": "preprocessing#transforms#0",
 }
 
 

@@ -37,6 +37,7 @@ def test_there_are_forty_mutants_over_all_rooms():
     assert len(ALL) >= 40
     assert folders <= rooms
     assert {mutant.file.split("/")[1] for mutant in ALL if mutant.file.startswith("bundles/")} == {
+        "cosmos_translation",
         "mapseg_adaptation",
         "mapseg_pretraining",
     }
