@@ -1,15 +1,16 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4)."""
+"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4), and of samples of uncertain logits (BUDA-Seg)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss, MaskedDiceLoss
+from monai.networks import one_hot
 from torch import nn
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "LocalGlobalCosineLoss",
     "MaskedReconstructionLoss",
     "SegmentationLoss",
+    "SquaredDiceLoss",
+    "sampled_loss",
 ]
 
 SMALLEST = 1e-8  # share of a class in a logarithm
@@ -96,6 +99,77 @@ class SegmentationLoss(nn.Module):
         present = present.index_fill_(0, counted.flatten(), True)[1:]
         # neither bincount nor indexing: no wait for the device, and a batch without foreground gives 0
         return cross_entropy - torch.where(present, dice, 0.0).sum() / present.sum().clamp(min=1)
+
+
+class SquaredDiceLoss(nn.Module):
+    """1 - 2 sum(P Y) / (sum P^2 + sum Y^2), sums per class over the batch, then the mean over all classes.
+
+    MONAI's ``DiceLoss`` with ``squared_pred``, background included, in float32. A class that is nowhere in the labels
+    adds 1, without a gradient.
+
+    Args:
+        smooth: added to each denominator.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import SquaredDiceLoss
+        >>> label = torch.tensor([0, 1]).reshape(1, 1, 2, 1, 1)
+        >>> round(SquaredDiceLoss()(torch.zeros(1, 2, 2, 1, 1), label).item(), 4)  # 1 - 2 * 0.5 / (0.5 + 1)
+        0.3333
+    """
+
+    def __init__(self, smooth: float = 1e-5) -> None:
+        super().__init__()
+        self.dice = DiceLoss(squared_pred=True, batch=True, smooth_nr=0.0, smooth_dr=smooth)
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Scalar loss.
+
+        Args:
+            logits: (B, C, ...).
+            label: (B, 1, ...), class indices of any number type.
+            valid: boolean (B, 1, ...); voxels that are ``False`` count nowhere, not as background either.
+        """
+        probabilities = plain(logits).float().softmax(dim=1)
+        truth = one_hot(plain(label), num_classes=logits.shape[1])
+        if valid is not None:
+            probabilities, truth = probabilities * plain(valid), truth * plain(valid)
+        return self.dice(probabilities, truth)
+
+
+def sampled_loss(
+    loss: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    uncertainty: torch.Tensor | None,
+    samples: int,
+    *args: torch.Tensor,
+) -> torch.Tensor:
+    """Mean loss of ``samples`` draws O + e V, where e is standard normal at each voxel and class (BUDA-Seg).
+
+    The network has run once; what grows with the number of draws is the output's memory alone.
+
+    Args:
+        loss: called with logits and ``args``.
+        logits: O, (B, C, ...).
+        uncertainty: V, of the same shape.
+        samples: K; with 0 the loss of O itself, and no random number is drawn.
+        args: passed on, the label first.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import SquaredDiceLoss, sampled_loss
+        >>> loss, logits = SquaredDiceLoss(), torch.rand(1, 3, 4, 5, 6)
+        >>> label = logits.argmax(1, keepdim=True)
+        >>> plain, sure = loss(logits, label), sampled_loss(loss, logits, torch.zeros_like(logits), 4, label)
+        >>> torch.allclose(plain, sure)  # without uncertainty all draws are the logits
+        True
+    """
+    if not samples or uncertainty is None:
+        return loss(logits, *args)
+    logits, uncertainty = plain(logits).float(), plain(uncertainty).float()
+    return torch.stack(
+        [loss(torch.addcmul(logits, torch.randn_like(logits), uncertainty), *args) for _ in range(samples)]
+    ).mean()
 
 
 class MaskedReconstructionLoss(nn.Module):

@@ -15,6 +15,7 @@ from torch import nn
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.heads import shows_both
 
 __all__ = ["AveragingInferer"]
 
@@ -65,7 +66,7 @@ class AveragingInferer(Inferer):
             kwargs: passed on to the inferer.
 
         Returns:
-            (B, classes, X, Y, Z), float32.
+            (B, classes, X, Y, Z), float32; of a network that shows both heads the mean absolute uncertainty after them.
 
         Raises:
             CheckpointError: weights do not fit the network.
@@ -75,15 +76,21 @@ class AveragingInferer(Inferer):
             self._others = [self._member(network, path) for path in self.weights]
         views = [[]] + ([[axis + 2 for axis in self.flip_axes]] if self.flip_axes else [])
         total, count = None, 0
+        uncertainty: Any = 0.0
         for member in (network, *self._others):
             for axes in views:
                 logits = self.inferer(torch.flip(inputs, axes) if axes else inputs, member, *args, **kwargs)
                 require_classes(logits)
-                probabilities = torch.softmax(torch.flip(logits, axes) if axes else logits, dim=1)
+                logits = torch.flip(logits, axes) if axes else logits
+                if shows_both(network):
+                    logits, raw = logits.chunk(2, dim=1)
+                    uncertainty = uncertainty + raw.abs()
+                probabilities = torch.softmax(logits, dim=1)
                 total = probabilities if total is None else total.add_(probabilities)
                 count += 1
         assert total is not None
-        return total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+        mean = total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+        return torch.cat([mean, uncertainty / count], dim=1) if shows_both(network) else mean
 
     def _member(self, network: Any, path: str | os.PathLike[str]) -> nn.Module:
         member = copy.deepcopy(network)

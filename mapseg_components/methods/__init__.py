@@ -3,6 +3,7 @@
 """Methods of adaptation, one file each; all run in `mapseg_components.engines.AdaptationTrainer`."""
 
 from mapseg_components.methods.base import Method, Pass
+from mapseg_components.methods.buda_seg import BUDASeg, uncertainty_of
 from mapseg_components.methods.consistency import MaskedConsistency, MeanTeacher, Supervised
 from mapseg_components.methods.copy_paste import CopyPaste
 from mapseg_components.methods.entropy import EntropyMinimization, norm_parameters
@@ -11,6 +12,7 @@ from mapseg_components.methods.mapseg import MAPSeg
 
 __all__ = [
     "ArgmaxLabels",
+    "BUDASeg",
     "CopyPaste",
     "EntropyMinimization",
     "MAPSeg",
@@ -23,4 +25,5 @@ __all__ = [
     "Teacher",
     "ViewLabels",
     "norm_parameters",
+    "uncertainty_of",
 ]
