@@ -28,7 +28,7 @@ from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
-from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
+from mapseg_components.plans.bundle import check_epochs, check_names, check_network, unlearnt, write_bundle
 from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
@@ -370,6 +370,7 @@ class Adaptation:
             "_datalist": self.folder / "datalist.json",
             "cases": "$mapseg_components.data.datalist.all_targets(@_datalist)",
             "overwrite": True,
+            **unlearnt(self.folder, name),
         }
         output = self.folder / "predictions" / name
         seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)

@@ -121,8 +121,11 @@ class TwoHeadDynUNet(TwoHeads, DynUNet):
         self.set_heads(variance, self.output_block, *deep, spatial_dims=spatial_dims)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See `TwoHeads`."""
-        return self.shown(DynUNet.forward(self, x))
+        """See `TwoHeads`; DynUNet's own, written out since TorchScript knows no ``super()``."""
+        output = self.output_block(self.skip_layers(x))
+        if self.training and self.deep_supervision:
+            output = torch.stack([output] + [F.interpolate(one, output.shape[2:]) for one in self.heads], dim=1)
+        return self.shown(output)
 
 
 def start_second_half(layer: nn.Module, value: float) -> None:

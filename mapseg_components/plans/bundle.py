@@ -18,7 +18,7 @@ from mapseg_components.plans.recipes import ADAPTATION, Recipe
 from mapseg_components.plans.sizes import PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bundle"]
+__all__ = ["check_epochs", "check_names", "check_network", "settled", "unlearnt", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
 UNETS = ("GlobalLocalUNet", "UNetMAE")  # those that begin at half the resolution
@@ -106,6 +106,17 @@ def settled(
             del unet["upsample_kernel_size"]
         config["network_def"] = config["network_def"] | unet
     return config
+
+
+def unlearnt(folder: Path, model: str) -> dict[str, Any]:
+    """Settings of inference that leave out what a model has not learnt.
+
+    Args:
+        folder: the new bundle.
+        model: ``source_only``, whose uncertainty is still what it began with, or another.
+    """
+    known = json.loads((folder / "configs" / "inference.json").read_text(encoding="utf-8"))
+    return {"uncertainty_map": False} if model == "source_only" and "uncertainty_map" in known else {}
 
 
 def is_planned(config: Mapping[str, Any]) -> bool:
