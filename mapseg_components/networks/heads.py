@@ -120,9 +120,9 @@ class TwoHeadDynUNet(TwoHeads, DynUNet):
         deep = self.deep_supervision_heads if self.deep_supervision else []
         self.set_heads(variance, self.output_block, *deep, spatial_dims=spatial_dims)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
         """See `TwoHeads`; DynUNet's own, written out since TorchScript knows no ``super()``."""
-        output = self.output_block(self.skip_layers(x))
+        output = self.output_block(self.skip_layers(image))
         if self.training and self.deep_supervision:
             output = torch.stack([output] + [F.interpolate(one, output.shape[2:]) for one in self.heads], dim=1)
         return self.shown(output)
