@@ -9,10 +9,14 @@ LABEL = "label"
 PRED = "pred"
 DOMAIN = "domain"
 CASE_ID = "case_id"
+# Where a sample may have it: above 0 at the voxels that count, (B, 1, X, Y, Z).
+VALID = "valid"
 
 # What inference may add to a case: the largest probability of each voxel, and the probabilities of all classes.
 CONFIDENCE = "confidence"
 PROBABILITIES = "probabilities"
+# ... and the mean absolute uncertainty of its logits, of a network with two heads.
+UNCERTAINTY = "uncertainty"
 
 # What a crop with a global view adds to image and label, see `mapseg_components.transforms.RandGlobalLocalCropd`.
 BOX = "box"

@@ -1,15 +1,16 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4), and of translated slices."""
+"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4), of translated slices, and of samples of uncertain logits (BUDA-Seg)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss, MaskedDiceLoss
+from monai.networks import one_hot
 from torch import nn
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "MaskedReconstructionLoss",
     "SegmentationLoss",
     "SliceDiceLoss",
+    "SquaredDiceLoss",
+    "sampled_loss",
 ]
 
 SMALLEST = 1e-8  # share of a class in a logarithm
@@ -99,41 +102,75 @@ class SegmentationLoss(nn.Module):
         return cross_entropy - torch.where(present, dice, 0.0).sum() / present.sum().clamp(min=1)
 
 
-class SliceDiceLoss(nn.Module):
-    """``1 - Dice`` of slices, over the structures that each slice has, the segmentation loss of COSMOS (crossMoDA).
+class SquaredDiceLoss(nn.Module):
+    """1 - 2 sum(P Y) / (sum P^2 + sum Y^2), sums per class over the batch, then the mean over all classes.
 
-    A slice without a structure counts nowhere: its Dice would say nothing of the slice that is segmented.
+    MONAI's ``DiceLoss`` with ``squared_pred``, background included, in float32. A class that is nowhere in the labels
+    adds 1, without a gradient.
 
     Args:
-        smooth: added to numerator and denominator of each Dice ratio.
+        smooth: added to each denominator.
 
     Examples:
         >>> import torch
-        >>> from mapseg_components.losses import SliceDiceLoss
-        >>> label = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]]).view(2, 1, 2, 2)  # the second slice is empty
-        >>> logits = torch.zeros(2, 3, 2, 2)  # each class is as likely as another
-        >>> round(SliceDiceLoss()(logits, label).item(), 3)  # 1 - 2 * (2/3) / (2 + 4/3)
-        0.6
+        >>> from mapseg_components.losses import SquaredDiceLoss
+        >>> label = torch.tensor([0, 1]).reshape(1, 1, 2, 1, 1)
+        >>> round(SquaredDiceLoss()(torch.zeros(1, 2, 2, 1, 1), label).item(), 4)  # 1 - 2 * 0.5 / (0.5 + 1)
+        0.3333
     """
 
     def __init__(self, smooth: float = 1e-5) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"include_background": False, "to_onehot_y": True, "softmax": True}
-        self.dice = DiceLoss(**settings, reduction="none", smooth_nr=smooth, smooth_dr=smooth)
+        self.dice = DiceLoss(squared_pred=True, batch=True, smooth_nr=0.0, smooth_dr=smooth)
 
-    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Scalar loss, the mean over slices of the mean over their structures; 0 if no slice has one.
+    def forward(self, logits: torch.Tensor, label: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Scalar loss.
 
         Args:
-            logits: (B, C, X, Y).
-            label: (B, 1, X, Y), class indices of any number type.
+            logits: (B, C, ...).
+            label: (B, 1, ...), class indices of any number type.
+            valid: boolean (B, 1, ...); voxels that are ``False`` count nowhere, not as background either.
         """
-        logits, label = plain(logits).float(), plain(label).long()
-        loss = self.dice(logits, label).flatten(1)  # (B, C - 1)
-        classes = torch.arange(1, logits.shape[1], device=label.device)
-        present = (label.flatten(1)[:, :, None] == classes).any(dim=1)
-        of_slices = torch.where(present, loss, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
-        return of_slices.sum() / present.any(dim=1).sum().clamp(min=1)
+        probabilities = plain(logits).float().softmax(dim=1)
+        truth = one_hot(plain(label), num_classes=logits.shape[1])
+        if valid is not None:
+            probabilities, truth = probabilities * plain(valid), truth * plain(valid)
+        return self.dice(probabilities, truth)
+
+
+def sampled_loss(
+    loss: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    uncertainty: torch.Tensor | None,
+    samples: int,
+    *args: torch.Tensor,
+) -> torch.Tensor:
+    """Mean loss of ``samples`` draws O + e V, where e is standard normal at each voxel and class (BUDA-Seg).
+
+    The network has run once; what grows with the number of draws is the output's memory alone.
+
+    Args:
+        loss: called with logits and ``args``.
+        logits: O, (B, C, ...).
+        uncertainty: V, of the same shape.
+        samples: K; with 0 the loss of O itself, and no random number is drawn.
+        args: passed on, the label first.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import SquaredDiceLoss, sampled_loss
+        >>> loss, logits = SquaredDiceLoss(), torch.rand(1, 3, 4, 5, 6)
+        >>> label = logits.argmax(1, keepdim=True)
+        >>> plain, sure = loss(logits, label), sampled_loss(loss, logits, torch.zeros_like(logits), 4, label)
+        >>> torch.allclose(plain, sure)  # without uncertainty all draws are the logits
+        True
+    """
+    if not samples or uncertainty is None:
+        return loss(logits, *args)
+    logits, uncertainty = plain(logits).float(), plain(uncertainty).float()
+    return torch.stack(
+        [loss(torch.addcmul(logits, torch.randn_like(logits), uncertainty), *args) for _ in range(samples)]
+    ).mean()
 
 
 class MaskedReconstructionLoss(nn.Module):
@@ -226,3 +263,40 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """The same values without metadata: MONAI's ``MetaTensor`` of a batch refuses to be flattened."""
     return tensor.as_subclass(torch.Tensor)
+
+
+class SliceDiceLoss(nn.Module):
+    """``1 - Dice`` of slices, over the structures that each slice has, the segmentation loss of COSMOS (crossMoDA).
+
+    A slice without a structure counts nowhere: its Dice would say nothing of the slice that is segmented.
+
+    Args:
+        smooth: added to numerator and denominator of each Dice ratio.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.losses import SliceDiceLoss
+        >>> label = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]]).view(2, 1, 2, 2)  # the second slice is empty
+        >>> logits = torch.zeros(2, 3, 2, 2)  # each class is as likely as another
+        >>> round(SliceDiceLoss()(logits, label).item(), 3)  # 1 - 2 * (2/3) / (2 + 4/3)
+        0.6
+    """
+
+    def __init__(self, smooth: float = 1e-5) -> None:
+        super().__init__()
+        settings: dict[str, Any] = {"include_background": False, "to_onehot_y": True, "softmax": True}
+        self.dice = DiceLoss(**settings, reduction="none", smooth_nr=smooth, smooth_dr=smooth)
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Scalar loss, the mean over slices of the mean over their structures; 0 if no slice has one.
+
+        Args:
+            logits: (B, C, X, Y).
+            label: (B, 1, X, Y), class indices of any number type.
+        """
+        logits, label = plain(logits).float(), plain(label).long()
+        loss = self.dice(logits, label).flatten(1)  # (B, C - 1)
+        classes = torch.arange(1, logits.shape[1], device=label.device)
+        present = (label.flatten(1)[:, :, None] == classes).any(dim=1)
+        of_slices = torch.where(present, loss, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
+        return of_slices.sum() / present.any(dim=1).sum().clamp(min=1)

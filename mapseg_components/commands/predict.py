@@ -51,6 +51,7 @@ def predict(
     keep_largest: str | None = None,
     flip_tta: bool = False,
     probabilities: bool = False,
+    uncertainty: bool = False,
     dicom_seg: bool = False,
     no_preview: bool = False,
     no_overlap: bool = False,
@@ -89,6 +90,8 @@ def predict(
         keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept.
         flip_tta: average with the result of the left-right mirrored scan; refused if a structure's name has a side.
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
+        uncertainty: write the uncertainty of each voxel that the network learnt (mean absolute value over the classes),
+            too; refused if its network has no such head. By default what the bundle says: those of method buda_seg do.
         dicom_seg: write a DICOM Segmentation of each DICOM series, too (needs highdicom); it holds patient data.
         no_preview: draw no pictures.
         no_overlap: read, segment and write one scan after the other: less memory, the same results; done by itself
@@ -135,13 +138,16 @@ def predict(
         if taken:
             raise ConfigError(f"settings has {taken}, which the command's own arguments say: leave them out")
         segmenter = open_bundle(
-            home, listed(overlays), own | asked, listed(weights), listed(keep_largest), flip_tta, probabilities
+            *(home, listed(overlays), own | asked, listed(weights), listed(keep_largest)),
+            *(flip_tta, probabilities, uncertainty),
         )
         drawn = not no_preview and can_draw()
         if not no_preview and not drawn:
             logger.warning("no pictures: matplotlib is not installed (pip install matplotlib).")
         places = places_of(inputs.cases, call.folder, dataset, segmenter.postfix)
-        results = Output(call.folder, places, dataset, segmenter.postfix, probabilities, dicom_seg, drawn)
+        results = Output(
+            *(call.folder, places, dataset, segmenter.postfix, probabilities, segmenter.uncertainty, dicom_seg, drawn)
+        )
         results.check(inputs.cases, overwrite, continue_prediction)
         require_writable(call.folder)
         lock_folder(call.folder)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from mapseg_components.data.datalist import all_targets
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
+from mapseg_components.keys import UNCERTAINTY
 from mapseg_components.reports import (
     FIGURES_STYLE,
     SLICES_SCRIPT,
@@ -38,6 +39,7 @@ from mapseg_components.reports import (
     slice_viewer,
     small_multiples,
     sortable_table,
+    uncertainty_section,
 )
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
@@ -70,6 +72,10 @@ SIZES_NOTE = (
     "Mean over the target scans that were looked at during training. Each structure has a separate axis from 0."
 )
 BAND_NOTE = " Shaded: the range over the source's label maps, as far as the axis has it."
+UNCERTAINTIES = {
+    "where it agrees with the pseudo label": "target_uncertainty_agree",
+    "where it differs": "target_uncertainty_differ",
+}
 CANNOT_KNOW = (
     "No label of the target was read. The estimates rest on how a model behaves on labelled scans of the source; "
     "errors that it makes alike however a scan is shown do not count against it.",
@@ -147,6 +153,7 @@ def report(directory: str, output: str | None = None) -> str:
         f"<div><h3>Dice on the source's validation scans</h3>{validation_table(assessment, names)}</div></div>",
         translation_section(folder),
         rounds_section(run),
+        uncertainty_section(uncertainties(folder), names),
         f"<h2>Training</h2>{figures(folder, assessment, names, adapted_stage(run))}",
         f"<h2>What this cannot know</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in CANNOT_KNOW)}</ul>",
         f"<h2>Check of the scans</h2>{check_section(run.get('check'))}",
@@ -256,10 +263,22 @@ def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str], s
         curves(adapted, dice, "Adaptation, source validation", "Dice (0 to 1)"),
         curves(adapted, {"Score": "score", "target loss": "target_loss"}, "Adaptation: the Score", "Value (no unit)"),
         curves(adapted, stability, "Pseudo labels on target scans", "Dice or share (0 to 1)"),
+        curves(adapted, UNCERTAINTIES, "Uncertainty of the student's logits", "Mean of abs(V) (no unit)"),
     ]
     if not any(parts):
         return "<p>No epoch was validated.</p>"
     return f'<div class="figures">{"".join(parts)}</div>{sizes(adapted, assessment["prior_ml"], names)}'
+
+
+def uncertainties(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The adapted model's map of uncertainty of each target scan that has one, its label map, the other model's."""
+    for case in all_targets(folder / "datalist.json"):
+        size, adapted, source_only = (
+            result_path(case["image"], folder / "predictions" / model, postfix)
+            for model, postfix in (("adapted", UNCERTAINTY), ("adapted", "seg"), ("source_only", "seg"))
+        )
+        if size.is_file():
+            yield read_nifti(size).voxels, read_nifti(adapted).voxels, read_nifti(source_only).voxels
 
 
 def sizes(history: Sequence[Mapping[str, Any]], prior: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets, read_json, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.files import write_json
-from mapseg_components.plans.bundle import LABELLING, config_of
+from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
 from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, read_recipe, scaled
 from mapseg_components.plans.rounds import REQUIRED, divided, written_out
@@ -84,7 +84,11 @@ class Run:
         if stage in self.record["done"]:
             return
         output = self.folder / "predictions" / name
-        settings = {"weights": self.folder / "models" / f"{name}.pt", **segmented(self.folder / DATALIST)}
+        settings = {
+            "weights": self.folder / "models" / f"{name}.pt",
+            **segmented(self.folder / DATALIST),
+            **unlearnt(self.folder, name),
+        }
         seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
         if self.request["prepare"] is not None:
             for case in all_targets(self.folder / DATALIST):

@@ -20,7 +20,10 @@ __all__ = ["bids_scans", "dataset_description", "is_bids", "result_stem"]
 DESCRIPTION = "dataset_description.json"
 VERSION = "1.9.0"
 # what this package adds to a derivative and BIDS does not know
-IGNORED = ("audit.json", "manifest.json", "volumes.csv", "labels_itksnap.txt", "labels_freesurfer.txt", "figures/")
+IGNORED = (
+    *("audit.json", "manifest.json", "volumes.csv", "labels_itksnap.txt", "labels_freesurfer.txt", "figures/"),
+    "*_uncertainty.nii.gz",
+)
 
 
 def is_bids(folder: str | Path) -> bool:

@@ -7,6 +7,7 @@ from mapseg_components.handlers.checkpointing import TrainingCheckpoint, Weights
 from mapseg_components.handlers.diagnostics import TargetDiagnostics
 from mapseg_components.handlers.ema_teacher import EMATeacher
 from mapseg_components.handlers.history import DiceReport, EpochHistory, VolumesTable
+from mapseg_components.handlers.label_rounds import PseudoLabelRounds
 from mapseg_components.handlers.progress import LossProgressBar
 from mapseg_components.handlers.scoring import ScoreCheckpoint, TeacherValidation
 from mapseg_components.handlers.share_limits import ShareLimits
@@ -18,6 +19,7 @@ __all__ = [
     "EpochHistory",
     "HandlerChain",
     "LossProgressBar",
+    "PseudoLabelRounds",
     "ScoreCheckpoint",
     "ShareLimits",
     "TargetDiagnostics",

@@ -95,6 +95,8 @@ class ScoreCheckpoint:
         patience: stop after so many epochs with a Score but no better one; ``None`` for never.
         source_only: there is no Score in the whole run, which learns the source alone: ``source_only.pt`` is of the
             better of both candidates, and an active teacher is the average of the student's last weights.
+        latest: keep the last weights that have a finite Score, not the best: where a method changes what it learns
+            from, such as rounds of pseudo labels, losses of different epochs do not compare. There is no patience then.
         limits: of the structures' shares on the target, see `ShareLimits`: then a Score exists only in epochs in which
             `TargetDiagnostics` has looked, for the candidates that are within limits. ``None`` for none.
 
@@ -129,6 +131,7 @@ class ScoreCheckpoint:
         patience: int | None = None,
         source_only: bool = False,
         limits: ShareLimits | None = None,
+        latest: bool = False,
     ) -> None:
         self.save_dir = Path(save_dir)
         self.candidates = dict(candidates)
@@ -137,6 +140,7 @@ class ScoreCheckpoint:
         self.patience = patience
         self.source_only = source_only
         self.limits = limits
+        self.latest = latest
         self.best_score = -math.inf
         self.best_source_dice = -math.inf
         self.best_name = ""
@@ -234,10 +238,11 @@ class ScoreCheckpoint:
         engine.state.metrics["score"] = score
         if not math.isfinite(score):
             logger.warning(f"Epoch {engine.state.epoch}: the Score is {score}; it cannot become the best.")
-        elif score > self.best_score:
+        elif score > self.best_score or self.latest:
             self.best_score, self.best_name, self.epochs_without_gain = score, name, 0
             self._write("model", name, {"epoch": engine.state.epoch, "score": score, **figures})
-            logger.info(f"Epoch {engine.state.epoch}: best Score so far, {score:.4f}, by the {name}.")
+            what = "the latest" if self.latest else "best Score so far"
+            logger.info(f"Epoch {engine.state.epoch}: {what}, {score:.4f}, by the {name}.")
             return
         self.epochs_without_gain += 1
         self._end_without_patience(engine)

@@ -13,7 +13,7 @@ from monai.networks import nets
 from torch import nn
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalUNet
+from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalUNet, TwoHeadDynUNet
 
 __all__ = ["NETWORKS", "faults_of_fragment", "faults_of_value", "network_of", "plain"]
 
@@ -22,6 +22,7 @@ OF_MONAI = (nets.AttentionUnet, nets.BasicUNet, nets.DynUNet, nets.SegResNet, ne
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "mapseg_components.networks.GlobalLocalDeepLabV3": GlobalLocalDeepLabV3,
     "mapseg_components.networks.GlobalLocalUNet": GlobalLocalUNet,
+    "mapseg_components.networks.TwoHeadDynUNet": TwoHeadDynUNet,
     **{f"{prefix}{kind.__name__}": kind for kind in OF_MONAI for prefix in ("", "monai.networks.nets.")},
 }
 """Names that ``_target_`` may have, word for word."""

@@ -113,6 +113,11 @@ class HandoverPackage:
             raise CheckpointError(f"{path}: its network has fingerprint {found}, its weights {expected}: {COPY_AGAIN}")
         return network_of(fragment)
 
+    @property
+    def variance(self) -> str | None:
+        """How the network's uncertainty head works, see `mapseg_components.networks.TwoHeads`; ``None`` without one."""
+        return self.content["network"].get("variance")
+
     @cached_property
     def weights(self) -> str:
         """Path of the weights, after their checksum was compared."""

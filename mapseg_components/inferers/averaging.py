@@ -16,6 +16,7 @@ from torch import nn
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.heads import shows_both
 
 __all__ = ["AveragingInferer"]
 
@@ -72,7 +73,7 @@ class AveragingInferer(Inferer):
             kwargs: passed on to the inferer.
 
         Returns:
-            (B, classes, X, Y, Z), float32.
+            (B, classes, X, Y, Z), float32; of a network that shows both heads the mean absolute uncertainty after them.
 
         Raises:
             CheckpointError: weights do not fit the network.
@@ -84,15 +85,21 @@ class AveragingInferer(Inferer):
         counts = [*range(len(axes_of_input) + 1)] if self.every_flip else sorted({0, len(axes_of_input)})
         views = [axes for number in counts for axes in itertools.combinations(axes_of_input, number)]
         total, count = None, 0
+        uncertainty: Any = 0.0
         for member in (network, *self._others):
             for axes in views:
                 logits = self.inferer(torch.flip(inputs, axes) if axes else inputs, member, *args, **kwargs)
                 require_classes(logits)
-                probabilities = torch.softmax(torch.flip(logits, axes) if axes else logits, dim=1)
+                logits = torch.flip(logits, axes) if axes else logits
+                if shows_both(network):
+                    logits, raw = logits.chunk(2, dim=1)
+                    uncertainty = uncertainty + raw.abs()
+                probabilities = torch.softmax(logits, dim=1)
                 total = probabilities if total is None else total.add_(probabilities)
                 count += 1
         assert total is not None
-        return total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+        mean = total.div_(count).clamp_(min=torch.finfo(total.dtype).tiny).log_()
+        return torch.cat([mean, uncertainty / count], dim=1) if shows_both(network) else mean
 
     def _member(self, network: Any, path: str | os.PathLike[str]) -> nn.Module:
         member = copy.deepcopy(network)

@@ -23,6 +23,7 @@ from mapseg_components.inferers.stitching import Stitching, Window
 from mapseg_components.memory import naming_memory_errors, require_memory
 from mapseg_components.networks import PlainPass
 from mapseg_components.networks.encoder import deepest
+from mapseg_components.networks.heads import shows_both
 from mapseg_components.networks.passes import collaborates
 
 tqdm, _ = optional_import("tqdm", name="tqdm")  # needed for ``progress`` alone
@@ -218,7 +219,8 @@ class GlobalLocalSlidingWindowInferer(SlidingWindowInferer):
                         part.shape[1:], self.roi_size, box, image.shape[1:], device, self.mode, self.sigma_scale
                     )
                 outputs[key].add(batch, part)
-        return {key: output.mean(self.background_margin) for key, output in outputs.items()}, kind
+        both = shows_both(network)
+        return {key: output.mean(self.background_margin, both) for key, output in outputs.items()}, kind
 
     def _require_memory(
         self, name: str, classes: float, image: torch.Tensor, device: torch.device, outputs: int = 1

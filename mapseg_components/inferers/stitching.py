@@ -51,12 +51,14 @@ class Stitching:
             self.total[(slice(None), *target)].addcmul_(self.weight[source], one[(slice(None), *source)])
             self.count[target] += self.weight[source]
 
-    def mean(self, background_margin: float) -> torch.Tensor:
-        """(channels, *shape); background where no window lies."""
+    def mean(self, background_margin: float, uncertain: bool = False) -> torch.Tensor:
+        """(channels, *shape); background where no window lies, and if the second half is an uncertainty, 0 of it."""
         unseen = self.count == 0
         self.total /= self.count.clamp_(min=1e-6)  # in place: for a large scan these are gigabytes
         for number, one in enumerate(self.total):
-            one.masked_fill_(unseen, 0.0 if number == 0 and len(self.total) > 1 else -background_margin)
+            background = number == 0 and len(self.total) > 1
+            of_uncertainty = uncertain and number >= len(self.total) // 2
+            one.masked_fill_(unseen, 0.0 if background or of_uncertainty else -background_margin)
         return self.total
 
     def _place(self, window: Window) -> Window:

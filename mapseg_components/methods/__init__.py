@@ -3,6 +3,7 @@
 """Methods of adaptation, one file each; all run in `mapseg_components.engines.AdaptationTrainer`."""
 
 from mapseg_components.methods.base import Method, Pass
+from mapseg_components.methods.buda_seg import BUDASeg, uncertainty_of
 from mapseg_components.methods.consistency import MaskedConsistency, MeanTeacher, Supervised
 from mapseg_components.methods.copy_paste import CopyPaste
 from mapseg_components.methods.entropy import EntropyMinimization, norm_parameters
@@ -12,6 +13,7 @@ from mapseg_components.methods.self_training import SelfTraining, deep_weights
 
 __all__ = [
     "ArgmaxLabels",
+    "BUDASeg",
     "CopyPaste",
     "EntropyMinimization",
     "MAPSeg",
@@ -26,4 +28,5 @@ __all__ = [
     "ViewLabels",
     "deep_weights",
     "norm_parameters",
+    "uncertainty_of",
 ]

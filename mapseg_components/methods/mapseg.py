@@ -12,9 +12,10 @@ from torch import nn
 from mapseg_components.contrast import Change, changed_alike
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import BOX, GLOBAL_IMAGE, GLOBAL_LABEL, IMAGE, LABEL, SOURCE, TARGET
-from mapseg_components.losses import ClassShareLoss, LocalGlobalCosineLoss, SegmentationLoss, plain
+from mapseg_components.losses import ClassShareLoss, LocalGlobalCosineLoss, SegmentationLoss, plain, sampled_loss
 from mapseg_components.masking import BlockMask
 from mapseg_components.methods.base import Pass, Tensors
+from mapseg_components.methods.buda_seg import require_samples, uncertainty_of
 from mapseg_components.methods.labels import ArgmaxLabels, PseudoLabel
 
 __all__ = ["MAPSeg"]
@@ -62,6 +63,8 @@ class MAPSeg:
         prior_weight: weight of ``target_prior``, the divergence of the class shares of the student's global views of
             the target from those of the source's labels of its views, see `ClassShareLoss`. It needs the source in
             the same batch, and global views. 0 (the paper): there is no such term.
+        samples: compare pseudo labels with so many draws of the logits by the network's uncertainty head, as
+            `BUDASeg` does; 0 (the paper): with the logits.
         global_view: whether samples have one (the paper). Without it the local terms are all: for scans that a patch
             holds nearly whole, such as short-axis stacks of the heart.
 
@@ -98,7 +101,9 @@ class MAPSeg:
         ignore_unsure: float | None = None,
         prior_weight: float = 0.0,
         global_view: bool = True,
+        samples: int = 0,
     ) -> None:
+        require_samples(samples)
         if not 0.0 <= prior_weight < float("inf"):
             raise ConfigError(f"prior_weight is {prior_weight}, expected 0 for off or a number above it")
         if prior_weight and not global_view:
@@ -121,6 +126,7 @@ class MAPSeg:
         }
         self.change = change
         self.global_view = global_view
+        self.samples = samples
         self.selection = (f"target_local{self.endings[TARGET][-1]}",)
         self.weights: dict[str, float] = {}
         shares = {"local": (beta, 1.0)}
@@ -178,10 +184,10 @@ class MAPSeg:
                     seen[GLOBAL_IMAGE] = self.hide_global(inputs[GLOBAL_IMAGE])
 
             def terms(output: Tensors, ending: str = ending) -> dict[str, torch.Tensor]:
-                found = {f"{side}_local{ending}": self._segmentation(output["logits"], label)}
+                found = {f"{side}_local{ending}": self._segmentation(output, "logits", label)}
                 if global_label is not None:
                     features = (output["local_features"], output["context_features"])
-                    found[f"{side}_global{ending}"] = self._segmentation(output["global_logits"], global_label)
+                    found[f"{side}_global{ending}"] = self._segmentation(output, "global_logits", global_label)
                     found[f"{side}_cosine{ending}"] = self.cosine(*features)
                 return found
 
@@ -209,12 +215,14 @@ class MAPSeg:
         first = len(passes) - len(endings)
         return passes[:first] + [added(one, ending) for one, ending in zip(passes[first:], endings)]
 
-    def _segmentation(self, logits: torch.Tensor, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
+    def _segmentation(self, output: Tensors, name: str, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
+        logits = output[name]
         if not isinstance(label, PseudoLabel):
             return self.loss(logits, label)
         confidence = plain(label.confidence)
-        valid = None if self.ignore_unsure is None else confidence > self.ignore_unsure
-        loss = self.pseudo_loss(logits, label.label) if valid is None else self.pseudo_loss(logits, label.label, valid)
+        counted = () if self.ignore_unsure is None else (confidence > self.ignore_unsure,)
+        uncertainty = uncertainty_of(output, self.samples, name)
+        loss = sampled_loss(self.pseudo_loss, logits, uncertainty, self.samples, label.label, *counted)
         if self.confidence_threshold is not None:
             loss = loss * (confidence > self.confidence_threshold).float().mean()
         return loss

@@ -1,9 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Residual encoder, masked autoencoder, global-local segmenter of MAPSeg; translators; passes of any network."""
+"""Encoder, masked autoencoder, segmenters with one head and with two; translators; training passes of any network."""
 
 from mapseg_components.networks.decoders import ASPP, ReconstructionDecoder, SegmentationHead
 from mapseg_components.networks.encoder import ResidualBlock, ResidualEncoder
+from mapseg_components.networks.heads import TwoHeadDynUNet, TwoHeads, both_heads, has_uncertainty
 from mapseg_components.networks.mae import MultiScaleMAE
 from mapseg_components.networks.passes import GlobalLocalPass, PlainPass, training_pass
 from mapseg_components.networks.recomputation import Recomputable, prepare_network
@@ -32,8 +33,12 @@ __all__ = [
     "SegmentationHead",
     "SliceTranslator",
     "TargetAwareTranslator",
+    "TwoHeadDynUNet",
+    "TwoHeads",
     "UNetEncoder",
     "UNetMAE",
+    "both_heads",
+    "has_uncertainty",
     "prepare_network",
     "training_pass",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.networks.encoder import Features, deepest
+from mapseg_components.networks.heads import both_heads, has_uncertainty
 from mapseg_components.networks.recomputation import prepare_network
 
 __all__ = ["GlobalLocalPass", "PlainPass", "training_pass"]
@@ -26,7 +27,8 @@ class PlainPass(nn.Module):
     Args:
         network: from an image (B, C, X, Y, Z) to logits (B, classes, X, Y, Z), or to a mapping of outputs that has
             ``logits``. Of several outputs (a sequence, or stacked along a further axis as by MONAI's ``DynUNet`` with
-            deep supervision) the first is ``logits`` and the others ``deep_1``, ``deep_2``, ...
+            deep supervision) the first is ``logits`` and the others ``deep_1``, ``deep_2``, ... One with two heads (see
+            `TwoHeads`) gives ``uncertainty``, of the logits' shape, as well.
 
     Examples:
         >>> import torch
@@ -55,13 +57,21 @@ class PlainPass(nn.Module):
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs by name for an image (B, C, X, Y, Z)."""
-        output = self.network(image)
+        output = self.shown_network(image)
         if isinstance(output, Mapping):
             return dict(output)
         if isinstance(output, torch.Tensor):
             output = output.unbind(dim=1) if output.ndim == image.ndim + 1 else [output]
         first, *others = (one.float() for one in output)  # under amp: sums over many voxels
-        return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}
+        if not has_uncertainty(self.network):
+            return {"logits": first, **{f"deep_{number}": one for number, one in enumerate(others, start=1)}}
+        deep = {f"deep_{number}": one.chunk(2, dim=1)[0] for number, one in enumerate(others, start=1)}
+        return split_heads({"logits": first}) | deep
+
+    @property
+    def shown_network(self) -> nn.Module:
+        """The segmenter, with both of its heads if it has two."""
+        return both_heads(self.network) if has_uncertainty(self.network) else self.network
 
 
 class GlobalLocalPass(PlainPass):
@@ -95,21 +105,30 @@ class GlobalLocalPass(PlainPass):
         Returns:
             ``logits`` (B, C, X, Y, Z), decoded with the global context; ``global_logits`` (B, C, X', Y', Z'), the view
             decoded on its own; ``local_features`` (B, W, X/s, Y/s, Z/s); ``context_features``, of the same shape: the
-            part of the view's features that covers the patch.
+            part of the view's features that covers the patch. Of a network with two heads ``uncertainty`` and
+            ``global_uncertainty`` as well, of the shapes of the logits.
         """
-        network = self.network
+        network = self.shown_network
         if image.shape == global_image.shape:
             local_features, global_features = halves(network.encode(torch.cat([image, global_image])))
         else:
             local_features, global_features = network.encode(image), network.encode(global_image)
         deep = deepest(local_features)
         context = network.context(global_features, box, list(global_image.shape[2:]), list(deep.shape[2:]))
-        return {
+        logits = {
             "logits": network.decode(local_features, context),
             "global_logits": network.decode(global_features),
-            "local_features": deep,
-            "context_features": context,
         }
+        if has_uncertainty(network):
+            logits = split_heads(logits)
+        return {**logits, "local_features": deep, "context_features": context}
+
+
+def split_heads(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Logits of each output (B, 2 classes, ...) by its name, and the uncertainty by ``uncertainty`` in its place."""
+    parts = {name: value.chunk(2, dim=1) for name, value in outputs.items()}
+    uncertainty = {name.replace("logits", "uncertainty"): second for name, (_, second) in parts.items()}
+    return {name: first for name, (first, _) in parts.items()} | uncertainty
 
 
 def halves(features: Features) -> Sequence[Features]:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import Optional
 
 import torch
-from torch import nn
 
 from mapseg_components.boxes import resample_box
 from mapseg_components.networks.decoders import ASPP, SegmentationHead
 from mapseg_components.networks.encoder import ResidualEncoder
+from mapseg_components.networks.heads import TwoHeads
 
 __all__ = ["GlobalLocalDeepLabV3"]
 
 
-class GlobalLocalDeepLabV3(nn.Module):
+class GlobalLocalDeepLabV3(TwoHeads):
     """Encoder g, decoder h (ASPP and head): ``f(x) = h(g(x) + crop(g(X)))``, where + concatenates channels.
 
     On one image alone the feature is duplicated, ``f(X) = h(g(X) + g(X))``: tools that know nothing of a global view
@@ -34,6 +34,7 @@ class GlobalLocalDeepLabV3(nn.Module):
         dropout: after ASPP's projection (0.1 in the paper).
         norm_groups: groups of each GroupNorm of the encoder.
         decoder_norm_groups: groups of each GroupNorm of the decoder.
+        variance: of an uncertainty of each logit, see `TwoHeads`; ``None`` (the paper) for none.
 
     Shape:
         image (B, in_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z).
@@ -62,11 +63,14 @@ class GlobalLocalDeepLabV3(nn.Module):
         dropout: float = 0.1,
         norm_groups: int = 32,
         decoder_norm_groups: int = 8,
+        variance: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = ResidualEncoder(in_channels, width, depth, stride, norm_groups)
         self.aspp = ASPP(2 * width, width, dilations, dropout, decoder_norm_groups)
-        self.head = SegmentationHead(width, num_classes, stride, head_channels, decoder_norm_groups)
+        channels = self.channels(num_classes, variance)
+        self.head = SegmentationHead(width, channels, stride, head_channels, decoder_norm_groups)
+        self.set_heads(variance, self.head)
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Features (B, width, X/s, Y/s, Z/s) of an image (B, in_channels, X, Y, Z)."""
@@ -95,7 +99,8 @@ class GlobalLocalDeepLabV3(nn.Module):
 
         Without context the features are their own; ASPP then folds its weights instead of reading them twice.
         """
-        return self.head(self.aspp(features if context is None else torch.cat([features, context], dim=1)))
+        found = self.head(self.aspp(features if context is None else torch.cat([features, context], dim=1)))
+        return self.shown(found)
 
     def forward(
         self, image: torch.Tensor, global_image: Optional[torch.Tensor] = None, box: Optional[torch.Tensor] = None

@@ -14,6 +14,7 @@ from torch import nn
 from mapseg_components.boxes import resample_box
 from mapseg_components.networks.decoders import PatchUpsample, conv_norm_relu
 from mapseg_components.networks.encoder import Features, deepest
+from mapseg_components.networks.heads import TwoHeads
 
 __all__ = ["GlobalLocalUNet", "UNetEncoder", "UNetMAE"]
 
@@ -73,7 +74,7 @@ class UNetEncoder(nn.Module):
         return features[:-1]
 
 
-class GlobalLocalUNet(nn.Module):
+class GlobalLocalUNet(TwoHeads):
     """U-Net ``f(x) = h(g(x) + crop(g(X)))``: skip connections of the patch, context of the view at the bottleneck.
 
     What `GlobalLocalDeepLabV3` is to the paper's sizes, this is to short trainings: a first level of half the
@@ -87,6 +88,7 @@ class GlobalLocalUNet(nn.Module):
         kernel_size: of each level, one number or one per axis.
         strides: of each level; the first is that of the image, undone by the last layer.
         norm_groups: groups of each GroupNorm.
+        variance: of an uncertainty of each logit, see `TwoHeads`; ``None`` for none.
 
     Shape:
         image (B, in_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z).
@@ -109,6 +111,7 @@ class GlobalLocalUNet(nn.Module):
         kernel_size: Sides,
         strides: Sides,
         norm_groups: int = 8,
+        variance: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = UNetEncoder(in_channels, filters, kernel_size, strides, norm_groups)
@@ -118,9 +121,11 @@ class GlobalLocalUNet(nn.Module):
             for channels, below, kernel, step in zip(filters, filters[1:], kernel_size, list(strides)[1:])
         )
         first = [strides[0]] * 3 if isinstance(strides[0], int) else list(strides[0])
-        self.head: nn.Module = UnetOutBlock(3, filters[0], num_classes)
+        channels = self.channels(num_classes, variance)
+        self.head: nn.Module = UnetOutBlock(3, filters[0], channels)
         if first != [1, 1, 1]:
-            self.head = PatchUpsample(filters[0], num_classes, first)
+            self.head = PatchUpsample(filters[0], channels, first)
+        self.set_heads(variance, self.head)
 
     def encode(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Features of an image (B, in_channels, X, Y, Z), the deepest level first."""
@@ -141,7 +146,7 @@ class GlobalLocalUNet(nn.Module):
         result = self.fusion(deep if context is None else torch.cat([deep, context], dim=1))
         for level, skip in zip(reversed(self.levels), features[1:]):
             result = level(result, skip)
-        return self.head(result)
+        return self.shown(self.head(result))
 
     def forward(
         self, image: torch.Tensor, global_image: torch.Tensor | None = None, box: torch.Tensor | None = None

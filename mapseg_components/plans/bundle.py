@@ -20,7 +20,7 @@ from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_epochs", "check_names", "check_network", "settled", "write_bundle"]
+__all__ = ["check_epochs", "check_names", "check_network", "settled", "unlearnt", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
 LABELLING = "pseudo_labels.yaml"  # of inference, for stages of pseudo labels
@@ -144,6 +144,17 @@ def bundles_of(recipe: Recipe) -> list[str]:
 def config_of(bundle: str) -> str:
     """Name of the config that a new bundle has for the stage of another bundle, e.g. ``pretraining.json``."""
     return f"{bundle.partition('_')[2]}.json"
+
+
+def unlearnt(folder: Path, model: str) -> dict[str, Any]:
+    """Settings of inference that leave out what a model has not learnt.
+
+    Args:
+        folder: the new bundle.
+        model: ``source_only``, whose uncertainty is still what it began with, or another.
+    """
+    known = json.loads((folder / "configs" / "inference.json").read_text(encoding="utf-8"))
+    return {"uncertainty_map": False} if model == "source_only" and "uncertainty_map" in known else {}
 
 
 def is_planned(config: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from mapseg_components.configs import check_settings
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of
 from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
+from mapseg_components.networks import has_uncertainty
 from mapseg_components.scans.segmentation import Algorithm
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
@@ -25,8 +26,9 @@ from mapseg_components.transforms import named_classes
 
 __all__ = ["SAVING", "InferenceBundle", "open_bundle", "read_bundle"]
 
-SAVING, READER = "SaveLabelMapd", "mapseg_components.data.NiftiReader"
+SAVING, READER, SPLIT = "SaveLabelMapd", "mapseg_components.data.NiftiReader", "Uncertaintyd"
 LARGEST, HOLES = "largest_component", "fill_holes"  # settings of what follows after the network
+MAP = "uncertainty_map"
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
 OWN_HANDLERS = ("WeightsLoader", "VolumesTable", "ProgressBar")
@@ -62,6 +64,11 @@ class InferenceBundle:
     def postfix(self) -> str:
         """What follows a scan's name in the name of its label map."""
         return str(self["output_postfix"])
+
+    @property
+    def uncertainty(self) -> bool:
+        """Whether it writes maps of uncertainty."""
+        return bool(self[MAP]) if MAP in self.parser.config else False
 
     @property
     def version(self) -> str | None:
@@ -104,6 +111,7 @@ def open_bundle(
     keep_largest: Sequence[str],
     flip_tta: bool,
     probabilities: bool,
+    uncertainty: bool = False,
 ) -> InferenceBundle:
     """A bundle, ready to run; without options its label maps are those of its own config.
 
@@ -115,6 +123,7 @@ def open_bundle(
         keep_largest: structures of which only the largest connected part is kept, or ``["all"]``.
         flip_tta: average with the result of the left-right mirrored scan.
         probabilities: give the probabilities of all classes, too.
+        uncertainty: give the uncertainty of each voxel, too; by default what the bundle says.
 
     Raises:
         ConfigError: bundle, overlay, setting or structure is unknown, or an option does not suit the bundle.
@@ -126,8 +135,23 @@ def open_bundle(
         if setting in parser.config:
             named_classes(setting, parser.get_parsed_content(setting), labels)
     members = list(weights) or [str(parser.get_parsed_content("weights"))]
+    if uncertainty:
+        show_uncertainty(parser, home)
     extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
     return InferenceBundle(parser, names, members)
+
+
+def show_uncertainty(parser: ConfigParser, home: Path) -> None:
+    """Let a bundle write its network's uncertainty. Raises `ConfigError` if there is none."""
+    network = parser.get_parsed_content("network_def")
+    if not has_uncertainty(network):
+        raise ConfigError(
+            f"the network of bundle {home} ({type(network).__name__}) has no uncertainty head: leave out uncertainty, "
+            "or train a model that has one (mapseg adapt --method buda_seg)"
+        )
+    if MAP not in parser.config:
+        raise ConfigError(f"{home / 'configs' / 'inference.json'} has no {MAP}: make the bundle anew by this version")
+    parser[MAP] = True
 
 
 def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, Any]) -> ConfigParser:
@@ -191,7 +215,9 @@ def extend(
     saving = next((i for i, one in enumerate(steps) if target_of(one).endswith(SAVING)), None)
     if saving is None:
         raise ConfigError("the bundle's postprocessing has no SaveLabelMapd: predict cannot tell what it writes")
-    before = [{"_target_": "mapseg_components.transforms.Confidenced", "keys": [PRED]}]
+    first = [one for one in steps[:1] if target_of(one).endswith(SPLIT)]  # logits and uncertainty
+    steps, saving = steps[len(first) :], saving - len(first)
+    before = [*first, {"_target_": "mapseg_components.transforms.Confidenced", "keys": [PRED]}]
     maps = [CONFIDENCE]
     if probabilities:
         before.append({"_target_": "mapseg_components.transforms.Probabilitiesd", "keys": [PRED]})

@@ -31,7 +31,7 @@ __all__ = ["Kept", "Todo", "begun", "taken_over", "unreadable", "usable"]
 logger = logging.getLogger(__name__)
 
 Todo = tuple[Prediction, Mapping[str, Any]]  # and its case
-WRITTEN = ("label_map", "probabilities", "preview", "segmentation")
+WRITTEN = ("label_map", "probabilities", "uncertainty", "preview", "segmentation")
 
 
 def begun(inputs: Inputs, source: Path, claimed: bool) -> list[Prediction]:
@@ -93,6 +93,7 @@ def taken_over(predictions: Sequence[Prediction], earlier: Earlier | None, outpu
         one.claimed = True
         wanted: list[Path | None] = [place.label_map, place.sidecar]
         wanted += [place.probabilities] if before.probabilities else []  # by the same settings
+        wanted += [place.uncertainty] if output.uncertainties else []
         wanted += [place.segmentation] if output.segmentations else []
         same = all(getattr(before, name) == getattr(one, name) for name in ("scan", "stamp", "series"))
         if one.case in done and same and all(path.is_file() for path in wanted if path is not None):

@@ -25,7 +25,7 @@ from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
 from mapseg_components.data.datalist import stem as stem_of
 from mapseg_components.errors import DataError
 from mapseg_components.files import sweep_temporaries, write_json, write_text
-from mapseg_components.keys import CASE_ID, IMAGE
+from mapseg_components.keys import CASE_ID, IMAGE, UNCERTAINTY
 
 __all__ = ["MANIFEST", "STAGING", "TABLE", "Output", "Place", "places_of"]
 
@@ -39,6 +39,7 @@ class Place:
 
     label_map: Path
     probabilities: Path
+    uncertainty: Path
     preview: Path
     sidecar: Path | None = None
     segmentation: Path | None = None
@@ -46,7 +47,7 @@ class Place:
     def files(self, of_series: bool) -> list[Path]:
         """All files that a run may write here, or remove; a segmentation only of a series."""
         segmentation = self.segmentation if of_series else None
-        found = (self.label_map, self.probabilities, self.preview, self.sidecar, segmentation)
+        found = (self.label_map, self.probabilities, self.uncertainty, self.preview, self.sidecar, segmentation)
         return [path for path in found if path is not None]
 
 
@@ -59,6 +60,7 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
             place = Place(
                 folder / f"{stem}_{postfix}.nii.gz",
                 folder / f"{stem}_probabilities.nii.gz",
+                folder / f"{stem}_{UNCERTAINTY}.nii.gz",
                 folder / "previews" / f"{stem}.png",
                 segmentation=folder / f"{stem}_{postfix}.dcm",
             )
@@ -67,6 +69,7 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
             place = Place(
                 stem.with_name(f"{stem.name}_dseg.nii.gz"),
                 stem.with_name(f"{stem.name}_probseg.nii.gz"),
+                stem.with_name(f"{stem.name}_{UNCERTAINTY}.nii.gz"),
                 folder / "figures" / f"{stem.name}_dseg.png",
                 stem.with_name(f"{stem.name}_dseg.json"),
             )
@@ -86,6 +89,7 @@ class Output:
         dataset: the BIDS dataset whose derivative the folder becomes; ``None`` for none.
         postfix: what follows a scan's name in the name of its label map.
         probabilities: the probabilities of all classes are written.
+        uncertainties: maps of uncertainty are written.
         segmentations: a DICOM Segmentation of each series is written.
         previews: a picture of each scan is written.
     """
@@ -95,6 +99,7 @@ class Output:
     dataset: Path | None
     postfix: str
     probabilities: bool
+    uncertainties: bool
     segmentations: bool
     previews: bool
 
@@ -114,6 +119,7 @@ class Output:
         found: list[Path | None] = [place.label_map for place in places]
         found += [place.segmentation for place in places] if self.segmentations else []
         found += [place.probabilities for place in places] if self.probabilities else []
+        found += [place.uncertainty for place in places] if self.uncertainties else []
         found += [place.preview for place in places] if self.previews else []
         found += [place.sidecar for place in places]
         tables = [TABLE, MANIFEST, *LOOKUPS, *([DESCRIPTION, STRUCTURES] if self.dataset is not None else [])]

@@ -31,6 +31,7 @@ class Prediction:
         status: ``"done"``, ``"failed"`` or ``"not done"`` (the run was interrupted).
         label_map: file, ``None`` if it was not written.
         probabilities: file, ``None`` if it was not written.
+        uncertainty: file, ``None`` if it was not written.
         preview: file, ``None`` if it was not written.
         segmentation: DICOM Segmentation, ``None`` if it was not written.
         seconds: of reading, network and writing, without waiting.
@@ -48,6 +49,7 @@ class Prediction:
     status: str = "not done"
     label_map: str | None = None
     probabilities: str | None = None
+    uncertainty: str | None = None
     preview: str | None = None
     segmentation: str | None = None
     seconds: float | None = None

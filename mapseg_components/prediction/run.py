@@ -83,7 +83,8 @@ class Run:
     def memory_allows_overlap(self) -> bool:
         """Whether three of the largest scans together take at most half of the memory."""
         voxels = max(voxels_of(case[IMAGE]) for _, case in self.todo)
-        needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * (len(self.bundle.names) + 1))
+        channels = (len(self.bundle.names) + 1) * (2 if self.bundle.uncertainty else 1)
+        needed = voxels * (BYTES_OVERLAPPED + BYTES_A_CLASS * channels)
         available = memory_of("cpu")
         if available is None or 2 * needed <= available:
             return True

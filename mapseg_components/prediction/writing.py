@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The files of one scan: label map, probabilities, DICOM Segmentation, BIDS sidecar, picture, rows of the table."""
+"""The files of one scan: label map and maps beside it, DICOM Segmentation, BIDS sidecar, picture, rows of the table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from mapseg_components.data import read_nifti, result_path, structure_volumes
 from mapseg_components.errors import ConfigError, ResourceError
 from mapseg_components.files import write_json
-from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
+from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES, UNCERTAINTY
 from mapseg_components.prediction.bundle import InferenceBundle
 from mapseg_components.prediction.places import Output, Place
 from mapseg_components.prediction.records import Prediction
@@ -81,6 +81,9 @@ class Writer:
             one.segmentation = str(place.segmentation)
         picture = self.draw(one, case, staged)
         try:
+            if self.output.uncertainties:
+                os.replace(result_path(case[IMAGE], self.staging, UNCERTAINTY), place.uncertainty)
+                one.uncertainty = str(place.uncertainty)
             os.replace(staged, place.label_map)
             if self.bundle["overwrite"]:
                 self.remove_derived(one, place)
@@ -93,7 +96,11 @@ class Writer:
     def remove_derived(self, one: Prediction, place: Place) -> None:
         """Remove what was made of an earlier label map and is not written now; `keep_picture` sees to the picture."""
         segmentation = place.segmentation if one.series is not None else None  # without a series it is somebody else's
-        for path, written in ((place.probabilities, one.probabilities), (segmentation, one.segmentation)):
+        for path, written in (
+            (place.probabilities, one.probabilities),
+            (place.uncertainty, one.uncertainty),
+            (segmentation, one.segmentation),
+        ):
             if path is not None and written is None:
                 path.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ from mapseg_components.reports.page import answer, page, sortable_table
 from mapseg_components.reports.preview import can_draw, draw_preview
 from mapseg_components.reports.slices import SLICES_SCRIPT, SLICES_STYLE, slice_viewer
 from mapseg_components.reports.tables import text_table
+from mapseg_components.reports.uncertainty import uncertainty_section
 
 __all__ = [
     "ComparedScan",
@@ -24,4 +25,5 @@ __all__ = [
     "small_multiples",
     "sortable_table",
     "text_table",
+    "uncertainty_section",
 ]

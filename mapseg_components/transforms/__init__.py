@@ -23,6 +23,7 @@ from mapseg_components.transforms.percentiles import (
 )
 from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
+from mapseg_components.transforms.uncertainty import Uncertaintyd
 
 __all__ = [
     "ArgmaxOnScand",
@@ -57,6 +58,7 @@ __all__ = [
     "SaveVolumed",
     "SelectLabels",
     "SelectLabelsd",
+    "Uncertaintyd",
     "named_classes",
     "save_probabilities",
     "WorkingFrame",

@@ -1,0 +1,371 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""BUDA-Seg: draws of the logits, their loss, rounds of pseudo labels, the weights that are kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from mapseg_components.contrast import inverted
+from mapseg_components.engines import AdaptationTrainer
+from mapseg_components.errors import ConfigError
+from mapseg_components.handlers import EpochHistory, PseudoLabelRounds, ScoreCheckpoint
+from mapseg_components.losses import SegmentationLoss, SquaredDiceLoss, sampled_loss
+from mapseg_components.methods import ArgmaxLabels, BUDASeg, MAPSeg
+from mapseg_components.networks import PlainPass, TwoHeadDynUNet
+from tests.unit.test_methods import SIZES, Saying, batch_of, labels_of
+
+DRAWS = (1, 2, 5)
+
+
+def numpy_squared_dice(logits, label, valid=None):
+    """Written out: the mean over classes of 1 - 2 sum(P Y) / (sum P^2 + sum Y^2)."""
+    e = np.exp(logits - logits.max(1, keepdims=True))
+    p = e / e.sum(1, keepdims=True)
+    counted = np.ones(label.shape) if valid is None else valid.astype(float)
+    losses = []
+    for number in range(logits.shape[1]):
+        probability, truth = p[:, number] * counted[:, 0], (label[:, 0] == number) * counted[:, 0]
+        losses.append(1 - 2 * (probability * truth).sum() / ((probability**2).sum() + (truth**2).sum() + 1e-5))
+    return np.mean(losses)
+
+
+def outputs(seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "logits": torch.randn(SIZES, generator=generator, requires_grad=True),
+        "uncertainty": (scale * torch.randn(SIZES, generator=generator)).requires_grad_(),
+    }
+
+
+def terms_of(method, found, batch=None):
+    """Terms of the method's only pass."""
+    (one,) = method.passes({"target": batch_of(1, labels=False) if batch is None else batch})
+    return one.terms(found)
+
+
+def said(seed=3):
+    return torch.randn(SIZES, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("samples", DRAWS)
+def test_the_loss_is_the_mean_of_the_draws_formula(samples, masked):
+    teacher, found = said(), outputs(5)
+    batch = batch_of(1, labels=False)
+    if masked:
+        batch["valid"] = (batch["image"] > 0.3).float()
+    torch.manual_seed(11)
+    loss = terms_of(BUDASeg(labels_of(teacher), samples), found, batch)["target"]
+    torch.manual_seed(11)
+    label = teacher.argmax(1, keepdim=True).numpy()
+    expected = []
+    for _ in range(samples):
+        noise = torch.randn(SIZES)  # of each voxel and class
+        drawn = (found["logits"] + noise * found["uncertainty"]).detach().numpy()
+        expected.append(numpy_squared_dice(drawn, label, batch["valid"].numpy() > 0 if masked else None))
+    assert loss.item() == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("samples", DRAWS)
+def test_without_uncertainty_every_number_of_draws_is_plain_dice(samples):
+    teacher, found = said(), outputs(5, scale=0.0)
+    plain = terms_of(BUDASeg(labels_of(teacher), samples=0), found)["target"]
+    label = teacher.argmax(1, keepdim=True)
+    assert plain.item() == pytest.approx(numpy_squared_dice(found["logits"].detach().numpy(), label.numpy()), abs=1e-5)
+    torch.testing.assert_close(terms_of(BUDASeg(labels_of(teacher), samples), found)["target"], plain)
+
+
+@pytest.mark.parametrize("samples", [0, *DRAWS])
+def test_the_gradient_reaches_both_heads(samples):
+    found = outputs(5)
+    terms_of(BUDASeg(labels_of(said()), samples), found)["target"].backward()
+    assert (found["logits"].grad != 0).float().mean() > 0.99
+    if samples:
+        assert (found["uncertainty"].grad != 0).float().mean() > 0.99
+    else:
+        assert found["uncertainty"].grad is None  # plain pseudo labels
+
+
+def test_voxels_left_out_get_no_gradient_and_are_no_background():
+    batch = batch_of(1, labels=False)
+    batch["valid"] = (batch["image"] > 0.3).float()
+    found, left_out = outputs(5), batch["valid"][:, 0] == 0
+    found_terms = terms_of(BUDASeg(labels_of(said()), 3), found, batch)
+    found_terms["target"].backward()
+    for value in found.values():
+        assert (value.grad.movedim(1, -1)[left_out] == 0).all() and (value.grad != 0).any()
+    counted = found["uncertainty"].abs().mean(1)[~left_out].mean()
+    torch.testing.assert_close(found_terms["target_uncertainty"], counted)
+
+
+def test_uncertainty_grows_where_labels_are_wrong_and_shrinks_where_they_are_right():
+    """What the head is for: the loss falls if V is large at wrong labels, and small at right ones."""
+    label = torch.zeros(1, 1, 12, 10, 8, dtype=torch.long)
+    label[:, :, 6:] = 1
+    logits = 4.0 * nn.functional.one_hot(label[:, 0], 2).movedim(-1, 1)
+    wrong = torch.zeros_like(label, dtype=torch.bool)
+    wrong[:, :, :2] = True
+    label[wrong] = 1
+    uncertainty = torch.ones_like(logits, dtype=torch.float, requires_grad=True)
+    torch.manual_seed(0)
+    sampled_loss(SquaredDiceLoss(), logits, uncertainty, 64, label).backward()
+    slope = uncertainty.grad.mean(1, keepdim=True)
+    assert slope[wrong].mean() < 0 < slope[~wrong].mean()
+
+
+def test_one_slice_of_a_volume_is_an_image():
+    found, teacher = outputs(5), said()
+    for one in (found, {"said": teacher}):
+        for name in one:
+            one[name] = one[name].detach()[..., :1]
+            teacher = one.get("said", teacher)
+    flat = {name: value[..., 0] for name, value in found.items()}
+    losses = []
+    for seen, labels in ((found, teacher), (flat, teacher[..., 0])):
+        torch.manual_seed(2)
+        losses.append(sampled_loss(SquaredDiceLoss(), *seen.values(), 4, labels.argmax(1, keepdim=True)))
+    torch.testing.assert_close(*losses)
+
+
+def test_more_draws_cost_the_outputs_memory_alone():
+    """What autograd keeps grows by the same number of bytes a draw, however large the network is."""
+
+    def kept(samples, width):
+        network = PlainPass(TwoHeadDynUNet(3, 1, 3, [3] * 3, [1, 2, 2], [2, 2], filters=[width] * 3, variance="free"))
+        calls, bytes_kept = [], {}
+        network.network.register_forward_hook(lambda *_: calls.append(1))
+        image = torch.rand(1, 1, 8, 12, 16)
+        method = BUDASeg(ArgmaxLabels(SimpleNamespace(active=True, network=Saying({"logits": said()[:1]}))), samples)
+
+        def keep(tensor):
+            bytes_kept[tensor.data_ptr(), tensor.shape] = tensor.nelement() * tensor.element_size()
+            return tensor
+
+        method.labels.teacher.network.outputs = {"logits": torch.rand(1, 3, 8, 12, 16)}
+        (one,) = method.passes({"target": {"image": image}})
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = one.terms(PlainPass.forward(network, **one.inputs))
+        terms["target"].backward()
+        assert len(calls) == 1
+        return sum(bytes_kept.values())
+
+    growth = {width: [kept(k, width) for k in (1, 3, 5)] for width in (4, 16)}
+    for first, second, third in growth.values():
+        assert third - second == second - first
+    assert growth[16][2] - growth[16][1] == growth[4][2] - growth[4][1] and growth[16][0] > 2 * growth[4][0]
+
+
+def test_the_network_runs_once_whatever_the_number_of_draws():
+    runs = []
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv3d(1, 3, 1)
+
+        def forward(self, image):
+            runs.append(1)
+            return {"logits": self.layer(image), "uncertainty": self.layer(image)}
+
+    network = Counting()
+    labels = labels_of(torch.rand(2, 3, *SIZES[2:]))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    AdaptationTrainer("cpu", 1, [{"target": batch_of(1, labels=False)}], network, optimizer, BUDASeg(labels, 7)).run()
+    assert len(runs) == 1
+
+
+def test_sizes_of_the_uncertainty_are_logged_and_have_no_weight(tmp_path):
+    found, teacher = outputs(5), said()
+    agree = found["logits"].argmax(1) == teacher.argmax(1)
+    size = found["uncertainty"].detach().abs().mean(1)
+    method = BUDASeg(labels_of(teacher), 2)
+    terms = terms_of(method, found)
+    for name, expected in {"": size, "_agree": size[agree], "_differ": size[~agree]}.items():
+        assert terms[f"target_uncertainty{name}"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert method.weights[f"target_uncertainty{name}"] == 0
+    assert BUDASeg(labels_of(teacher), 2, variance_penalty=0.3).weights["target_uncertainty"] == 0.3
+    found["logits"] = teacher.clone().requires_grad_()
+    assert "target_uncertainty_differ" not in terms_of(method, found)  # nowhere, so that it has no mean
+    trainer = Engine(lambda engine, batch: {"loss": 1.0, **(terms if batch else {"target": 0.0})})
+    EpochHistory(str(tmp_path), torch.optim.SGD([torch.zeros(1)], lr=1.0)).attach(trainer)
+    trainer.run([0, 1, 0])
+    line = json.loads((tmp_path / "history.jsonl").read_text())
+    assert line["target_uncertainty_differ"] == pytest.approx(terms["target_uncertainty_differ"].item())
+
+
+def test_the_student_sees_the_change_and_the_teacher_the_scan():
+    method = BUDASeg(labels_of(said()), change=inverted)
+    batch = batch_of(1, labels=False)
+    (one,) = method.passes({"target": batch, "source": batch_of(0)})  # a source is left alone
+    assert torch.equal(one.inputs["image"], inverted(batch["image"]))
+    assert torch.equal(method.labels.teacher.network.shown[0], batch["image"])
+    assert method.passes({"source": batch_of(0)}) == []
+    assert BUDASeg(labels_of(said(), active=False)).passes({"target": batch}) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": -1}, "samples is -1, expected a whole number"),
+        ({"samples": 2.5}, "samples is 2.5"),
+        ({"samples": True}, "samples is True"),
+        ({"variance_penalty": -0.1}, "variance_penalty is -0.1"),
+        ({"variance_penalty": math.nan}, "variance_penalty is nan"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        BUDASeg(labels_of(said()), **options)
+
+
+def test_a_network_without_uncertainty_can_only_do_plain_pseudo_labels():
+    alone = {"logits": outputs(5)["logits"]}
+    assert set(terms_of(BUDASeg(labels_of(said()), samples=0), alone)) == {"target"}
+    with pytest.raises(ConfigError, match="samples is 4, and the network has no uncertainty head: set uncertainty to"):
+        terms_of(BUDASeg(labels_of(said())), alone)
+
+
+@pytest.mark.parametrize("ignored", [None, 0.5])
+def test_mapseg_draws_samples_for_its_pseudo_labels_alone(ignored):
+    teacher, batch = said(), {"source": batch_of(0), "target": batch_of(1, labels=False)}
+    found = outputs(5) | {f"global_{name}": value.flip(0) for name, value in outputs(6).items()}
+    found |= {"local_features": said(8), "context_features": said(9)}
+    losses = {}
+    for samples in (0, 3):
+        method = MAPSeg(labels_of(teacher), local_block_size=4, samples=samples, ignore_unsure=ignored)
+        source, *target = (one.terms for one in method.passes(batch))
+        torch.manual_seed(4)
+        losses[samples] = [source(found), target[-1](found)]
+    assert losses[0][0] == losses[3][0]  # the source's labels are right: no samples
+    confidence, label = teacher.softmax(1).max(1, keepdim=True)
+    counted = () if ignored is None else (confidence > ignored,)
+    torch.manual_seed(4)
+    local = sampled_loss(SegmentationLoss(), found["logits"], found["uncertainty"], 3, label, *counted)
+    torch.testing.assert_close(losses[3][1]["target_local_masked"], local)
+    assert losses[0][1]["target_global_masked"] != losses[3][1]["target_global_masked"]
+    del found["global_uncertainty"]
+    with pytest.raises(ConfigError, match="no uncertainty head"):
+        target[-1](found)
+
+
+class Weight(nn.Module):
+    """A weight and a buffer that count the optimizer's steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.register_buffer("count", torch.zeros(1))
+
+
+def rounds(epochs, steps=2, before=None, until=None, **options):
+    """What labels each step: the teacher's weight; and the teacher, whose run ends after ``until`` steps."""
+    student = Weight()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0, momentum=0.5)
+    teacher = PseudoLabelRounds(student, optimizer=optimizer, **options)
+    labelled_by: list[float] = []
+
+    def step(engine, batch):
+        labelled_by.append(teacher.network.weight.item())
+        assert teacher.network.count.item() == teacher.network.weight.item() or options.get("reinitialise")
+        student.weight.grad = -torch.ones(1)
+        optimizer.step()
+        student.count.copy_(student.weight.detach())
+        if engine.state.iteration == until:
+            engine.terminate()
+
+    engine = Engine(step)
+    teacher.attach(engine)
+    if before is not None:
+        student.load_state_dict(before["student"])
+        optimizer.load_state_dict(before["optimizer"])
+        teacher.load_state_dict(before["teacher"])
+        engine.load_state_dict({"iteration": before["iteration"], "epoch_length": steps, "max_epochs": epochs})
+    engine.run(range(steps), max_epochs=epochs, epoch_length=steps)
+    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "teacher": teacher.state_dict()}
+    return labelled_by, student, json_of(state) | {"iteration": engine.state.iteration}
+
+
+def json_of(state):
+    """A copy, as of a file."""
+    return {name: torch.load(io_of(value), weights_only=True) for name, value in state.items()}
+
+
+def io_of(value):
+    import io
+
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_labels_change_between_rounds_alone_and_are_the_students_of_the_last_end(number):
+    labelled_by, _, _ = rounds(epochs=5, rounds=number)
+    student = [0.0]
+    velocity = 0.0
+    for _ in range(10):
+        velocity = 0.5 * velocity + 1
+        student.append(student[-1] + velocity)
+    begins = sorted({1 + e for e in range(5) if e * number // 5 > (e - 1) * number // 5})
+    assert len(begins) == number and begins[0] == 1
+    expected = [student[2 * (max(b for b in begins if b <= 1 + step // 2) - 1)] for step in range(10)]
+    assert labelled_by == pytest.approx(expected)
+
+
+def test_fewer_epochs_than_rounds_are_rounds_of_one_epoch():
+    assert len({*rounds(epochs=3, rounds=9)[0]}) == 3
+
+
+def test_the_warm_up_is_before_the_first_round():
+    teacher = PseudoLabelRounds(Weight(), rounds=2, warmup_epochs=3)
+    assert [teacher.round_of(epoch, 7) for epoch in range(1, 8)] == [0, 0, 0, 1, 1, 2, 2]
+    assert PseudoLabelRounds(Weight(), rounds=2, warmup_epochs=math.inf).round_of(9, 10) == 0
+
+
+@pytest.mark.parametrize("reinitialise", [False, True])
+@pytest.mark.parametrize("until", [1, 3, 4, 5, 7])  # within and between epochs and rounds
+def test_a_run_that_stops_anywhere_goes_on_bit_for_bit(until, reinitialise):
+    options = {"rounds": 2, "reinitialise": reinitialise}
+    whole, student, _ = rounds(4, **options)
+    first, _, state = rounds(4, until=until, **options)
+    second, resumed, _ = rounds(4, before=state, **options)
+    assert first + second == whole and torch.equal(resumed.weight, student.weight)
+
+
+def test_weights_begin_again_only_if_asked():
+    options = {"rounds": 2, "epochs": 2}
+    assert rounds(**options, reinitialise=False)[1].weight.item() > rounds(epochs=1, rounds=1)[1].weight.item()
+    again = rounds(**options, reinitialise=True)
+    assert again[1].weight.item() == rounds(epochs=1, rounds=1)[1].weight.item()  # the optimizer has no momentum left
+    assert again[0] == [0.0, 0.0, 2.5, 2.5]  # while the labels are of the round before
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0, True])
+def test_no_number_of_rounds_is_refused(number):
+    with pytest.raises(ConfigError, match="label_rounds is"):
+        PseudoLabelRounds(Weight(), rounds=number)
+    with pytest.raises(ConfigError, match="reinitialise needs the student's optimizer"):
+        PseudoLabelRounds(Weight(), rounds=2, reinitialise=True)
+
+
+@pytest.mark.parametrize("latest", [False, True])
+def test_the_last_weights_are_kept_where_losses_do_not_compare(tmp_path, latest):
+    losses = [0.9, 0.2, 0.5, math.nan]
+    trainer = Engine(lambda engine, batch: {"loss": 1.0, "target_loss": losses[engine.state.epoch - 1]})
+    network = nn.Linear(1, 1)
+    trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: network.bias.data.fill_(engine.state.epoch))
+    ScoreCheckpoint(str(tmp_path), {"student": (network, None)}, latest=latest, patience=1).attach(trainer)
+    trainer.run([0], max_epochs=4)
+    record = json.loads((tmp_path / "model_selection.json").read_text())["model.pt"]
+    assert record["epoch"] == (3 if latest else 2)
+    assert torch.load(tmp_path / "model.pt")["bias"].item() == record["epoch"]
