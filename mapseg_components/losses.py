@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2 and 4), of translated slices, and of samples of uncertain logits (BUDA-Seg)."""
+"""Losses of MAPSeg (arXiv 2303.09373, Eqs. 1, 2, 4), of translated slices, and of samples of logits (BUDA-Seg)."""
 
 from __future__ import annotations
 
