@@ -148,7 +148,8 @@ def config_of(bundle: str) -> str:
 
 def is_planned(config: Mapping[str, Any]) -> bool:
     """Whether the network of a config is a U-Net, whose kernels and strides are planned."""
-    return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", *UNETS))
+    network = config.get("network_def")  # that of a translation is an expression
+    return isinstance(network, Mapping) and str(network.get("_target_")).endswith(("DynUNet", *UNETS))
 
 
 def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
