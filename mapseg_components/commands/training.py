@@ -139,7 +139,8 @@ class Run:
                 bar.update(done - bar.n)
 
             seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
-        self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
+        # of the last stage, the adaptation
+        self.record["samples"] = training_samples(merged | own, finished_epochs(output))
         return seconds
 
     def _comes(self, path: str) -> bool:
