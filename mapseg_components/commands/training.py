@@ -154,11 +154,9 @@ class Run:
         Scans that an interrupted call had segmented are not segmented again.
         """
         output, datalist = self.stages / stage.name, self.datalist_of(stage)
-        maps = {
-            case["case_id"]: result_path(case["image"], output, "seg")
-            for case in load_datalist(datalist, "target_training")
-        }
-        left = [case for case in load_datalist(datalist, "target_training") if not maps[case["case_id"]].is_file()]
+        cases = load_datalist(datalist, "target_training")
+        maps = {case["case_id"]: result_path(case["image"], output, "seg") for case in cases}
+        left = [case for case in cases if not maps[case["case_id"]].is_file()]
         weights = [str(self.stages / path) for path in stage.weights]
         logger.info(
             f"Stage {stage.name}: {len(left)} of {len(maps)} target scans to segment by {len(weights)} model(s); what "
