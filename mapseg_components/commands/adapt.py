@@ -110,7 +110,7 @@ def adapt(
         any_position: source and target show different parts of the body: then the place of a structure in a scan says
             nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
-            those it has.
+            those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
         seed: of everything random.
         device: auto, cpu, cuda or cuda:1.
         num_threads: of PyTorch on the CPU.

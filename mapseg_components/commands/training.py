@@ -143,7 +143,8 @@ class Run:
                 bar.update(done - bar.n)
 
             seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
-        self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
+        # of the last stage, the adaptation
+        self.record["samples"] = training_samples(merged | own, finished_epochs(output))
         return seconds
 
     def _comes(self, path: str) -> bool:
@@ -157,11 +158,9 @@ class Run:
         Scans that an interrupted call had segmented are not segmented again.
         """
         output, datalist = self.stages / stage.name, self.datalist_of(stage)
-        maps = {
-            case["case_id"]: result_path(case["image"], output, "seg")
-            for case in load_datalist(datalist, "target_training")
-        }
-        left = [case for case in load_datalist(datalist, "target_training") if not maps[case["case_id"]].is_file()]
+        cases = load_datalist(datalist, "target_training")
+        maps = {case["case_id"]: result_path(case["image"], output, "seg") for case in cases}
+        left = [case for case in cases if not maps[case["case_id"]].is_file()]
         weights = [str(self.stages / path) for path in stage.weights]
         logger.info(
             f"Stage {stage.name}: {len(left)} of {len(maps)} target scans to segment by {len(weights)} model(s); what "

@@ -257,8 +257,8 @@ class Audit:
                 if LABEL not in case:
                     continue
                 # a pseudo label names an orientation, its scan may not
-                assumed = section == "target_labelled" and self.assume_orientation is not None
-                label = self.label(case[LABEL], known, None if assumed else facts)
+                guessed = section == "target_labelled" and facts is not None and not facts.has_orientation
+                label = self.label(case[LABEL], known, None if guessed else facts)
                 if section == "source_training":
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()

@@ -141,6 +141,11 @@ def bundles_of(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(stage.bundle for stage in recipe.stages))
 
 
+def configs_of(bundle: str) -> Path:
+    """Folder of the configs of a shipped bundle."""
+    return bundles_folder() / bundle / "configs"
+
+
 def config_of(bundle: str) -> str:
     """Name of the config that a new bundle has for the stage of another bundle, e.g. ``pretraining.json``."""
     return f"{bundle.partition('_')[2]}.json"
@@ -159,15 +164,15 @@ def unlearnt(folder: Path, model: str) -> dict[str, Any]:
 
 def is_planned(config: Mapping[str, Any]) -> bool:
     """Whether the network of a config is a U-Net, whose kernels and strides are planned."""
-    return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", *UNETS))
+    network = config.get("network_def")  # that of a translation is an expression
+    return isinstance(network, Mapping) and str(network.get("_target_")).endswith(("DynUNet", *UNETS))
 
 
 def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
     """Refuse settings that no bundle has, nor the recipe. Raises `ConfigError`."""
     names = dict.fromkeys((ADAPTATION, PRETRAINING, *(bundles_of(recipe) if recipe is not None else ())))
-    folders = [bundles_folder() / name for name in names]
-    known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
-    known |= set(ConfigParser.load_config_file(bundles_folder() / ADAPTATION / "configs" / "inference.json"))
+    known = {key for name in names for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}
+    known |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
     known |= set(options_of(recipe)) if recipe is not None else set()
     unknown = set(settings) - known
     if unknown:
@@ -177,7 +182,9 @@ def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> No
 def check_network(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     """Refuse sizes of MAPSeg's network where preset or method have a planned one. Raises `ConfigError`."""
     config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
-    without_effect = sorted(set(request["settings"] or {}) & SIZES)
+    others = [name for name in bundles_of(recipe) if name not in (ADAPTATION, PRETRAINING)]
+    theirs = {key for name in others for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}
+    without_effect = sorted((set(request["settings"] or {}) & SIZES) - theirs)
     if is_planned(config) and without_effect:
         raise ConfigError(
             f"settings {without_effect} are of the paper's network, and preset {plan['preset']} or method "

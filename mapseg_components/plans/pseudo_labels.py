@@ -15,7 +15,7 @@ from mapseg_components.data.datalist import load_datalist, read_json
 from mapseg_components.errors import DataError
 from mapseg_components.files import replacing, write_json
 from mapseg_components.quality import label_agreement
-from mapseg_components.scans.nifti import read_nifti
+from mapseg_components.scans.nifti import read_geometry, read_nifti
 from mapseg_components.structures import to_whole
 from mapseg_components.transforms.saving import write_verified
 
@@ -73,15 +73,14 @@ def keep_pseudo_labels(
     kept, left_out = [], []
     cases = load_datalist(datalist, "target_training")
     for case in cases:
-        scan = read_nifti(label_maps[case["case_id"]])
-        classes = to_whole(scan.voxels).astype(np.int64)
+        classes = to_whole(read_nifti(label_maps[case["case_id"]]).voxels).astype(np.int64)
         missing = missing_structures(classes, labels, required)
         if missing:
             left_out.append({"case": case["case_id"], "missing": missing})
             continue
         path = folder / "labels" / f"{case['case_id']}.nii.gz"
         with replacing(path) as temporary:
-            write_verified(temporary, values[classes].astype(kind), scan.affine, path)
+            write_verified(temporary, values[classes].astype(kind), read_geometry(case["image"]).affine, path)
         kept.append({**case, "label": str(path.absolute())})
     found = {
         "scans": len(cases),

@@ -39,7 +39,7 @@ FILTERS_REDUCED = [32, 64, 128, 160]  # of one that begins at half the resolutio
 FILTERS_NNUNET = [32, 64, 128, 256, 320, 320, 320]  # of the network of that paper, with deep supervision
 IN_PLANE_DEG = 15  # rotation of thick slices
 MOST_SLICES, MOST_IN_PLANE = 8, 192  # sides of a flat patch
-MOST_OF_SLICE = 112  # side of a slice that is translated, on a small machine
+MOST_OF_SLICE = {True: 112, False: 256}  # side of a slice that is translated: in presets of few steps, in others
 SHARE = 0.28  # of a cube's voxels: few scans have few slices, and many patches are seen
 PAPER_GIB, PAPER_SCANS = 70, 40
 
@@ -134,7 +134,7 @@ def plan_slices(shapes: Sequence[Sequence[int]], preset: str) -> list[int]:
         preset: one of `PRESETS`.
     """
     median = np.median(shapes, axis=0)
-    most = MOST_OF_SLICE if "unet.yaml" in PRESETS[preset]["overlays"] else 2 * MOST_OF_SLICE
+    most = MOST_OF_SLICE[preset in SHORT]
     return [min(max(math.ceil(side / 16) * 16, 32), most) for side in median[:2]]
 
 

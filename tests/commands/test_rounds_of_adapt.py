@@ -167,7 +167,8 @@ def test_each_stage_is_given_what_the_ones_before_made(stages, scans):
     translation = json.loads((run.folder / "configs" / "translation.json").read_text())
     assert translation["labels"] == {"structure 100": 100, "structure 200": 200}
     assert translation["slice_size"] == [32, 32] and translation["datalist"] == str(run.folder / "datalist.json")
-    assert given["translation"][2]["max_epochs"] == 10, "half of its own, in a preset of few steps"
+    assert "max_epochs" not in given["translation"][2], "as its own preset says"
+    assert (given["teacher"][2]["max_epochs"], given["student_1"][2]["max_epochs"]) == (14, 14)
     assert "datalist" not in given["source"][2] and "source_only.yaml" in given["source"][1]
     translated = f"{place}/translation/translated/datalist.json"
     assert given["teacher"][2]["datalist"] == translated and "histogram.yaml" in given["teacher"][1]
