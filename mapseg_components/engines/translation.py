@@ -239,7 +239,7 @@ class TranslationTrainer(SupervisedTrainer):
             as_source, same_source = to_source.translator(torch.cat([target, source])).split([len(target), len(source)])
             again = to_source.translator.encode(as_target)
             back_source = to_source.translator.decode(again, as_target)
-            back_target = to_target.translator(as_source)
+            back_target = to_target.translator.decode(to_target.translator.encode(as_source), as_source)
             scores = [self.discriminators(as_target, TARGET), self.discriminators(as_source, SOURCE)]
             logits = []
             if label is not None:

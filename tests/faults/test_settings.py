@@ -18,7 +18,8 @@ from mapseg_components.configs import SECTIONS, check_settings, known_keys
 from mapseg_components.errors import ConfigError
 from tests.conftest import ROOT
 
-FOLDERS = [ROOT / "bundles" / name / "configs" for name in ("cosmos_translation", "mapseg_adaptation", "mapseg_pretraining")]
+BUNDLES = ("cosmos_translation", "mapseg_adaptation", "mapseg_pretraining")
+FOLDERS = [ROOT / "bundles" / name / "configs" for name in BUNDLES]
 NAMES = ["train.json", "inference.json"]
 # read by MONAI itself or only wiring
 # the last two are run by overlays: test_time.yaml, source_stage.yaml, handover_only.yaml
