@@ -284,8 +284,14 @@ class SliceDiceLoss(nn.Module):
 
     def __init__(self, smooth: float = 1e-5) -> None:
         super().__init__()
-        settings: dict[str, Any] = {"include_background": False, "to_onehot_y": True, "softmax": True}
-        self.dice = DiceLoss(**settings, reduction="none", smooth_nr=smooth, smooth_dr=smooth)
+        self.dice = DiceLoss(
+            include_background=False,
+            to_onehot_y=True,
+            softmax=True,
+            reduction="none",
+            smooth_nr=smooth,
+            smooth_dr=smooth,
+        )
 
     def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Scalar loss, the mean over slices of the mean over their structures; 0 if no slice has one.

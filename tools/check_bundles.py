@@ -29,7 +29,7 @@ EQUAL = [
     (
         "cosmos_translation/configs/train.json",
         "cosmos_translation/configs/inference.json",
-        "in_channels slice_size width levels norm percentile percentile_foreground target_inverted keep_background "
+        "in_channels slice_size width levels norm percentile percentile_foreground keep_background "
         "working_directions working_spacing".split(),
     ),
     (

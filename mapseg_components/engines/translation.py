@@ -60,7 +60,7 @@ class ReplayBuffer:
     def exchange(self, domain: str, images: torch.Tensor) -> torch.Tensor:
         """Slices (B, ...) for the discriminator of a domain: each is new, or with probability 1/2 one kept before."""
         images = images.detach()
-        kept = self.slices.get(domain, images[:0])
+        kept = self.slices.get(domain, images[:0]).to(images.device)
         given = []
         for image in images:
             if len(kept) < self.size:
@@ -239,7 +239,7 @@ class TranslationTrainer(SupervisedTrainer):
             as_source, same_source = to_source.translator(torch.cat([target, source])).split([len(target), len(source)])
             again = to_source.translator.encode(as_target)
             back_source = to_source.translator.decode(again, as_target)
-            back_target = to_target.translator(as_source)
+            back_target = to_target.translator.decode(to_target.translator.encode(as_source), as_source)
             scores = [self.discriminators(as_target, TARGET), self.discriminators(as_source, SOURCE)]
             logits = []
             if label is not None:
@@ -260,7 +260,7 @@ class TranslationTrainer(SupervisedTrainer):
         """Loss of the discriminators, the mean over real and translated slices and the sum over the domains."""
         losses = []
         for domain in (TARGET, SOURCE):
-            images = [real[domain], self.replay.exchange(domain, translated[domain]).to(real[domain].device)]
+            images = [real[domain], self.replay.exchange(domain, translated[domain])]
             with self.discrimination.autocast():
                 scores = self.discriminators(torch.cat(images), domain).split([len(one) for one in images])
             losses += [

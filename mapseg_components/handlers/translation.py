@@ -17,11 +17,11 @@ from monai.inferers import Inferer
 from monai.metrics import compute_dice
 from monai.networks.utils import one_hot
 
-from mapseg_components.contrast import inverted
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
-from mapseg_components.networks import DomainTranslators
+from mapseg_components.networks import DomainTranslators, TargetAwareTranslator
 from mapseg_components.reports.preview import can_draw
 from mapseg_components.reports.translation import draw_translation
+from mapseg_components.transforms.background import background_of
 
 __all__ = ["TranslationPictures"]
 
@@ -61,7 +61,7 @@ class TranslationPictures:
         >>> from ignite.engine import Engine
         >>> from monai.inferers import SliceInferer
         >>> from mapseg_components.handlers import TranslationPictures
-        >>> from mapseg_components.networks import DomainTranslators
+        >>> from mapseg_components.networks import DomainTranslators, TargetAwareTranslator
         >>> scans = [{"image": torch.rand(1, 12, 8, 5), "label": torch.ones(1, 12, 8, 5), "case_id": "a"}]
         >>> network, inferer = DomainTranslators(num_classes=2, width=4), SliceInferer(2, roi_size=(12, 8))
         >>> engine = Engine(lambda engine, batch: None)
@@ -111,8 +111,8 @@ class TranslationPictures:
             label = torch.as_tensor(case[LABEL]).as_subclass(torch.Tensor)
             chosen, shown, height = slices_of(image, label)
             volume = image[None, ..., chosen].to(self.device)
-            there = self._run(volume, self.network.to_target.translator)
-            back = self._run(there, self.network.to_source.translator)
+            there = self._run(volume, Part(self.network.to_target, 0))
+            back = self._run(there, Part(self.network.to_source, 0))
             translated.append(there[there > 0.02].cpu().numpy())
             if self.segmented:
                 dice += self._dice(there, label[None, ..., chosen])
@@ -121,9 +121,8 @@ class TranslationPictures:
             columns = [volume[0, 0, ..., shown], there[0, 0, ..., shown], back[0, 0, ..., shown]]
             slices = [column.float().cpu() for column in (*columns, torch.as_tensor(beside[0, ..., place]))]
             if self.target_inverted:  # as the scans are
-                empty = slices[0] == 0
-                slices[1] = inverted(slices[1]).masked_fill(empty, 0.0)
-                slices[3] = inverted(slices[3])
+                slices[1] = (1 - slices[1]).masked_fill(background_of(image)[..., chosen[shown]], 0.0)
+                slices[3] = (1 - slices[3]).masked_fill(background_of(torch.as_tensor(beside))[..., place], 0.0)
             rows.append([one.numpy() for one in slices])
             names.append(str(case.get(CASE_ID, number + 1)))
         self.network.train(training)
@@ -144,22 +143,24 @@ class TranslationPictures:
 
     def _dice(self, there: torch.Tensor, label: torch.Tensor) -> list[float]:
         """Dice of the structures that the slices have."""
-        logits = self._run(there, Segmentation(self.network))
+        logits = self._run(there, Part(self.network.to_source, 1))
         classes = logits.shape[1]
         maps = [one_hot(one.cpu(), classes) for one in (logits.argmax(dim=1, keepdim=True), label.long())]
         found = compute_dice(*maps, include_background=False)[0]
         return found[torch.isfinite(found)].tolist()
 
 
-class Segmentation(torch.nn.Module):
-    """Logits of the direction to the source."""
+class Part(torch.nn.Module):
+    """One output of a direction as it is learnt: 0 for translated slices, 1 for logits."""
 
-    def __init__(self, network: DomainTranslators) -> None:
+    def __init__(self, direction: TargetAwareTranslator, number: int) -> None:
         super().__init__()
-        self.network = network.to_source
+        self.direction = direction
+        self.number = number
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.network(image)[1].float()
+        part: torch.Tensor = self.direction(image)[self.number]
+        return part.float()
 
 
 def slices_of(image: torch.Tensor, label: torch.Tensor) -> tuple[list[int], int, float]:

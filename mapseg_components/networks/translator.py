@@ -109,6 +109,8 @@ class SliceTranslator(nn.Module):
         width: channels of the first level; each further one has twice as many.
         levels: of the U-Net (3 in the paper).
         norm: ``"instance"`` or ``"batch"`` normalization.
+        inverted: the decoder makes the other domain bright for dark, and a call turns it round. A buffer of that name
+            keeps it with the weights.
 
     Shape:
         (B, in_channels, X, Y) to the same, in [0, 1]. Sides that ``2 ** (levels - 1)`` divides.
@@ -124,9 +126,12 @@ class SliceTranslator(nn.Module):
         torch.Size([2, 1, 12, 16])
     """
 
-    def __init__(self, in_channels: int = 1, width: int = 16, levels: int = 3, norm: str = "instance") -> None:
+    def __init__(
+        self, in_channels: int = 1, width: int = 16, levels: int = 3, norm: str = "instance", inverted: bool = False
+    ) -> None:
         super().__init__()
         filters = filters_of(width, levels)
+        self.register_buffer("inverted", torch.tensor(inverted))
         self.encoder = SliceEncoder(in_channels, filters, norm_of(norm))
         self.decoder = SliceDecoder(in_channels, filters, norm_of(norm))
 
@@ -135,11 +140,12 @@ class SliceTranslator(nn.Module):
         return self.encoder(image)
 
     def decode(self, features: list[torch.Tensor], image: torch.Tensor) -> torch.Tensor:
-        """Translated slices (B, in_channels, X, Y) in [0, 1], float32, from the features of slices of that shape."""
+        """Translated slices (B, in_channels, X, Y) in [0, 1], as they are learnt, from slices and their features."""
         return torch.sigmoid(self.decoder(features).float()) * surrounds(image)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.decode(self.encode(image), image)
+        translated = self.decode(self.encode(image), image)
+        return torch.where(self.inverted, surrounds(image) - translated, translated)
 
 
 class TargetAwareTranslator(nn.Module):
@@ -151,9 +157,10 @@ class TargetAwareTranslator(nn.Module):
         width: see `SliceTranslator`.
         levels: see `SliceTranslator`.
         norm: see `SliceTranslator`.
+        inverted: see `SliceTranslator`.
 
     Shape:
-        (B, in_channels, X, Y) to the translated slices and to logits (B, num_classes, X, Y).
+        (B, in_channels, X, Y) to the translated slices, as they are learnt, and to logits (B, num_classes, X, Y).
 
     Examples:
         >>> import torch
@@ -164,10 +171,16 @@ class TargetAwareTranslator(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, in_channels: int = 1, width: int = 16, levels: int = 3, norm: str = "instance"
+        self,
+        num_classes: int,
+        in_channels: int = 1,
+        width: int = 16,
+        levels: int = 3,
+        norm: str = "instance",
+        inverted: bool = False,
     ) -> None:
         super().__init__()
-        self.translator = SliceTranslator(in_channels, width, levels, norm)
+        self.translator = SliceTranslator(in_channels, width, levels, norm, inverted)
         self.segmentation = SliceDecoder(num_classes, filters_of(width, levels), norm_of(norm))
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +197,8 @@ class DomainTranslators(nn.Module):
         width: see `SliceTranslator`.
         levels: see `SliceTranslator`.
         norm: see `SliceTranslator`.
+        target_inverted: whether target slices come bright for dark. All that is learnt and compared is so; a call gives
+            slices as the target shows them.
 
     Shape:
         source slices (B, in_channels, X, Y) to the same as the target shows them, in [0, 1].
@@ -197,10 +212,16 @@ class DomainTranslators(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, in_channels: int = 1, width: int = 16, levels: int = 3, norm: str = "instance"
+        self,
+        num_classes: int,
+        in_channels: int = 1,
+        width: int = 16,
+        levels: int = 3,
+        norm: str = "instance",
+        target_inverted: bool = False,
     ) -> None:
         super().__init__()
-        self.to_target = TargetAwareTranslator(num_classes, in_channels, width, levels, norm)
+        self.to_target = TargetAwareTranslator(num_classes, in_channels, width, levels, norm, target_inverted)
         self.to_source = TargetAwareTranslator(num_classes, in_channels, width, levels, norm)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

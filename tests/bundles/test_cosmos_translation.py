@@ -96,23 +96,23 @@ def test_a_run_that_goes_on_equals_one_that_was_not_interrupted(made, tmp_path):
 
 
 def test_a_target_shown_bright_for_dark_is_turned_back_in_what_is_written(made, tmp_path):
-    """With generators that change nothing, a translated scan is the scan bright for dark, its surroundings empty."""
+    """With a decoder that gives the slice back, a translated scan is the scan bright for dark, surroundings empty."""
     files = [str(TRANSLATION / "configs" / name) for name in ("train.json", "tiny.yaml")]
     parser = ConfigParser(ConfigParser.load_config_files(files))
     parser.update({"bundle_root": str(TRANSLATION), "datalist": str(made / "data" / "datalist.json"), "labels": LABELS})
-    parser.update({"target_inverted": True, "network_def": {"_target_": "torch.nn.Identity"}, "device": "cpu"})
-    parser.update({"output_dir": str(tmp_path), "amp": None})
+    parser.update({"target_inverted": True, "device": "cpu", "output_dir": str(tmp_path)})
+    network = parser.get_parsed_content("network_def")
+    network.decode = lambda features, image: image
     parser.get_parsed_content("translate#volumes")()
     scan = nib.load(made / "data" / "source_training" / "0.nii.gz").get_fdata()
     found = nib.load(tmp_path / "translated" / "images" / "source_training-0.nii.gz").get_fdata()
     shown = (scan / np.percentile(scan, 99.5)).clip(0, 1)
     np.testing.assert_allclose(found, np.where(shown > 0, 1 - shown, 0), atol=1e-5)
-    sample = parser.get_parsed_content("train#target_dataset")[0]["image"]
+    assert network.state_dict()["inverted"].item() is True
     plain = ConfigParser(parser.config)
     plain.update({"target_inverted": False})
-    assert not torch.equal(
-        torch.as_tensor(sample), torch.as_tensor(plain.get_parsed_content("train#target_dataset")[0]["image"])
-    )
+    first, second = (one.get_parsed_content("train#target_dataset")[0]["image"] for one in (parser, plain))
+    assert not torch.equal(torch.as_tensor(first), torch.as_tensor(second))
 
 
 @pytest.mark.parametrize(
