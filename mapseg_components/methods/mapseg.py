@@ -63,10 +63,10 @@ class MAPSeg:
         prior_weight: weight of ``target_prior``, the divergence of the class shares of the student's global views of
             the target from those of the source's labels of its views, see `ClassShareLoss`. It needs the source in
             the same batch, and global views. 0 (the paper): there is no such term.
-        samples: compare pseudo labels with so many draws of the logits by the network's uncertainty head, as
-            `BUDASeg` does; 0 (the paper): with the logits.
         global_view: whether samples have one (the paper). Without it the local terms are all: for scans that a patch
             holds nearly whole, such as short-axis stacks of the heart.
+        samples: compare pseudo labels with so many draws of the logits by the network's uncertainty head, as
+            `BUDASeg` does; 0 (the paper): with the logits.
 
     Raises:
         ConfigError: a threshold is no probability, a weight is negative, or a mask setting is unknown; there is a prior
