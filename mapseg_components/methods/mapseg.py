@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -184,10 +185,13 @@ class MAPSeg:
                     seen[GLOBAL_IMAGE] = self.hide_global(inputs[GLOBAL_IMAGE])
 
             def terms(output: Tensors, ending: str = ending) -> dict[str, torch.Tensor]:
-                found = {f"{side}_local{ending}": self._segmentation(output, "logits", label)}
+                uncertainty = partial(uncertainty_of, output, self.samples)
+                found = {f"{side}_local{ending}": self._segmentation(output["logits"], label, uncertainty("logits"))}
                 if global_label is not None:
                     features = (output["local_features"], output["context_features"])
-                    found[f"{side}_global{ending}"] = self._segmentation(output, "global_logits", global_label)
+                    found[f"{side}_global{ending}"] = self._segmentation(
+                        output["global_logits"], global_label, uncertainty("global_logits")
+                    )
                     found[f"{side}_cosine{ending}"] = self.cosine(*features)
                 return found
 
@@ -215,13 +219,16 @@ class MAPSeg:
         first = len(passes) - len(endings)
         return passes[:first] + [added(one, ending) for one, ending in zip(passes[first:], endings)]
 
-    def _segmentation(self, output: Tensors, name: str, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
-        logits = output[name]
+    def _segmentation(
+        self,
+        logits: torch.Tensor,
+        label: torch.Tensor | PseudoLabel,
+        uncertainty: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not isinstance(label, PseudoLabel):
             return self.loss(logits, label)
         confidence = plain(label.confidence)
         counted = () if self.ignore_unsure is None else (confidence > self.ignore_unsure,)
-        uncertainty = uncertainty_of(output, self.samples, name)
         loss = sampled_loss(self.pseudo_loss, logits, uncertainty, self.samples, label.label, *counted)
         if self.confidence_threshold is not None:
             loss = loss * (confidence > self.confidence_threshold).float().mean()
