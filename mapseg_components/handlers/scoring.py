@@ -95,10 +95,10 @@ class ScoreCheckpoint:
         patience: stop after so many epochs with a Score but no better one; ``None`` for never.
         source_only: there is no Score in the whole run, which learns the source alone: ``source_only.pt`` is of the
             better of both candidates, and an active teacher is the average of the student's last weights.
-        latest: keep the last weights that have a finite Score, not the best: where a method changes what it learns
-            from, such as rounds of pseudo labels, losses of different epochs do not compare. There is no patience then.
         limits: of the structures' shares on the target, see `ShareLimits`: then a Score exists only in epochs in which
             `TargetDiagnostics` has looked, for the candidates that are within limits. ``None`` for none.
+        latest: keep the last weights that have a finite Score, not the best: where a method changes what it learns
+            from, such as rounds of pseudo labels, losses of different epochs do not compare. There is no patience then.
 
     Sets on the trainer's state:
         ``metrics["source_dice_<name>"]``, ``metrics["target_loss"]`` and ``metrics["score"]``.

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,10 +64,10 @@ class MAPSeg:
         prior_weight: weight of ``target_prior``, the divergence of the class shares of the student's global views of
             the target from those of the source's labels of its views, see `ClassShareLoss`. It needs the source in
             the same batch, and global views. 0 (the paper): there is no such term.
-        samples: compare pseudo labels with so many draws of the logits by the network's uncertainty head, as
-            `BUDASeg` does; 0 (the paper): with the logits.
         global_view: whether samples have one (the paper). Without it the local terms are all: for scans that a patch
             holds nearly whole, such as short-axis stacks of the heart.
+        samples: compare pseudo labels with so many draws of the logits by the network's uncertainty head, as
+            `BUDASeg` does; 0 (the paper): with the logits.
 
     Raises:
         ConfigError: a threshold is no probability, a weight is negative, or a mask setting is unknown; there is a prior
@@ -184,10 +185,13 @@ class MAPSeg:
                     seen[GLOBAL_IMAGE] = self.hide_global(inputs[GLOBAL_IMAGE])
 
             def terms(output: Tensors, ending: str = ending) -> dict[str, torch.Tensor]:
-                found = {f"{side}_local{ending}": self._segmentation(output, "logits", label)}
+                uncertainty = partial(uncertainty_of, output, self.samples)
+                found = {f"{side}_local{ending}": self._segmentation(output["logits"], label, uncertainty("logits"))}
                 if global_label is not None:
                     features = (output["local_features"], output["context_features"])
-                    found[f"{side}_global{ending}"] = self._segmentation(output, "global_logits", global_label)
+                    found[f"{side}_global{ending}"] = self._segmentation(
+                        output["global_logits"], global_label, uncertainty("global_logits")
+                    )
                     found[f"{side}_cosine{ending}"] = self.cosine(*features)
                 return found
 
@@ -215,13 +219,16 @@ class MAPSeg:
         first = len(passes) - len(endings)
         return passes[:first] + [added(one, ending) for one, ending in zip(passes[first:], endings)]
 
-    def _segmentation(self, output: Tensors, name: str, label: torch.Tensor | PseudoLabel) -> torch.Tensor:
-        logits = output[name]
+    def _segmentation(
+        self,
+        logits: torch.Tensor,
+        label: torch.Tensor | PseudoLabel,
+        uncertainty: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not isinstance(label, PseudoLabel):
             return self.loss(logits, label)
         confidence = plain(label.confidence)
         counted = () if self.ignore_unsure is None else (confidence > self.ignore_unsure,)
-        uncertainty = uncertainty_of(output, self.samples, name)
         loss = sampled_loss(self.pseudo_loss, logits, uncertainty, self.samples, label.label, *counted)
         if self.confidence_threshold is not None:
             loss = loss * (confidence > self.confidence_threshold).float().mean()

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from mapseg_components.commands.report import uncertainties
 from mapseg_components.contrast import inverted
 from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.errors import ConfigError
@@ -21,6 +24,8 @@ from mapseg_components.handlers import EpochHistory, PseudoLabelRounds, ScoreChe
 from mapseg_components.losses import SegmentationLoss, SquaredDiceLoss, sampled_loss
 from mapseg_components.methods import ArgmaxLabels, BUDASeg, MAPSeg
 from mapseg_components.networks import PlainPass, TwoHeadDynUNet
+from mapseg_components.reports import uncertainty_section
+from tests.conftest import write_nifti
 from tests.unit.test_methods import SIZES, Saying, batch_of, labels_of
 
 DRAWS = (1, 2, 5)
@@ -123,16 +128,12 @@ def test_uncertainty_grows_where_labels_are_wrong_and_shrinks_where_they_are_rig
 
 
 def test_one_slice_of_a_volume_is_an_image():
-    found, teacher = outputs(5), said()
-    for one in (found, {"said": teacher}):
-        for name in one:
-            one[name] = one[name].detach()[..., :1]
-            teacher = one.get("said", teacher)
-    flat = {name: value[..., 0] for name, value in found.items()}
+    logits, uncertainty, label = *outputs(5).values(), said().argmax(1, keepdim=True)
     losses = []
-    for seen, labels in ((found, teacher), (flat, teacher[..., 0])):
+    for slices in (slice(0, 1), 0):
         torch.manual_seed(2)
-        losses.append(sampled_loss(SquaredDiceLoss(), *seen.values(), 4, labels.argmax(1, keepdim=True)))
+        volumes = (logits[..., slices], uncertainty[..., slices], 4, label[..., slices])
+        losses.append(sampled_loss(SquaredDiceLoss(), *volumes))
     torch.testing.assert_close(*losses)
 
 
@@ -144,13 +145,13 @@ def test_more_draws_cost_the_outputs_memory_alone():
         calls, bytes_kept = [], {}
         network.network.register_forward_hook(lambda *_: calls.append(1))
         image = torch.rand(1, 1, 8, 12, 16)
-        method = BUDASeg(ArgmaxLabels(SimpleNamespace(active=True, network=Saying({"logits": said()[:1]}))), samples)
+        says = Saying({"logits": torch.rand(1, 3, 8, 12, 16)})
+        method = BUDASeg(ArgmaxLabels(SimpleNamespace(active=True, network=says)), samples)
 
         def keep(tensor):
             bytes_kept[tensor.data_ptr(), tensor.shape] = tensor.nelement() * tensor.element_size()
             return tensor
 
-        method.labels.teacher.network.outputs = {"logits": torch.rand(1, 3, 8, 12, 16)}
         (one,) = method.passes({"target": {"image": image}})
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             terms = one.terms(PlainPass.forward(network, **one.inputs))
@@ -291,21 +292,14 @@ def rounds(epochs, steps=2, before=None, until=None, **options):
         engine.load_state_dict({"iteration": before["iteration"], "epoch_length": steps, "max_epochs": epochs})
     engine.run(range(steps), max_epochs=epochs, epoch_length=steps)
     state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "teacher": teacher.state_dict()}
-    return labelled_by, student, json_of(state) | {"iteration": engine.state.iteration}
+    return labelled_by, student, saved(state) | {"iteration": engine.state.iteration}
 
 
-def json_of(state):
-    """A copy, as of a file."""
-    return {name: torch.load(io_of(value), weights_only=True) for name, value in state.items()}
-
-
-def io_of(value):
-    import io
-
+def saved(state):
+    """A copy, as of a file of training state."""
     stream = io.BytesIO()
-    torch.save(value, stream)
-    stream.seek(0)
-    return stream
+    torch.save(state, stream)
+    return torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
@@ -369,3 +363,29 @@ def test_the_last_weights_are_kept_where_losses_do_not_compare(tmp_path, latest)
     record = json.loads((tmp_path / "model_selection.json").read_text())["model.pt"]
     assert record["epoch"] == (3 if latest else 2)
     assert torch.load(tmp_path / "model.pt")["bias"].item() == record["epoch"]
+
+
+def test_the_report_tells_a_structures_uncertainty_by_what_the_other_model_says(tmp_path):
+    sides = (5, 6, 4)
+    cases, found = [], []
+    for seed in range(2):
+        generator = np.random.default_rng(seed)
+        size = generator.random(sides).astype(np.float32)
+        adapted, other = (generator.integers(0, 3, sides).astype(np.uint8) for _ in range(2))
+        cases.append({"image": write_nifti(tmp_path / "scans" / f"{seed}.nii.gz", size), "case_id": str(seed)})
+        for model, postfix, volume in (
+            ("adapted", "seg", adapted),
+            ("adapted", "uncertainty", size),
+            ("source_only", "seg", other),
+        ):
+            write_nifti(tmp_path / "predictions" / model / f"{seed}_{postfix}.nii.gz", volume)
+        found.append((size, adapted, other))
+    cases.append({"image": str(tmp_path / "scans" / "without_a_map.nii.gz"), "case_id": "2"})
+    (tmp_path / "datalist.json").write_text(json.dumps({"target_training": cases}))
+    html = uncertainty_section(uncertainties(tmp_path), ["core", "oedema"])
+    size, adapted, other = (np.stack(volumes) for volumes in zip(*found))
+    for number, name in enumerate(("core", "oedema"), start=1):
+        row = html[html.index(f">{name}<") :].split("</tr>")[0]
+        expected = [size[(adapted == number) & where].mean() for where in (True, adapted == other, adapted != other)]
+        assert re.findall(r">(\d\.\d{3})<", row) == [f"{value:.3f}" for value in expected]
+    assert uncertainty_section([], ["core"]) == ""
