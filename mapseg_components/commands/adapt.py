@@ -20,7 +20,7 @@ from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
 from mapseg_components.commands.order import asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
-from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
+from mapseg_components.commands.report import report, require_matplotlib, verdict_line
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.stages import finished_epochs, run_stage, threads, training_samples
 from mapseg_components.data.datalist import all_targets, stem
@@ -60,7 +60,7 @@ class AdaptReport:
 
     def __str__(self) -> str:
         verdict = self.record["assessment"]["verdict"]
-        lines = [VERDICTS[verdict["verdict"]], *verdict["why"], "", f"Report  {self.record['report']}"]
+        lines = [verdict_line(self.record), *verdict["why"], "", f"Report  {self.record['report']}"]
         return "\n".join([*lines, f"Bundle  {self.folder}", f"Label maps  {self.folder}/predictions/{verdict['ship']}"])
 
 
@@ -330,7 +330,7 @@ class Adaptation:
         output = stages / stage.name
         if stage.bundle == ADAPTATION:
             bundle = self.folder
-            contrasts = [stage.contrasts] if self.request["random_contrasts"] else []
+            contrasts = [stage.contrasts] if self.request["random_contrasts"] and stage.contrasts else []
             asked = "settings_of_target.json" if "handover.yaml" in stage.overlays else "settings.json"
             configs = [f"configs/{name}" for name in ("train.json", *contrasts, *stage.overlays, asked)]
         else:

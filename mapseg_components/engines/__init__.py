@@ -3,7 +3,8 @@
 """Trainers on MONAI's and Ignite's engines."""
 
 from mapseg_components.engines.adaptation import AdaptationTrainer, UDATrainer
+from mapseg_components.engines.adversarial import AdversarialTrainer
 from mapseg_components.engines.optimization import OptimizationStep
 from mapseg_components.engines.pretraining import MAETrainer
 
-__all__ = ["AdaptationTrainer", "MAETrainer", "OptimizationStep", "UDATrainer"]
+__all__ = ["AdaptationTrainer", "AdversarialTrainer", "MAETrainer", "OptimizationStep", "UDATrainer"]

@@ -3,6 +3,7 @@
 """Residual encoder, masked autoencoder, global-local segmenter of MAPSeg; training passes of any network."""
 
 from mapseg_components.networks.decoders import ASPP, ReconstructionDecoder, SegmentationHead
+from mapseg_components.networks.discriminator import PatchScores
 from mapseg_components.networks.encoder import ResidualBlock, ResidualEncoder
 from mapseg_components.networks.mae import MultiScaleMAE
 from mapseg_components.networks.passes import GlobalLocalPass, PlainPass, training_pass
@@ -16,6 +17,7 @@ __all__ = [
     "GlobalLocalPass",
     "GlobalLocalUNet",
     "MultiScaleMAE",
+    "PatchScores",
     "PlainPass",
     "Recomputable",
     "ReconstructionDecoder",

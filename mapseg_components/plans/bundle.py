@@ -42,7 +42,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     configs.mkdir(exist_ok=True)
     (folder / "docs").mkdir(exist_ok=True)
     own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
-    stages = {overlay for stage in own for overlay in (*stage.overlays, stage.contrasts)}
+    stages = {overlay for stage in own for overlay in (*stage.overlays, stage.contrasts) if overlay}
     for name in {*BESIDE, *stages}:
         shutil.copyfile(origin / "configs" / name, configs / name)
     shutil.copyfile(origin / "LICENSE", folder / "LICENSE")

@@ -31,7 +31,8 @@ class Stage:
         paths: settings that are files or folders below ``stages``, of earlier stages or of this one.
         settings: further ones.
         optional: whether ``mapseg adapt --pretraining False`` leaves it out.
-        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off.
+        contrasts: overlay of the adaptation bundle for random contrasts of the source, unless they are off; ``None``
+            for a stage that has none.
         scale: factors of settings, so that a stage is as long as a share of what the preset says.
         only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
     """
@@ -42,7 +43,7 @@ class Stage:
     paths: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
-    contrasts: str = INVERTS
+    contrasts: str | None = INVERTS
     scale: dict[str, float] = field(default_factory=dict)
     only_as_is: bool = False
 
@@ -62,6 +63,8 @@ class Recipe:
             target is bright where the source is dark.
         stages: in their order.
         models: ``source_only`` and ``adapted``: weights below ``stages`` that are compared and kept.
+        needs: what else must be so, in one sentence without a full stop.
+        fails: where it is known to fail, likewise.
     """
 
     name: str
@@ -73,6 +76,8 @@ class Recipe:
     models: dict[str, str]
     overlays: tuple[str, ...] = ()
     order: str | None = None
+    needs: str = ""
+    fails: str = ""
 
     @property
     def inverts(self) -> bool:
