@@ -12,6 +12,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from mapseg_components.commands import methods
 from mapseg_components.engines import AdversarialTrainer
 from mapseg_components.plans.recipes import read_recipe, recipe_names
 from tests.bundles.test_guests import BUNDLE, FLAT, FLAT_UNET, PLAIN, UNET, train, weights
@@ -111,6 +112,21 @@ def test_each_recipe_says_what_it_needs_and_where_it_fails():
         recipe = read_recipe(name)
         for text in (recipe.needs, recipe.fails):
             assert len(text) > 20 and not text.endswith("."), name
+            assert text in " ".join(str(methods()).split()), name
+
+
+def test_entropy_is_minimized_in_equal_steps_and_watched_after_each_epoch():
+    """Its own loss is least where one class is everywhere, so the Score cannot see a collapse."""
+    overlay = ConfigParser.load_config_file(BUNDLE / "configs" / "entropy.yaml")
+    assert overlay["diagnostics#interval"] == 1 and overlay["max_epochs"] * overlay["epoch_length"] <= 30
+    assert read_recipe("entropy").stages[-1].overlays[-1] == "share_limits.yaml"
+    parser = ConfigParser({"lr_scheduler": overlay["lr_scheduler"]})
+    parser["optimizer"] = optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=overlay["learning_rate"])
+    schedule = parser.get_parsed_content("lr_scheduler")
+    for _ in range(overlay["max_epochs"]):
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["lr"] == overlay["learning_rate"] <= 0.0003
 
 
 def test_weights_of_classes_keep_the_scale_of_dice():
