@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from monai.losses import DiceCELoss, PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mapseg_components.engines import AdaptationTrainer, AdversarialTrainer
 from mapseg_components.errors import ConfigError, NonFiniteError
@@ -187,6 +191,30 @@ def test_a_number_that_is_none_stops_the_game_before_either_network_moves(of_dis
         trainer.run()
     same(before[0], network, rtol=0, atol=0)
     same(before[1], judge, rtol=0, atol=0)
+
+
+def process(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    network, judge, data = parts()
+    judge.apply(lambda module: hasattr(module, "reset_parameters") and rank and module.reset_parameters())
+    halves = [
+        {side: {key: v[rank : rank + 1] for key, v in entries.items()} for side, entries in one.items()} for one in data
+    ]
+    trainer = trained(DistributedDataParallel(network), judge, halves)
+    torch.save([trainer.network.module.state_dict(), trainer.discriminator.module.state_dict()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_have_one_discriminator_which_is_that_of_one_with_both_samples(tmp_path, monkeypatch):
+    """Cross-entropy, a mean over voxels; that of Dice would be a ratio over each process's sample."""
+    monkeypatch.setattr(sys.modules[__name__], "LOSS", DiceCELoss(to_onehot_y=True, softmax=True, lambda_dice=0.0))
+    mp.start_processes(process, (str(tmp_path),), nprocs=2, start_method="fork")
+    network, judge, data = parts()
+    one = trained(network, judge, data)
+    for rank in range(2):
+        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), (one.network, one.discriminator)):
+            for name, value in expected.state_dict().items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_what_does_not_fit_is_named():
