@@ -17,7 +17,7 @@ from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
 from mapseg_components.commands.order import asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
-from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
+from mapseg_components.commands.report import report, require_matplotlib, verdict_line
 from mapseg_components.commands.stages import threads
 from mapseg_components.commands.training import Run
 from mapseg_components.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ class AdaptReport:
 
     def __str__(self) -> str:
         verdict = self.record["assessment"]["verdict"]
-        lines = [VERDICTS[verdict["verdict"]], *verdict["why"], "", f"Report  {self.record['report']}"]
+        lines = [verdict_line(self.record), *verdict["why"], "", f"Report  {self.record['report']}"]
         return "\n".join([*lines, f"Bundle  {self.folder}", f"Label maps  {self.folder}/predictions/{verdict['ship']}"])
 
 

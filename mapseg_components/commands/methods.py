@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that can adapt a model, what each needs and what was measured."""
+"""The methods that can adapt a model, what each needs, where it fails and what was measured."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ class MethodsReport:
 
 
 def described(recipe: Recipe) -> str:
-    """Name and title, what the method needs, what was measured."""
+    """Name and title, what the method needs, where it fails, what was measured."""
     source = "source scans at hand" if recipe.source else "source scans for a first stage only"
     dimensions = " and ".join(f"{number}D" for number in recipe.dimensions)
-    lines = [recipe.title, f"Needs {source}; {dimensions}.", f"Measured: {recipe.measured}"]
+    needs = "; ".join([source, dimensions, *([recipe.needs] if recipe.needs else [])])
+    fails = [f"Known to fail {recipe.fails}."] if recipe.fails else []
+    lines = [recipe.title, f"Needs {needs}.", *fails, f"Measured: {recipe.measured}"]
     wrapped = [line for text in lines for line in textwrap.wrap(text, WIDTH - 4)]
     return "\n".join([recipe.name, *(f"    {line}" for line in wrapped)])
 
 
 def methods() -> MethodsReport:
-    """List the methods of mapseg adapt --method: what each does, what it needs and what was measured.
+    """List the methods of mapseg adapt --method: what each does, what it needs, where it fails, what was measured.
 
     Returns:
         a `MethodsReport`.

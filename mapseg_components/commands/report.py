@@ -28,6 +28,7 @@ from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
 from mapseg_components.keys import UNCERTAINTY
+from mapseg_components.plans.recipes import Recipe, read_recipe, recipe_names
 from mapseg_components.reports import (
     FIGURES_STYLE,
     SLICES_SCRIPT,
@@ -54,6 +55,12 @@ VERDICTS = {
     "no gain": "No gain: the adapted model is not better; the bundle uses the source-only model.",
     "worse than source": "Worse than source: adaptation made it worse; the bundle uses the source-only model.",
 }
+OF_CONTINUED = {  # of a baseline, whose second model was trained on without the target
+    "adapted": "Trained on: use the model that was trained on. No target was learnt from.",
+    "no gain": "No gain: the model that was trained on is not better; the bundle uses the first source-only model.",
+    "worse than source": "Worse: training on made it worse; the bundle uses the first source-only model.",
+}
+CONTINUED_NOTE = "In this page, adapted means trained on for as long as an adaptation: no target was learnt from."
 QUALITY_NOTE = (
     "Estimated Dice: how alike a scan's segmentation stays when its intensities change, turned into a Dice by the "
     "labelled validation scans of the source, as they are and degraded; its error is that on validation scans that "
@@ -108,6 +115,33 @@ def require_matplotlib() -> None:
         raise ConfigError("the report needs matplotlib: pip install matplotlib")
 
 
+def recipe_of(run: Mapping[str, Any]) -> Recipe | None:
+    """The recipe of a run, unless this version has none of that name."""
+    name = run["request"].get("method", "mapseg")
+    return read_recipe(name) if name in recipe_names() else None
+
+
+def is_baseline(recipe: Recipe | None) -> bool:
+    """Whether no stage of a method learns from the target: what is compared as ``adapted`` was trained on."""
+    return recipe is not None and all("source_only.yaml" in stage.overlays for stage in recipe.stages)
+
+
+def verdict_line(run: Mapping[str, Any]) -> str:
+    """The verdict of a run in a sentence or two."""
+    lines = OF_CONTINUED if is_baseline(recipe_of(run)) else VERDICTS
+    return lines[run["assessment"]["verdict"]["verdict"]]
+
+
+def method_note(run: Mapping[str, Any]) -> str:
+    """The method of a run, and where it is known to fail, as a paragraph."""
+    recipe = recipe_of(run)
+    if recipe is None:
+        return ""
+    fails = f" Known to fail {recipe.fails}." if recipe.fails else ""
+    baseline = f" {CONTINUED_NOTE}" if is_baseline(recipe) else ""
+    return f'<p class="quiet">Method: {escape(recipe.title)}.{escape(fails)}{baseline}</p>'
+
+
 def report(directory: str, output: str | None = None) -> str:
     """Write the report of a run of ``mapseg adapt``: one HTML file that needs no network.
 
@@ -144,8 +178,9 @@ def report(directory: str, output: str | None = None) -> str:
         f'<p class="quiet">{plan["target"]} target scans{held_out}, {plan["source_training"]} + '
         f"{plan['source_validation']} source scans, {len(names)} structures, "
         f"preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
+        method_note(run),
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
-        answer(KINDS[verdict["verdict"]], VERDICTS[verdict["verdict"]], shown, reasons),
+        answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
         f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
         f'<h2>Each structure</h2><div class="tables"><div><h3>Volume on the target</h3>'

@@ -133,14 +133,19 @@ class AdaptationTrainer(SupervisedTrainer):
                 optimization.backward(self.loss_function(losses))
             terms.update({name: loss.detach() for name, loss in losses.items()})
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
-        optimization.finish(terms, ends)
+        others = self._finish(terms, ends)
         if ends:
             engine.fire_event(IterationEvents.MODEL_COMPLETED)
-        output = {TOTAL_LOSS: self.loss_function(terms), **terms}
+        output = {TOTAL_LOSS: self.loss_function(terms), **terms, **others}
         selected = [terms[name] for name in self.method.selection if name in terms]
         if selected:
             output[TARGET_LOSS] = torch.stack(selected).mean()
         return output
+
+    def _finish(self, terms: Mapping[str, torch.Tensor], ends: bool) -> dict[str, torch.Tensor]:
+        """Check and step after all backward passes; losses of other networks that learnt as well, for the output."""
+        self.optimization.finish(terms, ends)
+        return {}
 
     def _losses(self, group: list[Pass], taken: Set[str]) -> dict[str, torch.Tensor]:
         """Named, unweighted terms of several passes that run as one batch; ``taken`` are names of earlier passes."""

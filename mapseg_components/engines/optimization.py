@@ -131,6 +131,12 @@ class OptimizationStep:
                 loss scaling of fp16 skips a step with such a gradient, until the scale has become too small to be the
                 cause.
         """
+        self.prepare(terms, ends)
+        if ends:
+            self.step()
+
+    def prepare(self, terms: Mapping[str, torch.Tensor], ends: bool) -> None:
+        """The first half of `finish`, which touches no weight: clip and check. Arguments and errors are the same."""
         checked = dict(terms)
         if ends:
             self.scaler.unscale_(self.optimizer)
@@ -145,10 +151,9 @@ class OptimizationStep:
             raise NonFiniteError(
                 f"loss terms {bad} are NaN or infinite" if bad else f"the gradient's norm is {norm.item()}"
             )
-        if ends:
-            self._step()
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """The second half of `finish`, where an iteration ends a step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:

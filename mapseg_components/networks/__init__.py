@@ -3,6 +3,7 @@
 """Encoder, masked autoencoder, segmenters with one head and with two; translators; training passes of any network."""
 
 from mapseg_components.networks.decoders import ASPP, ReconstructionDecoder, SegmentationHead
+from mapseg_components.networks.discriminator import PatchScores
 from mapseg_components.networks.encoder import ResidualBlock, ResidualEncoder
 from mapseg_components.networks.heads import TwoHeadDynUNet, TwoHeads, both_heads, has_uncertainty
 from mapseg_components.networks.mae import MultiScaleMAE
@@ -25,6 +26,7 @@ __all__ = [
     "GlobalLocalPass",
     "GlobalLocalUNet",
     "MultiScaleMAE",
+    "PatchScores",
     "PlainPass",
     "Recomputable",
     "ReconstructionDecoder",

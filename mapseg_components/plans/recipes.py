@@ -91,6 +91,8 @@ class Recipe:
         rounds: how often the stages of each round are repeated, unless the user sets it; ``None`` where there are none.
         folds: models that make the pseudo labels together, each with its own part of the source for validation, unless
             the user sets it.
+        needs: what else must be so, in one sentence without a full stop.
+        fails: where it is known to fail, likewise.
     """
 
     name: str
@@ -106,6 +108,8 @@ class Recipe:
     mirrors: bool = False
     rounds: int | None = None
     folds: int = 1
+    needs: str = ""
+    fails: str = ""
 
     @property
     def inverts(self) -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 
 import nibabel as nib
@@ -16,8 +17,17 @@ import numpy as np
 import pytest
 
 from mapseg_components.commands import check
+from mapseg_components.commands.adapt import AdaptReport
 from mapseg_components.commands.check import findings_table
-from mapseg_components.commands.report import report
+from mapseg_components.commands.report import (
+    CONTINUED_NOTE,
+    OF_CONTINUED,
+    VERDICTS,
+    method_note,
+    report,
+    verdict_line,
+)
+from mapseg_components.plans.recipes import read_recipe, recipe_names
 from mapseg_components.reports import ComparedScan, curves, sortable_table
 from mapseg_components.reports.comparison import comparison_figure
 from mapseg_components.reports.curves import small_multiples
@@ -194,6 +204,28 @@ def test_the_answer_comes_first(text):
     place = [body.index(part) for part in ('class="answer good"', "use the adapted model", "95 % interval", "<h2>")]
     assert place == sorted(place)
     assert re.search(r"<dt>Difference</dt><dd><b>\+0\.\d{3}</b>", body) and "± 0.06" in body
+
+
+@pytest.mark.parametrize("verdict", ["adapted", "no gain", "worse than source"])
+def test_a_baseline_is_called_trained_on_and_no_adaptation(tmp_path, verdict):
+    """What stands for an adapted model learnt from no target: neither page nor terminal may say that it did."""
+    folder = make_run(tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    record["assessment"]["verdict"]["verdict"] = verdict
+    for method in recipe_names():
+        record["request"]["method"], record["report"] = method, "report.html"
+        said = str(AdaptReport("out", record)).splitlines()[0]
+        baseline = method.startswith("source_only")
+        assert said == (OF_CONTINUED if baseline else VERDICTS)[verdict]
+        assert (CONTINUED_NOTE in method_note(record)) is baseline
+    record["request"]["method"] = "source_only"
+    (folder / "run.json").write_text(json.dumps(record))
+    body = open(report(str(folder))).read()
+    recipe = read_recipe("source_only")
+    for text in (OF_CONTINUED[verdict], CONTINUED_NOTE, recipe.title, f"Known to fail {recipe.fails}."):
+        assert escape(text) in body
+    record["request"]["method"] = "of_a_later_version"
+    assert method_note(record) == "" and verdict_line(record) == VERDICTS[verdict]
 
 
 def test_panes_share_the_width_of_any_window(text):

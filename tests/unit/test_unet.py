@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 
 from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
 from mapseg_components.networks import GlobalLocalPass, GlobalLocalUNet, UNetMAE, training_pass
+from tests.conftest import ROOT
 
+CONFIGS = ROOT / "bundles" / "mapseg_adaptation" / "configs"
 SIZES = {"filters": [8, 16, 16], "kernel_size": [[3, 3, 1], 3, 3], "strides": [[2, 2, 1], 2, [2, 2, 1]]}
 
 
@@ -77,3 +80,17 @@ def test_the_autoencoders_encoder_is_the_networks(network):
     assert found.shape == image.shape and 0 <= found.min() and found.max() <= 1
     network.encoder.load_state_dict(autoencoder.encoder.state_dict())
     torch.testing.assert_close(network.encode(image)[0], autoencoder.encode(image)[0])
+
+
+@pytest.mark.parametrize("epochs", range(1, 11))
+def test_the_schedule_fits_any_number_of_epochs(epochs):
+    parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "unet.yaml"))
+    parser["max_epochs"] = epochs
+    parser["optimizer"] = optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    schedule, rates = parser.get_parsed_content("lr_scheduler"), []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < epochs:
+            schedule.step()
+    assert rates[-1] < 1e-7 and (epochs < 5 or max(rates) > 0.0015)
