@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_epochs", "check_names", "check_network", "settled", "unlearnt", "write_bundle"]
+__all__ = ["check_epochs", "check_names", "check_network", "overlaid", "settled", "unlearnt", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
 LABELLING = "pseudo_labels.yaml"  # of inference, for stages of pseudo labels
@@ -100,13 +100,7 @@ def settled(
     overlays = [*PRESETS[plan["preset"]]["overlays"]]
     if bundle.name == ADAPTATION:
         overlays += [*recipe.presets.get(plan["preset"], ()), *recipe.overlays]
-    merged = ConfigParser(dict(base))
-    for overlay in overlays:
-        content = ConfigParser.load_config_file(configs / overlay) if (configs / overlay).is_file() else {}
-        for key, value in content.items():
-            if key.lstrip("+").partition("#")[0] in base:  # others are of another config, such as that of training
-                merge_kv(merged, key, value)
-    config = {key: value for key, value in merged.get().items() if key in base}
+    config = overlaid(base, [configs / overlay for overlay in overlays if (configs / overlay).is_file()])
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
     wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
     wanted |= {"slice_size": plan["slice_size"]}
@@ -126,6 +120,16 @@ def settled(
             unet["deep_supr_num"] = max(len(unet["strides"]) - 3, 1)
         config["network_def"] = config["network_def"] | unet
     return config
+
+
+def overlaid(base: Mapping[str, Any], overlays: Sequence[Path]) -> dict[str, Any]:
+    """A config with overlays on top, as far as they are about its entries: others are of training, or of inference."""
+    merged = ConfigParser(dict(base))
+    for overlay in overlays:
+        for key, value in ConfigParser.load_config_file(overlay).items():
+            if key.lstrip("+").partition("#")[0] in base:
+                merge_kv(merged, key, value)
+    return {key: value for key, value in merged.get().items() if key in base}
 
 
 def asked_of(bundle: str, recipe: Recipe, request: Mapping[str, Any]) -> dict[str, Any]:
