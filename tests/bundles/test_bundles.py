@@ -24,7 +24,8 @@ from tools.check_bundles import findings
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
 # they need a package, see test_test_time.py
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
-PARTS = {"dynunet.yaml"}  # it needs a method, see test_guests.py
+# they need another network or a method, see test_guests.py and test_buda_seg.py
+PARTS = {"dynunet.yaml", "two_head_dynunet.yaml", "buda_seg.yaml"}
 STANDALONE = {
     "metadata.json",
     "train.json",
