@@ -9,8 +9,6 @@ LABEL = "label"
 PRED = "pred"
 DOMAIN = "domain"
 CASE_ID = "case_id"
-# Where a sample may have it: above 0 at the voxels that count, (B, 1, X, Y, Z).
-VALID = "valid"
 
 # What inference may add to a case: the largest probability of each voxel, and the probabilities of all classes.
 CONFIDENCE = "confidence"

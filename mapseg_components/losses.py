@@ -13,6 +13,8 @@ from monai.losses import DiceLoss, MaskedDiceLoss
 from monai.networks import one_hot
 from torch import nn
 
+from mapseg_components.structures import IGNORED
+
 __all__ = [
     "ClassShareLoss",
     "LocalGlobalCosineLoss",
@@ -129,13 +131,13 @@ class SquaredDiceLoss(nn.Module):
         Args:
             logits: (B, C, ...).
             label: (B, 1, ...), class indices of any number type.
-            valid: boolean (B, 1, ...); voxels that are ``False`` count nowhere, not as background either.
+            valid: boolean (B, 1, ...); voxels that are ``False`` count nowhere, not as background either. All count by
+                default, but for those whose label is `mapseg_components.structures.IGNORED`.
         """
-        probabilities = plain(logits).float().softmax(dim=1)
-        truth = one_hot(plain(label), num_classes=logits.shape[1])
-        if valid is not None:
-            probabilities, truth = probabilities * plain(valid), truth * plain(valid)
-        return self.dice(probabilities, truth)
+        label = plain(label)
+        counted = label != IGNORED if valid is None else (label != IGNORED) & plain(valid)
+        truth = one_hot(label.where(counted, torch.zeros_like(label)), num_classes=logits.shape[1])
+        return self.dice(plain(logits).float().softmax(dim=1) * counted, truth * counted)
 
 
 def sampled_loss(

@@ -24,10 +24,9 @@ from mapseg_components.commands.report_rounds import (
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import read_nifti
 from mapseg_components.data.datalist import all_targets
-from mapseg_components.data.results import result_path
+from mapseg_components.data.results import result_path, uncertainty_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
-from mapseg_components.keys import UNCERTAINTY
 from mapseg_components.plans.recipes import Recipe, read_recipe, recipe_names
 from mapseg_components.reports import (
     FIGURES_STYLE,
@@ -308,12 +307,13 @@ def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str], s
 def uncertainties(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The adapted model's map of uncertainty of each target scan that has one, its label map, the other model's."""
     for case in all_targets(folder / "datalist.json"):
-        size, adapted, source_only = (
-            result_path(case["image"], folder / "predictions" / model, postfix)
-            for model, postfix in (("adapted", UNCERTAINTY), ("adapted", "seg"), ("source_only", "seg"))
-        )
+        size = uncertainty_path(case["image"], folder / "predictions" / "adapted")
         if size.is_file():
-            yield read_nifti(size).voxels, read_nifti(adapted).voxels, read_nifti(source_only).voxels
+            maps = (
+                result_path(case["image"], folder / "predictions" / name, "seg") for name in ("adapted", "source_only")
+            )
+            adapted, source_only = (read_nifti(path).voxels for path in maps)
+            yield read_nifti(size).voxels, adapted, source_only
 
 
 def sizes(history: Sequence[Mapping[str, Any]], prior: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:

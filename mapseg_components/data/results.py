@@ -12,9 +12,9 @@ from typing import Any
 from monai.data.utils import create_file_basename
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.keys import IMAGE
+from mapseg_components.keys import IMAGE, UNCERTAINTY
 
-__all__ = ["check_results", "refuse_existing", "result_path"]
+__all__ = ["check_results", "refuse_existing", "result_path", "uncertainty_path"]
 
 LONGEST_NAME = 255  # bytes, on all common file systems
 
@@ -23,6 +23,11 @@ def result_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str]
     """Where MONAI's ``SaveImaged`` and its subclasses put the result of a scan: ``<scan>_<postfix>.nii.gz``."""
     base = create_file_basename(postfix, os.fspath(scan), output_dir, separate_folder=False, makedirs=False)
     return Path(f"{base}.nii.gz")
+
+
+def uncertainty_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:
+    """Where `mapseg_components.transforms.SaveVolumed` puts the map of uncertainty of a scan."""
+    return result_path(scan, output_dir, UNCERTAINTY)
 
 
 def check_results(

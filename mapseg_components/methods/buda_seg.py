@@ -11,10 +11,11 @@ from torch import nn
 
 from mapseg_components.contrast import Change
 from mapseg_components.errors import ConfigError
-from mapseg_components.keys import IMAGE, TARGET, VALID
+from mapseg_components.keys import IMAGE, TARGET
 from mapseg_components.losses import SquaredDiceLoss, sampled_loss
 from mapseg_components.methods.base import Pass, Tensors
 from mapseg_components.methods.labels import ArgmaxLabels
+from mapseg_components.structures import IGNORED
 
 __all__ = ["BUDASeg", "uncertainty_of"]
 
@@ -38,8 +39,8 @@ class BUDASeg:
         variance_penalty: weight of ``target_uncertainty`` in the loss; 0 (the paper) for none.
         change: what the student sees instead of the image that the teacher labels, see `MAPSeg`; ``None`` (the paper)
             for the same.
-        loss: of one draw, called with logits and label, by default `SquaredDiceLoss` (the paper). Voxels that a
-            target's ``valid`` leaves out are passed to it as a third argument.
+        loss: of one draw, called with logits and label, by default `SquaredDiceLoss` (the paper). It leaves out voxels
+            whose label is `mapseg_components.structures.IGNORED`, as the logged figures do.
 
     Raises:
         ConfigError: an argument is out of range; or, in a call, the network has no uncertainty head.
@@ -75,13 +76,12 @@ class BUDASeg:
             return []
         image = batch[TARGET][IMAGE]
         label = self.labels(image=image)["logits"].label
-        valid = (batch[TARGET][VALID] > 0,) if VALID in batch[TARGET] else ()
 
         def terms(output: Tensors) -> dict[str, torch.Tensor]:
             uncertainty = uncertainty_of(output, self.samples)
-            found = {"target": sampled_loss(self.loss, output["logits"], uncertainty, self.samples, label, *valid)}
+            found = {"target": sampled_loss(self.loss, output["logits"], uncertainty, self.samples, label)}
             if uncertainty is not None:
-                found |= sizes(uncertainty, output["logits"].argmax(1, keepdim=True) == label, *valid)
+                found |= sizes(uncertainty, output["logits"].argmax(1, keepdim=True) == label, label != IGNORED)
             return found
 
         return [Pass({IMAGE: image if self.change is None else self.change(image)}, terms)]
@@ -119,18 +119,17 @@ def uncertainty_of(output: Tensors, samples: int, logits: str = "logits") -> tor
     return output.get(name)
 
 
-def sizes(uncertainty: torch.Tensor, agree: torch.Tensor, valid: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def sizes(uncertainty: torch.Tensor, agree: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:
     """Mean of abs(V) over voxels, and over those of agreement and of difference where there are such.
 
     Args:
         uncertainty: (B, C, ...).
         agree: boolean (B, 1, ...).
-        valid: boolean (B, 1, ...), voxels that count; all by default.
+        counted: boolean (B, 1, ...).
     """
     size = uncertainty.float().abs().mean(1, keepdim=True)
-    valid = torch.ones_like(agree) if valid is None else valid
-    found = {SIZE: (size * valid).sum() / valid.sum().clamp(min=1)}
-    for name, where in {f"{SIZE}_agree": agree & valid, f"{SIZE}_differ": ~agree & valid}.items():
+    found = {SIZE: (size * counted).sum() / counted.sum().clamp(min=1)}
+    for name, where in {f"{SIZE}_agree": agree & counted, f"{SIZE}_differ": ~agree & counted}.items():
         if where.any():
             found[name] = size.detach()[where].mean()
     return found

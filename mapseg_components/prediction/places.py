@@ -23,6 +23,7 @@ from mapseg_components.data import (
 )
 from mapseg_components.data.bids import DESCRIPTION, IGNORED, suffix
 from mapseg_components.data.datalist import stem as stem_of
+from mapseg_components.data.results import uncertainty_path
 from mapseg_components.errors import DataError
 from mapseg_components.files import sweep_temporaries, write_json, write_text
 from mapseg_components.keys import CASE_ID, IMAGE, UNCERTAINTY
@@ -60,7 +61,7 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
             place = Place(
                 folder / f"{stem}_{postfix}.nii.gz",
                 folder / f"{stem}_probabilities.nii.gz",
-                folder / f"{stem}_{UNCERTAINTY}.nii.gz",
+                uncertainty_path(case[IMAGE], folder),
                 folder / "previews" / f"{stem}.png",
                 segmentation=folder / f"{stem}_{postfix}.dcm",
             )

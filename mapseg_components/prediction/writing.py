@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.data import read_nifti, result_path, structure_volumes
+from mapseg_components.data.results import uncertainty_path
 from mapseg_components.errors import ConfigError, ResourceError
 from mapseg_components.files import write_json
-from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES, UNCERTAINTY
+from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.prediction.bundle import InferenceBundle
 from mapseg_components.prediction.places import Output, Place
 from mapseg_components.prediction.records import Prediction
@@ -82,7 +83,7 @@ class Writer:
         picture = self.draw(one, case, staged)
         try:
             if self.output.uncertainties:
-                os.replace(result_path(case[IMAGE], self.staging, UNCERTAINTY), place.uncertainty)
+                os.replace(uncertainty_path(case[IMAGE], self.staging), place.uncertainty)
                 one.uncertainty = str(place.uncertainty)
             os.replace(staged, place.label_map)
             if self.bundle["overwrite"]:

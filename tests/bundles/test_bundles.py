@@ -25,8 +25,9 @@ ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundle
 TRANSLATION = ROOT / "bundles" / "cosmos_translation"
 # they need a package, see test_test_time.py
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
-PARTS = {"dynunet.yaml"}  # it needs a method, see test_guests.py
-PARTS |= {"cosmos.yaml", "self_training.yaml", "pseudo_labels.yaml"}  # see test_self_training.py
+# they need another network or a method, see test_guests.py, test_buda_seg.py and test_self_training.py
+PARTS = {"dynunet.yaml", "two_head_dynunet.yaml", "buda_seg.yaml", "cosmos.yaml", "self_training.yaml"}
+PARTS |= {"pseudo_labels.yaml"}
 STANDALONE = {
     "metadata.json",
     "train.json",

@@ -22,9 +22,10 @@ from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.errors import ConfigError
 from mapseg_components.handlers import EpochHistory, PseudoLabelRounds, ScoreCheckpoint
 from mapseg_components.losses import SegmentationLoss, SquaredDiceLoss, sampled_loss
-from mapseg_components.methods import ArgmaxLabels, BUDASeg, MAPSeg
+from mapseg_components.methods import ArgmaxLabels, BUDASeg, MAPSeg, PseudoLabel
 from mapseg_components.networks import PlainPass, TwoHeadDynUNet
 from mapseg_components.reports import uncertainty_section
+from mapseg_components.structures import IGNORED
 from tests.conftest import write_nifti
 from tests.unit.test_methods import SIZES, Saying, batch_of, labels_of
 
@@ -61,23 +62,39 @@ def said(seed=3):
     return torch.randn(SIZES, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+class TornLabels:
+    """Pseudo labels that leave voxels out."""
+
+    active = True
+
+    def __init__(self, label, left_out):
+        self.label = label.masked_fill(left_out, IGNORED)
+
+    def __call__(self, image):
+        return {"logits": PseudoLabel(self.label, torch.ones(self.label.shape))}
+
+
+@pytest.mark.parametrize("torn", [False, True])
 @pytest.mark.parametrize("samples", DRAWS)
-def test_the_loss_is_the_mean_of_the_draws_formula(samples, masked):
-    teacher, found = said(), outputs(5)
-    batch = batch_of(1, labels=False)
-    if masked:
-        batch["valid"] = (batch["image"] > 0.3).float()
+def test_the_loss_is_the_mean_of_the_draws_formula(samples, torn):
+    label, found, batch = said().argmax(1, keepdim=True), outputs(5), batch_of(1, labels=False)
+    left_out = batch["image"] < (0.3 if torn else 0)
     torch.manual_seed(11)
-    loss = terms_of(BUDASeg(labels_of(teacher), samples), found, batch)["target"]
+    loss = terms_of(BUDASeg(TornLabels(label, left_out), samples), found, batch)["target"]
     torch.manual_seed(11)
-    label = teacher.argmax(1, keepdim=True).numpy()
     expected = []
     for _ in range(samples):
         noise = torch.randn(SIZES)  # of each voxel and class
         drawn = (found["logits"] + noise * found["uncertainty"]).detach().numpy()
-        expected.append(numpy_squared_dice(drawn, label, batch["valid"].numpy() > 0 if masked else None))
+        expected.append(numpy_squared_dice(drawn, label.numpy(), ~left_out.numpy()))
     assert loss.item() == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_voxels_that_do_not_count_are_those_of_either_kind():
+    label, logits, image = said().argmax(1, keepdim=True), outputs(5)["logits"], batch_of(1)["image"]
+    torn = label.masked_fill(image < 0.2, IGNORED)
+    found = SquaredDiceLoss()(logits, torn, image < 0.9)
+    torch.testing.assert_close(found, SquaredDiceLoss()(logits, label, (image >= 0.2) & (image < 0.9)))
 
 
 @pytest.mark.parametrize("samples", DRAWS)
@@ -101,14 +118,13 @@ def test_the_gradient_reaches_both_heads(samples):
 
 
 def test_voxels_left_out_get_no_gradient_and_are_no_background():
-    batch = batch_of(1, labels=False)
-    batch["valid"] = (batch["image"] > 0.3).float()
-    found, left_out = outputs(5), batch["valid"][:, 0] == 0
-    found_terms = terms_of(BUDASeg(labels_of(said()), 3), found, batch)
+    found, batch = outputs(5), batch_of(1, labels=False)
+    left_out = batch["image"] < 0.3
+    found_terms = terms_of(BUDASeg(TornLabels(said().argmax(1, keepdim=True), left_out), 3), found, batch)
     found_terms["target"].backward()
     for value in found.values():
-        assert (value.grad.movedim(1, -1)[left_out] == 0).all() and (value.grad != 0).any()
-    counted = found["uncertainty"].abs().mean(1)[~left_out].mean()
+        assert (value.grad.movedim(1, -1)[left_out[:, 0]] == 0).all() and (value.grad != 0).any()
+    counted = found["uncertainty"].abs().mean(1)[~left_out[:, 0]].mean()
     torch.testing.assert_close(found_terms["target_uncertainty"], counted)
 
 
