@@ -47,7 +47,7 @@ class PatchScores(nn.Module):
         torch.Size([8, 1, 2, 4])
     """
 
-    def __init__(self, in_channels: int, patch_size: Sequence[int], channels: int = 32, halvings: int = 3) -> None:
+    def __init__(self, in_channels: int, patch_size: Sequence[int], channels: int = 16, halvings: int = 3) -> None:
         super().__init__()
         sides = list(patch_size)
         for name, value in {"channels": channels, "halvings": halvings}.items():
