@@ -22,16 +22,17 @@ from mapseg_components.commands.order import asks_for_order, describe_order, rec
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.stages import finished_epochs, run_stage, threads, training_samples
+from mapseg_components.commands.stages import finished_epochs, run_stage, scaled, threads, training_samples
 from mapseg_components.data.datalist import all_targets, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
-from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.cases import hold_out, target_cases
+from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
+from mapseg_components.plans.recipes import ADAPTATION, Stage, recipe_for
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, versions, working
 from mapseg_components.shipped_files import bundles_folder
@@ -69,7 +70,8 @@ def adapt(
     source: str,
     target: str,
     output: str,
-    labels: str | Mapping[str, int] | None = None,
+    labels: str | Mapping[str, Any] | None = None,
+    source_label_maps: bool = False,
     method: str = "mapseg",
     preset: str = "auto",
     prepare: str | Mapping[str, Any] | None = None,
@@ -97,9 +99,12 @@ def adapt(
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
         output: folder to write, new or of an earlier call with the same arguments.
-        labels: structures and their values, as a mapping, JSON text or a JSON file such as ``dataset.json``. By default
-            those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
-        method: how the model learns from the target; ``mapseg methods`` lists them.
+        labels: structures and their values, as a mapping such as {"hippocampus": [17, 53], "brainstem": 16}, JSON text
+            or a JSON file such as ``dataset.json``. By default those of the datalist or ``dataset.json``; without, the
+            values found in the source's label maps.
+        source_label_maps: the source is label maps without images: images of any contrast are made of all their values
+            while training.
+        method: how the model learns from the target; ``mapseg methods`` lists them; of label maps mapseg is label_maps.
         preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
@@ -139,16 +144,17 @@ def adapt(
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
     choose_device(device)
-    read_recipe(method)
+    recipe = recipe_for(method, source_label_maps)
     request = {
         "source": str(Path(source).absolute()),
         "target": str(Path(target).absolute()),
         "labels": read_mapping("labels", labels),
-        "method": method,
+        "source_label_maps": recipe.of_label_maps,
+        "method": recipe.name,
         "preset": preset,
         "prepare": preparation(prepare),
-        "pretraining": pretraining,
-        "random_contrasts": random_contrasts,
+        "pretraining": pretraining and not recipe.of_label_maps,
+        "random_contrasts": random_contrasts and not recipe.of_label_maps,
         "validation_share": validation_share,
         "held_out": held_out,
         "symmetric": symmetric,
@@ -183,7 +189,7 @@ class Adaptation:
         self.request = request
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
-        self.recipe = read_recipe(request["method"])
+        self.recipe = recipe_for(request["method"], bool(request.get("source_label_maps")))
 
     def train(self) -> None:
         """Plan, check and every stage of the recipe that is not done yet."""
@@ -223,8 +229,8 @@ class Adaptation:
                 {name: str(path) for name, path in weights.items()},
                 self.request["symmetric"],
                 self.quiet,
-                self.request["any_position"],
-                self.request["random_contrasts"] and self.recipe.inverts,
+                self.request["any_position"] or bool((self.request["settings"] or {}).get("synthesis_optional")),
+                (self.request["random_contrasts"] or self.recipe.of_label_maps) and self.recipe.inverts,
                 self.record.get("samples"),
             )
             self._save()
@@ -241,7 +247,7 @@ class Adaptation:
     def _resume(self) -> None:
         path = self.folder / "run.json"
         if not path.is_file():
-            own = (".run.lock", ".run.lock.json", *(["prepared"] if self.request["prepare"] is not None else []))
+            own = {".run.lock", ".run.lock.json", FOLDER, "prepared" if self.request["prepare"] is not None else FOLDER}
             others = [p.name for p in self.folder.iterdir() if p.name not in own]
             if others:
                 raise ConfigError(
@@ -249,7 +255,7 @@ class Adaptation:
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["request"].setdefault("held_out", 0)  # a run of an earlier version
+        saved["request"] = {"held_out": 0, "source_label_maps": False} | saved["request"]  # of an earlier version
         now = json.loads(json.dumps(self.request))
         changed = [
             f"{name} was {saved['request'].get(name)!r}, now {now[name]!r}"
@@ -288,15 +294,15 @@ class Adaptation:
         check_names(request["settings"] or {})
         if request["prepare"] is not None:
             self._prepare()
-        source = self._scans("source")
-        training, validation = source_cases(source, request["validation_share"], request["seed"])
+        training, validation, structures, own = labelled_cases(request, self._scans("source"), self.folder)
         target = target_cases(self._scans("target"))
         adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
-        structures = structure_names(request["labels"], request["source"], [*training, *validation])
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
-        self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
+        plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
+        plan["settings"] |= own
         content = {
+            "source_label_maps": self.recipe.of_label_maps,
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
             "source_training": training,
             "source_validation": validation,
@@ -381,11 +387,6 @@ class Adaptation:
         self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
-
-
-def scaled(value: float, factor: float) -> float:
-    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
-    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
 
 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -112,6 +112,11 @@ def training_samples(config: Mapping[str, Any], epochs: int) -> int | None:
     return epochs * sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
 
 
+def scaled(value: float, factor: float) -> float:
+    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
+    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
+
+
 def error_of(title: str, log: Path, code: int) -> MAPSegError:
     """The error that a stage ended with, read from the last line of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -21,7 +21,9 @@ from mapseg_components.transforms.percentiles import (
     RandPercentileClipd,
 )
 from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
+from mapseg_components.transforms.resampling import nearest_only
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
+from mapseg_components.transforms.synthesis import RandGlobalLocalSynthesisd
 
 __all__ = [
     "ArgmaxOnScand",
@@ -47,6 +49,7 @@ __all__ = [
     "RandGlobalLocalCrop",
     "RandGlobalLocalCropd",
     "RandGlobalLocalHistogramShiftd",
+    "RandGlobalLocalSynthesisd",
     "RandPercentileClip",
     "RandPercentileClipd",
     "SaveLabelMap",
@@ -56,6 +59,7 @@ __all__ = [
     "SelectLabels",
     "SelectLabelsd",
     "named_classes",
+    "nearest_only",
     "save_probabilities",
     "WorkingFrame",
     "WorkingFramed",
