@@ -99,9 +99,8 @@ def adapt(
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
         output: folder to write, new or of an earlier call with the same arguments.
-        labels: structures and their values, as a mapping such as {"hippocampus": [17, 53], "brainstem": 16}, JSON text
-            or a JSON file such as ``dataset.json``. By default those of the datalist or ``dataset.json``; without, the
-            values found in the source's label maps.
+        labels: structures and their values, as a mapping such as {"caudate": [11, 50]}, JSON text or a JSON file. By
+            default those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
         source_label_maps: the source is label maps without images: images of any contrast are made of all their values
             while training.
         method: how the model learns from the target; ``mapseg methods`` lists them; of label maps mapseg is label_maps.
@@ -152,7 +151,7 @@ def adapt(
         "source_label_maps": recipe.of_label_maps,
         "method": recipe.name,
         "preset": preset,
-        "prepare": preparation(prepare),
+        "prepare": preparation(prepare, recipe.of_label_maps),
         "pretraining": pretraining and not recipe.of_label_maps,
         "random_contrasts": random_contrasts and not recipe.of_label_maps,
         "validation_share": validation_share,
@@ -389,8 +388,10 @@ class Adaptation:
         self._save()
 
 
-def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others."""
+def preparation(given: str | Mapping[str, Any] | None, label_maps: bool = False) -> dict[str, Any] | None:
+    """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others, and for label maps."""
+    if label_maps and given is not None:
+        raise ConfigError("prepare is for scans, and the source is label maps alone: run mapseg prepare on the target")
     options = read_mapping("prepare", given)
     known = set(inspect.signature(prepare_scans).parameters) - NOT_ASKED
     unknown = sorted(set(options or {}) - known)

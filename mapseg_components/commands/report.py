@@ -57,8 +57,8 @@ QUALITY_NOTE = (
 HELD_OUT_NOTE = "All scans of this table were held out of adaptation."
 ADAPTED_ON_NOTE = "No scan was held out: gains are judged on the scans adapted on, and may be less on others."
 SYNTHETIC_NOTE = (
-    "The source is label maps without images. Every Dice on its validation scans, here and below, is of synthetic images "
-    "of label maps that were held out of training, and so is what the estimates on the target are calibrated by."
+    "The source is label maps without images. Every Dice on its validation scans, here and below, is of synthetic "
+    "images of label maps that were held out of training, and so is what the estimates on the target are calibrated by."
 )
 VOLUMES_NOTE = (
     "Median over the judged target scans, in ml, and the range over the source's label maps. Another age or disease "

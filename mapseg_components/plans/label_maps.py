@@ -64,10 +64,6 @@ def labelled_cases(
         DataError: a label map cannot be used.
     """
     from_maps, labels = bool(request.get("source_label_maps")), request["labels"]
-    if from_maps and request["prepare"] is not None:
-        raise ConfigError(
-            "prepare is for scans, and source_label_maps has none: prepare the target before, and name it"
-        )
     share, seed = request["validation_share"], request["seed"]
     training, validation = (label_map_cases if from_maps else source_cases)(source, share, seed)
     cases = [*training, *validation]

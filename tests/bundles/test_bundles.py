@@ -24,7 +24,8 @@ from tools.check_bundles import findings
 ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundles" / "mapseg_pretraining"
 # they need a package, see test_test_time.py
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
-PARTS = {"dynunet.yaml"}  # it needs a method, see test_guests.py
+# they need a method (test_guests.py), or a source without images (test_label_maps.py)
+PARTS = {"dynunet.yaml", "label_maps.yaml"}
 STANDALONE = {
     "metadata.json",
     "train.json",

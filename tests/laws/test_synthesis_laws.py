@@ -95,7 +95,9 @@ def test_optional_values_become_background_together(prob):
 def test_the_label_is_that_of_the_crop_and_the_image_is_made_of_its_values(seed):
     """A patch through a turned crop: the same with and without synthesis; raw values are never mixed."""
     case = {"image": slabs(), "label": (slabs() == 17).to(torch.uint8)}
-    crop = RandGlobalLocalCropd((8, 10, 12), prob=1.0, scale_range=(0.7, 1.3), rotate_range_deg=30, image_mode="nearest")
+    crop = RandGlobalLocalCropd(
+        (8, 10, 12), prob=1.0, scale_range=(0.7, 1.3), rotate_range_deg=30, image_mode="nearest"
+    )
     keys = ["image", "global_image"]
     raw = Compose([crop]).set_random_state(seed)(case)
     made = Compose([crop, RandGlobalLocalSynthesisd(keys)]).set_random_state(seed)(case)
@@ -108,7 +110,7 @@ def test_the_label_is_that_of_the_crop_and_the_image_is_made_of_its_values(seed)
 
 
 def test_what_is_no_label_map_is_refused():
-    with pytest.raises(DataError, match="values that are not whole.*nearest neighbour"):
+    with pytest.raises(DataError, match=r"values that are not whole.*nearest neighbour"):
         synthesis()({"image": slabs() / 2 + 0.25})
     with pytest.raises(DataError, match=r"shape \(2, 18, 22, 26\), expected a label map"):
         synthesis()({"image": torch.zeros(2, *SHAPE)})
