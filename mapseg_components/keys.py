@@ -9,6 +9,8 @@ LABEL = "label"
 PRED = "pred"
 DOMAIN = "domain"
 CASE_ID = "case_id"
+# Of a case without an image: the label map whose values an image is synthesised from. It stands for the image as well.
+TISSUES = "tissues"
 
 # What inference may add to a case: the largest probability of each voxel, and the probabilities of all classes.
 CONFIDENCE = "confidence"

@@ -21,6 +21,7 @@ __all__ = [
     "ignored_value",
     "listed_values",
     "number_text",
+    "parts_of",
     "structures_of",
     "to_whole",
     "unknown_values",
@@ -74,8 +75,8 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
     for name, given in pairs_of(labels):
         if isinstance(given, (list, tuple)):
             raise ConfigError(
-                f"{origin}: {name!r} is a region of the values {list(given)}; every voxel has one structure here: name "
-                "each value by itself"
+                f"{origin}: {name!r} is a region of the values {list(given)}; every voxel has one value here: name "
+                "each value by itself (mapseg adapt merges several values of a structure)"
             )
         value = whole_value(given)
         if value is None or not 0 <= value <= LARGEST_EXACT:
@@ -101,6 +102,43 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
     if not found:
         raise ConfigError(f"{origin} name no structure ({dict(labels)!r}): expected such as {{'liver': 1}}")
     return found
+
+
+def parts_of(labels: Mapping[Any, Any], origin: str = "labels") -> dict[str, list[int]]:
+    """Structure to its values in label maps, of which it may have several, such as one for each side.
+
+    Args:
+        labels: as of `structures_of`; a value may be a list, or value to name may have a name twice.
+        origin: for messages, the file or setting that it comes from.
+
+    Raises:
+        ConfigError: a list is empty, a value occurs twice, or as `structures_of`.
+
+    Examples:
+        >>> from mapseg_components.structures import parts_of
+        >>> parts_of({"hippocampus": [17, 53], "brainstem": 16})
+        {'hippocampus': [17, 53], 'brainstem': [16]}
+        >>> parts_of({"17": "hippocampus", "53": "hippocampus"})
+        {'hippocampus': [17, 53]}
+    """
+    several: dict[str, list[int]] = {}
+    for name, given in pairs_of(labels):
+        for value in given if isinstance(given, (list, tuple)) else [given]:
+            several.setdefault(name, []).append(value)
+        if name not in several:
+            raise ConfigError(f"{origin}: {name!r} has no value ({given!r}): give it one or more, as in [17, 53]")
+    # every value by a name of its own, so that its faults are found
+    names = {
+        (name, number): f"{name}" if not number else f"{name}, value {number + 1}"
+        for name, values in several.items()
+        for number in range(len(values))
+    }
+    single = structures_of({text: several[name][number] for (name, number), text in names.items()}, origin)
+    return {
+        name: [single[names[name, number]] for number in range(len(values))]
+        for name, values in several.items()
+        if names[name, 0] in single
+    }
 
 
 def ignored_value(labels: Mapping[Any, Any]) -> int | None:

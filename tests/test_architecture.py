@@ -90,6 +90,7 @@ KNOW_THE_VIEW = (
     "inferers/global_local.py",
     "transforms/pairing.py",
     "transforms/bias_field.py",
+    "transforms/synthesis.py",
     "engines/pretraining.py",
 )
 

@@ -24,9 +24,10 @@ from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
-from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.cases import hold_out, target_cases
+from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.recipes import read_recipe
+from mapseg_components.plans.recipes import recipe_for
 from mapseg_components.plans.rounds import REQUIRED, check_options
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, working
@@ -64,7 +65,8 @@ def adapt(
     source: str,
     target: str,
     output: str,
-    labels: str | Mapping[str, int] | None = None,
+    labels: str | Mapping[str, Any] | None = None,
+    source_label_maps: bool = False,
     method: str = "mapseg",
     preset: str = "auto",
     prepare: str | Mapping[str, Any] | None = None,
@@ -92,9 +94,11 @@ def adapt(
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
         output: folder to write, new or of an earlier call with the same arguments.
-        labels: structures and their values, as a mapping, JSON text or a JSON file such as ``dataset.json``. By default
-            those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
-        method: how the model learns from the target; ``mapseg methods`` lists them.
+        labels: structures and their values, as a mapping such as {"caudate": [11, 50]}, JSON text or a JSON file. By
+            default those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
+        source_label_maps: the source is label maps without images: images of any contrast are made of all their values
+            while training.
+        method: how the model learns from the target; ``mapseg methods`` lists them; of label maps mapseg is label_maps.
         preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
@@ -134,16 +138,17 @@ def adapt(
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
     choose_device(device)
-    read_recipe(method)
+    recipe = recipe_for(method, source_label_maps)
     request = {
         "source": str(Path(source).absolute()),
         "target": str(Path(target).absolute()),
         "labels": read_mapping("labels", labels),
-        "method": method,
+        "source_label_maps": recipe.of_label_maps,
+        "method": recipe.name,
         "preset": preset,
-        "prepare": preparation(prepare),
-        "pretraining": pretraining,
-        "random_contrasts": random_contrasts,
+        "prepare": preparation(prepare, recipe.of_label_maps),
+        "pretraining": pretraining and not recipe.of_label_maps,
+        "random_contrasts": random_contrasts and not recipe.of_label_maps,
         "validation_share": validation_share,
         "held_out": held_out,
         "symmetric": symmetric,
@@ -212,8 +217,8 @@ class Adaptation(Run):
                 {name: str(path) for name, path in weights.items()},
                 self.request["symmetric"],
                 self.quiet,
-                self.request["any_position"],
-                self.request["random_contrasts"] and self.recipe.inverts,
+                self.request["any_position"] or bool((self.request["settings"] or {}).get("synthesis_optional")),
+                (self.request["random_contrasts"] or self.recipe.of_label_maps) and self.recipe.inverts,
                 self.record.get("samples"),
                 {name: str(self.datalist_of_model(name)) for name in weights},
             )
@@ -231,7 +236,7 @@ class Adaptation(Run):
     def _resume(self) -> None:
         path = self.folder / "run.json"
         if not path.is_file():
-            own = (".run.lock", ".run.lock.json", *(["prepared"] if self.request["prepare"] is not None else []))
+            own = {".run.lock", ".run.lock.json", FOLDER, "prepared" if self.request["prepare"] is not None else FOLDER}
             others = [p.name for p in self.folder.iterdir() if p.name not in own]
             if others:
                 raise ConfigError(
@@ -239,7 +244,7 @@ class Adaptation(Run):
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["request"].setdefault("held_out", 0)  # a run of an earlier version
+        saved["request"] = {"held_out": 0, "source_label_maps": False} | saved["request"]  # of an earlier version
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
             f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
@@ -273,16 +278,16 @@ class Adaptation(Run):
         check_names(self.asked, self.recipe)
         if request["prepare"] is not None:
             self._prepare()
-        source = self._scans("source")
-        training, validation = source_cases(source, request["validation_share"], request["seed"])
+        training, validation, structures, own = labelled_cases(request, self._scans("source"), self.folder)
         target = target_cases(self._scans("target"))
         adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
-        structures = structure_names(request["labels"], request["source"], [*training, *validation])
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
-        self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
+        plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
+        plan["settings"] |= own
         content = {
+            "source_label_maps": self.recipe.of_label_maps,
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
             "source_training": training,
             "source_validation": validation,
@@ -316,8 +321,10 @@ def comparable(request: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"settings": settings or None}
 
 
-def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others."""
+def preparation(given: str | Mapping[str, Any] | None, label_maps: bool = False) -> dict[str, Any] | None:
+    """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others, and for label maps."""
+    if label_maps and given is not None:
+        raise ConfigError("prepare is for scans, and the source is label maps alone: run mapseg prepare on the target")
     options = read_mapping("prepare", given)
     known = set(inspect.signature(prepare_scans).parameters) - NOT_ASKED
     unknown = sorted(set(options or {}) - known)

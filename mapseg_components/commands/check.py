@@ -26,7 +26,7 @@ from mapseg_components.data.plausibility import plausibility
 from mapseg_components.data.scan_statistics import StatisticsRecord
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
 from mapseg_components.files import require_writable, write_json, write_text
-from mapseg_components.keys import IMAGE, LABEL
+from mapseg_components.keys import IMAGE, LABEL, TISSUES
 from mapseg_components.prediction.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.reports import answer, page, sortable_table, text_table
 from mapseg_components.session import listed, working
@@ -137,7 +137,8 @@ def check(
         datalist: take a folder as one with source/ and target/, even if source/ is missing.
         labels: a JSON object of structure name to value, as text or a file, or the folder of a bundle; by default
             what the datalist says.
-        dropped_labels: values of label maps that are known and not used, with commas between them.
+        dropped_labels: values of label maps that are known and not used, with commas between them; others for all
+            that are not named.
         modality: of a BIDS dataset with several, e.g. T2w.
         negative_values: clip, shift or keep, as the run will have it; by default negative values are a warning.
         assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default that is an error.
@@ -217,13 +218,13 @@ def of_datalist(
 ) -> dict[str, tuple[str, bool]]:
     """Check a datalist as training and evaluation would; returns as `of_scans`."""
     sections = audit.datalist(source, tuple(SECTIONS))
-    files = {case[IMAGE]: (SIDE[section], False) for section, cases in sections.items() for case in cases}
+    files = {case[IMAGE]: (SIDE[section], TISSUES in case) for section, cases in sections.items() for case in cases}
     maps = {case[LABEL]: SIDE[s] for s, cases in sections.items() for case in cases if LABEL in case}
     named = {name: value for name, (_, value) in read_labels(labels or labels_of(source)).items()}
     with bar(len(files) + len(maps), record, quiet):
         known = named or {str(value): value for value in values_of(record, list(maps))}
         try:
-            ignored = [int(value) for value in dropped]
+            ignored = "others" if list(dropped) == ["others"] else [int(value) for value in dropped]
         except ValueError as error:
             raise ConfigError(f"dropped_labels is {','.join(dropped)!r}, expected whole numbers") from error
         audit.training(source, known, ignored, policy, policy)

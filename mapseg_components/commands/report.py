@@ -70,6 +70,10 @@ QUALITY_NOTE = (
 )
 HELD_OUT_NOTE = "All scans of this table were held out of adaptation."
 ADAPTED_ON_NOTE = "No scan was held out: gains are judged on the scans adapted on, and may be less on others."
+SYNTHETIC_NOTE = (
+    "The source is label maps without images. Every Dice on its validation scans, here and below, is of synthetic "
+    "images of label maps that were held out of training, and so is what the estimates on the target are calibrated by."
+)
 VOLUMES_NOTE = (
     "Median over the judged target scans, in ml, and the range over the source's label maps. Another age or disease "
     "may well lie outside of it; a model that fails does too."
@@ -178,6 +182,7 @@ def report(directory: str, output: str | None = None) -> str:
         f"{plan['source_validation']} source scans, {len(names)} structures, "
         f"preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
         method_note(run),
+        f'<p class="quiet">{SYNTHETIC_NOTE}</p>' if run["request"].get("source_label_maps") else "",
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
@@ -285,7 +290,8 @@ def check_section(found: Mapping[str, Any] | None) -> str:
 
 def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str], stage: str = "adaptation") -> str:
     """Curves of the first stage and of the one that the adapted model is from."""
-    source, adapted = (read_history(folder / "stages" / name) for name in ("source", stage))
+    source, made, adapted = (read_history(folder / "stages" / name) for name in ("source", "synthesis", stage))
+    source = source or made
     dice = {"teacher": "source_dice_teacher", "student": "source_dice_student"}
     stability = {
         "teacher and student agree (Dice)": "target_agreement_teacher_student",

@@ -21,7 +21,7 @@ from mapseg_components.data.results import result_path
 from mapseg_components.files import write_json
 from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
-from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, read_recipe, scaled
+from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, recipe_for, scaled
 from mapseg_components.plans.rounds import REQUIRED, divided, written_out
 from mapseg_components.session import versions
 from mapseg_components.shipped_files import bundles_folder
@@ -51,7 +51,7 @@ class Run:
         self.request = request
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
-        self.recipe = written_out(read_recipe(request["method"]), self.asked)
+        self.recipe = written_out(recipe_for(request["method"], bool(request.get("source_label_maps"))), self.asked)
 
     @property
     def asked(self) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from mapseg_components.data.given import given_cases
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.results import check_results, refuse_existing, result_path
 from mapseg_components.data.scan_audit import ScanAudit
+from mapseg_components.data.synthetic import synthetic_scans
 from mapseg_components.data.volumes import (
     class_weights,
     share_ranges,
@@ -82,5 +83,6 @@ __all__ = [
     "structure_sizes",
     "structure_volumes",
     "structures_of",
+    "synthetic_scans",
     "write_volumes_csv",
 ]

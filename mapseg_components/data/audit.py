@@ -14,13 +14,20 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.boxes import corner_distance
-from mapseg_components.data.datalist import LONGEST_NAME_BYTES, has_section, read_section, stem
+from mapseg_components.data.datalist import (
+    LABEL_MAPS,
+    LONGEST_NAME_BYTES,
+    has_label_maps,
+    has_section,
+    read_section,
+    stem,
+)
 from mapseg_components.data.layouts import misplaced
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
-from mapseg_components.keys import CASE_ID, IMAGE, LABEL
+from mapseg_components.keys import CASE_ID, IMAGE, LABEL, TISSUES
 from mapseg_components.scans.facts import AuditRecord, Facts
 from mapseg_components.scans.findings import Finding, findings_of, raise_findings
-from mapseg_components.structures import structures_of, unknown_values
+from mapseg_components.structures import structures_of, unknown_values, value_fault
 
 __all__ = ["Audit", "names_of"]
 
@@ -31,6 +38,7 @@ FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
 FIELD_OF_VIEW_MM = 10.0, 3000.0  # the longest side of a scan is rarely shorter, never longer
 CT_SHIFT = 1024.0
 LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: looks like a label map"
+MOST_TISSUES = 255  # values of a label map that an image is made from
 # a scan may be in several: evaluating on the scans that the adaptation saw, without their labels, is common, and pseudo
 # labels are those of scans for training
 SHARED = {"target_training", "target_labelled", "target_test"}
@@ -194,14 +202,32 @@ class Audit:
             self.warn(path, LABEL_LIKE, "name the folder of the scans instead, or take it out")
         return facts
 
-    def label(self, path: str, known: Iterable[int], image: Facts | None) -> Facts | None:
-        """Facts of a label map that lies on its scan's grid and has known values; ``None`` if it was not read."""
+    def tissues(self, path: str) -> Facts | None:
+        """Facts of a label map that an image can be made from; ``None`` if it was not read."""
+        facts = self.facts(path, with_values=True)
+        if facts is None or facts.values is None or facts.not_finite:
+            return facts
+        wrong, number = value_fault(facts.values, more_values=facts.more_values), len(facts.values) + facts.more_values
+        if number > MOST_TISSUES:
+            what = f"{number} different values, no label map"
+            self.add(path, what, "name a label map; images with label maps are an ordinary source")
+        elif wrong is not None:
+            self.add(path, *wrong)
+        elif number < 2:
+            self.add(path, f"all voxels are {facts.lowest:g}, no tissue to make an image from", "leave it out")
+        return facts
+
+    def label(self, path: str, known: Iterable[int] | None, image: Facts | None) -> Facts | None:
+        """Facts of a label map that lies on its scan's grid and has known values; ``None`` if it was not read.
+
+        Without known values any may occur.
+        """
         facts = self.facts(path, with_values=True)
         if facts is None or facts.values is None:
             return facts
         if image is not None:
             self.pair(path, facts, image)
-        unknown = unknown_values(facts.values, known, facts.more_values)
+        unknown = None if known is None else unknown_values(facts.values, known, facts.more_values)
         if unknown is not None:
             self.add(path, *unknown)
         elif all(value == 0 for value, _ in facts.values) and not facts.not_finite:
@@ -237,9 +263,12 @@ class Audit:
         target_negative_values: str | None = None,
         sections: Sequence[str] = APART,
         given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+        label_maps: bool | None = None,
     ) -> Audit:
         """All that a training run will read; see `check_training_data`."""
         known = known_values(labels, dropped_labels)
+        if given is None and label_maps is not None:
+            self.kind_of_source(datalist, label_maps)
         found = {name: list(cases) for name, cases in (given or {}).items()}
         if given is None:
             found = self.datalist(datalist, sections)
@@ -252,13 +281,16 @@ class Audit:
             side = "target" if section.startswith("target") else "source"
             policy = target_negative_values if side == "target" else source_negative_values
             for case in cases:
-                facts = self.scan(case[IMAGE], policy, f"{side}_negative_values")
+                alone = TISSUES in case  # a label map without an image
+                facts = (
+                    self.tissues(case[IMAGE]) if alone else self.scan(case[IMAGE], policy, f"{side}_negative_values")
+                )
                 images.setdefault(section, []).append((case[IMAGE], facts))
                 if LABEL not in case:
                     continue
                 # a pseudo label names an orientation, its scan may not
                 guessed = section == "target_labelled" and facts is not None and not facts.has_orientation
-                label = self.label(case[LABEL], known, None if guessed else facts)
+                label = self.label(case[LABEL], None if alone else known, None if guessed else facts)
                 if section == "source_training":
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()
@@ -272,6 +304,21 @@ class Audit:
                 "such a class cannot be learnt; take it out of labels, or add a scan that has it",
             )
         return self
+
+    def kind_of_source(self, datalist: str | Path, label_maps: bool) -> None:
+        """A run that makes its images from label maps, and no other one, needs a datalist that has no images."""
+        try:
+            found = has_label_maps(datalist)
+        except ConfigError:  # reported with its sections
+            return
+        if found and not label_maps:
+            what = f"its source is label maps alone ({LABEL_MAPS}), and the run reads images"
+            self.add(datalist, what, "add the overlay label_maps.yaml", ConfigError)
+        elif label_maps and not found:
+            what = f"its source has images, and {LABEL_MAPS} is true in the run (label_maps.yaml)"
+            self.add(
+                datalist, what, f'leave the overlay out, or set "{LABEL_MAPS}": true in a datalist without', ConfigError
+            )
 
     def content(self, images: Mapping[str, Sequence[tuple[str, Facts | None]]]) -> None:
         """The same voxels must not stand under two names in sections that must be apart."""
@@ -317,8 +364,11 @@ class Audit:
         return self
 
 
-def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int]) -> list[int]:
-    """Label values that a task names. Raises `ConfigError` as `structures_of`."""
+def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequence[int] | str) -> list[int] | None:
+    """Label values that a task names, ``None`` if others are background. Raises `ConfigError` as `structures_of`."""
+    if dropped_labels == "others":
+        structures_of(labels) if isinstance(labels, Mapping) else None
+        return None
     return [*(structures_of(labels).values() if isinstance(labels, Mapping) else labels), *dropped_labels]
 
 

@@ -69,6 +69,7 @@ def check_training_data(
     target_negative_values: str | None = None,
     sections: Sequence[str] = APART,
     given: Mapping[str, Sequence[dict[str, Any]]] | None = None,
+    label_maps: bool | None = None,
     **options: Any,
 ) -> None:
     """Check all that a training run will read, before it starts; target labels are not read.
@@ -76,11 +77,13 @@ def check_training_data(
     Args:
         datalist: see `load_datalist`.
         labels: kept label values, or a mapping of structure name to value.
-        dropped_labels: the other values.
+        dropped_labels: the other values, or ``"others"`` for any.
         source_negative_values: see `NegativeValues`; ``None`` refuses negative voxels.
         target_negative_values: the same for the target.
         sections: what is looked at, by default both sides; a stage that reads one side names its sections.
         given: cases in place of the datalist's, see `given_cases`.
+        label_maps: whether the run makes its source images from label maps, as its datalist must say then; ``None``
+            allows both.
         options: see `Audit`.
 
     Raises:
@@ -88,7 +91,7 @@ def check_training_data(
             `DataError` if the findings are of several kinds.
     """
     policies = source_negative_values, target_negative_values
-    Audit(**options).training(datalist, labels, dropped_labels, *policies, sections, given).close()
+    Audit(**options).training(datalist, labels, dropped_labels, *policies, sections, given, label_maps).close()
 
 
 def check_pretraining_data(

@@ -12,6 +12,10 @@ A datalist is a JSON file in MONAI's decathlon style::
         "target_test": [{"image": "t2/d.nii.gz", "label": "labels/d.nii.gz"}]
     }
 
+A source of label maps alone, from which images are synthesised, has ``"source_label_maps": true``, and its cases name a
+``label`` without an image; ``tissues`` may name a label map of more values, from which images are made instead. A case
+of ``source_validation`` may have an ``image``, which is read as it is.
+
 Paths are relative to the file's folder. ``domain`` and ``case_id`` are optional. ``target_labelled`` names target scans
 with the pseudo labels that self-training learns from. A folder works as well::
 
@@ -38,7 +42,7 @@ from typing import Any
 
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL
+from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL, TISSUES
 from mapseg_components.scans.findings import Finding, findings_of, raise_findings
 from mapseg_components.scans.nifti import is_nifti, stem
 
@@ -56,6 +60,7 @@ SECTIONS = {
     "target_test": "test",
 }
 MOST_FOLDERS = 200  # searched for the text of an error
+LABEL_MAPS = "source_label_maps"  # of a datalist whose source has no images
 WITHOUT_LABELS = ("target_training", "target_heldout")
 # what is added to a case id when its results are written, and what a file system allows for a name
 LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
@@ -112,12 +117,21 @@ def read_section(datalist: str | Path, section: str) -> tuple[list[dict[str, Any
     if not isinstance(entries, list) or not (entries or findings):
         raise ConfigError(f"{origin} is empty: list at least one scan")
     cases = []
+    without_images = bool(content and content.get(LABEL_MAPS)) and section.startswith("source_")
     for number, entry in enumerate(entries):
         try:
-            cases.append(case_of_entry(entry, path, section, f"{origin}, entry {number}"))
+            place = f"{origin}, entry {number}"
+            alone = without_images and is_alone(entry, section, place)
+            case = case_of_entry(with_tissues(entry) if alone else entry, path, section, place, alone)
+            cases.append({**case, TISSUES: case[IMAGE]} if alone else case)
         except DataError as error:
             findings += findings_of(error)
     return cases, findings
+
+
+def has_label_maps(datalist: str | Path) -> bool:
+    """Whether a datalist says that its source is label maps alone. Raises `ConfigError` if there is no datalist."""
+    return bool((open_datalist(datalist) or {}).get(LABEL_MAPS))
 
 
 def has_section(datalist: str | Path, section: str) -> bool:
@@ -300,7 +314,26 @@ def unpaired(place: Path, scans: set[Path], labels: set[Path]) -> list[Finding]:
     ]
 
 
-def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict[str, Any]:
+def is_alone(entry: Any, section: str, origin: str) -> bool:
+    """Whether an entry of a source of label maps has no image, as it must outside of validation."""
+    if not isinstance(entry, dict) or not isinstance(entry.get(LABEL), str):
+        raise DataError(f"{origin}: expected an object with {LABEL!r}, found {entry!r}")
+    if IMAGE not in entry or entry[IMAGE] == entry.get(TISSUES):  # the latter as `load_datalist` gives it
+        return True
+    if section != "source_validation":
+        raise DataError(
+            f"{origin}: {entry[IMAGE]} is an image, and {LABEL_MAPS} says that the source has none: take it out, or "
+            f"name a label map of all tissues as {TISSUES!r}"
+        )
+    return False
+
+
+def with_tissues(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry whose map of tissues stands for its image; it is named after its label map."""
+    return {CASE_ID: stem(Path(entry[LABEL])), **entry, IMAGE: entry.get(TISSUES, entry[LABEL])}
+
+
+def case_of_entry(entry: Any, datalist: Path, section: str, origin: str, label_map: bool = False) -> dict[str, Any]:
     """One checked case with absolute paths."""
     if not isinstance(entry, dict) or not isinstance(entry.get(IMAGE), str):
         raise DataError(f"{origin}: expected an object with {IMAGE!r}, found {entry!r}")
@@ -317,7 +350,7 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str) -> dict
             raise DataError(f"{origin}: {key!r} is missing for {entry[IMAGE]}: name it, or leave the case out")
         # absolute paths stay; relative ones are below the datalist (or, from a folder, already begin with it)
         case[key] = str((Path(entry[key]) if datalist.is_dir() else base / entry[key]).absolute())
-    if case.get(LABEL) == case[IMAGE]:
+    if case.get(LABEL) == case[IMAGE] and not label_map:
         raise DataError(f"{origin}: {case[IMAGE]} is named as image and as label: name its label map")
     case_id = entry.get(CASE_ID)
     case[CASE_ID] = stem(Path(entry[IMAGE])) if case_id in (None, "") else str(case_id)

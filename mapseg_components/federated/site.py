@@ -215,13 +215,14 @@ class Site:
                 f"{followed:.0%} of the way to its student: more steps or a faster ema_schedule keep more of its work."
             )
 
-    def _check_label_table(self, labels: Mapping[str, int], dropped: list[int]) -> None:
+    def _check_label_table(self, labels: Mapping[str, int], dropped: list[int] | str) -> None:
         table = (open_datalist(self.datalist) or {}).get("labels")
         if not isinstance(table, Mapping):
             return
         named = structures_of(table, f"the label table of {self.datalist}").items()
-        found = {str(value): name for name, value in named if value not in dropped}
         expected = {str(value): name for name, value in structures_of(labels).items()}
+        left_out = [value for _, value in named if str(value) not in expected] if dropped == "others" else dropped
+        found = {str(value): name for name, value in named if value not in left_out}
         if found != expected:
             raise FederationError(
                 f"the label table of {self.datalist} is {found}, expected {expected}: "

@@ -15,6 +15,7 @@ from monai.bundle.utils import merge_kv
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.plans.label_maps import add_synthetic_validation
 from mapseg_components.plans.recipes import ADAPTATION, TRANSLATION, Recipe, scaled
 from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
@@ -30,7 +31,7 @@ BESIDE = ("logging.conf", "evaluate.json", "multi_gpu_train.json")
 
 
 def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any], scans: str) -> None:
-    """Write configs, licence and a README into the folder.
+    """Write configs, licence and a README into the folder; of label maps alone, synthetic validation scans as well.
 
     Args:
         folder: the new bundle.
@@ -79,6 +80,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         f"`report.html` before you trust it. {prepared}Research only, not for clinical use.\n"
     )
     (folder / "docs" / "README.md").write_text(readme, encoding="utf-8")
+    if recipe.of_label_maps:
+        add_synthetic_validation(folder)
 
 
 def settled(

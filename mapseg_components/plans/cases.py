@@ -50,6 +50,11 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
         refuse_misplaced(cases)
         if has_section(path, "source_validation"):
             return cases, load_datalist(path, "source_validation")
+    return held_apart(cases, path, validation_share, seed)
+
+
+def held_apart(cases: list[dict], path: Path, validation_share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Cases for training, and those held out for validation. Raises `DataError` for a single case."""
     if len(cases) < 2:
         raise DataError(
             f"{path} has {len(cases)} labelled case(s): two at least are needed, one of them for validation"

@@ -15,12 +15,13 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.plans.sizes import SHORT
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["Recipe", "Stage", "read_recipe", "recipe_names", "scaled"]
+__all__ = ["Recipe", "Stage", "read_recipe", "recipe_for", "recipe_names", "scaled"]
 
 ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
 TRAINING, PSEUDO_LABELS = "training", "pseudo_labels"  # kinds of stages
 INVERTS = "any_contrast.yaml"
+LABEL_MAPS = "label_maps.yaml"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,32 @@ class Recipe:
     @property
     def inverts(self) -> bool:
         """Whether every model has seen the source bright for dark as well."""
-        return all(stage.contrasts == INVERTS for stage in self.stages if not stage.optional)
+        return self.of_label_maps or all(stage.contrasts == INVERTS for stage in self.stages if not stage.optional)
+
+    @property
+    def of_label_maps(self) -> bool:
+        """Whether the source is label maps alone."""
+        return any(LABEL_MAPS in stage.overlays for stage in self.stages)
+
+    def from_label_maps(self) -> Recipe:
+        """The same method for a source of label maps alone.
+
+        Raises:
+            ConfigError: a stage of another bundle needs images of the source.
+        """
+        if self.of_label_maps:
+            return self
+        others = [stage.name for stage in self.stages if stage.bundle != ADAPTATION and not stage.optional]
+        if others:
+            raise ConfigError(
+                f"source_label_maps: stages {others} of method {self.name!r} need images of the source: take "
+                "another method, such as label_maps"
+            )
+        stages = (
+            replace(stage, overlays=(LABEL_MAPS, *stage.overlays)) if stage.bundle == ADAPTATION else stage
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages))
 
     def without_contrasts(self) -> Recipe:
         """Without the stages that are for a target as it is alone; their weights are those of the stage before."""
@@ -176,3 +202,13 @@ def read_recipe(name: str) -> Recipe:
         return Recipe(**{**content, **lists, "name": name, "stages": stages})
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is no recipe ({error}): see the others beside it") from error
+
+
+def recipe_for(method: str, label_maps: bool = False) -> Recipe:
+    """The recipe of a method, for a source of label maps alone if there are no images.
+
+    Raises:
+        ConfigError: there is none of that name, or it needs images of the source.
+    """
+    recipe = read_recipe("label_maps" if label_maps and method == "mapseg" else method)
+    return recipe.from_label_maps() if label_maps else recipe

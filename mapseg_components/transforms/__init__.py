@@ -22,7 +22,9 @@ from mapseg_components.transforms.percentiles import (
     RandPercentileClipd,
 )
 from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
+from mapseg_components.transforms.resampling import nearest_only
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
+from mapseg_components.transforms.synthesis import RandGlobalLocalSynthesisd
 from mapseg_components.transforms.uncertainty import Uncertaintyd
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "RandGlobalLocalCrop",
     "RandGlobalLocalCropd",
     "RandGlobalLocalHistogramShiftd",
+    "RandGlobalLocalSynthesisd",
     "RandPercentileClip",
     "RandPercentileClipd",
     "RestoreBackgroundd",
@@ -60,6 +63,7 @@ __all__ = [
     "SelectLabelsd",
     "Uncertaintyd",
     "named_classes",
+    "nearest_only",
     "save_probabilities",
     "WorkingFrame",
     "WorkingFramed",

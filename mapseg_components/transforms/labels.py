@@ -12,11 +12,13 @@ from monai.config import KeysCollection
 from monai.transforms import MapLabelValue, Transform
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.structures import structures_of, to_whole, unknown_values
+from mapseg_components.structures import structures_of, to_whole, unknown_values, value_fault
 from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.inputs import as_volume, scan_name
 
 __all__ = ["SelectLabels", "SelectLabelsd"]
+
+OTHERS = "others"  # dropped: every value that is not kept
 
 
 class SelectLabels(Transform):
@@ -24,7 +26,7 @@ class SelectLabels(Transform):
 
     Args:
         kept: values in the order of their class index, or a mapping of structure name to value.
-        dropped: values that the dataset has and this task does not want.
+        dropped: values that the dataset has and this task does not want; ``"others"`` for all that are not kept.
 
     Raises:
         ConfigError: a value is named twice, or 0 is among them.
@@ -37,7 +39,11 @@ class SelectLabels(Transform):
         [[0, 0, 1, 2]]
     """
 
-    def __init__(self, kept: Sequence[int] | Mapping[str, int], dropped: Sequence[int] = ()) -> None:
+    def __init__(self, kept: Sequence[int] | Mapping[str, int], dropped: Sequence[int] | str = ()) -> None:
+        if isinstance(dropped, str) and dropped != OTHERS:
+            raise ConfigError(f"dropped_labels is {dropped!r}, expected a list of values or {OTHERS!r}")
+        self.others = dropped == OTHERS
+        dropped = () if isinstance(dropped, str) else dropped
         named_values = structures_of(kept).values() if isinstance(kept, Mapping) else kept
         values = [int(value) for value in named_values]
         named = [*values, *(int(value) for value in dropped)]
@@ -48,6 +54,7 @@ class SelectLabels(Transform):
         self.known = torch.tensor(sorted([0, *named]))
         targets = [*range(1, len(values) + 1), *([0] * len(dropped))]
         self.mapping = MapLabelValue(orig_labels=named, target_labels=targets, dtype=torch.uint8)
+        self.kept = torch.tensor(values)
 
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Label of class indices, uint8, of the same shape.
@@ -60,9 +67,13 @@ class SelectLabels(Transform):
         found, counts = torch.unique(img.as_subclass(torch.Tensor), return_counts=True)
         values = found.cpu().numpy()
         exact = to_whole(values)
-        unknown = unknown_values(zip(exact.tolist(), counts.tolist()), self.known.tolist())
+        pairs = list(zip(exact.tolist(), counts.tolist()))
+        unknown = value_fault(pairs) if self.others else unknown_values(pairs, self.known.tolist())
         if unknown is not None:
             raise DataError(f"{scan_name(img)}: {': '.join(unknown)}")
+        if self.others:
+            img = img.round()
+            img = img * torch.isin(img.as_subclass(torch.Tensor), self.kept.to(img))
         return self.mapping(img if np.array_equal(exact, values) else img.round())
 
 
@@ -72,7 +83,7 @@ class SelectLabelsd(EachKey):
     Args:
         keys: label maps of any shape.
         kept: values in the order of their class index, or a mapping of structure name to value.
-        dropped: values that the dataset has and this task does not want.
+        dropped: values that the dataset has and this task does not want; ``"others"`` for all that are not kept.
         allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
@@ -91,7 +102,7 @@ class SelectLabelsd(EachKey):
         self,
         keys: KeysCollection,
         kept: Sequence[int] | Mapping[str, int],
-        dropped: Sequence[int] = (),
+        dropped: Sequence[int] | str = (),
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)

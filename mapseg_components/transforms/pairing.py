@@ -53,6 +53,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         foreground_fraction: share of patches centred on a labelled voxel, its class drawn uniformly from the
             classes of the scan. For labelled (source) scans only: one without a label is refused.
         global_view: whether there is one; without it the crop is an ordinary random patch.
+        image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
 
     Raises:
         ConfigError: a range or share is out of bounds.
@@ -77,7 +78,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         flip_prob: Sequence[float] | float = 0.0,
         foreground_fraction: float = 0.0,
         global_view: bool = True,
+        image_mode: str = IMAGE_MODE,
     ) -> None:
+        if image_mode not in MODES:
+            raise ConfigError(f"image_mode is {image_mode!r}, expected {MODES[0]!r} or {MODES[1]!r}")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ConfigError(f"scale_range is {list(scale_range)}, expected 0 < lowest <= highest")
         flips = ensure_tuple_rep(flip_prob, 3)
@@ -93,6 +97,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.flip_prob = flips
         self.foreground_fraction = foreground_fraction
         self.global_view = global_view
+        self.image_mode = image_mode
         self.warp = np.eye(4)
         self.box = np.zeros((3, 2))
         self.window = np.zeros((3, 2))
@@ -156,7 +161,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             ConfigError: a volume has pending operations of lazy resampling, or ``foreground_fraction`` has no label.
             DataError: the scan has no foreground, or volumes differ in shape.
         """
-        volumes = {"image": (img, IMAGE_MODE), **({} if label is None else {"label": (label, LABEL_MODE)})}
+        volumes = {"image": (img, self.image_mode), **({} if label is None else {"label": (label, LABEL_MODE)})}
         volumes |= dict(others or {})
         tensors = {name: as_volume(volume) for name, (volume, _) in volumes.items()}
         img = tensors["image"]
@@ -265,6 +270,7 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         other_modes: ``"bilinear"`` or ``"nearest"``, one for all of them or one for each.
         allow_missing_keys: whether further volumes may be absent from the data.
         global_view: whether there is one; without it the crop is an ordinary random patch.
+        image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
 
     Raises:
         ConfigError: a mode is unknown; or, in a call, an entry on the scan's grid is not named, or one would be
@@ -297,11 +303,20 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         other_modes: Sequence[str] | str = LABEL_MODE,
         allow_missing_keys: bool = False,
         global_view: bool = True,
+        image_mode: str = IMAGE_MODE,
     ) -> None:
         others = ensure_tuple(other_keys)
         MapTransform.__init__(self, [image_key, label_key, *others], allow_missing_keys)
         self.transform = RandGlobalLocalCrop(
-            patch_size, global_size, prob, scale_range, rotate_range_deg, flip_prob, foreground_fraction, global_view
+            patch_size,
+            global_size,
+            prob,
+            scale_range,
+            rotate_range_deg,
+            flip_prob,
+            foreground_fraction,
+            global_view,
+            image_mode,
         )
         self.image_key, self.label_key = image_key, label_key
         self.other_modes = dict(zip(others, ensure_tuple_rep(other_modes, len(others)))) if others else {}

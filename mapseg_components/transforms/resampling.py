@@ -4,18 +4,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import SpatialResample
+from monai.transforms import Spacingd, SpatialResample
 
 from mapseg_components.memory import naming_memory_errors, require_memory
 
-__all__ = ["canonical_grid", "resample", "spaced_grid", "spacing_of", "to_canonical"]
+__all__ = ["canonical_grid", "nearest_only", "resample", "spaced_grid", "spacing_of", "to_canonical"]
 
 SAME_SPACING = 1e-3  # relative; headers keep spacings as float32, and some writers round them to three digits
 MODES = {"linear": "bilinear", "nearest": "nearest"}  # torch's names
@@ -26,6 +28,24 @@ BYTES_PER_INPUT, BYTES_PER_OUTPUT = 12, 64
 def spacing_of(affine: np.ndarray) -> np.ndarray:
     """Sides of a voxel in mm, (3,)."""
     return np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0)
+
+
+def nearest_only(transforms: Sequence[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    """The same transforms, but that ``Spacingd`` takes nearest voxels of every key: for images that are label maps.
+
+    Examples:
+        >>> from monai.transforms import Spacingd
+        >>> from mapseg_components.transforms import nearest_only
+        >>> nearest_only([Spacingd(["image", "label"], pixdim=2, mode=["bilinear", "nearest"])])[0].mode
+        ('nearest', 'nearest')
+    """
+    result = []
+    for step in transforms:
+        if isinstance(step, Spacingd):
+            step = copy.copy(step)
+            step.mode = ("nearest",) * len(step.keys)
+        result.append(step)
+    return result
 
 
 def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:

@@ -25,9 +25,9 @@ ADAPTATION, PRETRAINING = ROOT / "bundles" / "mapseg_adaptation", ROOT / "bundle
 TRANSLATION = ROOT / "bundles" / "cosmos_translation"
 # they need a package, see test_test_time.py
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
-# they need another network or a method, see test_guests.py, test_buda_seg.py and test_self_training.py
+# they need another network or a method, see test_guests.py, test_buda_seg.py, test_self_training.py, test_label_maps.py
 PARTS = {"dynunet.yaml", "two_head_dynunet.yaml", "buda_seg.yaml", "cosmos.yaml", "self_training.yaml"}
-PARTS |= {"pseudo_labels.yaml"}
+PARTS |= {"pseudo_labels.yaml", "label_maps.yaml"}
 STANDALONE = {
     "metadata.json",
     "train.json",
