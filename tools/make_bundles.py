@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mapseg_components.files import write_text
 from mapseg_components.plans.bundle import overlaid
 from tools.format_configs import formatted
-from tools.settings_reference import settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = ROOT / "bundles"
@@ -93,7 +92,7 @@ def files_of(name: str, asked: Mapping[str, Any]) -> dict[str, str]:
 
 def meanings(bundle: Path) -> str:
     """The part of the adaptation bundle's ``docs/settings.yaml`` that is about settings of a made one."""
-    own = settings_of(bundle)
+    own = set().union(*(ConfigParser.load_config_file(bundle / "configs" / base) for base in BASES))
     sections = yaml.safe_load((ORIGIN / "docs" / "settings.yaml").read_text(encoding="utf-8"))
     kept = {}
     for title, section in sections.items():

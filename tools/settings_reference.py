@@ -33,13 +33,15 @@ BASES = ("train", "inference")
 """Configs that stand alone; all others go on top of one of them."""
 NOT_OVERLAYS = ("metadata.json",)
 PAPER = "paper"
+MADE = "# Made by"  # from another bundle, whose settings it has (tools/make_bundles.py)
 WIRING = ("imports", "initialize", "run", "training", "finalize", "train", "validate")
 OPTION, WORD = re.compile(r"--(\w+)"), re.compile(r"\w+")
 ROWS = re.compile(r"^\|((?: `\w+`,?)+) \|", re.MULTILINE)
 INTRODUCTION = """# Settings
 
 Every setting of the bundles. `python tools/settings_reference.py` writes this page from the bundles' configs and
-from the meanings in `bundles/*/docs/settings.yaml`.
+from the meanings in `bundles/*/docs/settings.yaml`. `buda_seg` and
+`cosmos_selftraining` are made from `mapseg_adaptation`, and have its settings as far as they need them.
 
 A setting is changed in an overlay (`name: value`) or on the command line (`--name value`; null is `--name '$None'`).
 *Used in* says which config has it: `train`, `inference`, or one that goes on top of them. *Paper* is its value with
@@ -160,6 +162,8 @@ def page(root: Path = ROOT) -> str:
     text = [INTRODUCTION]
     for bundle in sorted((root / "bundles").iterdir()):
         if not (bundle / "configs" / "train.json").is_file():
+            continue
+        if (bundle / "docs" / "settings.yaml").read_text(encoding="utf-8").startswith(MADE):
             continue
         meanings = meanings_of(bundle)
         described = {name for entries in meanings.values() for name in entries}
