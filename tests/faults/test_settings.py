@@ -18,8 +18,7 @@ from mapseg_components.configs import SECTIONS, check_settings, known_keys
 from mapseg_components.errors import ConfigError
 from tests.conftest import ROOT
 
-BUNDLES = ("mapseg_adaptation", "mapseg_pretraining", "cosmos_translation")
-FOLDERS = [ROOT / "bundles" / name / "configs" for name in BUNDLES]
+FOLDERS = [ROOT / "bundles" / name / "configs" for name in ("mapseg_adaptation", "mapseg_pretraining")]
 NAMES = ["train.json", "inference.json"]
 # read by MONAI itself or only wiring
 # the last two are run by overlays: test_time.yaml, source_stage.yaml, handover_only.yaml
