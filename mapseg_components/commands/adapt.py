@@ -7,6 +7,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mapseg_components.commands.order import asks_for_order, describe_order, rec
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.stages import finished_epochs, run_stage, threads, training_samples
+from mapseg_components.commands.stages import finished_epochs, run_stage, threads, timed, training_samples
 from mapseg_components.data.datalist import all_targets, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
@@ -30,6 +31,7 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.length import settings_of_stage
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
 from mapseg_components.plans.sizes import describe
@@ -80,6 +82,7 @@ def adapt(
     symmetric: bool = False,
     any_position: bool = False,
     settings: str | Mapping[str, Any] | None = None,
+    length: float = 1.0,
     seed: int = 0,
     device: str = "auto",
     num_threads: int | None = None,
@@ -116,6 +119,7 @@ def adapt(
             nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has.
+        length: factor of the epochs of every stage, such as 0.5 for half of them; two epochs at least.
         seed: of everything random.
         device: auto, cpu, cuda or cuda:1.
         num_threads: of PyTorch on the CPU.
@@ -138,6 +142,8 @@ def adapt(
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
+    if not 0 < length < math.inf:
+        raise ConfigError(f"length is {length}, expected a factor above 0")
     choose_device(device)
     read_recipe(method)
     request = {
@@ -154,6 +160,7 @@ def adapt(
         "symmetric": symmetric,
         "any_position": any_position,
         "settings": read_mapping("settings", settings),
+        "length": length,
         "seed": seed,
         "device": device,
         "num_threads": num_threads,
@@ -249,7 +256,7 @@ class Adaptation:
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["request"].setdefault("held_out", 0)  # a run of an earlier version
+        saved["request"] = {"held_out": 0, "length": 1.0, **saved["request"]}  # a run of an earlier version
         now = json.loads(json.dumps(self.request))
         changed = [
             f"{name} was {saved['request'].get(name)!r}, now {now[name]!r}"
@@ -339,9 +346,8 @@ class Adaptation:
             configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
         earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        asked_for = self.request["settings"] or {}
-        own = {name: scaled(merged[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
-        own = {name: value for name, value in own.items() if name not in asked_for}
+        planned, own = settings_of_stage(stage, merged, self.request["settings"] or {}, self.request["length"])
+        self.record.setdefault("epochs", {})[stage.name] = planned
         epochs = own.get("max_epochs", merged["max_epochs"])
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
@@ -350,8 +356,8 @@ class Adaptation:
             def on_epoch(done: int) -> None:
                 bar.update(done - bar.n)
 
-            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
-        self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
+            with timed(self.record, stage.name):
+                run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
         self.record["done"].append(stage.name)
         self._save()
@@ -372,20 +378,15 @@ class Adaptation:
             "overwrite": True,
         }
         output = self.folder / "predictions" / name
-        seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
+        with timed(self.record, stage):
+            run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
         if self.request["prepare"] is not None:
             for case in all_targets(self.folder / "datalist.json"):
                 image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
                 sidecar = image.with_name(f"{stem(image)}.json")
                 restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
-        self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
-
-
-def scaled(value: float, factor: float) -> float:
-    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
-    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
 
 
 def preparation(given: str | Mapping[str, Any] | None) -> dict[str, Any] | None:

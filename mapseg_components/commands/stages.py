@@ -106,6 +106,19 @@ def finished_epochs(output: Path) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def timed(record: dict[str, Any], name: str) -> Iterator[None]:
+    """Context that adds the seconds of a stage to those of its name: ``seconds`` that passed and ``processor_seconds``
+    of the processes that it started, theirs included. Nothing is added where the stage fails."""
+    started, before = time.monotonic(), os.times()
+    yield
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    for kind, seconds in (("seconds", time.monotonic() - started), ("processor_seconds", used)):
+        times = record.setdefault(kind, {})
+        times[name] = round(times.get(name, 0) + seconds, 1)
+
+
 def training_samples(config: Mapping[str, Any], epochs: int) -> int | None:
     """Patches that a stage trained on, or ``None`` where its config has expressions in place of the numbers."""
     sizes = config.get("epoch_length"), config.get("batch_size")
