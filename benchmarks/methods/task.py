@@ -78,7 +78,8 @@ class Inputs:
 
     Args:
         datalist: source and target of every method; no label of the target is in it.
-        oracle: the same with labelled target scans as its source, or ``None``.
+        oracle: labelled target scans as its source, and the source's scans as those that are not learnt from, so that
+            the same scans are planned for; or ``None``.
         images: folder of the test scans, named by case.
         truth: their label maps.
         target_truth: label maps of target scans, as far as the oracle has them; a folder, or ``None``.
@@ -262,12 +263,12 @@ def write_inputs(task: Task, folder: Path) -> Inputs:
     """
     shutil.rmtree(folder, ignore_errors=True)
     labels = {"0": "background", **{str(value): name for name, value in task.labels.items()}}
-    target = [{key: case[key] for key in ("image", "case_id")} for case in task.parts["target"]]
-    oracle = task.parts.get("oracle")
+    source, target, oracle = (task.parts.get(name) for name in ("source", "target", "oracle"))
 
-    def datalist(name: str, training: Sequence[Case], validation: Sequence[Case] | None) -> Path:
+    def datalist(name: str, training: Sequence[Case], validation: Sequence[Case] | None, other: Sequence[Case]) -> Path:
         sections = {"source_training": training, **({"source_validation": validation} if validation else {})}
-        write_json({"labels": labels, **sections, "target_training": target}, folder / name)
+        unlabelled = [{key: case[key] for key in ("image", "case_id")} for case in other]
+        write_json({"labels": labels, **sections, "target_training": unlabelled}, folder / name)
         return folder / name
 
     for case in task.parts["test"]:
@@ -275,13 +276,13 @@ def write_inputs(task: Task, folder: Path) -> Inputs:
             link(case[key], folder / "test" / place, case["case_id"])
     labelled = [*(oracle or []), *task.parts.get("oracle_validation", [])]
     known = {os.path.realpath(case["image"]): case["label"] for case in labelled}
-    found = [(known.get(os.path.realpath(case["image"])), case) for case in target]
+    found = [(known.get(os.path.realpath(case["image"])), case) for case in target or []]
     truth = [(label, case) for label, case in found if label is not None]
     for label, case in truth:
         link(label, folder / "target_labels", stem(Path(case["image"])))
     return Inputs(
-        datalist=datalist("datalist.json", task.parts["source"], task.parts.get("validation")),
-        oracle=datalist("oracle.json", oracle, task.parts.get("oracle_validation")) if oracle else None,
+        datalist=datalist("datalist.json", source or [], task.parts.get("validation"), target or []),
+        oracle=datalist("oracle.json", oracle, task.parts.get("oracle_validation"), source or []) if oracle else None,
         images=folder / "test" / "images",
         truth=folder / "test" / "labels",
         target_truth=folder / "target_labels" if truth else None,
