@@ -126,6 +126,7 @@ def verdicts_of(runs: Sequence[Record]) -> dict[str, Any]:
         "right": sum(verdict["right"] for verdict in said),
         "lost": float(np.mean([verdict["lost"] for verdict in said])) if said else None,
         "errors": {on: {"n": len(each), "mean_absolute": float(np.mean(each))} for on, each in errors.items()},
+        "coverage": sorted({verdict["coverage"] for verdict in said if verdict.get("coverage") is not None}),
         "intervals": len(within),
         "intervals_hold": sum(one["interval"][0] <= one["dice"] <= one["interval"][1] for one in within),
     }
@@ -279,7 +280,8 @@ def notes(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
             unit = "scans" if on == "the judged scans" else "means of a model over scans"
             text += f" Estimated Dice was off by {errors['mean_absolute']:.3f} on {on} ({errors['n']} {unit})."
         if said["intervals"]:
-            text += f" Its intervals held the Dice in {said['intervals_hold']} of {said['intervals']}."
+            nominal = "".join(f" (nominal {share:.0%})" for share in said["coverage"])
+            text += f" Its intervals{nominal} held the Dice in {said['intervals_hold']} of {said['intervals']}."
         lines.append(text)
     return [" ".join(lines)]
 
