@@ -152,10 +152,11 @@ def tables(results: Mapping[str, Any]) -> str:
     budget = results["budget_minutes"]
     spent = "as long as each method is by itself" if budget is None else f"{budget:g} processor minutes each"
     seeds = sorted({run["seed"] for run in results["runs"]})
+    named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     lines = [
-        f"{task['title']}: {task['test_cases']} test cases that took no part in training, seeds "
-        f"{', '.join(map(str, seeds))}, {spent}. {results['machine']}. Mean over cases [95 % bootstrap interval over "
-        "cases]; seeds are averaged case by case before.",
+        f"{task['title']}: {task['test_cases']} test cases that took no part in training, {named}, {spent}. "
+        f"{results['machine']}. Mean over cases [95 % bootstrap interval over cases]; seeds are averaged case by case "
+        "before.",
         "",
         *(knob_table(methods, results["knobs"]) if results.get("knobs") else method_table(methods, budget)),
         "",

@@ -149,8 +149,8 @@ def verdict_beside_truth(
     Returns:
         ``ship``, ``estimated_gain``, ``interval``, ``gain`` (of the test), ``right`` (ships the better model, or they
         differ by less than 0.01), ``lost`` (Dice that the other model has more), ``held_out``, ``coverage`` (nominal,
-        of the intervals of single scans), ``on`` ("the judged scans" or "the test scans"), and ``estimates``: ``model``, ``estimate``, ``dice``, and of single scans ``case``
-        and ``interval``.
+        of the intervals of single scans), ``on`` ("the judged scans" or "the test scans"), and ``estimates``:
+        ``model``, ``estimate``, ``dice``, and of single scans ``case`` and ``interval``.
     """
     assessment = record["assessment"]
     said = assessment["verdict"]
