@@ -48,7 +48,7 @@ def undrawn(monkeypatch):
 def scans(tmp_path):
     """Scans and label maps of a task, all different; returns the task's file."""
     number = 0
-    for part, names in (("source", "ab"), ("target", "cd"), ("test", "ef")):
+    for part, names in (("source", "cd"), ("target", "cd"), ("test", "ef")):
         for name in names:
             number += 1
             write_nifti(tmp_path / part / "images" / f"{name}.nii.gz", np.full(SHAPE, number, np.float32))
@@ -56,6 +56,7 @@ def scans(tmp_path):
     folders = {part: {"images": f"{part}/images", "labels": f"{part}/labels"} for part in ("source", "test")}
     oracle = {"oracle": {"images": "target/images", "labels": "target/labels"}}
     content = {"name": "boxes", "title": "two boxes", "labels": VALUES, **folders, **oracle}
+    content["source"] |= {"cases": ["c", "d"]}  # named as those of the target are
     content["target"] = {"images": "target/images"}
     return write_task(tmp_path / "boxes.yaml", content)
 
@@ -176,10 +177,14 @@ def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans
     assert mean["dice"]["ci95"] == pytest.approx([DICE[1], DICE[1]])
     assert [each["seed"] for each in methods["entropy"]["failed"]] == [0, 1] and methods["entropy"]["seeds"] == []
     assert "the loss is NaN in epoch 3 (exit code 5" in methods["entropy"]["failed"][0]["error"]
-    assert methods["oracle"]["dice"]["adapted"] == 1 and "closed" in methods["oracle"]
+    assert methods["oracle"]["dice"]["adapted"] == 1 and methods["oracle"]["closed"] is None
+    assert results["summary"]["verdicts"]["comparisons"] == 2
+    on = {run["name"]: run["verdict"]["on"] for run in results["runs"] if run["state"] == "done"}
+    assert on == {"mapseg": "the judged scans", "oracle": "the test scans"}  # the oracle judged other scans
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| entropy | failed (0 of 2 seeds) |" in text and "- entropy, seed 1: NonFiniteError" in text
-    assert f"| {DICE[1]:.3f} [{DICE[1]:.3f}, {DICE[1]:.3f}] |" in text and "surface Dice at 1 mm" in text
+    assert f"| {DICE[1]:.3f} [{DICE[1]:.3f}, {DICE[1]:.3f}] | {DICE[1] - DICE[2]:+.3f} (+0.100) |" in text
+    assert "surface Dice at 1 mm" in text and "surface Dice" not in report.tables(results, brief=True)
     figure.draw(results, tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
@@ -392,11 +397,11 @@ def test_a_task_that_does_not_do_is_named(scans, tmp_path, change, error, messag
 def test_the_forms_of_a_task_say_the_same_and_data_may_lie_elsewhere(scans, tmp_path):
     expected = read_task(scans)
     content = yaml.safe_load(scans.read_text())
-    pairs = [{"image": f"source/images/{n}.nii.gz", "label": f"source/labels/{n}.nii.gz"} for n in "ab"]
+    pairs = [{"image": f"source/images/{n}.nii.gz", "label": f"source/labels/{n}.nii.gz"} for n in "cd"]
     (tmp_path / "list.json").write_text(json.dumps({"labels": VALUES, "source_training": pairs}))
     others = [
         {**content, "source": pairs},
-        {**content, "source": {"images": "source/images", "labels": "source/labels", "cases": ["a", "b"]}},
+        {**content, "source": {"images": "source/images", "labels": "source/labels", "cases": ["c", "d"]}},
         {**{key: value for key, value in content.items() if key not in ("source", "labels")}, "datalist": "list.json"},
     ]
     folder = tmp_path / "tasks"

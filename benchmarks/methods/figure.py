@@ -44,8 +44,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             axis.barh(at, found["mean"], height * 0.94, color=colour, xerr=error, ecolor="#555555", capsize=2)
             seeds = one["dice_by_seed"][model]
             axis.plot(seeds, [at] * len(seeds), "o", color="black", markersize=3)
-    for model, (name, colour) in MODELS.items():
-        del model
+    for name, colour in MODELS.values():
         axis.barh([0], [0], color=colour, label=name)
     axis.plot([], [], "o", color="black", markersize=3, label="single seeds")
     oracle = summary["methods"].get(ORACLE)
@@ -55,7 +54,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         value = summary["methods"][summary["baseline"]]["dice"]["adapted"]
         axis.axvline(value, color="#555555", linestyle=":", label="strongest source-only baseline")
     axis.set_yticks(range(len(shown)), list(shown))
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.5, -0.5)
     axis.set_xlabel(f"Dice on {results['task']['test_cases']} test cases: {results['task']['title']}")
     axis.set_xlim(0, 1)
     axis.spines[["top", "right"]].set_visible(False)

@@ -80,6 +80,7 @@ def figures_of(runs: Sequence[Record]) -> dict[str, Any]:
     by_seed = {model: [mean_dice(run["models"][model]) for run in done] for model in MODELS}
     shipped = [mean_dice(run["models"][run["verdict"]["ship"]]) for run in done]
     judged = [run for run in done if not run["same_model"]]
+    estimated = [run["verdict"]["estimated_gain"] for run in judged if run["verdict"]["estimated_gain"] is not None]
     differences = paired_comparison(*(case_means(rows[model], "dice") for model in reversed(MODELS)))
     minutes = [run["processor_seconds"] / 60 for run in done if run["processor_seconds"] is not None]
     peaks = [run["peak_bytes"] for run in done if run["peak_bytes"]]
@@ -93,6 +94,8 @@ def figures_of(runs: Sequence[Record]) -> dict[str, Any]:
         "missed": {model: missed_of(done, model) for model in MODELS},
         "rolled_back": sum(run["verdict"]["ship"] == "source_only" for run in judged),
         "judged": len(judged),
+        "right": sum(run["verdict"]["right"] for run in judged),
+        "estimated_gain": float(np.mean(estimated)) if estimated else None,
         "minutes": float(np.mean(minutes)) if minutes else None,
         "by_the_clock": any(run.get("by_the_clock") for run in done),
         "peak_bytes": max(peaks) if peaks else None,
@@ -113,8 +116,10 @@ def missed_of(runs: Sequence[Record], model: str) -> dict[str, int]:
 
 
 def verdicts_of(runs: Sequence[Record]) -> dict[str, Any]:
-    """How often the verdicts were right, and how far the estimates of Dice were off, over all runs with two models."""
-    said = [run["verdict"] for run in runs if run["state"] == "done" and not run["same_model"]]
+    """How often verdicts were right and how far estimates of Dice were off, over runs with two models, the oracle's
+    left out."""
+    compared = [run for run in runs if run["state"] == "done" and not run["oracle"] and not run["same_model"]]
+    said = [run["verdict"] for run in compared]
     estimates = [(one, verdict["on"]) for verdict in said for one in verdict["estimates"]]
     known = [(one, on) for one, on in estimates if one["estimate"] is not None and one["dice"] is not None]
     errors: dict[str, list[float]] = {}
@@ -145,8 +150,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """All of a results file in Markdown."""
+def tables(results: Mapping[str, Any], brief: bool = False) -> str:
+    """All of a results file in Markdown; if brief, without the single structures."""
     summary, task = results["summary"], results["task"]
     methods = summary["methods"]
     budget = results["budget_minutes"]
@@ -161,8 +166,7 @@ def tables(results: Mapping[str, Any]) -> str:
         *(knob_table(methods, results["knobs"]) if results.get("knobs") else method_table(methods, budget)),
         "",
         *notes(summary, results),
-        "",
-        *structure_table(methods, task["tolerance_mm"]),
+        *([] if brief else ["", *structure_table(methods, task["tolerance_mm"])]),
     ]
     failed = [(name, one) for name, figures in methods.items() for one in figures["failed"]]
     if failed:
@@ -178,14 +182,16 @@ def count_text(figures: Mapping[str, Any]) -> str:
 
 def method_table(methods: Mapping[str, Mapping[str, Any]], budget: float | None) -> list[str]:
     """One line per method: Dice of both models, the gap, the verdict, what it cost."""
-    head = ["method", "source-only", "adapted", "gain", "shipped", "gap closed", "rolled back", "minutes", "GB", "MB"]
+    head = ["method", "source-only", "adapted", "gain (estimated)", "shipped", "verdict right", "rolled back"]
+    head += ["gap closed", "minutes", "GB", "MB"]
     rows = []
     for name, one in methods.items():
         if not one["seeds"]:
             rows.append([name, f"failed ({count_text(one)} seeds)", *[""] * (len(head) - 2)])
             continue
         means = {model: one["summary"][model][MEAN]["dice"] for model in MODELS}
-        gain = one["gain"]["mean_difference"]
+        gain, estimated = one["gain"]["mean_difference"], one["estimated_gain"]
+        compared = name != ORACLE and one["judged"] > 0 and gain is not None
         title = name if not one["failed"] else f"{name} ({count_text(one)} seeds)"
         supervised = name == ORACLE
         rows.append(
@@ -193,10 +199,11 @@ def method_table(methods: Mapping[str, Mapping[str, Any]], budget: float | None)
                 title,
                 "" if supervised else interval_text(means["source_only"]),
                 interval_text(means["adapted"]),
-                "" if supervised or gain is None or not one["judged"] else f"{gain:+.3f}",
+                (f"{gain:+.3f}" + ("" if estimated is None else f" ({estimated:+.3f})")) if compared else "",
                 "" if supervised else f"{one['shipped_dice']:.3f}",
+                f"{one['right']} of {one['judged']}" if compared else "",
+                f"{one['rolled_back']} of {one['judged']}" if compared else "",
                 "" if one["closed"] is None else f"{one['closed']:.0%}",
-                "" if supervised or not one["judged"] else f"{one['rolled_back']} of {one['judged']}",
                 cost_text(one, budget),
                 "" if one["peak_bytes"] is None else f"{one['peak_bytes'] / GIGABYTE:.1f}",
                 f"{one['weights_bytes'] / MEGABYTE:.1f}",
@@ -259,7 +266,8 @@ def notes(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     """What the columns of the first table mean, with the figures of all verdicts."""
     methods, said = summary["methods"], summary["verdicts"]
     lines = [
-        "Adapted: the model that the method ends with, whether its verdict ships it or not. Rolled back: the verdict, "
+        "Adapted: the model that the method ends with, whether its verdict ships it or not. Estimated: by the verdict, "
+        "on target scans without labels. Rolled back: the verdict, "
         "which knows no label of the target, shipped the source-only model. Missed: label maps without a structure "
         "that the truth has, over all seeds; it has Dice 0 and no distance."
     ]
@@ -293,9 +301,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks, in the order of the page")
     parser.add_argument("--docs", type=Path, help="page whose tables are replaced")
     parser.add_argument("--marker", default=MARKER, help="name in the page's markers")
+    parser.add_argument("--brief", action="store_true", help="leave single structures out")
     arguments = parser.parse_args()
     found = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
-    text = "\n\n".join(f"### {one['task']['title']}\n\n{tables(one)}" for one in found)
+    text = "\n\n".join(f"### {one['task']['title']}\n\n{tables(one, arguments.brief)}" for one in found)
     if arguments.docs:
         replace_between(arguments.docs, arguments.marker, text)
     else:

@@ -106,7 +106,7 @@ def score(folder: Path, output: Path, task: Task, inputs: Inputs, run: Run) -> d
         "models": rows,
         "same_model": same,
         "weights_bytes": weights["adapted"].stat().st_size,
-        "verdict": verdict_beside_truth(folder, record, output, inputs, run, rows),
+        "verdict": verdict_beside_truth(folder, record, output, task, inputs, run, rows),
         "order": record.get("order"),
         "stages": {key: record.get(key, {}) for key in ("epochs", "seconds", "processor_seconds")},
     }
@@ -137,6 +137,7 @@ def verdict_beside_truth(
     folder: Path,
     record: Mapping[str, Any],
     output: Path,
+    task: Task,
     inputs: Inputs,
     run: Run,
     rows: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -158,10 +159,10 @@ def verdict_beside_truth(
     gain = dice["adapted"] - dice["source_only"]
     lost = max(-gain if said["ship"] == "adapted" else gain, 0.0)
     estimates: list[dict[str, Any]] = []
-    files = {case["case_id"]: stem(Path(case["image"])) for case in all_targets(folder / "datalist.json")}
-    known = set() if inputs.target_truth is None else {stem(path) for path in inputs.target_truth.iterdir()}
+    images = {case["case_id"]: Path(case["image"]) for case in all_targets(folder / "datalist.json")}
+    files = {case: stem(image) for case, image in images.items()}
     judged = {case["case"] for case in assessment["models"]["adapted"]["cases"]}
-    on_judged = bool(judged) and all(files[case] in known for case in judged)
+    on_judged = bool(judged) and all(is_known(images[case], task, inputs.target_truth) for case in judged)
     for name in MODELS:
         cases = assessment["models"][name]["cases"]
         if on_judged:
@@ -194,6 +195,15 @@ def verdict_beside_truth(
         "on": "the judged scans" if on_judged else "the test scans",
         "estimates": estimates,
     }
+
+
+def is_known(image: Path, task: Task, truth: Path | None) -> bool:
+    """Whether a scan is one of the task's target, by its content, whose label map is there."""
+    targets = {stem(Path(case["image"])): case["image"] for case in task.parts["target"]}
+    name = stem(image)
+    if truth is None or name not in targets or name not in {stem(path) for path in truth.iterdir()}:
+        return False
+    return image.is_file() and sha256_of(image) == sha256_of(targets[name])
 
 
 def predictions_of(run: Path, model: str) -> Path:
