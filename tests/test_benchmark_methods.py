@@ -380,6 +380,7 @@ def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):
         ({"target": {"images": "target/images", "cases": ["x"]}}, ConfigError, r"has no scan \['x'\]"),
         ({"source": ["a.nii.gz"] * 2}, ConfigError, "source, entry 0"),
         ({"target": ["target/images/c.nii.gz", "target/images/c.nii.gz"]}, ConfigError, "has several cases 'c'"),
+        ({"target": [{"image": "a.nii.gz", "case_id": "../a"}]}, ConfigError, r"case id '\.\./a' cannot name a file"),
         ({"target": ["target/images/z.nii.gz"]}, DataError, r"missing .*z\.nii\.gz: correct the paths"),
         ({"target": {"images": "test/images"}}, DataError, "test scans that are trained on: .*e.nii.gz of target"),
         ({"target": ["copy.nii.gz"]}, DataError, r"f\.nii\.gz is .*copy\.nii\.gz of target"),
@@ -412,6 +413,18 @@ def test_the_forms_of_a_task_say_the_same_and_data_may_lie_elsewhere(scans, tmp_
         assert read_task(folder / "boxes.json", tmp_path) == expected
         (folder / "boxes.json").write_text(json.dumps({**other, "data": ".."}))
         assert read_task(folder / "boxes.json") == expected
+
+
+def test_test_scans_and_label_maps_get_one_name_whatever_their_format_and_folder(scans, tmp_path):
+    content = yaml.safe_load(scans.read_text())
+    content["test"] = [{"image": "x/1.TIF", "label": "y/1_mask.png", "case_id": "first"}]
+    for place in ("x/1.TIF", "y/1_mask.png"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_bytes(place.encode())
+    inputs = write_inputs(read_task(write_task(scans, content)), tmp_path / "inputs")
+    assert [path.name for path in inputs.images.iterdir()] == ["first.TIF"]
+    assert (inputs.truth / "first.png").read_bytes() == b"y/1_mask.png"
+    assert sorted(path.name for path in inputs.target_truth.iterdir()) == ["c.nii.gz", "d.nii.gz"]
 
 
 @pytest.mark.parametrize("name", ["adult_t1_to_t2", "fetal_age"])

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.methods.processes import Usage
-from benchmarks.methods.task import Inputs, Task
-from mapseg_components.data.datalist import all_targets, load_datalist, stem
+from benchmarks.methods.task import Inputs, Task, stem_of
+from mapseg_components.data.datalist import all_targets, load_datalist
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import sha256_of
 from mapseg_components.metrics import METRICS, case_means
@@ -160,7 +160,7 @@ def verdict_beside_truth(
     lost = max(-gain if said["ship"] == "adapted" else gain, 0.0)
     estimates: list[dict[str, Any]] = []
     images = {case["case_id"]: Path(case["image"]) for case in all_targets(folder / "datalist.json")}
-    files = {case: stem(image) for case, image in images.items()}
+    files = {case: stem_of(image) for case, image in images.items()}
     judged = {case["case"] for case in assessment["models"]["adapted"]["cases"]}
     on_judged = bool(judged) and all(is_known(images[case], task, inputs.target_truth) for case in judged)
     for name in MODELS:
@@ -199,9 +199,9 @@ def verdict_beside_truth(
 
 def is_known(image: Path, task: Task, truth: Path | None) -> bool:
     """Whether a scan is one of the task's target, by its content, whose label map is there."""
-    targets = {stem(Path(case["image"])): case["image"] for case in task.parts["target"]}
-    name = stem(image)
-    if truth is None or name not in targets or name not in {stem(path) for path in truth.iterdir()}:
+    targets = {stem_of(case["image"]): case["image"] for case in task.parts["target"]}
+    name = stem_of(image)
+    if truth is None or name not in targets or name not in {stem_of(path) for path in truth.iterdir()}:
         return False
     return image.is_file() and sha256_of(image) == sha256_of(targets[name])
 

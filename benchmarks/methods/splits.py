@@ -27,14 +27,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.task import read_mapping_file
+from benchmarks.methods.task import ENDINGS, read_mapping_file, stem_of
 from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import write_json
 from mapseg_components.structures import structures_of
 
 __all__ = ["task_of", "tasks_of"]
 
-ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
 LABEL_MAP = re.compile(r"_(label|labels|seg|mask|dseg)$")
 RANGE = re.compile(r"([A-Za-z]+?)s? 0*(\d+) ?- ?0*(\d+)")
 
@@ -158,12 +157,6 @@ def label_of(key: str, file: Path, patterns: Sequence[str | None], data: Path) -
     ending = file.name[len(stem) :]
     candidates = [file.with_name(f"{stem}_label{ending}"), file.parent.parent / "label" / f"{stem}{ending}"]
     return next((one for one in candidates if one.is_file()), None)
-
-
-def stem_of(file: Path) -> str:
-    """Name of a file without the ending of an image."""
-    ending = next((one for one in ENDINGS if file.name.lower().endswith(one)), "")
-    return file.name[: len(file.name) - len(ending)]
 
 
 def main(line: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import difflib
 import inspect
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,13 @@ import yaml
 
 from mapseg_components.commands.adapt import adapt
 from mapseg_components.data import load_datalist
-from mapseg_components.data.datalist import labels_file, list_scans, stem
+from mapseg_components.data.datalist import labels_file, list_scans
 from mapseg_components.data.layouts import labels_of_scans
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.structures import structures_of
 
-__all__ = ["Inputs", "Task", "read_task", "write_inputs"]
+__all__ = ["ENDINGS", "Inputs", "Task", "read_task", "stem_of", "write_inputs"]
 
 Case = dict[str, str]
 KEYS = {
@@ -39,6 +40,7 @@ SECTIONS = {
     "target": "target_training",
     "test": "target_test",
 }
+ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
 LABELLED = ("source", "validation", "test", "oracle", "oracle_validation")
 NEEDED = ("source", "target", "test")
 # what the benchmark says itself, and what would change the scans
@@ -148,6 +150,12 @@ def read_mapping_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error}): name a task file, YAML or JSON") from error
 
 
+def stem_of(file: str | Path) -> str:
+    """Name of a file without the ending of an image."""
+    name = Path(file).name
+    return name[: len(name) - len(next((one for one in ENDINGS if name.lower().endswith(one)), ""))]
+
+
 def mapping_of(content: Any, origin: str) -> dict[str, Any]:
     """The content, if it is a mapping. Raises `ConfigError`."""
     if not isinstance(content, dict):
@@ -174,7 +182,10 @@ def cases_of(content: Any, base: Path, origin: str, labelled: bool) -> list[Case
         if lacking:
             raise ConfigError(f"{origin}, entry {number} is {entry!r}, expected {' and '.join(keys)}, each a path")
         case = {key: str((base / given[key]).absolute()) for key in keys}
-        found.append(case | {"case_id": str(given.get("case_id") or stem(Path(given["image"])))})
+        found.append(case | {"case_id": str(given.get("case_id") or stem_of(given["image"]))})
+    unsafe = [case["case_id"] for case in found if not re.fullmatch(r"\w[\w.\- ]*", case["case_id"])]
+    if unsafe:
+        raise ConfigError(f"{origin}: case id {unsafe[0]!r} cannot name a file: use letters, digits, '.', '_' and '-'")
     twice = [name for name, count in Counter(case["case_id"] for case in found).items() if count > 1]
     if twice:
         raise ConfigError(f"{origin} has several cases {twice[0]!r}: set case_id")
@@ -190,7 +201,7 @@ def entries_of_folders(content: Mapping[str, Any], base: Path, origin: str, labe
     scans = list_scans(base / str(content["images"]))
     maps = labels_of_scans(scans, list_scans(base / str(content["labels"]))) if labelled else {}
     chosen = None if content.get("cases") is None else [str(name) for name in content["cases"]]
-    by_name = {stem(scan): scan for scan in scans}
+    by_name = {stem_of(scan): scan for scan in scans}
     absent = sorted(set(chosen or []) - set(by_name))
     if absent or not scans:
         raise ConfigError(f"{base / str(content['images'])} has no scan {absent or 'at all'}: correct {origin}")
@@ -279,7 +290,7 @@ def write_inputs(task: Task, folder: Path) -> Inputs:
     found = [(known.get(os.path.realpath(case["image"])), case) for case in target or []]
     truth = [(label, case) for label, case in found if label is not None]
     for label, case in truth:
-        link(label, folder / "target_labels", stem(Path(case["image"])))
+        link(label, folder / "target_labels", stem_of(case["image"]))
     return Inputs(
         datalist=datalist("datalist.json", source or [], task.parts.get("validation"), target or []),
         oracle=datalist("oracle.json", oracle, task.parts.get("oracle_validation"), source or []) if oracle else None,
@@ -292,7 +303,7 @@ def write_inputs(task: Task, folder: Path) -> Inputs:
 def link(file: str, folder: Path, name: str) -> None:
     """Put a file into a folder under another name: a link, or a copy where links cannot be made."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = folder / f"{name}{Path(file).name[len(stem(Path(file))) :]}"
+    place = folder / f"{name}{Path(file).name[len(stem_of(file)) :]}"
     try:
         place.symlink_to(Path(file).absolute())
     except OSError:

@@ -40,7 +40,7 @@ class Variant:
 def of_methods(names: list[str], oracle: str | None) -> list[Variant]:
     """Methods as they come, and last the oracle by the recipe of a name. Raises `ConfigError` for an unknown one."""
     found = [Variant(read_recipe(name).name, name) for name in dict.fromkeys(names)]
-    return [*found, Variant(ORACLE, oracle, oracle=True)] if oracle else found
+    return [*found, Variant(ORACLE, read_recipe(oracle).name, oracle=True)] if oracle else found
 
 
 def read_knobs(path: Path) -> list[Variant]:
