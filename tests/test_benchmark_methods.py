@@ -164,7 +164,7 @@ THREE = [Variant("mapseg", "mapseg"), Variant("entropy", "entropy"), Variant("or
 
 
 def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans, tmp_path):
-    fails = {"entropy": ("NonFiniteError: the loss is NaN in epoch 3", 5)}
+    fails = {"entropy": (f"NonFiniteError: {tmp_path}/out/runs/x: the loss is NaN", 5)}
     commands = Commands({"mapseg": (2, 1), "mean_teacher": (3, 0)}, fails=fails)
     results = results_of(bench_of(scans, tmp_path / "out", commands, jobs=1), THREE)
     methods = results["summary"]["methods"]
@@ -176,7 +176,8 @@ def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans
     assert set(mean) == {"dice", "surface_dice", "hd95_mm", "assd_mm"} and mean["dice"]["n"] == 2
     assert mean["dice"]["ci95"] == pytest.approx([DICE[1], DICE[1]])
     assert [each["seed"] for each in methods["entropy"]["failed"]] == [0, 1] and methods["entropy"]["seeds"] == []
-    assert "the loss is NaN in epoch 3 (exit code 5" in methods["entropy"]["failed"][0]["error"]
+    said = "NonFiniteError: runs/x: the loss is NaN (exit code 5; logs/entropy_0.txt)"
+    assert methods["entropy"]["failed"][0]["error"] == said
     assert methods["oracle"]["dice"]["adapted"] == 1 and methods["oracle"]["closed"] is None
     assert results["summary"]["verdicts"]["comparisons"] == 2
     on = {run["name"]: run["verdict"]["on"] for run in results["runs"] if run["state"] == "done"}

@@ -251,7 +251,7 @@ class Bench:
         log = self.folder / "logs" / f"{key}.txt"
         used = self.command(words, log, core=core, stop=self.stop, **more)
         if used.code and not used.over:
-            raise CommandError(last_line(log, used.code), used.code)
+            raise CommandError(last_line(log, used.code, self.folder), used.code)
         return used
 
     def _words(self, variant: Variant, seed: int, folder: Path, length: float, more: dict[str, Any]) -> list[str]:
@@ -339,7 +339,8 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def last_line(log: Path, code: int) -> str:
-    """The last line of a log, by which a command says why it failed."""
+def last_line(log: Path, code: int, folder: Path) -> str:
+    """The last line of a log, by which a command says why it failed; paths below the benchmark's folder are short."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return f"{readable(lines[-1])[:400] if lines else 'it printed nothing'} (exit code {code}; log: {log})"
+    said = readable(lines[-1]).replace(f"{folder}/", "")[:400] if lines else "it printed nothing"
+    return f"{said} (exit code {code}; {log.relative_to(folder)})"
