@@ -211,6 +211,12 @@ def test_the_same_command_again_does_what_is_missing_alone(scans, tmp_path):
     found = results_of(bench_of(scans, tmp_path / "out", commands), THREE[:1], [0])
     assert "adapt" not in [words[0] for words in commands.called[before:]]
     assert found["runs"][0]["processor_seconds"] == 600
+    (tmp_path / "out" / "records" / "mapseg_0.json").unlink()  # killed, and its command ended later by itself
+    (tmp_path / "out" / "used" / "mapseg_0.json").write_text('{"seconds": 2.0, "peak": 7}')
+    again = Commands({})
+    again.adapt = lambda words, log, on_used: Usage(0, 3.0, 5)
+    found = results_of(bench_of(scans, tmp_path / "out", again), THREE[:1], [0])
+    assert (found["runs"][0]["processor_seconds"], found["runs"][0]["peak_bytes"]) == (60, 7)
     results_of(bench_of(scans, tmp_path / "out", commands), THREE[:2], [0])
     commands.fails, commands.moved = {"mapseg": ("DataError: no", 3)}, {"entropy": (1, 1)}
     found = results_of(bench_of(scans, tmp_path / "out", commands), [*THREE[:2]], [0, 1])

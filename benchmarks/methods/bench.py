@@ -284,7 +284,10 @@ class Bench:
 
         words = self._words(variant, seed, folder, record["length"], {})
         used = self._call(words, key, core, limit=limit, on_used=keep)
-        keep(used.processor_seconds, used.peak_bytes, not used.over)
+        trained = {} if used.over else finished(folder).get("processor_seconds", {})
+        # a command that outlived a killed benchmark has written what its stages used
+        seconds = max(used.processor_seconds, sum(trained.values()) - before["seconds"])
+        keep(seconds, used.peak_bytes, not used.over)
         if used.over:
             raise CommandError(
                 f"ended after {record['processor_seconds'] / 60:.1f} processor minutes, more than {STOP_AT:g} times "
