@@ -36,6 +36,7 @@ __all__ = ["Bench"]
 STOP_AT = 1.25  # of the budget: a run that used more is ended
 SHORTEST = 1e-6  # factor that leaves each stage the fewest epochs
 DECIMALS = 4
+FAULT = "mapseg: this is a bug"  # the line before says which
 Command = Callable[..., Usage]
 
 
@@ -345,5 +346,6 @@ def text_of(value: Any) -> str:
 def last_line(log: Path, code: int, folder: Path) -> str:
     """The last line of a log, by which a command says why it failed; paths below the benchmark's folder are short."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = readable(lines[-1]).replace(f"{folder}/", "")[:400] if lines else "it printed nothing"
+    before = lines[-2:-1] if lines and lines[-1].startswith(FAULT) else []
+    said = readable("; ".join([*before, *lines[-1:]])).replace(f"{folder}/", "")[:400] or "it printed nothing"
     return f"{said} (exit code {code}; {log.relative_to(folder)})"

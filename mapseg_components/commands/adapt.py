@@ -7,7 +7,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from mapseg_components.commands.order import asks_for_order, describe_order, rec
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import VERDICTS, report, require_matplotlib
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.stages import finished_epochs, run_stage, threads, timed, training_samples
+from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, threads, training_samples
 from mapseg_components.data.datalist import all_targets, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
@@ -31,9 +30,9 @@ from mapseg_components.files import lock_folder, require_writable, unlock_folder
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
-from mapseg_components.plans.length import settings_of_stage
+from mapseg_components.plans.length import check_length, of_length, planned_length
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe
+from mapseg_components.plans.recipes import ADAPTATION, Stage, read_recipe, scaled
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, versions, working
 from mapseg_components.shipped_files import bundles_folder
@@ -142,8 +141,7 @@ def adapt(
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
-    if not 0 < length < math.inf:
-        raise ConfigError(f"length is {length}, expected a factor above 0")
+    check_length(length)
     choose_device(device)
     read_recipe(method)
     request = {
@@ -333,8 +331,7 @@ class Adaptation:
     def _train(self, stage: Stage) -> None:
         if stage.name in self.record["done"]:
             return
-        stages = self.folder / "stages"
-        output = stages / stage.name
+        stages, output = self.folder / "stages", self.folder / "stages" / stage.name
         if stage.bundle == ADAPTATION:
             bundle = self.folder
             contrasts = [stage.contrasts] if self.request["random_contrasts"] else []
@@ -346,8 +343,10 @@ class Adaptation:
             configs = [*overlays, str(self.folder / "configs" / "pretraining.json")]
         earlier = {name: stages / path for name, path in stage.paths.items() if self._comes(path)}
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
-        planned, own = settings_of_stage(stage, merged, self.request["settings"] or {}, self.request["length"])
-        self.record.setdefault("epochs", {})[stage.name] = planned
+        own = {name: scaled(merged[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
+        own = {name: value for name, value in own.items() if name not in (self.request["settings"] or {})}
+        self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)
+        own |= of_length(merged | own, self.request["length"])
         epochs = own.get("max_epochs", merged["max_epochs"])
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
@@ -356,8 +355,9 @@ class Adaptation:
             def on_epoch(done: int) -> None:
                 bar.update(done - bar.n)
 
-            with timed(self.record, stage.name):
-                run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
+            with processor_time(self.record, stage.name):
+                seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
+        self.record["seconds"][stage.name] = round(self.record["seconds"].get(stage.name, 0) + seconds, 1)
         self.record["samples"] = training_samples(merged, finished_epochs(output))  # of the last stage, the adaptation
         self.record["done"].append(stage.name)
         self._save()
@@ -378,13 +378,14 @@ class Adaptation:
             "overwrite": True,
         }
         output = self.folder / "predictions" / name
-        with timed(self.record, stage):
-            run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
+        with processor_time(self.record, stage):
+            seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
         if self.request["prepare"] is not None:
             for case in all_targets(self.folder / "datalist.json"):
                 image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
                 sidecar = image.with_name(f"{stem(image)}.json")
                 restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
+        self.record["seconds"][stage] = round(seconds, 1)
         self.record["done"].append(stage)
         self._save()
 

@@ -107,16 +107,15 @@ def finished_epochs(output: Path) -> int:
 
 
 @contextlib.contextmanager
-def timed(record: dict[str, Any], name: str) -> Iterator[None]:
-    """Context that adds the seconds of a stage to those of its name: ``seconds`` that passed and ``processor_seconds``
-    of the processes that it started, theirs included. Nothing is added where the stage fails."""
-    started, before = time.monotonic(), os.times()
+def processor_time(record: dict[str, Any], name: str) -> Iterator[None]:
+    """Context that adds the processor seconds of the processes started in it, and of theirs, to those of a stage in
+    ``processor_seconds`` of a record; nothing where the stage fails."""
+    before = os.times()
     yield
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    for kind, seconds in (("seconds", time.monotonic() - started), ("processor_seconds", used)):
-        times = record.setdefault(kind, {})
-        times[name] = round(times.get(name, 0) + seconds, 1)
+    times = record.setdefault("processor_seconds", {})
+    times[name] = round(times.get(name, 0) + used, 1)
 
 
 def training_samples(config: Mapping[str, Any], epochs: int) -> int | None:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from mapseg_components.plans.recipes import Stage
+from mapseg_components.errors import ConfigError
 
-__all__ = ["epochs_of_length", "of_length", "settings_of_stage"]
+__all__ = ["check_length", "epochs_of_length", "of_length", "planned_length"]
 
 FEWEST_EPOCHS = 2  # with one epoch, a schedule that rises and falls is at its lowest rate throughout
 
@@ -53,26 +54,12 @@ def of_length(settings: Mapping[str, Any], length: float) -> dict[str, Any]:
     return {"max_epochs": epochs, **({"val_interval": min(interval, epochs)} if isinstance(interval, int) else {})}
 
 
-def settings_of_stage(
-    stage: Stage, config: Mapping[str, Any], asked: Mapping[str, Any], length: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the recipe and the factor of length set of a stage.
-
-    Args:
-        stage: of a recipe.
-        config: of the stage, merged, with what the user asked for.
-        asked: settings of the user, which the recipe's do not replace.
-        length: factor of the epochs.
-
-    Returns:
-        ``planned`` (``max_epochs`` and ``val_interval`` before the factor), and the settings.
-    """
-    own = {name: scaled(config[name], factor) for name, factor in stage.scale.items()} | dict(stage.settings)
-    own = {name: value for name, value in own.items() if name not in asked}
-    whole = {**config, **own}
-    return {name: whole.get(name) for name in ("max_epochs", "val_interval")}, own | of_length(whole, length)
+def planned_length(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``max_epochs`` and ``val_interval`` of a stage's settings, ``None`` where there is none."""
+    return {name: settings.get(name) for name in ("max_epochs", "val_interval")}
 
 
-def scaled(value: float, factor: float) -> float:
-    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
-    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
+def check_length(length: float) -> None:
+    """Refuse a factor that is none. Raises `ConfigError`."""
+    if not 0 < length < math.inf:
+        raise ConfigError(f"length is {length}, expected a factor above 0")

@@ -14,7 +14,7 @@ import yaml
 from mapseg_components.errors import ConfigError
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["Recipe", "Stage", "read_recipe", "recipe_names"]
+__all__ = ["Recipe", "Stage", "read_recipe", "recipe_names", "scaled"]
 
 ADAPTATION = "mapseg_adaptation"
 INVERTS = "any_contrast.yaml"
@@ -129,3 +129,8 @@ def read_recipe(name: str) -> Recipe:
         return Recipe(**{**content, **lists, "name": name, "stages": stages})
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} is no recipe ({error}): see the others beside it") from error
+
+
+def scaled(value: float, factor: float) -> float:
+    """A setting times a factor; of whole numbers, a whole number and 1 at least."""
+    return max(round(value * factor), 1) if isinstance(value, int) else value * factor
