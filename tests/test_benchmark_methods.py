@@ -183,6 +183,7 @@ def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans
     on = {run["name"]: run["verdict"]["on"] for run in results["runs"] if run["state"] == "done"}
     assert on == {"mapseg": "the judged scans", "oracle": "the test scans"}  # the oracle judged other scans
     text = (tmp_path / "out" / "results.md").read_text()
+    assert "Of 6 runs 2 failed." in text
     assert "| entropy | failed (0 of 2 seeds) |" in text and "- entropy, seed 1: NonFiniteError" in text
     assert f"| {DICE[1]:.3f} [{DICE[1]:.3f}, {DICE[1]:.3f}] | {DICE[1] - DICE[2]:+.3f} (+0.100) |" in text
     assert "surface Dice at 1 mm" in text and "surface Dice" not in report.tables(results, brief=True)

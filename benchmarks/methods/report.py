@@ -279,6 +279,11 @@ def notes(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         if ORACLE in methods and methods[ORACLE]["seeds"]:
             from_ = f"`{summary['baseline']}`" if summary["baseline"] else "its own source-only model"
             lines.append(f"Gap closed: of the way from {from_} to the oracle, which trains on labels of target scans.")
+    ended = [run for run in results["runs"] if run["state"] == "done"]
+    failed = len(results["runs"]) - len(ended)
+    rolled_back = sum(one.get("rolled_back", 0) for name, one in methods.items() if name != ORACLE)
+    counted = f"Of {len(results['runs'])} runs {failed} failed"
+    lines.append(f"{counted}; {rolled_back} of the others were rolled back." if rolled_back else f"{counted}.")
     if said["comparisons"]:
         text = (
             f"The verdict without labels was right in {said['right']} of {said['comparisons']} comparisons "
