@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint docs soak fuzz mutants bench bench-quick weights clean
+.PHONY: help demo test lint docs soak fuzz mutants bench bench-quick benchmark weights clean
 
 help:
 	@echo "make demo     T1w to T2w on shipped scans: source-only, in random contrasts, adapted; goes on where it stopped (DEMO='--seed 1')"
@@ -15,6 +15,8 @@ help:
 	@echo "make fuzz     feed damaged scans and datalists to the readers for ten minutes (FUZZ='--minutes 1')"
 	@echo "make mutants  plant bugs one by one, and print those that the closest tests miss (minutes; MUTANTS='--only mask')"
 	@echo "make bench    measure against the plain baseline: runs/bench/results.json and .md; BENCH='--width 64 128' for options"
+	@echo "make benchmark TASK=FILE   methods of mapseg adapt side by side on a task: a table of Dice, distances, verdicts, minutes"
+	@echo "              (DATA= METHODS= SEEDS= BUDGET=MINUTES JOBS=2 KNOBS=FILE FROM=RUN OUTPUT=; docs/reference/benchmark.md)"
 	@echo "make weights  train the weights that the bundles ship, on the shipped fetal scans"
 	@echo "make clean    remove the environment and everything the demo wrote"
 
@@ -63,6 +65,12 @@ bench: $(STAMP)
 
 bench-quick: BENCH = --quick --output runs/bench-quick
 bench-quick: bench
+
+TASK ?= benchmarks/methods/tasks/adult_t1_to_t2.yaml
+benchmark: $(STAMP)
+	@$(BIN)/python -m benchmarks.methods.run "$(TASK)" $(if $(DATA),--data "$(DATA)") $(if $(METHODS),--methods $(METHODS)) \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(KNOBS),--knobs "$(KNOBS)") $(if $(FROM),--from $(FROM)) $(if $(OUTPUT),--output "$(OUTPUT)") $(BENCHMARK)
 
 weights: $(STAMP)
 	@$(BIN)/python tools/demo.py --ship

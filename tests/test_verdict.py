@@ -7,13 +7,10 @@ from __future__ import annotations
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from mapseg_components.errors import ConfigError
-from tests.conftest import write_nifti
 from tools import verdict
 
 OVERLAYS = ["small_data.yaml", "fetal_age.yaml", "tiny.yaml"]
@@ -87,56 +84,3 @@ def test_tables_tell_right_from_wrong_and_single_scans_within_and_without():
         "| outside | 1 | -0.300 | 0.300 |",
     ]
     assert lines[-1] == "Correlation with Dice over 3 segmentations: consistency 1.00, confidence -1.00."
-
-
-def finished_run(folder, shift: int, ship: str, held_out: bool = True):
-    """A run with two target scans, whose adapted label maps are the truth, moved."""
-    truth = np.zeros((9, 10, 11), np.uint8)
-    truth[2:6, 2:6, 2:6] = 1
-    truth[6:8, 6:9, 6:9] = 2
-    run = folder / "run"
-    cases = []
-    for name in ("a", "b"):
-        write_nifti(folder / "truth" / f"{name}.nii.gz", truth * 5)
-        for model, moved in (("source_only", 1), ("adapted", shift)):
-            write_nifti(run / "predictions" / model / f"{name}_seg.nii.gz", np.roll(truth, moved, axis=0))
-        cases.append({"image": str(folder / "scans" / f"{name}.nii.gz"), "case_id": f"site_{name}"})
-    (run / "configs").mkdir()
-    (run / "configs" / "inference.json").write_text(json.dumps({"labels": {"first": 5, "second": 10}}))
-    (run / "datalist.json").write_text(json.dumps({"target_training": cases[:1], "target_heldout": cases[1:]}))
-    figures = {"estimated_dice": 0.7, "interval": [0.6, 0.8]}
-    models = {name: {"cases": [{"case": "site_b", **figures}]} for name in ("source_only", "adapted")}
-    said = {"models": models, "held_out": held_out, "coverage": 0.8, "verdict": {"ship": ship, "gain": 0.0}}
-    (run / "run.json").write_text(json.dumps({"assessment": said}))
-    return run, folder / "truth"
-
-
-def test_runs_are_held_against_the_truth_of_the_scans_that_were_judged(tmp_path, monkeypatch, capsys):
-    good, truth = finished_run(tmp_path / "good", 0, "adapted")
-    bad, _ = finished_run(tmp_path / "bad", 3, "adapted")
-    rows = [verdict.judged(run, truth) for run in (good, bad)]
-    source = (0.75 + 0.5) / 2  # of 4 and of 2 voxels along the axis, one is outside
-    assert [row["dice"]["source_only"] for row in rows] == pytest.approx([source, source])
-    assert rows[0]["dice"]["adapted"] == 1 and rows[0]["lost"] == 0
-    assert rows[1]["lost"] == pytest.approx(source - rows[1]["dice"]["adapted"]) and rows[1]["lost"] > 0
-    monkeypatch.setattr(sys, "argv", ["verdict.py", "--runs", str(good), str(bad), "--truth", str(truth)])
-    verdict.main()
-    printed = capsys.readouterr().out
-    errors = [abs(0.7 - row["dice"][name]) for row in rows for name in row["dice"]]
-    assert "The better model was shipped in 1 of 2 runs (50%)." in printed
-    assert f"Mean absolute error of the estimated Dice: {np.mean(errors):.3f} (4 segmentations)." in printed
-    assert "Intervals hold the Dice in 2 of 4 (50%; nominal 80%)." in printed
-
-
-def test_a_run_or_a_truth_that_does_not_do_is_named(tmp_path, monkeypatch):
-    run, truth = finished_run(tmp_path, 0, "adapted")
-    with pytest.raises(ConfigError, match="expected 1 or one for each of 3 runs"):
-        verdict.compare_runs([run] * 3, [truth] * 2)
-    with pytest.raises(ConfigError, match="has no finished run of mapseg adapt"):
-        verdict.judged(truth, truth)
-    (truth / "b.nii.gz").unlink()
-    with pytest.raises(ConfigError, match=r"has no label map of \['site_b'\], which the verdict of"):
-        verdict.judged(run, truth)
-    monkeypatch.setattr(sys, "argv", ["verdict.py", "--runs", str(run)])
-    with pytest.raises(SystemExit):
-        verdict.main()

@@ -26,6 +26,7 @@ from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
+from mapseg_components.plans.length import check_length
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import recipe_for
 from mapseg_components.plans.rounds import REQUIRED, check_options
@@ -77,6 +78,7 @@ def adapt(
     symmetric: bool = False,
     any_position: bool = False,
     settings: str | Mapping[str, Any] | None = None,
+    length: float = 1.0,
     seed: int = 0,
     device: str = "auto",
     num_threads: int | None = None,
@@ -115,6 +117,7 @@ def adapt(
             nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
+        length: factor of the epochs of every stage, such as 0.5 for half of them; two epochs at least.
         seed: of everything random.
         device: auto, cpu, cuda or cuda:1.
         num_threads: of PyTorch on the CPU.
@@ -137,6 +140,7 @@ def adapt(
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
+    check_length(length)
     choose_device(device)
     recipe = recipe_for(method, source_label_maps)
     request = {
@@ -154,6 +158,7 @@ def adapt(
         "symmetric": symmetric,
         "any_position": any_position,
         "settings": read_mapping("settings", settings),
+        "length": length,
         "seed": seed,
         "device": device,
         "num_threads": num_threads,
@@ -244,7 +249,9 @@ class Adaptation(Run):
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["request"] = {"held_out": 0, "source_label_maps": False} | saved["request"]  # of an earlier version
+        saved["request"] = {"held_out": 0, "length": 1.0, "source_label_maps": False} | saved[
+            "request"
+        ]  # of an earlier version
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
             f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]

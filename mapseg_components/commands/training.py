@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import rounded
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.stages import finished_epochs, run_stage, training_samples
+from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, training_samples
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets, read_json, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.files import write_json
 from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
+from mapseg_components.plans.length import of_length, planned_length
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
 from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, recipe_for, scaled
 from mapseg_components.plans.rounds import REQUIRED, divided, written_out
@@ -75,7 +76,8 @@ class Run:
         """
         if stage.name in self.record["done"]:
             return
-        seconds = self._label(stage) if stage.kind == PSEUDO_LABELS else self._train(stage)
+        with processor_time(self.record, stage.name):
+            seconds = self._label(stage) if stage.kind == PSEUDO_LABELS else self._train(stage)
         self._done(stage.name, self.record["seconds"].get(stage.name, 0) + seconds)
 
     def predict(self, name: str) -> None:
@@ -89,7 +91,8 @@ class Run:
             **segmented(self.folder / DATALIST),
             **unlearnt(self.folder, name),
         }
-        seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
+        with processor_time(self.record, stage):
+            seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
         if self.request["prepare"] is not None:
             for case in all_targets(self.folder / DATALIST):
                 image, label_map = Path(case["image"]), result_path(case["image"], output, "seg")
@@ -134,6 +137,8 @@ class Run:
             content = divided(read_json(self.datalist_of(stage)), stage.fold, self.request["seed"])
             write_json(content, earlier["datalist"])
             own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
+        self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)
+        own |= of_length(merged | own, self.request["length"])
         epochs = own.get("max_epochs", merged.get("max_epochs"))
         logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:

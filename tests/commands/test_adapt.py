@@ -202,6 +202,7 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"validation_share": 2}, "validation_share is 2, expected"),
         ({"held_out": 1}, "held_out is 1, expected a share from 0 to below 1"),
         ({"held_out": -0.1}, "held_out is -0.1, expected"),
+        ({"length": 0}, "length is 0, expected a factor above 0"),
         ({"labels": "liver"}, "labels 'liver' is no JSON object"),
         ({"preset": "huge"}, "preset 'huge' is unknown"),
         ({"prepare": {"overwrite": True}}, "prepare has \\['overwrite'\\], expected options among"),

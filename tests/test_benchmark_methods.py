@@ -1,0 +1,559 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/methods: tables, resumption and failures with commands that train nothing; processes and budgets alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks.methods import bench, figure, processes, report
+from benchmarks.methods.bench import Bench
+from benchmarks.methods.budget import Costs, StageCosts, costs_of
+from benchmarks.methods.processes import StoppedError, Usage, run_mapseg
+from benchmarks.methods.run import main
+from benchmarks.methods.splits import main as write_splits
+from benchmarks.methods.task import read_task, write_inputs
+from benchmarks.methods.variants import Variant, read_knobs
+from mapseg_components.commands.main import main as mapseg
+from mapseg_components.errors import ConfigError, DataError, ResourceError
+from mapseg_components.plans.recipes import recipe_names
+from tests.conftest import ROOT, write_nifti
+
+SHAPE = (9, 10, 11)
+TRUTH = np.zeros(SHAPE, np.uint8)
+TRUTH[2:6, 2:6, 2:6] = 1  # four voxels along the axis
+TRUTH[6:8, 6:9, 6:9] = 2  # two
+DICE = {0: 1.0, 1: (3 / 4 + 1 / 2) / 2, 2: 2 / 4 / 2, 3: 1 / 4 / 2}  # of both, moved by so many voxels
+VALUES = {"first": 5, "second": 10}
+EVALUATED: dict[tuple[str, bytes], str] = {}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """A benchmark draws nothing."""
+    monkeypatch.setattr(bench, "draw", lambda results, path: path.write_bytes(b""))
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Scans and label maps of a task, all different; returns the task's file."""
+    number = 0
+    for part, names in (("source", "cd"), ("target", "cd"), ("test", "ef")):
+        for name in names:
+            number += 1
+            write_nifti(tmp_path / part / "images" / f"{name}.nii.gz", np.full(SHAPE, number, np.float32))
+            write_nifti(tmp_path / part / "labels" / f"{name}.nii.gz", TRUTH * 5)
+    folders = {part: {"images": f"{part}/images", "labels": f"{part}/labels"} for part in ("source", "test")}
+    oracle = {"oracle": {"images": "target/images", "labels": "target/labels"}}
+    content = {"name": "boxes", "title": "two boxes", "labels": VALUES, **folders, **oracle}
+    content["source"] |= {"cases": ["c", "d"]}  # named as those of the target are
+    content["target"] = {"images": "target/images"}
+    return write_task(tmp_path / "boxes.yaml", content)
+
+
+def write_task(path: Path, content: dict) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def option(words, name: str) -> str:
+    return next(word.partition("=")[2] for word in words if word.startswith(f"--{name}="))
+
+
+class Commands:
+    """``mapseg`` without training: models move the true label map along an axis; ``evaluate`` is the real one.
+
+    Args:
+        moved: method to voxels of the source-only and of the adapted model.
+        ships: what verdicts say; the estimates are 0.7 and 0.8.
+        fails: method to the line that ``adapt`` ends with, and its exit code.
+    """
+
+    def __init__(self, moved: dict[str, tuple[int, int]], ships: str = "adapted", fails: dict | None = None) -> None:
+        self.moved, self.ships, self.fails = moved, ships, fails or {}
+        self.called: list[list[str]] = []
+
+    def __call__(self, words, log, core=None, limit=None, stop=None, on_used=None) -> Usage:
+        self.called.append(list(words))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if words[0] == "adapt":
+            return self.adapt(words, log, on_used)
+        if words[0] == "predict":
+            moved = int(Path(option(words, "weights")).read_text())
+            for scan in Path(words[1]).glob("*.nii.gz"):
+                name = scan.name.replace(".nii.gz", "_seg.nii.gz")
+                write_nifti(Path(words[2]) / name, np.roll(TRUTH, moved, axis=0))
+            return Usage(0, 5.0, 1)
+        first = sorted(Path(words[1]).glob("*.nii.gz"))[0]
+        key = first.name, first.read_bytes()
+        output = Path(option(words, "output"))
+        if key in EVALUATED:  # the same label maps and truth: the same figures
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "evaluation.csv").write_text(EVALUATED[key])
+            return Usage(0, 1.0, 1)
+        code = mapseg(words)
+        EVALUATED[key] = (output / "evaluation.csv").read_text()
+        return Usage(code, 1.0, 1)
+
+    def adapt(self, words, log, on_used) -> Usage:
+        method, folder = option(words, "method"), Path(option(words, "output"))
+        if method in self.fails:
+            line, code = self.fails[method]
+            log.write_text(f"INFO: Stage source\n{line}\n")
+            if on_used is not None:
+                on_used(30.0)
+            return Usage(code, 30.0, 10)
+        made_run(folder, Path(option(words, "source")), self.moved[method], self.ships, words)
+        return Usage(0, 600.0, 3_000_000_000)
+
+
+def made_run(folder: Path, datalist: Path, moved: tuple[int, int], ships: str, words=()) -> Path:
+    """What ``mapseg adapt`` leaves, as far as it is read."""
+    content = json.loads(datalist.read_text())
+    (folder / "models").mkdir(parents=True)
+    (folder / "configs").mkdir()
+    (folder / "configs" / "inference.json").write_text(json.dumps({"labels": VALUES}))
+    content.setdefault("source_validation", content["source_training"][:1])
+    (folder / "datalist.json").write_text(json.dumps(content))
+    models = {}
+    for (name, estimate), voxels in zip((("source_only", 0.7), ("adapted", 0.8)), moved):
+        (folder / "models" / f"{name}.pt").write_text(str(voxels))
+        for case in content["target_training"]:
+            file = Path(case["image"]).name.replace(".nii.gz", "_seg.nii.gz")
+            write_nifti(folder / "predictions" / name / file, np.roll(TRUTH, voxels, axis=0))
+        cases = [
+            {"case": case["case_id"], "estimated_dice": estimate, "interval": [0.6, 0.9]}
+            for case in content["target_training"]
+        ]
+        models[name] = {"cases": cases}
+    request = {"method": "mapseg", "seed": 3, "settings": None}
+    verdict = {"ship": ships, "gain": 0.1, "interval": [0.0, 0.2]}
+    stages = {"source": {"max_epochs": 36, "val_interval": 5}, "adaptation": {"max_epochs": 16, "val_interval": 5}}
+    record = {"request": request, "assessment": {"models": models, "verdict": verdict}, "epochs": stages}
+    record |= {"seconds": {"source": 40.0, "adaptation": 80.0}}
+    record |= {"processor_seconds": {"source": 20.0, "adaptation": 40.0}}
+    (folder / "run.json").write_text(json.dumps(record))
+    for stage, epochs in (("source", (10.0, 14.0)), ("adaptation", (30.0, 30.0))):
+        (folder / "stages" / stage).mkdir(parents=True)
+        lines = [json.dumps({"epoch": number, "seconds": seconds}) for number, seconds in enumerate(epochs, 1)]
+        (folder / "stages" / stage / "history.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def bench_of(scans: Path, output: Path, commands: Commands, **more) -> Bench:
+    return Bench(read_task(scans), output, command=commands, **more)
+
+
+def results_of(one: Bench, variants, seeds=(0, 1), **more) -> dict:
+    with one.claimed():
+        one.run(variants, seeds, **more)
+    return json.loads((one.folder / "results.json").read_text())
+
+
+THREE = [Variant("mapseg", "mapseg"), Variant("entropy", "entropy"), Variant("oracle", "mean_teacher", oracle=True)]
+
+
+def test_a_table_has_every_method_with_its_figures_and_the_one_that_failed(scans, tmp_path):
+    fails = {"entropy": (f"NonFiniteError: {tmp_path}/out/runs/x: the loss is NaN", 5)}
+    commands = Commands({"mapseg": (2, 1), "mean_teacher": (3, 0)}, fails=fails)
+    results = results_of(bench_of(scans, tmp_path / "out", commands, jobs=1), THREE)
+    methods = results["summary"]["methods"]
+    one = methods["mapseg"]
+    assert one["dice"] == pytest.approx({"source_only": DICE[2], "adapted": DICE[1]}) and one["seeds"] == [0, 1]
+    assert one["closed"] == pytest.approx((DICE[1] - DICE[2]) / (1 - DICE[2]))  # no baseline: its own source-only
+    assert one["minutes"] == 10 and one["peak_bytes"] == 3e9 and one["rolled_back"] == 0 and one["judged"] == 2
+    mean = one["summary"]["adapted"]["mean of structures"]
+    assert set(mean) == {"dice", "surface_dice", "hd95_mm", "assd_mm"} and mean["dice"]["n"] == 2
+    assert mean["dice"]["ci95"] == pytest.approx([DICE[1], DICE[1]])
+    assert [each["seed"] for each in methods["entropy"]["failed"]] == [0, 1] and methods["entropy"]["seeds"] == []
+    said = "NonFiniteError: runs/x: the loss is NaN (exit code 5; logs/entropy_0.txt)"
+    assert methods["entropy"]["failed"][0]["error"] == said
+    assert methods["oracle"]["dice"]["adapted"] == 1 and methods["oracle"]["closed"] is None
+    assert results["summary"]["verdicts"]["comparisons"] == 2
+    on = {run["name"]: run["verdict"]["on"] for run in results["runs"] if run["state"] == "done"}
+    assert on == {"mapseg": "the judged scans", "oracle": "the test scans"}  # the oracle judged other scans
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "Of 6 runs 2 failed." in text
+    assert "| entropy | failed (0 of 2 seeds) |" in text and "- entropy, seed 1: NonFiniteError" in text
+    assert f"| {DICE[1]:.3f} [{DICE[1]:.3f}, {DICE[1]:.3f}] | {DICE[1] - DICE[2]:+.3f} (+0.100) |" in text
+    assert "surface Dice at 1 mm" in text and "surface Dice" not in report.tables(results, brief=True)
+    figure.draw(results, tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_method_reads_a_label_of_the_target_or_a_test_scan(scans, tmp_path):
+    commands = Commands({"mapseg": (2, 1), "mean_teacher": (3, 0)})
+    results_of(bench_of(scans, tmp_path / "out", commands), THREE[::2], [0])
+    texts = {option(w, "method"): Path(option(w, "source")).read_text() for w in commands.called if w[0] == "adapt"}
+    assert "target/labels" not in texts["mapseg"] and "target/labels" in texts["mean_teacher"]  # the oracle
+    assert all("/test/" not in text and "/source/" in text for text in texts.values())
+    for text in texts.values():
+        assert all("label" not in case for case in json.loads(text)["target_training"])
+
+
+def test_the_same_command_again_does_what_is_missing_alone(scans, tmp_path):
+    commands = Commands({"mapseg": (2, 1)}, fails={"entropy": ("ResourceError: out of memory", 6)})
+    one = bench_of(scans, tmp_path / "out", commands)
+    results_of(one, THREE[:1], [0])
+    before = len(commands.called)
+    again = results_of(bench_of(scans, tmp_path / "out", commands), THREE[:1], [0])
+    assert len(commands.called) == before and again["summary"]["methods"]["mapseg"]["seeds"] == [0]
+    (tmp_path / "out" / "records" / "mapseg_0.json").unlink()  # stopped while the test scans were predicted
+    found = results_of(bench_of(scans, tmp_path / "out", commands), THREE[:1], [0])
+    assert "adapt" not in [words[0] for words in commands.called[before:]]
+    assert found["runs"][0]["processor_seconds"] == 600
+    (tmp_path / "out" / "records" / "mapseg_0.json").unlink()  # killed, and its command ended later by itself
+    (tmp_path / "out" / "used" / "mapseg_0.json").write_text('{"seconds": 2.0, "peak": 7}')
+    again = Commands({})
+    again.adapt = lambda words, log, on_used: Usage(0, 3.0, 5)
+    found = results_of(bench_of(scans, tmp_path / "out", again), THREE[:1], [0])
+    assert (found["runs"][0]["processor_seconds"], found["runs"][0]["peak_bytes"]) == (60, 7)
+    results_of(bench_of(scans, tmp_path / "out", commands), THREE[:2], [0])
+    commands.fails, commands.moved = {"mapseg": ("DataError: no", 3)}, {"entropy": (1, 1)}
+    found = results_of(bench_of(scans, tmp_path / "out", commands), [*THREE[:2]], [0, 1])
+    states = {(run["name"], run["seed"]): run["state"] for run in found["runs"]}
+    # memory may be there now, and is tried again by itself; other failures by retry alone
+    assert states == {("mapseg", 0): "done", ("entropy", 0): "done", ("entropy", 1): "done", ("mapseg", 1): "failed"}
+    entropy = next(run for run in found["runs"] if run["name"] == "entropy")
+    assert entropy["processor_seconds"] == 630  # the failed attempt counts
+    commands.fails, commands.moved = {}, {"mapseg": (2, 1)}
+    assert len(results_of(bench_of(scans, tmp_path / "out", commands), THREE[:1], [1])["runs"]) == 4
+    found = results_of(bench_of(scans, tmp_path / "out", commands), THREE[:1], [1], retry=True)
+    assert all(run["state"] == "done" for run in found["runs"])
+
+
+def test_results_of_another_budget_are_not_mixed_in(scans, tmp_path):
+    results_of(bench_of(scans, tmp_path / "out", Commands({"mapseg": (2, 1)})), THREE[:1], [0])
+    with pytest.raises(ConfigError, match="has results of another budget_minutes, settings: repeat that, or choose"):
+        results_of(bench_of(scans, tmp_path / "out", Commands({}), budget_minutes=5, settings={"seed": 1}), THREE[:1])
+
+
+@pytest.mark.parametrize(
+    ("moved", "ships", "right", "lost"),
+    [
+        ((2, 1), "adapted", True, 0.0),
+        ((2, 1), "source_only", False, DICE[1] - DICE[2]),
+        ((1, 2), "adapted", False, DICE[1] - DICE[2]),
+        ((1, 2), "source_only", True, 0.0),
+        ((1, -1), "source_only", True, 0.0),  # as good: either is right
+    ],
+)
+def test_verdicts_are_right_if_they_ship_the_better_model_or_one_as_good(scans, tmp_path, moved, ships, right, lost):
+    found = results_of(bench_of(scans, tmp_path / "out", Commands({"mapseg": moved}, ships)), THREE[:1], [0])
+    said = found["summary"]["verdicts"]
+    assert (said["comparisons"], said["right"]) == (1, right) and said["lost"] == pytest.approx(lost)
+    assert found["summary"]["methods"]["mapseg"]["rolled_back"] == (ships == "source_only")
+    truths = [DICE[abs(voxels)] for voxels in moved]
+    error = np.mean([abs(truths[0] - 0.7), abs(truths[1] - 0.8)])
+    assert said["errors"] == {"the judged scans": {"n": 4, "mean_absolute": pytest.approx(error)}}
+    assert said["intervals"] == 4 and said["intervals_hold"] == 2 * sum(0.6 <= truth <= 0.9 for truth in truths)
+
+
+def test_without_labels_of_the_target_estimates_are_held_against_the_test_and_one_model_is_no_comparison(
+    scans, tmp_path
+):
+    content = yaml.safe_load(scans.read_text())
+    del content["oracle"]
+    task = write_task(scans, content)
+    commands = Commands({"mapseg": (2, 1), "entropy": (1, 1)})
+    found = results_of(bench_of(task, tmp_path / "out", commands), THREE[:2], [0])["summary"]
+    error = np.mean([abs(DICE[2] - 0.7), abs(DICE[1] - 0.8)])
+    assert found["verdicts"]["errors"] == {"the test scans": {"n": 2, "mean_absolute": pytest.approx(error)}}
+    assert found["verdicts"]["comparisons"] == 1 and found["methods"]["entropy"]["judged"] == 0
+
+
+def test_the_gap_is_that_to_the_strongest_baseline(scans, tmp_path):
+    moved = {"mapseg": (2, 1), "entropy": (3, 3), "mean_teacher": (3, 0), "copy_paste": (2, 2)}
+    variants = [
+        *THREE[::2],
+        Variant("source_only", "entropy"),
+        Variant("source_only_contrasts", "copy_paste"),
+    ]
+    found = results_of(bench_of(scans, tmp_path / "out", Commands(moved)), variants, [0])["summary"]
+    assert found["baseline"] == "source_only_contrasts"
+    closed = {name: one["closed"] for name, one in found["methods"].items()}
+    assert closed["source_only_contrasts"] == 0 and closed["source_only"] < 0
+    assert closed["mapseg"] == pytest.approx((DICE[1] - DICE[2]) / (1 - DICE[2]))
+
+
+def test_a_budget_sets_one_length_and_what_cannot_fit_or_goes_over_is_said(scans, tmp_path):
+    commands = Commands({"mapseg": (2, 1)})
+    found = results_of(bench_of(scans, tmp_path / "out", commands, budget_minutes=20), THREE[:1])
+    lengths = [float(option(words, "length")) for words in commands.called if words[0] == "adapt"]
+    assert len(lengths) == 3 and lengths[0] < 0.001 and lengths[1] == lengths[2] == found["runs"][0]["length"]
+    # rates of a half: epochs of 5 and 15 s, a validation of 2 s; 8 s and 10 s of starts, 540 s of all else
+    cost = Costs(540.0, (StageCosts(36, 5, 8.0, 5.0, 2.0), StageCosts(16, 5, 10.0, 15.0, 0.0)))
+    assert lengths[1] == pytest.approx(cost.length_for(1200), abs=1e-4)
+    assert json.loads(option(commands.called[0], "settings")) == {"target_inverted": False}
+    assert not (tmp_path / "out" / "calibration" / "mapseg").exists()
+    found = results_of(bench_of(scans, tmp_path / "small", commands, budget_minutes=2), THREE[:1], [0])
+    error = found["summary"]["methods"]["mapseg"]["failed"][0]["error"]
+    assert "the budget of 2 processor minutes is too small: the shortest run, two epochs of each stage, needs" in error
+
+    def greedy(words, log, **more):
+        used = commands(words, log, **more)
+        over = words[0] == "adapt" and float(option(words, "length")) > 0.001
+        return dataclasses.replace(used, code=-15, processor_seconds=1501.0, over=True) if over else used
+
+    found = results_of(bench_of(scans, tmp_path / "over", greedy, budget_minutes=20), THREE[:1], [0])
+    error = found["summary"]["methods"]["mapseg"]["failed"][0]["error"]
+    assert error == "ended after 25.0 processor minutes, more than 1.25 times the budget of 20"
+
+
+def test_the_longest_run_within_a_budget_is_within_it_and_a_longer_one_is_not(tmp_path):
+    costs = Costs(30.0, (StageCosts(36, 5, 8.0, 5.0, 2.0), StageCosts(3, None, 10.0, 15.0, 0.0)))
+    for seconds in (130.0, 301.0, 1000.0, 12345.0):
+        length = costs.length_for(seconds)
+        assert costs.predicted(length) <= seconds < costs.predicted(length * 1.2)
+    assert costs.length_for(60.0) is None and Costs(5.0, ()).length_for(1000.0) is None
+    datalist = tmp_path / "datalist.json"
+    content = {"source_training": [{"image": "a", "label": "b"}], "target_training": [{"image": "c", "case_id": "c"}]}
+    datalist.write_text(json.dumps(content))
+    found = costs_of(made_run(tmp_path / "run", datalist, (1, 0), "adapted"), 100.0)
+    assert found == Costs(40.0, (StageCosts(36, 5, 8.0, 5.0, 2.0), StageCosts(16, 5, 10.0, 15.0, 0.0)))
+
+
+def test_runs_made_by_hand_are_scored_where_they_lie(scans, tmp_path):
+    inputs = write_inputs(read_task(scans), tmp_path / "inputs")
+    run = made_run(tmp_path / "elsewhere" / "run", inputs.datalist, (2, 1), "adapted")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    one = bench_of(scans, tmp_path / "out", Commands({}))
+    with one.claimed():
+        one.score_runs([run])
+        one.score_runs([run], "again")
+        with pytest.raises(ConfigError, match=r"again, seed 3 is .*run already: set name"):
+            one.score_runs([made_run(tmp_path / "other", inputs.datalist, (2, 1), "adapted")], "again")
+        with pytest.raises(ConfigError, match="has no run of mapseg adapt"):
+            one.score_runs([tmp_path / "inputs"])
+        tested = dataclasses.replace(inputs, datalist=tmp_path / "tested.json")
+        cases = [{"image": str(tmp_path / "test" / "images" / "e.nii.gz"), "case_id": "e"}]
+        content = json.loads(inputs.datalist.read_text())
+        tested.datalist.write_text(json.dumps({**content, "target_training": cases}))
+        with pytest.raises(DataError, match=r"was trained on test scans of the task: .*e\.nii\.gz: name another"):
+            one.score_runs([made_run(tmp_path / "seen", tested.datalist, (2, 1), "adapted")])
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["methods"]
+    assert found["mapseg, run by hand"]["dice"]["adapted"] == pytest.approx(DICE[1])
+    assert found["again"]["minutes"] == 1
+
+
+def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):
+    file = tmp_path / "knobs.yaml"
+    variants = {
+        "as it comes": {},
+        "masked": {"settings": {"target_masked": True}},
+        "all": {"arguments": {"held_out": 0}},
+    }
+    file.write_text(yaml.safe_dump({"method": "mapseg", "variants": variants}, sort_keys=False))
+    moved = {(): 2, ("target_masked",): 1}
+
+    def command(words, log, **more):
+        chosen = tuple(json.loads(option(words, "settings"))) if any("--settings" in word for word in words) else ()
+        return Commands({"mapseg": (3, moved[chosen] if words[0] == "adapt" else 0)})(words, log, **more)
+
+    knobs = yaml.safe_load(file.read_text())
+    one = bench_of(scans, tmp_path / "out", command, knobs=knobs)
+    results = results_of(one, read_knobs(file), [0])
+    lines = report.tables(results).splitlines()
+    assert lines[4].startswith("| as it comes |  |") and f"| {DICE[1] - DICE[2]:+.3f} [" in lines[5]
+    assert '`{"target_masked": true}`' in lines[5] and '| all | `{"held_out": 0}` |' in lines[6]
+    for change, message in (({"masked": {"setting": {}}}, "expected settings and"), ({"a": {}}, "two or more")):
+        file.write_text(yaml.safe_dump({"method": "mapseg", "variants": change}))
+        with pytest.raises(ConfigError, match=message):
+            read_knobs(file)
+    assert len(read_knobs(ROOT / "benchmarks" / "methods" / "knobs" / "mapseg.yaml")) > 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tests": []}, ConfigError, r"has \['tests'\] \(did you mean 'test'\?\), expected keys among"),
+        ({"test": None}, ConfigError, "has no test: name these scans"),
+        ({"data": "nowhere"}, ConfigError, "the folder of the scans, .*nowhere, does not exist"),
+        ({"name": "a/b"}, ConfigError, "name is 'a/b', expected letters"),
+        ({"labels": {"first": 5, "second": 5}}, ConfigError, "labels"),
+        ({"target": [3]}, ConfigError, "target, entry 0 is 3, expected image, each a path"),
+        ({"test": ["test/images/e.nii.gz"]}, ConfigError, "test, entry 0 is .*, expected image and label"),
+        ({"test": {"images": "test/images"}}, ConfigError, r"expected \['images', 'labels'\]"),
+        ({"target": {"images": "target/images", "cases": ["x"]}}, ConfigError, r"has no scan \['x'\]"),
+        ({"source": ["a.nii.gz"] * 2}, ConfigError, "source, entry 0"),
+        ({"target": ["target/images/c.nii.gz", "target/images/c.nii.gz"]}, ConfigError, "has several cases 'c'"),
+        ({"target": [{"image": "a.nii.gz", "case_id": "../a"}]}, ConfigError, r"case id '\.\./a' cannot name a file"),
+        ({"target": ["target/images/z.nii.gz"]}, DataError, r"missing .*z\.nii\.gz: correct the paths"),
+        ({"target": {"images": "test/images"}}, DataError, "test scans that are trained on: .*e.nii.gz of target"),
+        ({"target": ["copy.nii.gz"]}, DataError, r"f\.nii\.gz is .*copy\.nii\.gz of target"),
+        ({"arguments": {"prepare": "{}"}}, ConfigError, r"arguments has \['prepare'\], expected those of mapseg adapt"),
+        ({"tolerance_mm": -1}, ConfigError, "tolerance_mm is -1, expected a number from 0"),
+    ],
+)  # fmt: skip
+def test_a_task_that_does_not_do_is_named(scans, tmp_path, change, error, message):
+    shutil.copyfile(tmp_path / "test" / "images" / "f.nii.gz", tmp_path / "copy.nii.gz")
+    write_task(scans, {**yaml.safe_load(scans.read_text()), **change})
+    with pytest.raises(error, match=message):
+        read_task(scans)
+
+
+def test_the_forms_of_a_task_say_the_same_and_data_may_lie_elsewhere(scans, tmp_path):
+    expected = read_task(scans)
+    content = yaml.safe_load(scans.read_text())
+    pairs = [{"image": f"source/images/{n}.nii.gz", "label": f"source/labels/{n}.nii.gz"} for n in "cd"]
+    (tmp_path / "list.json").write_text(json.dumps({"labels": VALUES, "source_training": pairs}))
+    others = [
+        {**content, "source": pairs},
+        {**content, "source": {"images": "source/images", "labels": "source/labels", "cases": ["c", "d"]}},
+        {**{key: value for key, value in content.items() if key not in ("source", "labels")}, "datalist": "list.json"},
+    ]
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for other in others:
+        assert read_task(write_task(scans, other)) == expected
+        (folder / "boxes.json").write_text(json.dumps(other))
+        assert read_task(folder / "boxes.json", tmp_path) == expected
+        (folder / "boxes.json").write_text(json.dumps({**other, "data": ".."}))
+        assert read_task(folder / "boxes.json") == expected
+
+
+def test_test_scans_and_label_maps_get_one_name_whatever_their_format_and_folder(scans, tmp_path):
+    content = yaml.safe_load(scans.read_text())
+    content["test"] = [{"image": "x/1.TIF", "label": "y/1_mask.png", "case_id": "first"}]
+    for place in ("x/1.TIF", "y/1_mask.png"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_bytes(place.encode())
+    inputs = write_inputs(read_task(write_task(scans, content)), tmp_path / "inputs")
+    assert [path.name for path in inputs.images.iterdir()] == ["first.TIF"]
+    assert (inputs.truth / "first.png").read_bytes() == b"y/1_mask.png"
+    assert sorted(path.name for path in inputs.target_truth.iterdir()) == ["c.nii.gz", "d.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["adult_t1_to_t2", "fetal_age"])
+def test_the_shipped_tasks_are_those_of_the_samples(name):
+    task = read_task(ROOT / "benchmarks" / "methods" / "tasks" / f"{name}.yaml")
+    assert task.name == name and len(task.parts["test"]) == 2 and "oracle" not in task.parts
+
+
+def test_splits_become_tasks(tmp_path, capsys):
+    names = {"T1": ["01", "02", "15"], "T2": ["03", "04", "15"], "label": ["01", "02", "03", "15"]}
+    for folder, cases in names.items():
+        for case in cases:
+            values = np.full((2, 3, 4), int(case) + (folder == "T2") / 2)
+            write_nifti(tmp_path / folder / f"{case}.nii.gz", values)
+    for number in (1, 2, 10, 11):
+        for ending in ("", "_label"):
+            (tmp_path / "png").mkdir(exist_ok=True)
+            (tmp_path / "png" / f"rat{number}_x{ending}.png").touch()
+    beside = {"image": "png", "train": "rats 1-2", "validation": "rats 10-10"}
+    splits = {
+        "one": {
+            "labels": {"0": "background", "1": "first"},
+            "source": {"image": "T1/*", "label": "label", "train": ["01", "02"], "validation": ["15"]},
+            "target": {"image": "T2", "train": ["03", "04"]},
+        },
+        "two": {"labels": "as above", "source": beside, "target": {"image": "png", "train": "all (never used)"}},
+    }
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    line = [str(tmp_path / "splits.json"), "--data", str(tmp_path), "--output", str(tmp_path / "tasks")]
+    assert write_splits([*line, "--hold_out", "1"]) == 0
+    one, two = (json.loads((tmp_path / "tasks" / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert [case["case_id"] for case in one["test"]] == ["T2_15"] and one["test"][0]["label"] == "label/15.nii.gz"
+    assert [case["case_id"] for case in one["oracle"]] == ["T2_03"] and "label" not in one["target"][0]
+    assert [case["image"] for case in two["source"]] == ["png/rat1_x.png", "png/rat2_x.png"]
+    assert two["source"][0]["label"] == "png/rat1_x_label.png" and two["labels"] == {"first": 1}
+    assert [case["image"] for case in two["validation"]] == ["png/rat10_x.png"]
+    assert len(two["target"]) == 3 and [case["image"] for case in two["test"]] == ["png/rat2_x.png"]
+    assert read_task(tmp_path / "tasks" / "one.json").parts["validation"][0]["case_id"] == "T1_15"
+    splits["one"]["source"]["train"] = "some"
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    assert write_splits(line) == 2 and "expected a list of names, 'all', or such as" in capsys.readouterr().err
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Has `run_mapseg` start a small program in the place of Python with the package."""
+
+    def write(code: str) -> None:
+        path = tmp_path / "program"
+        path.write_text(f"#!{sys.executable} -S\nimport os, signal, subprocess, sys, time\n{code}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(processes.sys, "executable", str(path))
+
+    monkeypatch.setattr(processes, "USED_SECONDS", 0.05)
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.02)
+    return write
+
+
+BURN = "def burn(seconds):\n    end = time.process_time() + seconds\n    while time.process_time() < end: pass\n"
+
+
+def test_what_a_command_uses_is_that_of_all_its_processes(program, tmp_path):
+    core = min(os.sched_getaffinity(0))
+    child = f"import time\n{BURN}burn(0.3)"
+    program(
+        f"{BURN}block = bytearray(50_000_000)\nburn(0.1)\n"
+        f"subprocess.run([{sys.executable!r}, '-S', '-c', {child!r}], check=True)\n"
+        "print(sys.argv[1:], os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid())"
+    )
+    seen: list[float] = []
+    used = run_mapseg(["adapt", "--seed=1"], tmp_path / "logs" / "a.txt", core=core, on_used=seen.append)
+    assert used.code == 0 and 0.4 <= used.processor_seconds < 2 and used.peak_bytes > 50_000_000 and not used.over
+    assert seen == sorted(seen) and seen[-1] == used.processor_seconds and seen[0] < used.processor_seconds
+    words = f"['-m', 'mapseg_components.commands', 'adapt', '--seed=1'] {{{core}}} 1 True"
+    assert (tmp_path / "logs" / "a.txt").read_text().strip() == words
+
+
+def test_a_command_ends_when_it_has_used_its_share_or_the_benchmark_is_stopped(program, tmp_path):
+    program(f"{BURN}burn(20)")
+    used = run_mapseg(["adapt"], tmp_path / "log.txt", limit=0.2)
+    assert used.over and used.code == -15 and 0.2 < used.processor_seconds < 5
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(StoppedError):
+        run_mapseg(["adapt"], tmp_path / "log.txt", stop=stop)
+
+
+def test_the_benchmark_stops_between_runs_and_asks_for_no_more_cores_than_there_are(scans, tmp_path):
+    one = bench_of(scans, tmp_path / "out", Commands({"mapseg": (2, 1)}))
+    one.stop.set()
+    with one.claimed(), pytest.raises(StoppedError):
+        one.run(THREE[:1], [0])
+    assert not (tmp_path / "out" / "records").exists()
+    with pytest.raises(ConfigError, match="jobs is 1000, expected 1 to"):
+        bench_of(scans, tmp_path / "out", Commands({}), jobs=1000)
+    with one.claimed():
+        assert ResourceError.exit_code == 6  # what a run that another process has ends with: tried again
+
+
+def test_the_command_line_names_what_is_wrong_and_the_page_takes_several_results(scans, tmp_path, capsys, monkeypatch):
+    assert main([str(scans), "--methods", "mapsg", "--output", str(tmp_path / "out")]) == 2
+    assert "did you mean 'mapseg'" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert main([str(scans), "--settings", '{"widht": 1}']) == 2
+    assert "settings ['widht'] are in no bundle" in capsys.readouterr().err
+    for line in (["--budget", "0"], ["--knobs", "a", "--from", "b"], ["--name", "x"]):
+        with pytest.raises(SystemExit):
+            main([str(scans), *line])
+    page = tmp_path / "page.md"
+    shutil.copyfile(ROOT / "docs" / "reference" / "benchmark.md", page)
+    files = []
+    for number in range(2):
+        results_of(bench_of(scans, tmp_path / f"r{number}", Commands({"mapseg": (2, number)})), THREE[:1], [0])
+        files.append(str(tmp_path / f"r{number}" / "results.json"))
+    monkeypatch.setattr(sys, "argv", ["report", *files, "--docs", str(page)])
+    report.main()
+    assert page.read_text().count("### two boxes") == 2 and page.read_text().count("| mapseg |") >= 2
+
+
+def test_every_method_is_compared_by_default(scans, tmp_path):
+    from benchmarks.methods.run import arguments_of, make_bench
+
+    _, variants = make_bench(arguments_of([str(scans), "--output", str(tmp_path), "--oracle_method", "entropy"]))
+    assert [one.name for one in variants] == [*recipe_names(), "oracle"] and variants[-1].method == "entropy"
