@@ -95,7 +95,8 @@ def test_without_draws_the_uncertainty_is_not_learnt(dataset, package, tmp_path)
 def test_maps_of_uncertainty_lie_beside_label_maps_that_they_do_not_change(dataset, package, tmp_path):
     target = json.loads((dataset / "datalist.json").read_text())["target_training"][0]["image"]
     model, scans = Path(package["handover_dir"]) / "weights.pt", (dataset / target).parent
-    found = segment(tmp_path / "maps", scans, model, *NETWORK, **UNET)
+    bound = {"handover_dir": package["handover_dir"], "labels": "$@handover.labels"}  # the head is the package's
+    found = segment(tmp_path / "maps", scans, model, "dynunet.yaml", "handover.yaml", **bound)
     alone = segment(tmp_path / "alone", scans, model, *NETWORK, **UNET, uncertainty_map=False)
     assert found and all(np.array_equal(found[name], alone[name]) for name in found)
     assert not list((tmp_path / "alone").glob("*_uncertainty.nii.gz"))

@@ -24,6 +24,7 @@ from mapseg_components.handlers import EpochHistory, PseudoLabelRounds, ScoreChe
 from mapseg_components.losses import SegmentationLoss, SquaredDiceLoss, sampled_loss
 from mapseg_components.methods import ArgmaxLabels, BUDASeg, MAPSeg, PseudoLabel
 from mapseg_components.networks import PlainPass, TwoHeadDynUNet
+from mapseg_components.plans.bundle import unlearnt
 from mapseg_components.reports import uncertainty_section
 from mapseg_components.structures import IGNORED
 from tests.conftest import write_nifti
@@ -405,3 +406,10 @@ def test_the_report_tells_a_structures_uncertainty_by_what_the_other_model_says(
         expected = [size[(adapted == number) & where].mean() for where in (True, adapted == other, adapted != other)]
         assert re.findall(r">(\d\.\d{3})<", row) == [f"{value:.3f}" for value in expected]
     assert uncertainty_section([], ["core"]) == ""
+
+
+def test_a_map_of_what_was_not_learnt_is_not_written(tmp_path):
+    (tmp_path / "configs").mkdir()
+    for content, expected in (({"uncertainty_map": "@uncertainty"}, {"uncertainty_map": False}), ({}, {})):
+        (tmp_path / "configs" / "inference.json").write_text(json.dumps(content))  # {}: of an earlier version
+        assert unlearnt(tmp_path, "source_only") == expected and unlearnt(tmp_path, "adapted") == {}
