@@ -18,7 +18,7 @@ from mapseg_components.data import check_training_data
 from mapseg_components.errors import user_error
 from mapseg_components.files import sha256_of
 from tests.bundles.test_bundles import LABELS, TRANSLATION, train
-from tests.conftest import make_dataset
+from tests.conftest import ROOT, make_dataset
 from tests.unit.test_translation import leaves
 
 FRAME = {"working_spacing": [1.6, 0, 1.2], "working_directions": [[0, 1, 0], [0, 0, 1], [1, 0, 0]]}
@@ -113,6 +113,21 @@ def test_a_target_shown_bright_for_dark_is_turned_back_in_what_is_written(made, 
     plain.update({"target_inverted": False})
     first, second = (one.get_parsed_content("train#target_dataset")[0]["image"] for one in (parser, plain))
     assert not torch.equal(torch.as_tensor(first), torch.as_tensor(second))
+
+
+def test_the_shipped_weights_make_t2w_of_t1w(tmp_path):
+    """In a scan nobody trained on: fluid brighter than grey matter, which is brighter than white matter."""
+    sample, scans = ROOT / "sample" / "adult_t1_to_t2" / "validation", tmp_path / "scans"
+    scans.mkdir()
+    shutil.copy(sample / "images" / "cs26_T1.nii.gz", scans)
+    settings = {"bundle_root": str(TRANSLATION), "dataset_dir": str(scans), "output_dir": str(tmp_path)}
+    files = str(TRANSLATION / "configs" / "inference.json")
+    run(run_id="run", config_file=files, device="$torch.device('cpu')", **settings)
+    label = np.asarray(nib.load(sample / "labels" / "cs26_T1.nii.gz").dataobj)
+    found = np.asarray(nib.load(tmp_path / "cs26_T1_translated.nii.gz").dataobj)
+    fluid, grey, white = (found[label == value].mean() for value in (1, 2, 3))
+    assert fluid > grey + 0.2 and grey > white + 0.05
+    assert found[label == 0].mean() < 0.05
 
 
 @pytest.mark.parametrize(
