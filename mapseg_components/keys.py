@@ -9,6 +9,7 @@ LABEL = "label"
 PRED = "pred"
 DOMAIN = "domain"
 CASE_ID = "case_id"
+MASK = "mask"  # file of a mask, 0 where the scan does not count
 
 # What inference may add to a case: the largest probability of each voxel, and the probabilities of all classes.
 CONFIDENCE = "confidence"

@@ -15,6 +15,7 @@ import numpy as np
 from mapseg_components.errors import ConfigError
 
 __all__ = [
+    "IGNORED",
     "LARGEST_EXACT",
     "are_whole",
     "ignored_value",
@@ -41,6 +42,7 @@ MAY_BE_BACKGROUND = {
 }
 MAY_BE_BACKGROUND |= {"outside", "exterior", "nothing", "empty", "clear"}
 LISTED_VALUES = 8  # that a message names
+IGNORED = 255  # class index of voxels that count nowhere, see `mapseg_components.transforms.IgnoreOutsided`
 IGNORE = "ignore"  # nnU-Net's name for voxels that nobody annotated
 LARGEST_EXACT = 1 << 24  # float32, in which scans are read, has all whole numbers up to here
 ROUNDING, FLOOR = 4 * float(np.finfo(np.float32).eps), 1e-5  # of a value, and at least: what scl_slope leaves

@@ -27,6 +27,7 @@ COARSER = 1.3  # nor is a grid that is hardly coarser
 ACROSS = 4.0  # working voxels across the thinnest structure, at least
 FINE = 5.0  # working voxels across the thinnest structure, below which a network keeps the full resolution
 WHOLE = 0.5  # of each side of a scan in a patch: beyond, a global view adds little to the patch
+FEW_MM = 0.1
 AROUND = 1.3  # a patch is this many times wider than all structures together
 
 
@@ -105,10 +106,15 @@ class Frame:
         """Medians, for the record and the terminal."""
         return {
             "median_shape": np.median([grid.shape for grid in self.grids], axis=0).tolist(),
-            "median_spacing_mm": np.round(np.median([grid.spacing for grid in self.grids], axis=0), 3).tolist(),
+            "median_spacing_mm": [rounded(side) for side in np.median([grid.spacing for grid in self.grids], axis=0)],
             "working_shape": np.median(self.shapes, axis=0).tolist(),
-            "working_spacing_mm": np.round(np.median(self.spacings, axis=0), 3).tolist(),
+            "working_spacing_mm": [rounded(side) for side in np.median(self.spacings, axis=0)],
         }
+
+
+def rounded(side: float) -> float:
+    """A length in mm for reading: to three decimals, of pixels of a microscope to four digits."""
+    return round(float(side), 3) if side >= FEW_MM else float(f"{side:.4g}")
 
 
 def find_frame(
@@ -222,8 +228,10 @@ def sizes_of(
         where = np.argwhere(known)
         low, high = where.min(axis=0), where.max(axis=0) + 1
         extents.append((high - low) * sides)
-        part = np.pad(np.round(voxels[tuple(map(slice, low, high))]), 1)
+        flat = tuple(np.flatnonzero(np.equal(voxels.shape, 1)))  # a 2D image has no end there
+        part = np.pad(np.squeeze(np.round(voxels[tuple(map(slice, low, high))]), axis=flat), 1)
         across = sides * np.where(is_thick(sides) & (sides == sides.max()), 1e6, 1.0)  # slices have no say
+        across = np.delete(across, flat)
         for name, value in labels.items():
             inside = part == value
             if inside.any():
@@ -267,4 +275,4 @@ def plan_frame(source: Sequence[Grid], target: Sequence[Grid], sizes: Sizes | No
     keep = flat | (slices & (np.max(medians, axis=0) < 2.0 * np.min(medians, axis=0)))
     if not (differs & ~keep).any():
         return None
-    return [0.0 if keep[axis] else round(float(wanted[axis]), 3) for axis in range(3)]
+    return [0.0 if keep[axis] else rounded(float(wanted[axis])) for axis in range(3)]

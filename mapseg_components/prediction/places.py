@@ -26,6 +26,7 @@ from mapseg_components.data.datalist import stem as stem_of
 from mapseg_components.errors import DataError
 from mapseg_components.files import sweep_temporaries, write_json, write_text
 from mapseg_components.keys import CASE_ID, IMAGE
+from mapseg_components.scans.files import result_ending
 
 __all__ = ["MANIFEST", "STAGING", "TABLE", "Output", "Place", "places_of"]
 
@@ -57,7 +58,7 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
         if dataset is None:
             stem = stem_of(Path(case[IMAGE]))
             place = Place(
-                folder / f"{stem}_{postfix}.nii.gz",
+                folder / f"{stem}_{postfix}{result_ending(case[IMAGE])}",
                 folder / f"{stem}_probabilities.nii.gz",
                 folder / "previews" / f"{stem}.png",
                 segmentation=folder / f"{stem}_{postfix}.dcm",

@@ -156,5 +156,3 @@ def check_kind(path: Path) -> None:
         raise fault(path, "a JPEG image, expected a file named .nii, .nii.gz, .png or .tif", OF_LOSSY)
     if not is_scan(path.name):
         raise fault(path, "expected a file named .nii or .nii.gz (or .png or .tif, for 2D images)", CONVERT)
-
-

@@ -243,9 +243,7 @@ def tiff_header(path: Path, image: Any) -> Header:
     stack = IMAGEJ_STACK.search(description) if description.startswith("ImageJ=") else None
     if stack is not None and int(stack[1]) > 1:
         raise fault(path, f"a stack of {stack[1]} images (ImageJ), expected one", ONE_PAGE)
-    return header_of(
-        path, image, len(image.getbands()), deep, resolution_of(tags, description), tuple(remarks)
-    )
+    return header_of(path, image, len(image.getbands()), deep, resolution_of(tags, description), tuple(remarks))
 
 
 def header_of(
@@ -297,7 +295,7 @@ def pixels_of(path: Path, image: Any, header: Header) -> tuple[np.ndarray, np.nd
             table[clear] = 0
         return found, table[found] > 0
     alpha = None
-    if clear is not None and image.mode in ("L", "RGB") or (clear is not None and image.mode.startswith("I;16")):
+    if (clear is not None and image.mode in ("L", "RGB")) or (clear is not None and image.mode.startswith("I;16")):
         alpha = found != clear if found.ndim == 2 else (found != np.asarray(clear)).any(axis=-1)
     return (found // step if step > 1 else found), alpha
 

@@ -120,7 +120,7 @@ def pixel_size_of(
 
 
 def sides_of_file(file: Path) -> tuple[float, float] | None:
-    """Sides of a pixel in mm by a file; ``None`` if there is none, or a sidecar without a size. Raises `ConfigError`."""
+    """Sides of a pixel in mm by a file; ``None`` without one, or without a size in a sidecar. Raises `ConfigError`."""
     if not file.is_file():
         return None
     try:

@@ -30,7 +30,7 @@ class NiftiReader(NibabelReader):
     `mapseg_components.scans.pictures.read_picture`. Files with other endings go to MONAI's readers.
 
     Args:
-        rgb: how colours of PNG and TIFF images become one channel: ``luminance``, ``red``, ``green``, ``blue``, ``mean``.
+        rgb: how colours of PNG and TIFF images become one channel, see `mapseg_components.scans.pictures.RGB_RULES`.
 
     The metadata has ``affine``, ``original_affine``, ``spatial_shape``, ``space``, ``pixdim`` (8,) in mm as the affine
     has it, and ``sform_code`` and ``qform_code``: 1 for a form that can be used, else 0.

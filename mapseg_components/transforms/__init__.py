@@ -22,6 +22,7 @@ from mapseg_components.transforms.percentiles import (
 )
 from mapseg_components.transforms.probabilities import Confidenced, Probabilitiesd, save_probabilities
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
+from mapseg_components.transforms.tissue import ClearOutsided, IgnoreOutsided, RaiseTissued, WithoutIgnoredd
 
 __all__ = [
     "ArgmaxOnScand",
@@ -33,13 +34,16 @@ __all__ = [
     "AssumeOrientationd",
     "AxisExtremesd",
     "ClassVoxelsd",
+    "ClearOutsided",
     "Confidenced",
+    "IgnoreOutsided",
     "NegativeValues",
     "NegativeValuesd",
     "PercentileClip",
     "PercentileClipd",
     "PercentileTabled",
     "Probabilitiesd",
+    "RaiseTissued",
     "RandBlockMask",
     "RandBlockMaskd",
     "RandGlobalLocalAdjustContrastd",
@@ -57,6 +61,7 @@ __all__ = [
     "SelectLabelsd",
     "named_classes",
     "save_probabilities",
+    "WithoutIgnoredd",
     "WorkingFrame",
     "WorkingFramed",
 ]
