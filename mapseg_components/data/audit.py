@@ -214,7 +214,7 @@ class Audit:
         if facts is None or facts.values is None:
             return facts
         if image is not None:
-            self.pair(path, facts, scan, image)
+            self.pair(path, facts, image, scan)
         if any(what == LOSSY for _, what, _ in facts.remarks):
             self.add(path, f"label map: {LOSSY}", "save it as it was annotated, as PNG or TIFF without loss")
             return facts
@@ -238,8 +238,8 @@ class Audit:
             what = f"a mask of {len(facts.values)} values: 0 is left out, all others count"
             self.warn(case[MASK], what, "draw 0 and 1, without smoothing or JPEG")
 
-    def pair(self, path: str, label: Facts, scan: str, image: Facts) -> None:
-        """A label map must lie on the grid of its scan, a file with these facts."""
+    def pair(self, path: str, label: Facts, image: Facts, scan: str) -> None:
+        """A label map must lie on the grid of its scan, a file with the facts ``image``."""
         if label.shape != image.shape:
             self.add(
                 path, f"label map of shape {label.shape}, its scan {image.shape}", "resample it to the scan's grid"
@@ -365,7 +365,7 @@ def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequ
 def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """An empty list, and cases whose results would overwrite each other or could not be named."""
     if not cases:
-        what = f"no scan ({FORMATS}) found"
+        what = f"no NIfTI scan or image ({FORMATS}) found"
         remedy = "set dataset_dir to the folder of your scans (mapseg prepare converts DICOM)"
         return [Finding("error", "", what, remedy, ConfigError)]
     found = []

@@ -13,8 +13,8 @@ A datalist is a JSON file in MONAI's decathlon style::
     }
 
 Paths are relative to the file's folder. ``domain``, ``case_id`` and ``mask`` are optional; a mask is a file on the
-scan's grid, 0 where nothing counts. Scans are NIfTI files, or 2D images as PNG or TIFF, where ``a_mask`` beside ``a`` is
-its mask. A folder works as well::
+scan's grid, 0 where nothing counts. Scans are NIfTI files, or 2D images as PNG or TIFF, where ``a_mask`` beside ``a``
+is its mask. A folder works as well::
 
     source/images/*.nii.gz      source/labels/<same name>
     validation/images/...       validation/labels/...

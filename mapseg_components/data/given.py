@@ -11,7 +11,6 @@ from typing import Any
 from mapseg_components.data.datalist import load_scans, scans_below, stem, with_mask
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
-from mapseg_components.scans.files import FORMATS
 
 __all__ = ["given_cases"]
 
@@ -51,7 +50,7 @@ def given_cases(
         scans = [case for case in load_scans(target_dir) if Path(case[IMAGE]).resolve() not in labelled]
         if not scans:
             raise ConfigError(
-                f"target_dir {target_dir} has no scan ({FORMATS}) that is not labelled{scans_below(Path(target_dir))}: "
+                f"target_dir {target_dir} has no NIfTI file that is not labelled, nor such an image (PNG, TIFF){scans_below(Path(target_dir))}: "
                 "name the folder of the unlabelled scans, or set target_dir to null"
             )
         found["target_training"] = scans

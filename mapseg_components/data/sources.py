@@ -23,12 +23,13 @@ from mapseg_components.data.layouts import (
 from mapseg_components.data.left_out import LeftOut, in_one_line, left_out
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.dicom import Contents, Series, look_into
-from mapseg_components.scans.files import FORMATS, is_picture, is_scan
+from mapseg_components.scans.files import is_nifti, is_picture
 from mapseg_components.scans.findings import Finding
 
 __all__ = ["Source", "find_series", "find_sources"]
 
 IMAGES, LABELS = "images", "labels"
+FLAT = "a 2D image: none is prepared, use images as they are (mapseg check, adapt, predict)"
 NOT_CHOSEN = "not the series that was chosen"
 
 
@@ -92,7 +93,7 @@ def find_sources(
     left = left_out(folder, taken, known, leave_out)
     if not sources and not findings:
         raise ConfigError(
-            f"{folder}: no scan ({FORMATS}) and no DICOM series found: correct the input{in_one_line(left, folder)}"
+            f"{folder}: no NIfTI scan (*.nii, *.nii.gz) and no DICOM series found: correct the input{in_one_line(left, folder)}"
         )
     sources = sorted(sources, key=lambda source: source.name)
     for name, count in Counter(source.name for source in sources).items():
@@ -132,10 +133,12 @@ def find_series(
 
 
 def one_file(path: Path) -> Source:
-    """A single file of a scan; that it can be read is seen later."""
-    if path.exists() and not is_scan(path.name):
+    """A single NIfTI file; that it can be read is seen later."""
+    if path.exists() and is_picture(path):
+        raise ConfigError(f"{path} is {FLAT}")
+    if path.exists() and not is_nifti(path.name):
         raise ConfigError(
-            f"{path}: expected a .nii, .nii.gz, .png or .tif file, or a folder: for DICOM name the series' folder"
+            f"{path}: expected a .nii or .nii.gz file, or a folder: for DICOM name the series' folder"
         )
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: no such file or folder: correct the input")
@@ -168,8 +171,8 @@ def walk(
             used = set(labels_of_scans(list_scans(images), list_scans(here)).values())
             findings += [orphan(path) for path in list_scans(here) if path not in used]
             continue
-        series = series_of(here, files, findings, known).series
-        scans = [scan for scan in list_scans(here) if not (series and is_picture(scan))]
+        scans = [scan for scan in list_scans(here) if not is_picture(scan)]
+        known |= {here / name: FLAT for name in files if is_picture(name)}
         others = labels_beside(here) if here != top else None
         maps = labels_among(scans) if others is None else labels_of_scans(scans, list_scans(others))
         place = relative if others is None else relative.parent / others.name
@@ -183,7 +186,7 @@ def walk(
                 yield Source(posix(relative, stem(scan)), scan, maps[scan], posix(place, stem(maps[scan])))
             else:
                 yield Source(posix(relative, stem(scan)), scan)
-        yield from dicom_sources(here, relative, series)
+        yield from dicom_sources(here, relative, series_of(here, files, findings, known).series)
 
 
 def series_of(folder: Path, files: list[str], findings: list[Finding], known: dict[Path, str]) -> Contents:

@@ -25,7 +25,7 @@ from mapseg_components.data.layouts import image_folders, labels_among, labels_o
 from mapseg_components.data.left_out import scans_and_label_maps
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.facts import facts_of
-from mapseg_components.scans.files import FORMATS
+from mapseg_components.scans.files import FORMATS, is_picture
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.structures import structures_of, value_fault
 
@@ -104,12 +104,13 @@ def target_cases(target: str) -> list[dict[str, Any]]:
         named = " and ".join(one.name for one in folders)
         raise ConfigError(f"{path} has {named}: name the folder of the target's scans, such as {folders[-1]}")
     folder = folders[0] if folders else path
-    cases, maps = scans_and_label_maps(load_scans(folder), "image")
-    if maps:
+    cases = load_scans(folder)
+    if any(is_picture(case["image"]) for case in cases):  # usually in one folder with their label maps
+        cases, maps = scans_and_label_maps(cases, "image")
         logger.info(f"{len(maps)} label maps in {folder} are not looked at, such as {maps[0].name}.")
     if not cases:
         raise ConfigError(
-            f"{folder} has no scan ({FORMATS}){scans_below(folder)}: name the folder of the target's scans"
+            f"{folder} has no NIfTI file or image ({FORMATS}){scans_below(folder)}: name the folder of the target's scans"
         )
     refuse_misplaced(cases)
     return cases

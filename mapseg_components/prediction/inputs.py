@@ -78,7 +78,7 @@ def inputs_of(source: Path, modality: str | None, output: Path, derivative: bool
     left = left_out(source, [*taken, *(finding.file for finding in findings)], known, output)
     if not (scans or cases or findings):
         raise ConfigError(
-            f"{source} has no scan ({FORMATS}){'' if maps else scans_below(source)}, and no DICOM series: "
+            f"{source} has no NIfTI scan or image ({FORMATS}){'' if maps else scans_below(source)}, and no DICOM series: "
             f"correct the path{in_one_line(left, source)}"
         )
     return Inputs([*scans, *cases], series, findings, left, with_dicom=bool(known))
@@ -102,7 +102,7 @@ def nifti_inputs(source: Path, modality: str | None, output: Path | None = None)
     left = left_out(source, taken, results=output, dicom=NO_DICOM)
     if not (cases or unnamed):
         raise ConfigError(
-            f"{source} has no scan ({FORMATS}){'' if maps else scans_below(source)}: correct the path "
+            f"{source} has no NIfTI scan or image ({FORMATS}){'' if maps else scans_below(source)}: correct the path "
             f"(mapseg prepare converts DICOM){in_one_line(left, source)}"
         )
     return Inputs(cases, findings=unnamed, left_out=left)
