@@ -21,6 +21,7 @@ from mapseg_components.prediction.places import Output, Place
 from mapseg_components.prediction.records import Prediction
 from mapseg_components.reports import draw_preview
 from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.segmentation import write_segmentation
 from mapseg_components.transforms import save_probabilities
 
@@ -105,7 +106,8 @@ class Writer:
         try:
             labels = read_nifti(label_map)  # on the scan's grid
             grey = read_nifti(case[IMAGE]).voxels
-            draw_preview(grey, labels.voxels, labels.affine, self.bundle.names, Path(case[IMAGE]).name, picture)
+            name, body = Path(case[IMAGE]).name, not is_picture(case[IMAGE])
+            draw_preview(grey, labels.voxels, labels.affine, self.bundle.names, name, picture, body)
         except Exception as error:
             self.without_picture(one, error)
             return None
