@@ -137,9 +137,7 @@ def one_file(path: Path) -> Source:
     if path.exists() and is_picture(path):
         raise ConfigError(f"{path} is {FLAT}")
     if path.exists() and not is_nifti(path.name):
-        raise ConfigError(
-            f"{path}: expected a .nii or .nii.gz file, or a folder: for DICOM name the series' folder"
-        )
+        raise ConfigError(f"{path}: expected a .nii or .nii.gz file, or a folder: for DICOM name the series' folder")
     if not os.path.lexists(path):
         raise ConfigError(f"{path}: no such file or folder: correct the input")
     return Source(stem(path), path)

@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.components import SPECK
 from mapseg_components.plans.sizes import plan_sizes
 from mapseg_components.scans.nifti import read_geometry, read_nifti
 from mapseg_components.transforms.frame import axes_in_frame, frame_of, is_thick
@@ -49,7 +51,8 @@ class Sizes:
     """What the label maps say of the structures, along the axes of the working frame.
 
     Args:
-        extent: (3,), mm of the box around all structures, of the larger scans (90th percentile).
+        extent: (3,), mm of the box around all structures, of the larger scans (90th percentile); in 2D images around
+            the larger components of the most extended structure.
         widths: mm across each structure at its broadest, in the plane of thick slices; the median over scans.
     """
 
@@ -227,8 +230,10 @@ def sizes_of(
             continue
         where = np.argwhere(known)
         low, high = where.min(axis=0), where.max(axis=0) + 1
-        extents.append((high - low) * sides)
-        flat = tuple(np.flatnonzero(np.equal(voxels.shape, 1)))  # a 2D image has no end there
+        flat = tuple(np.flatnonzero(np.equal(voxels.shape, 1)))
+        spans = [high - low] if not flat else component_spans(voxels, labels.values())
+        extents.append(np.max(spans, axis=0) * sides)
+        # a 2D image has no end along its third axis
         part = np.pad(np.squeeze(np.round(voxels[tuple(map(slice, low, high))]), axis=flat), 1)
         across = sides * np.where(is_thick(sides) & (sides == sides.max()), 1e6, 1.0)  # slices have no say
         across = np.delete(across, flat)
@@ -239,6 +244,26 @@ def sizes_of(
     if not extents:
         return None
     return Sizes(np.percentile(extents, 90, axis=0), {name: float(np.median(w)) for name, w in widths.items() if w})
+
+
+def component_spans(voxels: np.ndarray, values: Iterable[int]) -> list[np.ndarray]:
+    """Voxels per axis of the larger connected components (90th percentile, without specks), of each structure.
+
+    An image of tissue may be full of cells: what a patch must hold is one of them.
+    """
+    spans = []
+    for value in values:
+        numbered, count = ndimage.label(np.round(voxels) == value)
+        if count:
+            sizes = np.bincount(numbered.ravel())[1:]
+            boxes = ndimage.find_objects(numbered)
+            sides = [
+                [part.stop - part.start for part in box]
+                for box, size in zip(boxes, sizes)
+                if size >= SPECK * sizes.max()
+            ]
+            spans.append(np.percentile(sides, 90, axis=0))
+    return spans
 
 
 def plan_frame(source: Sequence[Grid], target: Sequence[Grid], sizes: Sizes | None, patch: Sequence[int]) -> Any:
