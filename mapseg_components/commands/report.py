@@ -33,6 +33,7 @@ from mapseg_components.reports import (
     small_multiples,
     sortable_table,
 )
+from mapseg_components.scans.files import is_picture
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["report"]

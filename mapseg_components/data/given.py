@@ -50,8 +50,8 @@ def given_cases(
         scans = [case for case in load_scans(target_dir) if Path(case[IMAGE]).resolve() not in labelled]
         if not scans:
             raise ConfigError(
-                f"target_dir {target_dir} has no NIfTI file that is not labelled, nor such an image (PNG, TIFF){scans_below(Path(target_dir))}: "
-                "name the folder of the unlabelled scans, or set target_dir to null"
+                f"target_dir {target_dir} has no NIfTI file that is not labelled, nor such an image (PNG, TIFF)"
+                f"{scans_below(Path(target_dir))}: name the folder of the unlabelled scans, or set target_dir to null"
             )
         found["target_training"] = scans
     return found

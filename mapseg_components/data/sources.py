@@ -93,7 +93,8 @@ def find_sources(
     left = left_out(folder, taken, known, leave_out)
     if not sources and not findings:
         raise ConfigError(
-            f"{folder}: no NIfTI scan (*.nii, *.nii.gz) and no DICOM series found: correct the input{in_one_line(left, folder)}"
+            f"{folder}: no NIfTI scan (*.nii, *.nii.gz) and no DICOM series found: correct the input"
+            f"{in_one_line(left, folder)}"
         )
     sources = sorted(sources, key=lambda source: source.name)
     for name, count in Counter(source.name for source in sources).items():

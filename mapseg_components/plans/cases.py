@@ -110,7 +110,8 @@ def target_cases(target: str) -> list[dict[str, Any]]:
         logger.info(f"{len(maps)} label maps in {folder} are not looked at, such as {maps[0].name}.")
     if not cases:
         raise ConfigError(
-            f"{folder} has no NIfTI file or image ({FORMATS}){scans_below(folder)}: name the folder of the target's scans"
+            f"{folder} has no NIfTI file or image ({FORMATS}){scans_below(folder)}: name the folder of the "
+            "target's scans"
         )
     refuse_misplaced(cases)
     return cases

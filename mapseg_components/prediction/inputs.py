@@ -78,8 +78,8 @@ def inputs_of(source: Path, modality: str | None, output: Path, derivative: bool
     left = left_out(source, [*taken, *(finding.file for finding in findings)], known, output)
     if not (scans or cases or findings):
         raise ConfigError(
-            f"{source} has no NIfTI scan or image ({FORMATS}){'' if maps else scans_below(source)}, and no DICOM series: "
-            f"correct the path{in_one_line(left, source)}"
+            f"{source} has no NIfTI scan or image ({FORMATS}){'' if maps else scans_below(source)}, and no DICOM "
+            f"series: correct the path{in_one_line(left, source)}"
         )
     return Inputs([*scans, *cases], series, findings, left, with_dicom=bool(known))
 

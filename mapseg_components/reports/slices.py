@@ -58,8 +58,8 @@ def slice_viewer(
     """HTML of one scan; the page needs `SLICES_STYLE` and `SLICES_SCRIPT`.
 
     The panes of a plane stand side by side in windows of any width. Coronal and axial slices show the right side of the
-    body on the left. At most 32 slices per plane are kept. Of a scan of one slice there is that alone, with every second
-    pixel and so on where it has more than 1000 along a side.
+    body on the left. At most 32 slices per plane are kept. Of a scan of one slice there is that alone, with every
+    second pixel and so on where it has more than 1000 along a side.
 
     Args:
         scan: (X, Y, Z) on axes to the right, to the front and up.
