@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from monai.utils import optional_import
 
-from mapseg_components.errors import ConfigError, DataError, ResourceError
+from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.memory import require_memory
 from mapseg_components.scans.files import COPY_AGAIN, Scan, opened, stem
 from mapseg_components.scans.findings import fault
@@ -189,7 +189,7 @@ def parse(path: Path, stream: BinaryIO) -> tuple[Any, Header]:
                 stream.seek(0)
             image = reader(stream)  # not Image.open, which tries all formats
             header = png_header(path, image) if plugin == "PngImagePlugin" else tiff_header(path, image)
-    except (DataError, MemoryError, ResourceError):
+    except (MAPSegError, MemoryError):
         raise
     except Exception as error:  # Pillow fails in many ways on a damaged file, and none may escape without a name
         if "pixel mode" in str(error):
