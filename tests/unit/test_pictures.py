@@ -94,19 +94,24 @@ def test_palettes_and_few_bits_keep_the_values_that_are_stored(tmp_path):
     assert read_nifti(tmp_path / "two.png").voxels.flatten().tolist() == [0, 1, 2, 3, 3]
 
 
+CM, INCH, NO_UNIT = ({"resolution_unit": unit} for unit in (3, 2, 1))
+IMAGEJ = "ImageJ=1.5\nunit=micron\n"
+OME = '<OME PhysicalSizeX="4" PhysicalSizeXUnit="nm" PhysicalSizeY="5" PhysicalSizeYUnit="nm">'
+
+
 @pytest.mark.parametrize(
     "ending, options, mm",
     [
-        ("tif", {"resolution_unit": 3, "x_resolution": 100000.0, "y_resolution": 50000.0}, (1e-4, 2e-4)),
-        ("tif", {"resolution_unit": 2, "x_resolution": 72.0, "y_resolution": 72.0}, (1.0, 1.0)),
-        ("tif", {"resolution_unit": 1, "x_resolution": 5.0, "y_resolution": 5.0}, (1.0, 1.0)),
-        ("tif", {"resolution_unit": 1, "x_resolution": 5.0, "y_resolution": 5.0, "description": "ImageJ=1.5\nunit=micron\n"}, (2e-4, 2e-4)),
-        ("tif", {"description": '<OME PhysicalSizeX="4" PhysicalSizeXUnit="nm" PhysicalSizeY="5" PhysicalSizeYUnit="nm">'}, (4e-6, 5e-6)),
+        ("tif", {**CM, "x_resolution": 100000.0, "y_resolution": 50000.0}, (1e-4, 2e-4)),
+        ("tif", {**INCH, "x_resolution": 72.0, "y_resolution": 72.0}, (1.0, 1.0)),
+        ("tif", {**NO_UNIT, "x_resolution": 5.0, "y_resolution": 5.0}, (1.0, 1.0)),
+        ("tif", {**NO_UNIT, "x_resolution": 5.0, "y_resolution": 5.0, "description": IMAGEJ}, (2e-4, 2e-4)),
+        ("tif", {"description": OME}, (4e-6, 5e-6)),
         ("png", {"dpi": (254000, 254000)}, (1e-4, 1e-4)),
         ("png", {"dpi": (96, 96)}, (1.0, 1.0)),
         ("png", {}, (1.0, 1.0)),
     ],
-)  # fmt: skip
+)
 def test_a_pixel_size_is_in_mm_where_the_header_means_one(tmp_path, ending, options, mm):
     path = write_picture(tmp_path / f"a.{ending}", GREY8, **options)
     affine = read_geometry(path).affine

@@ -87,8 +87,9 @@ def test_volumes_without_a_mask_stay_as_they_are_and_with_one_they_have_an_outsi
     mask[:5] = 0
     masked = Compose(LOADING)({"image": path, "mask": write_nifti(tmp_path / "m.nii.gz", mask)})["image"][0]
     assert (masked[:5] == 0).all() and (masked[5:] > 0).all()
+    other = {"image": plain, "mask": write_nifti(tmp_path / "n.nii.gz", mask[1:])}
     with pytest.raises(DataError, match="its mask"):
-        Compose(LOADING)({"image": path, "mask": write_nifti(tmp_path / "n.nii.gz", mask[1:])})
+        RaiseTissued("image")(other)
 
 
 def test_class_255_beside_a_mask_is_refused():
