@@ -225,6 +225,8 @@ class ClearOutsided(MapTransform):
         if outside is None:
             return case
         for key in self.key_iterator(case):
+            if case[key] is None:  # an evaluator's output has the key without a label
+                continue
             label_map = as_volume(case[key])
             if tuple(label_map.shape[1:]) != outside.shape:
                 shape = tuple(label_map.shape[1:])

@@ -48,8 +48,8 @@ def test_labels_under_a_mask_change_no_weight(runs):
 
 
 def test_label_maps_are_images_on_the_scans_pixels_and_0_under_a_mask(runs):
-    out, settings = runs / "predicted", {**FLAT, "device": "cpu"}
-    settings.pop("device")
+    out = runs / "predicted"
+    settings = {name: value for name, value in FLAT.items() if name != "device"}
     found = predict(
         str(runs / "data" / "target" / "images"),
         str(out),
