@@ -19,7 +19,7 @@ from mapseg_components.files import write_text
 from mapseg_components.keys import IMAGE, LABEL, MASK
 from mapseg_components.scans.files import Scan, is_picture
 from mapseg_components.scans.masks import outside_of
-from mapseg_components.scans.nifti import read_nifti
+from mapseg_components.scans.nifti import affine_beside, read_nifti
 from mapseg_components.structures import structures_of, to_whole
 
 __all__ = [
@@ -79,7 +79,8 @@ def structure_sizes(
     labels, sizes = structures_of(labels), []
     for case in cases:
         scan = read_nifti(case[LABEL])
-        voxels, voxel_mm3 = counted(case, scan), abs(float(np.linalg.det(scan.affine[:3, :3])))
+        affine = affine_beside(case[LABEL], scan.affine, case.get(IMAGE, case[LABEL]))
+        voxels, voxel_mm3 = counted(case, scan), abs(float(np.linalg.det(affine[:3, :3])))
         counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
         sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
     return sizes

@@ -16,7 +16,7 @@ from scipy.ndimage import distance_transform_edt
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.components import SPECK
 from mapseg_components.plans.sizes import plan_sizes
-from mapseg_components.scans.nifti import read_geometry, read_nifti
+from mapseg_components.scans.nifti import affine_beside, read_geometry, read_nifti
 from mapseg_components.transforms.frame import axes_in_frame, frame_of, is_thick
 from mapseg_components.transforms.resampling import spacing_of
 
@@ -147,7 +147,8 @@ def find_frame(
     else:
         directions = directions_of([header.affine for header in headers])
     grids = [laid(header.shape, header.affine, directions) for header in headers]
-    sizes = sizes_of([case["label"] for case in labelled], labels, directions)
+    maps, images = [[case[key] for case in labelled] for key in ("label", "image")]
+    sizes = sizes_of(maps, labels, directions, images)
     if "working_spacing" in settings:
         spacing = checked_spacing(settings["working_spacing"])
     else:
@@ -213,16 +214,31 @@ def laid(shape: Sequence[int], affine: np.ndarray, directions: Sequence[Sequence
 
 
 def sizes_of(
-    label_maps: Sequence[str], labels: Mapping[str, int], directions: Sequence[Sequence[float]] | None
+    label_maps: Sequence[str],
+    labels: Mapping[str, int],
+    directions: Sequence[Sequence[float]] | None,
+    scans: Sequence[str] = (),
 ) -> Sizes | None:
-    """Sizes of the structures in some of the label maps; ``None`` where none has a structure. Raises `DataError`."""
+    """Sizes of the structures in some of the label maps; ``None`` where none has a structure.
+
+    Args:
+        label_maps: files.
+        labels: structures and their values.
+        directions: of the frame.
+        scans: their files, which may name a pixel size where PNG and TIFF label maps do not.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     step = max(len(label_maps) // LOOKED_AT, 1)
     extents: list[np.ndarray] = []
     widths: dict[str, list[float]] = {name: [] for name in labels}
-    for path in label_maps[::step][:LOOKED_AT]:
+    chosen = list(zip(label_maps, scans or label_maps))[::step]
+    for path, origin in chosen[:LOOKED_AT]:
         scan = read_nifti(path)
-        spacing = spacing_of(scan.affine)
-        order = [axis for axis, _ in axes_in_frame(scan.affine, frame_of(directions))]
+        affine = affine_beside(path, scan.affine, origin)
+        spacing = spacing_of(affine)
+        order = [axis for axis, _ in axes_in_frame(affine, frame_of(directions))]
         voxels = np.transpose(np.asarray(scan.voxels), order)
         sides = spacing[order]
         known = np.isin(np.round(voxels), list(labels.values()))

@@ -23,7 +23,7 @@ from mapseg_components.scans.findings import fault
 from mapseg_components.scans.headers import Geometry, geometry_of, volume_shape
 from mapseg_components.scans.pictures import picture_geometry, read_picture
 
-__all__ = ["ENDINGS", "Scan", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
+__all__ = ["ENDINGS", "Scan", "affine_beside", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
 
 PIECE = 1 << 20  # bytes read or decompressed at a time
 DEFLATE_MOST = 1032  # a deflate stream cannot expand more than this
@@ -59,6 +59,18 @@ def read_geometry(path: str | Path) -> Geometry:
         return picture_geometry(path)
     with opened(path, "NIfTI") as stream:
         return parse_header(path, begin(pieces_of(path, stream)))[1]
+
+
+def affine_beside(label_map: str | Path, affine: np.ndarray, scan: str | Path) -> np.ndarray:
+    """Affine (4, 4) of a label map: of PNG and TIFF images that of its scan, which may alone name a pixel size.
+
+    Args:
+        label_map: its file.
+        affine: by its own header.
+        scan: file of its scan.
+    """
+    same = str(label_map) == str(scan) or not (is_picture(label_map) and is_picture(scan))
+    return affine if same else read_geometry(scan).affine
 
 
 def pieces_of(path: Path, stream: BinaryIO) -> Iterator[bytes]:
