@@ -104,8 +104,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare label maps with the truth: Dice, surface Dice, HD95 and ASSD per case and structure.
 
-    Distances are in mm, of PNG and TIFF images without a pixel size in pixels; what the masks of images leave out is
-    left out here. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or scan.nii.gz
+    Distances are in mm, of PNG and TIFF images in um, or in pixels without a pixel size; what the masks of images leave
+    out is left out here. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or scan.nii.gz
     against scan.nii.gz (or scan_dseg.nii.gz) of the truth; nnU-Net's number of the channel (scan_0000) may be there or
     not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples).
 
@@ -174,9 +174,11 @@ def evaluate(
             except DataError as error:
                 findings += error.findings or (Finding("error", case, str(error)),)
         raise_findings(findings)
-        if unsized:
-            what = f"{unsized} of {len(cases)} images name no pixel size: distances in mm are in pixels there"
-            notes.append(Finding("note", truth, what, "pixel_size.json beside the truth names it"))
+        images = sum(map(is_picture, (sets["truth"][case] for case in cases)))
+        if images:
+            what = f"{images} of {len(cases)} cases are 2D images, whose distances are in um"
+            what += f", in pixels of {unsized} without a pixel size" if unsized else ""
+            notes.append(Finding("note", truth, what, "the tolerance likewise"))
         if not rows["pred"]:
             raise DataError(f"{truth}: no label map has a structure, all are background: name the folder of the truth")
         result = Evaluation(rows["pred"], summarised(rows["pred"]), {}, tolerance_mm, len(cases), notes=notes)

@@ -321,7 +321,9 @@ class Audit:
         pictures = [path for path in paths if is_picture(path)]
         if pictures and len(pictures) < len(paths):
             what = f"{len(pictures)} scans are PNG or TIFF images, {len(paths) - len(pictures)} are NIfTI volumes"
-            self.warn(pictures[0], what, "convert all to one format: a pixel without a size counts as 1 mm")
+            self.warn(
+                pictures[0], what, "convert all to one format: lengths of images are in um or pixels, of volumes in mm"
+            )
 
     def pretraining(self, datalist: str | Path, negative_values: str | None = None) -> Audit:
         """The scans that pretraining will read; no label is read."""

@@ -171,7 +171,7 @@ def pictures(
     found = [file for file in files if is_picture(file)]
     unsized = [file for file in found if set(statistics[file].spacing_mm) == {1.0}]
     if unsized:
-        text = f"{len(unsized)} of {len(files)} images name no pixel size: a pixel counts as 1 mm"
+        text = f"{len(unsized)} of {len(files)} images name no pixel size: lengths are in pixels"
         remedy = "none needed if all are of one size; else pixel_size.json beside them, see docs/how-to/data.md"
         yield note(name, text, remedy)
     small = [file for file in found if facts[file].highest <= HIGHEST_OF_8_BITS]

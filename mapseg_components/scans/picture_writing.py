@@ -12,7 +12,7 @@ from monai.utils import optional_import
 
 from mapseg_components.errors import ConfigError, MAPSegError, ResourceError
 from mapseg_components.scans.files import is_picture, opened
-from mapseg_components.scans.pictures import KIND, parse, read_picture
+from mapseg_components.scans.pictures import KIND, UM_IN_MM, parse, read_picture
 from mapseg_components.scans.pixel_size import RESOLUTION_UNIT, X_RESOLUTION, Y_RESOLUTION, Resolution, resolution_of
 
 __all__ = ["write_picture"]
@@ -27,7 +27,7 @@ def write_picture(temporary: Path, voxels: np.ndarray, affine: np.ndarray, like:
     Args:
         temporary: where, with an ending of `mapseg_components.scans.files.PICTURES`.
         voxels: (X, Y, 1), uint8, uint16 or, in TIFF, float32.
-        affine: (4, 4) in mm; its pixel size is written unless it is 1 mm, which stands for an unknown one.
+        affine: (4, 4) in um, see `read_picture`; its pixel size is written unless it is 1, which stands for an unknown one.
         like: file of the scan: its resolution is repeated as it is, where its header has one.
         path: the file's later name, for messages.
 
@@ -73,7 +73,7 @@ def write_picture(temporary: Path, voxels: np.ndarray, affine: np.ndarray, like:
 
 
 def resolution_like(like: str | Path, affine: np.ndarray) -> Resolution | None:
-    """Resolution of a file's header, whatever it means; without one, that of an affine (4, 4) other than 1 mm."""
+    """Resolution of a file's header, whatever it means; without one, that of an affine (4, 4) in um."""
     path = Path(like)
     if is_picture(path) and path.is_file():
         with opened(path, KIND) as stream:
@@ -86,4 +86,4 @@ def resolution_like(like: str | Path, affine: np.ndarray) -> Resolution | None:
         if found is not None and found.sides is not None:
             return found
     sides = np.linalg.norm(np.asarray(affine, dtype=float)[:3, :2], axis=0)
-    return None if np.allclose(sides, 1.0) else Resolution(1 / float(sides[0]), 1 / float(sides[1]))
+    return None if np.allclose(sides, 1.0) else Resolution(UM_IN_MM / float(sides[0]), UM_IN_MM / float(sides[1]))

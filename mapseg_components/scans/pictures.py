@@ -27,9 +27,10 @@ from mapseg_components.scans.findings import fault
 from mapseg_components.scans.headers import Geometry, Remark
 from mapseg_components.scans.pixel_size import Resolution, pixel_size_of, resolution_of
 
-__all__ = ["LOSSY", "RGB_RULES", "Picture", "picture_geometry", "picture_outside", "read_picture"]
+__all__ = ["LOSSY", "RGB_RULES", "Picture", "in_mm", "picture_geometry", "picture_outside", "read_picture"]
 
 KIND = "an image"
+UM_IN_MM = 1000.0
 RGB_RULES = ("luminance", "red", "green", "blue", "mean")
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow and MONAI have it
 LOSSY = "it is compressed as JPEG, which changes values"
@@ -72,7 +73,7 @@ class Picture(Scan):
 
     Args:
         outside: (X, Y, 1), where it is fully transparent; ``None`` without.
-        sized: its pixel size is known, else a pixel counts as 1 mm.
+        sized: its pixel size is known, else lengths are in pixels.
     """
 
     outside: np.ndarray | None = None
@@ -84,6 +85,9 @@ def read_picture(path: str | Path, rgb: str = "luminance") -> Picture:
 
     X runs along a row to the right, Y along a column downwards, as ITK has it: the affine's axes point to the left and
     to the back, so that a view from below shows the image as it is. A slice is as thick as a pixel is wide.
+
+    Lengths of the affine are micrometres, where those of volumes are mm, and pixels where no pixel size is known:
+    MONAI takes affines for equal that differ by less than 0.001, and two pixel sizes of a microscope do in mm.
 
     Grey values and indices of a palette stay as they are stored; 1 bit is 0 and 1. Colours become one channel by a
     rule, unless all three are equal. Fully transparent pixels are 0 and ``outside``.
@@ -165,9 +169,17 @@ def volume_of(pixels: np.ndarray) -> np.ndarray:
 
 def geometry_from(header: Header) -> Geometry:
     """See `read_picture`."""
-    across, down = header.sides or (1.0, 1.0)
+    across, down = (side * UM_IN_MM for side in header.sides) if header.sides else (1.0, 1.0)
     affine = np.diag([-across, -down, math.sqrt(across * down), 1.0])
     return Geometry((*header.shape, 1), affine, affine, None, header.remarks)
+
+
+def in_mm(affine: np.ndarray) -> np.ndarray:
+    """Affine (4, 4) in mm of an image's, for a volume on its grid; of one without a pixel size as it is."""
+    result = np.array(affine, dtype=float)
+    if not np.allclose(np.linalg.norm(result[:3, :3], axis=0), 1.0):
+        result[:3] /= UM_IN_MM
+    return result
 
 
 def parse(path: Path, stream: BinaryIO) -> tuple[Any, Header]:

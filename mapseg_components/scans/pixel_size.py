@@ -115,7 +115,7 @@ def pixel_size_of(
         return None, ()
     if resolution.says_nothing:
         what = f"its resolution of {resolution.across * 25.4:.4g} dpi is that of a screen or printer"
-        return None, (("note", what, f"a pixel counts as 1 mm; {FOLDERS_FILE} beside the images names its size"),)
+        return None, (("note", what, f"lengths are in pixels; {FOLDERS_FILE} beside the images names a size"),)
     return resolution.sides, ()
 
 

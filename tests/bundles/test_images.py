@@ -71,4 +71,4 @@ def test_label_maps_are_images_on_the_scans_pixels_and_0_under_a_mask(runs):
                 assert not np.asarray(label)[:, 40:].any()
     assert sorted(path.name for path in (out / "previews").iterdir()) == ["t.png", "u.png"]
     figures = evaluate(str(out), str(out), quiet=True)
-    assert figures.cases == 2 and "distances in mm are in pixels" in str(figures)
+    assert figures.cases == 2 and "in pixels of 2 without a pixel size" in str(figures)

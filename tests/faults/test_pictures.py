@@ -134,7 +134,7 @@ def test_images_and_volumes_together_bit_depths_and_unknown_sizes_are_told(image
     found = check(str(images), quiet=True)
     text = " ".join(f"{one.what} {one.remedy}" for one in found.findings)
     assert found.exit_code == 0
-    assert "of another bit depth" in text and "name no pixel size: a pixel counts as 1 mm" in text
+    assert "of another bit depth" in text and "name no pixel size: lengths are in pixels" in text
     write_nifti(images / "source" / "images" / "a.nii.gz", cells(0)[0].T[..., None])
     for path in (images / "source" / "images").glob("*.png"):
         path.unlink()

@@ -10,8 +10,9 @@ from pathlib import Path
 import itk
 import numpy as np
 import pytest
+import torch
 from monai.data import MetaTensor
-from monai.transforms import LoadImage
+from monai.transforms import LoadImage, Spacing
 from PIL import Image
 
 from mapseg_components.data import NiftiReader, read_nifti, result_path
@@ -19,7 +20,7 @@ from mapseg_components.data.datalist import list_scans, load_scans
 from mapseg_components.errors import ConfigError
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.scans.pictures import RGB_RULES, read_picture
-from mapseg_components.transforms import SaveLabelMap, SaveVolume
+from mapseg_components.transforms import ArgmaxOnScand, SaveLabelMap, SaveVolume, WorkingFrame
 from tests.pictures import write_deep_png, write_picture, write_png
 
 GENERATOR = np.random.default_rng(0)
@@ -100,27 +101,27 @@ OME = '<OME PhysicalSizeX="4" PhysicalSizeXUnit="nm" PhysicalSizeY="5" PhysicalS
 
 
 @pytest.mark.parametrize(
-    "ending, options, mm",
+    "ending, options, um",
     [
-        ("tif", {**CM, "x_resolution": 100000.0, "y_resolution": 50000.0}, (1e-4, 2e-4)),
+        ("tif", {**CM, "x_resolution": 100000.0, "y_resolution": 50000.0}, (0.1, 0.2)),
         ("tif", {**INCH, "x_resolution": 72.0, "y_resolution": 72.0}, (1.0, 1.0)),
         ("tif", {**NO_UNIT, "x_resolution": 5.0, "y_resolution": 5.0}, (1.0, 1.0)),
-        ("tif", {**NO_UNIT, "x_resolution": 5.0, "y_resolution": 5.0, "description": IMAGEJ}, (2e-4, 2e-4)),
-        ("tif", {"description": OME}, (4e-6, 5e-6)),
-        ("png", {"dpi": (254000, 254000)}, (1e-4, 1e-4)),
+        ("tif", {**NO_UNIT, "x_resolution": 5.0, "y_resolution": 5.0, "description": IMAGEJ}, (0.2, 0.2)),
+        ("tif", {"description": OME}, (4e-3, 5e-3)),
+        ("png", {"dpi": (254000, 254000)}, (0.1, 0.1)),
         ("png", {"dpi": (96, 96)}, (1.0, 1.0)),
         ("png", {}, (1.0, 1.0)),
     ],
 )
-def test_a_pixel_size_is_in_mm_where_the_header_means_one(tmp_path, ending, options, mm):
+def test_a_pixel_size_is_in_um_where_the_header_means_one(tmp_path, ending, options, um):
     path = write_picture(tmp_path / f"a.{ending}", GREY8, **options)
     affine = read_geometry(path).affine
-    np.testing.assert_allclose(-np.diag(affine)[:2], mm, rtol=1e-6)
-    assert affine[2, 2] == pytest.approx(np.sqrt(mm[0] * mm[1]))
+    np.testing.assert_allclose(-np.diag(affine)[:2], um, rtol=1e-6)
+    assert affine[2, 2] == pytest.approx(np.sqrt(um[0] * um[1]))
     (tmp_path / "pixel_size.json").write_text(json.dumps({"PixelSize": [2, 3], "PixelSizeUnits": "um"}))
-    np.testing.assert_allclose(-np.diag(read_nifti(path).affine)[:2], (2e-3, 3e-3))
+    np.testing.assert_allclose(-np.diag(read_nifti(path).affine)[:2], (2, 3))
     (tmp_path / "a.json").write_text(json.dumps({"PixelSize": [7, 7], "PixelSizeUnits": "nm", "Sample": "x"}))
-    np.testing.assert_allclose(-np.diag(read_nifti(path).affine)[:2], (7e-6, 7e-6))
+    np.testing.assert_allclose(-np.diag(read_nifti(path).affine)[:2], (7e-3, 7e-3))
 
 
 @pytest.mark.parametrize(
@@ -149,11 +150,11 @@ def test_a_label_map_has_its_scans_format_pixels_and_resolution(tmp_path, ending
 
 def test_fractions_of_an_image_are_saved_as_tiff(tmp_path):
     values = GENERATOR.random((1, 7, 5, 1)).astype(np.float32)
-    meta = {"filename_or_obj": "a.png", "affine": np.diag([-2e-4, -2e-4, 2e-4, 1.0])}
+    meta = {"filename_or_obj": "a.png", "affine": np.diag([-0.2, -0.2, 0.2, 1.0])}
     SaveVolume(tmp_path, output_postfix="map")(MetaTensor(values, meta=meta))
     found = read_nifti(tmp_path / "a_map.tif")
     assert np.array_equal(found.voxels, values[0])
-    np.testing.assert_allclose(np.diag(found.affine), [-2e-4, -2e-4, 2e-4, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(np.diag(found.affine), [-0.2, -0.2, 0.2, 1.0], rtol=1e-5)
 
 
 def test_images_beside_nifti_files_are_pictures_of_them_and_masks_are_no_scans(tmp_path):
@@ -164,3 +165,21 @@ def test_images_beside_nifti_files_are_pictures_of_them_and_masks_are_no_scans(t
     assert Path(cases["a"]["mask"]).name == "a_mask.png" and "mask" not in cases["b"]
     (tmp_path / "d.nii.gz").touch()
     assert [path.name for path in list_scans(tmp_path)] == ["d.nii.gz"]
+
+
+def test_a_working_grid_is_the_same_in_any_unit(tmp_path):
+    image = np.kron(GENERATOR.integers(0, 256, (9, 12)), np.ones((2, 2)))[1:, 1:].astype(np.uint8)  # 17 x 23
+    found = []
+    for number, mm in enumerate((0.5, 5e-4, 4e-6)):
+        path = write_picture(tmp_path / f"{number}.png", image)
+        sidecar = {"PixelSize": [mm, mm], "PixelSizeUnits": "mm"}
+        (tmp_path / f"{number}.json").write_text(json.dumps(sidecar))
+        scan = LoadImage(reader=NiftiReader, ensure_channel_first=True)(path)
+        work = Spacing((2000 * mm, 2000 * mm, 0.0), mode="bilinear", padding_mode="border")(WorkingFrame()(scan))
+        logits = torch.cat([255 - work, work]).as_subclass(torch.Tensor)
+        case = {"pred": MetaTensor(logits, affine=work.affine), "image": work}
+        found.append((work.as_subclass(torch.Tensor), ArgmaxOnScand("pred")(case)["pred"].as_subclass(torch.Tensor)))
+    assert found[0][0].shape == (1, 12, 9, 1) and found[0][1].shape == (1, 23, 17, 1)
+    for work, label_map in found[1:]:
+        torch.testing.assert_close(work, found[0][0], rtol=0, atol=0.01)
+        assert (label_map != found[0][1]).float().mean() < 0.01
