@@ -105,9 +105,9 @@ def evaluate(
     """Compare label maps with the truth: Dice, surface Dice, HD95 and ASSD per case and structure.
 
     Distances are in mm, of PNG and TIFF images in um, or in pixels without a pixel size; what the masks of images leave
-    out is left out here. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or scan.nii.gz
-    against scan.nii.gz (or scan_dseg.nii.gz) of the truth; nnU-Net's number of the channel (scan_0000) may be there or
-    not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples).
+    out is left out here. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
+    scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth; nnU-Net's number of the channel (scan_0000) may
+    be there or not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples).
 
     Args:
         pred: a label map, or a folder of them (also a BIDS derivative).

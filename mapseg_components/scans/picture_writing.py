@@ -27,7 +27,7 @@ def write_picture(temporary: Path, voxels: np.ndarray, affine: np.ndarray, like:
     Args:
         temporary: where, with an ending of `mapseg_components.scans.files.PICTURES`.
         voxels: (X, Y, 1), uint8, uint16 or, in TIFF, float32.
-        affine: (4, 4) in um, see `read_picture`; its pixel size is written unless it is 1, which stands for an unknown one.
+        affine: (4, 4) in um; its pixel size is written unless it is 1, which stands for an unknown one.
         like: file of the scan: its resolution is repeated as it is, where its header has one.
         path: the file's later name, for messages.
 
