@@ -95,7 +95,7 @@ def adapt(
         source: labelled scans: a datalist (JSON), a folder in the convention of docs/how-to/data.md, a folder with
             ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
-        target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
+        target: unlabelled scans: a folder of NIfTI, PNG or TIFF files, one with ``images``, or a datalist.
         output: folder to write, new or of an earlier call with the same arguments.
         labels: structures and their values, as a mapping, JSON text or a JSON file such as ``dataset.json``. By default
             those of the datalist or ``dataset.json``; without, the values found in the source's label maps.

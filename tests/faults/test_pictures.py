@@ -139,7 +139,7 @@ def test_images_and_volumes_together_bit_depths_and_unknown_sizes_are_told(image
     for path in (images / "source" / "images").glob("*.png"):
         path.unlink()
     (images / "source" / "labels" / "b.png").unlink()
-    with pytest.raises(DataError, match="affine|orientation"):
+    with pytest.raises(DataError, match=r"affine|orientation"):
         audited(images)  # pixels of the label map, voxels of its scan
     assert "are PNG or TIFF images, 1 are NIfTI volumes" in caplog.text
 
@@ -156,7 +156,7 @@ def test_label_maps_beside_their_images_make_a_source_and_are_left_out_of_a_targ
     assert cases["2"]["mask"].endswith("2_mask.png") and "mask" not in cases["0"]
     assert [case["case_id"] for case in target_cases(str(tmp_path))] == ["0", "1", "2"]
     (tmp_path / "1_label.png").unlink()
-    with pytest.raises(DataError, match="no label map, or no scan, of one name with 1.png"):
+    with pytest.raises(DataError, match=r"no label map, or no scan, of one name with 1\.png"):
         source_cases(str(tmp_path), 0.2, 0)
 
 
