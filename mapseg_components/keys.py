@@ -11,6 +11,7 @@ DOMAIN = "domain"
 CASE_ID = "case_id"
 # Of a case without an image: the label map whose values an image is synthesised from. It stands for the image as well.
 TISSUES = "tissues"
+MASK = "mask"  # file of a mask, 0 where the scan does not count
 
 # What inference may add to a case: the largest probability of each voxel, and the probabilities of all classes.
 CONFIDENCE = "confidence"

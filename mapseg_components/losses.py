@@ -17,6 +17,7 @@ from mapseg_components.structures import IGNORED
 
 __all__ = [
     "ClassShareLoss",
+    "LeavingOut",
     "LocalGlobalCosineLoss",
     "MaskedReconstructionLoss",
     "SegmentationLoss",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 SMALLEST = 1e-8  # share of a class in a logarithm
+SURE = 30.0  # logit that leaves no doubt
 
 
 class SegmentationLoss(nn.Module):
@@ -74,7 +76,8 @@ class SegmentationLoss(nn.Module):
         Args:
             logits: (B, C, X, Y, Z).
             label: (B, 1, X, Y, Z), class indices of any number type.
-            valid: boolean (B, 1, X, Y, Z); voxels that are ``False`` count nowhere. All count by default.
+            valid: boolean (B, 1, X, Y, Z); voxels that are ``False`` count nowhere. All count by default, but for those
+                whose label is `mapseg_components.structures.IGNORED`.
 
         Raises:
             ValueError: shapes disagree.
@@ -86,6 +89,7 @@ class SegmentationLoss(nn.Module):
             )
         logits, label = plain(logits).float(), plain(label).long()
         valid = None if valid is None else plain(valid)
+        label, valid = without_ignored(label, valid)
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         if valid is None:
             cross_entropy = F.cross_entropy(logits, label[:, 0], weights)
@@ -250,11 +254,59 @@ class ClassShareLoss(nn.Module):
             logits: (B, C, X, Y, Z), of unlabelled views.
             label: (B', 1, X', Y', Z'), class indices of labelled views.
         """
-        expected = torch.stack([(plain(label) == number).float().mean() for number in range(logits.shape[1])])
+        label = plain(label)
+        counted = (label != IGNORED).float().sum().clamp(min=1)
+        expected = torch.stack([(label == number).float().sum() / counted for number in range(logits.shape[1])])
         found = plain(logits).float().softmax(dim=1).mean(dim=(0, 2, 3, 4))
         wholes = [torch.stack([shares[0], shares[1:].sum()]) for shares in (expected, found)]
         parts = [shares[1:] / whole[1].clamp(min=SMALLEST) for shares, whole in zip((expected, found), wholes)]
         return torch.where(wholes[0][1] > 0, divergence(*wholes) + divergence(*parts), 0.0 * found.sum())
+
+
+class LeavingOut(nn.Module):
+    """A loss that knows no ignored voxels, such as MONAI's ``DiceCELoss``, for labels that have some.
+
+    There the label is taken as background and the logits as sure of it: they add nothing, and get no gradient; a mean
+    over voxels counts them as perfect.
+
+    Args:
+        loss: called with logits (B, classes, X, Y, Z) and label (B, 1, X, Y, Z).
+
+    Examples:
+        >>> import torch
+        >>> from monai.losses import DiceCELoss
+        >>> from mapseg_components.losses import LeavingOut
+        >>> loss = LeavingOut(DiceCELoss(to_onehot_y=True, softmax=True, include_background=False))
+        >>> logits = torch.tensor([[9.0, 0.0], [0.0, 9.0]]).view(1, 2, 2, 1, 1)
+        >>> round(loss(logits, torch.tensor([255, 1]).view(1, 1, 2, 1, 1)).item(), 3)
+        0.0
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Scalar loss."""
+        found, valid = without_ignored(plain(label), None)
+        if valid is None:
+            return self.loss(logits, label)
+        sure = torch.full_like(plain(logits), -SURE)
+        sure[:, :1] = SURE
+        return self.loss(torch.where(valid, plain(logits), sure), found)
+
+
+def without_ignored(label: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels with background where they are ignored, and where they count: ``None`` for everywhere.
+
+    Args:
+        label: class indices of any shape; `mapseg_components.structures.IGNORED` counts nowhere.
+        valid: of the same shape, ``False`` where a voxel does not count anyway.
+    """
+    ignored = label == IGNORED
+    if not bool(ignored.any()):
+        return label, valid
+    return label.masked_fill(ignored, 0), ~ignored if valid is None else valid & ~ignored
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ def adapt(
         source: labelled scans: a datalist (JSON), a folder in the convention of docs/how-to/data.md, a folder with
             ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
-        target: unlabelled scans: a folder of NIfTI files, one with ``images``, or a datalist.
+        target: unlabelled scans: a folder of NIfTI, PNG or TIFF files, one with ``images``, or a datalist.
         output: folder to write, new or of an earlier call with the same arguments.
         labels: structures and their values, as a mapping such as {"caudate": [11, 50]}, JSON text or a JSON file. By
             default those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
@@ -249,9 +249,8 @@ class Adaptation(Run):
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["request"] = {"held_out": 0, "length": 1.0, "source_label_maps": False} | saved[
-            "request"
-        ]  # of an earlier version
+        added = {"held_out": 0, "length": 1.0, "source_label_maps": False}  # since earlier versions
+        saved["request"] = added | saved["request"]
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
             f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]

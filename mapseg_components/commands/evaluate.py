@@ -25,7 +25,10 @@ from mapseg_components.metrics import FEWEST_CASES, MEAN, METRICS, agreement, co
 from mapseg_components.reports import text_table
 from mapseg_components.reports.tables import cell
 from mapseg_components.scans.facts import facts_of_scan
+from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.findings import Finding, fault, raise_findings
+from mapseg_components.scans.masks import mask_beside
+from mapseg_components.scans.pictures import LOSSY
 from mapseg_components.session import progress, working
 from mapseg_components.shipped_files import SHIPPED, bundle_of
 from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
@@ -101,7 +104,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare label maps with the truth: Dice, surface Dice, HD95 and ASSD per case and structure.
 
-    Distances are in mm. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
+    Distances are in mm, of PNG and TIFF images in um, or in pixels without a pixel size; what the masks of images leave
+    out is left out here. Files belong together by name: scan_seg.nii.gz, scan_dseg.nii.gz, scan_pred.nii.gz or
     scan.nii.gz against scan.nii.gz (or scan_dseg.nii.gz) of the truth; nnU-Net's number of the channel (scan_0000) may
     be there or not. Means come with 95 % bootstrap intervals over cases (seed 0, 10,000 resamples).
 
@@ -149,22 +153,32 @@ def evaluate(
             structures = numbered(structures_of(mapping, f"labels is {given}", ignore=True), named_by_bundle)
         ignored = ignored_value(mapping)
         notes: list[Finding] = []
+        unsized = 0
         rows: dict[str, list[dict[str, Any]]] = {key: [] for key in sets if key != "truth"}
         findings: list[Finding] = []
         for case in progress(cases, "comparing", quiet):
             try:
                 true, affine, spacing = whole(sets["truth"][case])
+                unsized += is_picture(sets["truth"][case]) and set(spacing) == {1.0}
+                outside = outside_of_case(sets["truth"][case], case, true.shape)
+                true = true if outside is None else np.where(outside, 0, true)
                 named = structures or {str(v): (int(v), int(v)) for v in np.unique(true) if v > 0}
                 if not (true[true != ignored] if ignored is not None else true).any():
                     notes.append(Finding("warning", str(sets["truth"][case]), "the truth has background alone"))
                 for key, found in rows.items():
                     path = sets[key][case]
-                    prediction = on_grid(path, true, affine)
+                    prediction = on_grid(path, true, affine, sets["truth"][case])
+                    prediction = prediction if outside is None else np.where(outside, 0, prediction)
                     notes += unnamed_values(path, prediction, [value for value, _ in named.values()])
                     found += compared(case or stem(path), prediction, true, spacing, named, tolerance_mm, ignored)
             except DataError as error:
                 findings += error.findings or (Finding("error", case, str(error)),)
         raise_findings(findings)
+        images = sum(map(is_picture, (sets["truth"][case] for case in cases)))
+        if images:
+            what = f"{images} of {len(cases)} cases are 2D images, whose distances are in um"
+            what += f", in pixels of {unsized} without a pixel size" if unsized else ""
+            notes.append(Finding("note", truth, what, "the tolerance likewise"))
         if not rows["pred"]:
             raise DataError(f"{truth}: no label map has a structure, all are background: name the folder of the truth")
         result = Evaluation(rows["pred"], summarised(rows["pred"]), {}, tolerance_mm, len(cases), notes=notes)
@@ -184,24 +198,39 @@ def whole(path: Path) -> tuple[np.ndarray, np.ndarray, list[float]]:
     wrong = value_fault(facts.values or (), exact=scan.voxels.dtype.kind in "iu", more_values=facts.more_values)
     if wrong is not None:
         raise fault(path, wrong[0], f"{wrong[1]}; name the folder of label maps")
+    if any(what == LOSSY for _, what, _ in facts.remarks):
+        raise fault(path, LOSSY, "save label maps without loss, as PNG or TIFF")
     if facts.more_values:
         different = len(facts.values or ()) + facts.more_values
         raise fault(path, f"{different} different values, expected a label map", "name the folder of label maps")
     return to_whole(scan.voxels).astype(np.int64), scan.affine, np.linalg.norm(scan.affine[:3, :3], axis=0).tolist()
 
 
-def on_grid(path: Path, truth: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """Voxels of a prediction on the grid of its truth. Raises `DataError` if it lies on another."""
+def on_grid(path: Path, truth: np.ndarray, affine: np.ndarray, origin: Path) -> np.ndarray:
+    """Voxels of a prediction on the grid of its truth, of a file. Raises `DataError` if it lies on another."""
     prediction, found, _ = whole(path)
     if prediction.shape != truth.shape:
         raise DataError(f"{path}: shape {prediction.shape}, its truth {truth.shape}: resample it to the scan's grid")
     distance = corner_distance(truth.shape, found, affine)
+    if is_picture(path) and is_picture(origin):
+        return prediction  # pixel for pixel; a pixel size may stand in one of the two files alone
     if distance > GEOMETRY_TOLERANCE_MM:
         raise DataError(
             f"{path}: its affine puts a corner {distance:.3f} mm away from where its truth has it (tolerance "
             f"{GEOMETRY_TOLERANCE_MM} mm): resample it, or repair the header"
         )
     return prediction
+
+
+def outside_of_case(truth: Path, case: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Where a case counts nowhere, by a mask beside its true label map; ``None`` without. Raises `DataError`."""
+    mask = mask_beside(truth.with_name(f"{case or stem(truth)}{truth.suffix}"))
+    outside = None if mask is None else np.asarray(read_nifti(mask).voxels == 0)
+    if outside is not None and outside.shape != shape:
+        raise fault(
+            str(mask), f"mask of shape {outside.shape}, its label map {shape}", "draw it on the scan's own grid"
+        )
+    return outside
 
 
 def unnamed_values(path: Path, prediction: np.ndarray, named: Sequence[int]) -> list[Finding]:

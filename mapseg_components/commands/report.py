@@ -41,6 +41,7 @@ from mapseg_components.reports import (
     sortable_table,
     uncertainty_section,
 )
+from mapseg_components.scans.files import is_picture
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["report"]
@@ -357,4 +358,4 @@ def viewer(folder: Path, case: Mapping[str, Any], classes: int) -> str:
         label_map = read_nifti(path)
         maps[title], canonical = to_canonical(label_map.voxels.astype(np.int64), label_map.affine)
     grey, _ = to_canonical(voxels.astype(np.float32), label_map.affine)  # the label maps are on the scan's grid
-    return slice_viewer(grey, spacing_of(canonical), maps, classes, case["case_id"])
+    return slice_viewer(grey, spacing_of(canonical), maps, classes, case["case_id"], not is_picture(case["image"]))

@@ -14,7 +14,7 @@ from mapseg_components.data.checks import (
     check_target_data,
     check_training_data,
 )
-from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans
+from mapseg_components.data.datalist import SECTIONS, load_datalist, load_images, load_scans, tissue_is_known
 from mapseg_components.data.given import given_cases
 from mapseg_components.data.loaders import DomainBalancedSampler, EpochLoader, SeededDataset, SourceTargetLoader
 from mapseg_components.data.results import check_results, refuse_existing, result_path
@@ -84,5 +84,6 @@ __all__ = [
     "structure_volumes",
     "structures_of",
     "synthetic_scans",
+    "tissue_is_known",
     "write_volumes_csv",
 ]

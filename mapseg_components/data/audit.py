@@ -24,9 +24,11 @@ from mapseg_components.data.datalist import (
 )
 from mapseg_components.data.layouts import misplaced
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
-from mapseg_components.keys import CASE_ID, IMAGE, LABEL, TISSUES
+from mapseg_components.keys import CASE_ID, IMAGE, LABEL, MASK, TISSUES
 from mapseg_components.scans.facts import AuditRecord, Facts
+from mapseg_components.scans.files import FORMATS, is_picture
 from mapseg_components.scans.findings import Finding, findings_of, raise_findings
+from mapseg_components.scans.pictures import LOSSY
 from mapseg_components.structures import structures_of, unknown_values, value_fault
 
 __all__ = ["Audit", "names_of"]
@@ -37,7 +39,13 @@ GEOMETRY_TOLERANCE_MM = 1e-3  # between a scan and its label map
 FORMS_TOLERANCE_MM = 1.0  # between a header's sform and qform
 FIELD_OF_VIEW_MM = 10.0, 3000.0  # the longest side of a scan is rarely shorter, never longer
 CT_SHIFT = 1024.0
+MOST_MASK_VALUES = 2
+MANY = 64  # values of a label map that nobody would name
 LABEL_LIKE = "its voxels have few values, all whole and alike in neighbours: looks like a label map"
+SMOOTH = (
+    f"more than {MANY} values: a picture that was resized with interpolation, smoothed or saved as JPEG, no label map",
+    "save the label map as it was annotated, as PNG or TIFF; resize by the nearest pixel",
+)
 MOST_TISSUES = 255  # values of a label map that an image is made from
 # a scan may be in several: evaluating on the scans that the adaptation saw, without their labels, is common, and pseudo
 # labels are those of scans for training
@@ -157,7 +165,7 @@ class Audit:
         """An orientation must be known, the header's two ways to say it must agree, and the size be a body's."""
         self.findings += [Finding(severity, str(path), what, remedy) for severity, what, remedy in facts.remarks]
         extent = np.linalg.norm(np.array(facts.affine)[:3, :3], axis=0) * facts.shape
-        if not FIELD_OF_VIEW_MM[0] <= extent.max() <= FIELD_OF_VIEW_MM[1]:
+        if not is_picture(path) and not FIELD_OF_VIEW_MM[0] <= extent.max() <= FIELD_OF_VIEW_MM[1]:
             text = f"its field of view is {' x '.join(f'{side:.3g}' for side in extent)} mm"
             self.warn(path, text, "if that is wrong, correct the voxel sides, or their unit (xyzt_units of NIfTI)")
         if not facts.has_orientation and self.assume_orientation is None:
@@ -217,30 +225,52 @@ class Audit:
             self.add(path, f"all voxels are {facts.lowest:g}, no tissue to make an image from", "leave it out")
         return facts
 
-    def label(self, path: str, known: Iterable[int] | None, image: Facts | None) -> Facts | None:
-        """Facts of a label map that lies on its scan's grid and has known values; ``None`` if it was not read.
+    def label(self, path: str, known: Iterable[int] | None, scan: str, image: Facts | None) -> Facts | None:
+        """Facts of a label map on the grid of its scan, and with known values; ``None`` if it was not read.
 
-        Without known values any may occur.
+        Args:
+            path: of the label map.
+            known: values; without them any may occur.
+            scan: file of its scan.
+            image: facts of the scan; ``None`` if it was not read.
         """
         facts = self.facts(path, with_values=True)
         if facts is None or facts.values is None:
             return facts
         if image is not None:
-            self.pair(path, facts, image)
+            self.pair(path, facts, image, scan)
+        if any(what == LOSSY for _, what, _ in facts.remarks):
+            self.add(path, f"label map: {LOSSY}", "save it as it was annotated, as PNG or TIFF without loss")
+            return facts
         unknown = None if known is None else unknown_values(facts.values, known, facts.more_values)
         if unknown is not None:
-            self.add(path, *unknown)
+            self.add(path, *(SMOOTH if is_picture(path) and len(facts.values) + facts.more_values > MANY else unknown))
         elif all(value == 0 for value, _ in facts.values) and not facts.not_finite:
             self.warn(path, "label map is blank", "leave the case out if that is not meant")
         return facts
 
-    def pair(self, path: str, label: Facts, image: Facts) -> None:
-        """A label map must lie on its scan's grid."""
+    def mask(self, case: Mapping[str, Any], image: Facts | None) -> None:
+        """The mask of a case, if it has one, must lie on its scan's grid and leave something of it."""
+        facts = self.facts(case[MASK], with_values=True) if MASK in case else None
+        if facts is None or facts.values is None:
+            return
+        if image is not None and facts.shape != image.shape:
+            self.add(case[MASK], f"mask of shape {facts.shape}, its scan {image.shape}", "draw it on the scan's grid")
+        if all(value == 0 for value, _ in facts.values):
+            self.add(case[MASK], "a mask of 0 alone, nothing of its scan is left", "draw 1 where there is tissue")
+        elif len(facts.values) > MOST_MASK_VALUES:
+            what = f"a mask of {len(facts.values)} values: 0 is left out, all others count"
+            self.warn(case[MASK], what, "draw 0 and 1, without smoothing or JPEG")
+
+    def pair(self, path: str, label: Facts, image: Facts, scan: str) -> None:
+        """A label map must lie on the grid of its scan, a file with the facts ``image``."""
         if label.shape != image.shape:
             self.add(
                 path, f"label map of shape {label.shape}, its scan {image.shape}", "resample it to the scan's grid"
             )
             return
+        if is_picture(path) and is_picture(scan):
+            return  # pixel for pixel; a pixel size may stand in one of the two files alone
         if label.has_orientation != image.has_orientation:
             who = "label map, not its scan," if label.has_orientation else "scan, not its label map,"
             self.add(path, f"only the {who} names an orientation", "copy the header of the one that is right")
@@ -286,15 +316,17 @@ class Audit:
                     self.tissues(case[IMAGE]) if alone else self.scan(case[IMAGE], policy, f"{side}_negative_values")
                 )
                 images.setdefault(section, []).append((case[IMAGE], facts))
+                self.mask(case, facts)
                 if LABEL not in case:
                     continue
                 # a pseudo label names an orientation, its scan may not
                 guessed = section == "target_labelled" and facts is not None and not facts.has_orientation
-                label = self.label(case[LABEL], None if alone else known, None if guessed else facts)
+                label = self.label(case[LABEL], None if alone else known, case[IMAGE], None if guessed else facts)
                 if section == "source_training":
                     unread |= label is None
                     seen |= {value for value, _ in label.values or ()} if label is not None else set()
         self.content(images)
+        self.formats([path for files in images.values() for path, _ in files])
         names = structures_of(labels) if isinstance(labels, Mapping) else {str(value): value for value in labels}
         absent = [f"{name} ({value})" for name, value in names.items() if value not in seen]
         if absent and found.get("source_training") and not unread:
@@ -331,11 +363,20 @@ class Audit:
                 if other != section and os.path.realpath(name) != os.path.realpath(path):
                     self.add(path, f"{section} has the same voxels as {name} of {other}", "keep one of them")
 
+    def formats(self, paths: Sequence[str]) -> None:
+        """Volumes and 2D images together are hardly meant."""
+        pictures = [path for path in paths if is_picture(path)]
+        if pictures and len(pictures) < len(paths):
+            what = f"{len(pictures)} scans are PNG or TIFF images, {len(paths) - len(pictures)} are NIfTI volumes"
+            self.warn(
+                pictures[0], what, "convert all to one format: lengths of images are in um or pixels, of volumes in mm"
+            )
+
     def pretraining(self, datalist: str | Path, negative_values: str | None = None) -> Audit:
         """The scans that pretraining will read; no label is read."""
         for cases in self.datalist(datalist, ("source_training", "target_training")).values():
             for case in cases:
-                self.scan(case[IMAGE], negative_values, "negative_values")
+                self.mask(case, self.scan(case[IMAGE], negative_values, "negative_values"))
         return self
 
     def target(self, datalist: str | Path, negative_values: str | None = None) -> Audit:
@@ -344,7 +385,7 @@ class Audit:
         self.findings += findings
         self.duplicates({"target_training": cases})
         for case in cases:
-            self.scan(case[IMAGE], negative_values, "target_negative_values")
+            self.mask(case, self.scan(case[IMAGE], negative_values, "target_negative_values"))
         return self
 
     def labelled(
@@ -359,8 +400,9 @@ class Audit:
         self.findings += names_of(cases)
         for case in cases:
             facts = self.scan(case[IMAGE], negative_values, "negative_values")
+            self.mask(case, facts)
             if LABEL in case:
-                self.label(case[LABEL], known, facts)
+                self.label(case[LABEL], known, case[IMAGE], facts)
         return self
 
 
@@ -375,7 +417,7 @@ def known_values(labels: Mapping[str, int] | Sequence[int], dropped_labels: Sequ
 def names_of(cases: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """An empty list, and cases whose results would overwrite each other or could not be named."""
     if not cases:
-        what = "no NIfTI scan (*.nii, *.nii.gz) found"
+        what = f"no NIfTI scan or image ({FORMATS}) found"
         remedy = "set dataset_dir to the folder of your scans (mapseg prepare converts DICOM)"
         return [Finding("error", "", what, remedy, ConfigError)]
     found = []

@@ -16,8 +16,10 @@ A source of label maps alone, from which images are synthesised, has ``"source_l
 ``label`` without an image; ``tissues`` may name a label map of more values, from which images are made instead. A case
 of ``source_validation`` may have an ``image``, which is read as it is.
 
-Paths are relative to the file's folder. ``domain`` and ``case_id`` are optional. ``target_labelled`` names target scans
-with the pseudo labels that self-training learns from. A folder works as well::
+Paths are relative to the file's folder. ``domain``, ``case_id`` and ``mask`` are optional; a mask is a file on the
+scan's grid, 0 where nothing counts. Scans are NIfTI files, or 2D images as PNG or TIFF, where ``a_mask`` beside ``a``
+is its mask. ``target_labelled`` names target scans with the pseudo labels that self-training learns from. A folder
+works as well::
 
     source/images/*.nii.gz      source/labels/<same name>
     validation/images/...       validation/labels/...
@@ -36,17 +38,18 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans
+from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans, masks_among
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL, TISSUES
+from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL, MASK, TISSUES
+from mapseg_components.scans.files import is_picture, scans_among, stem
 from mapseg_components.scans.findings import Finding, findings_of, raise_findings
-from mapseg_components.scans.nifti import is_nifti, stem
+from mapseg_components.scans.masks import mask_beside
 
-__all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans"]
+__all__ = ["SECTIONS", "load_datalist", "load_images", "load_scans", "tissue_is_known"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +149,27 @@ def all_targets(datalist: str | Path) -> list[dict[str, Any]]:
     return [*load_datalist(datalist, "target_training"), *held]
 
 
+def tissue_is_known(datalist: str | Path, given: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> bool:
+    """Whether 0 is no tissue in all target scans of a training: each is a PNG or TIFF image, or has a mask.
+
+    Args:
+        datalist: see `load_datalist`.
+        given: cases that a client gave in its place, see `given_cases`.
+
+    Examples:
+        >>> from mapseg_components.data import tissue_is_known
+        >>> target = [{"image": "a.png"}, {"image": "b.nii.gz", "mask": "b_mask.nii.gz"}]
+        >>> tissue_is_known("", {"target_training": target})
+        True
+    """
+    if given is None:
+        known = has_section(datalist, "target_training")
+        cases: Sequence[Mapping[str, Any]] = load_datalist(datalist, "target_training") if known else ()
+    else:
+        cases = given.get("target_training", ())
+    return bool(cases) and all(is_picture(case[IMAGE]) or MASK in case for case in cases)
+
+
 def open_datalist(datalist: str | Path) -> dict[str, Any] | None:
     """Content of a datalist file, or of a folder of nnU-Net or the Decathlon; ``None`` for a folder of another layout.
 
@@ -207,13 +231,14 @@ def load_images(datalist: str | Path, sections: Sequence[str]) -> list[dict[str,
 
 
 def load_scans(folder: str | Path) -> list[dict[str, Any]]:
-    """Every NIfTI scan of a folder (or one scan) as a case, for inference; empty if there is none.
+    """Every scan of a folder (or one scan) as a case, for inference; empty if there is none.
 
     Args:
         folder: a folder, whose hidden files are left out, or a file.
 
     Returns:
-        one dictionary per scan, in order of their names: ``image`` (absolute path) and ``case_id``.
+        one dictionary per scan, in order of their names: ``image`` (absolute path), ``case_id``, and ``mask`` if one
+        lies beside a PNG or TIFF image.
 
     Raises:
         ConfigError: the folder cannot be listed.
@@ -233,24 +258,37 @@ def load_scans(folder: str | Path) -> list[dict[str, Any]]:
         scans = [path] if path.is_file() else list_scans(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be listed ({error}): correct dataset_dir, or allow reading it") from error
-    return [{IMAGE: str(scan.absolute()), CASE_ID: stem(scan)} for scan in scans]
+    return [with_mask({IMAGE: str(scan.absolute()), CASE_ID: stem(scan)}) for scan in scans]
+
+
+def with_mask(case: dict[str, Any]) -> dict[str, Any]:
+    """The case, with the ``mask`` that lies beside its image, if it names none."""
+    found = None if MASK in case else mask_beside(case[IMAGE])
+    return case if found is None or str(found) == case.get(LABEL) else {**case, MASK: str(found)}
 
 
 def scans_below(folder: str | Path) -> str:
     """For the error of a folder without scans: a sub-folder that has some, if it is found quickly; else empty."""
     for place, folders, files in itertools.islice(os.walk(folder), MOST_FOLDERS):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        count = sum(is_nifti(name) and not name.startswith(".") for name in files)
+        count = len(scans_among(files))
         if count and place != str(folder):
             return f" itself, but its sub-folder {os.path.relpath(place, folder)} has {count}"
     return ""
 
 
-def list_scans(folder: Path) -> list[Path]:
-    """NIfTI files of a folder by name; hidden ones are left out."""
+def list_scans(folder: Path, without: tuple[str, ...] = ()) -> list[Path]:
+    """NIfTI files of a folder by name, or its PNG and TIFF images; hidden files and masks of images are left out.
+
+    Images beside NIfTI files are no scans, see `mapseg_components.scans.files.scans_among`.
+    ``without`` are ends of names, without ending, of files to leave out.
+    """
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if is_nifti(p.name) and not p.name.startswith("."))
+    names = sorted(p.name for p in folder.iterdir() if not stem(p).endswith(without))
+    names = scans_among(names)
+    masks = masks_among(names)
+    return [folder / name for name in names if name not in masks]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -350,6 +388,10 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str, label_m
             raise DataError(f"{origin}: {key!r} is missing for {entry[IMAGE]}: name it, or leave the case out")
         # absolute paths stay; relative ones are below the datalist (or, from a folder, already begin with it)
         case[key] = str((Path(entry[key]) if datalist.is_dir() else base / entry[key]).absolute())
+    if isinstance(entry.get(MASK), str):
+        case[MASK] = str((Path(entry[MASK]) if datalist.is_dir() else base / entry[MASK]).absolute())
+    elif MASK in entry:
+        raise DataError(f"{origin}: {MASK!r} is {entry[MASK]!r}: name the file of a mask, 0 where nothing counts")
     if case.get(LABEL) == case[IMAGE] and not label_map:
         raise DataError(f"{origin}: {case[IMAGE]} is named as image and as label: name its label map")
     case_id = entry.get(CASE_ID)
@@ -367,4 +409,4 @@ def case_of_entry(entry: Any, datalist: Path, section: str, origin: str, label_m
         )
     if entry.get(DOMAIN):
         case[DOMAIN] = str(entry[DOMAIN])
-    return case
+    return with_mask(case)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.data.datalist import load_scans, scans_below, stem
+from mapseg_components.data.datalist import load_scans, scans_below, stem, with_mask
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL
 
@@ -50,8 +50,8 @@ def given_cases(
         scans = [case for case in load_scans(target_dir) if Path(case[IMAGE]).resolve() not in labelled]
         if not scans:
             raise ConfigError(
-                f"target_dir {target_dir} has no NIfTI file that is not labelled{scans_below(Path(target_dir))}: "
-                "name the folder of the unlabelled scans, or set target_dir to null"
+                f"target_dir {target_dir} has no NIfTI file that is not labelled, nor such an image (PNG, TIFF)"
+                f"{scans_below(Path(target_dir))}: name the folder of the unlabelled scans, or set target_dir to null"
             )
         found["target_training"] = scans
     return found
@@ -60,4 +60,4 @@ def given_cases(
 def with_case_id(case: Mapping[str, Any]) -> dict[str, Any]:
     """A case by absolute paths, named by its image's file."""
     absolute = {key: str(Path(case[key]).absolute()) for key in (IMAGE, LABEL) if key in case}
-    return {**case, **absolute, CASE_ID: case.get(CASE_ID, stem(Path(case[IMAGE])))}
+    return with_mask({**case, **absolute, CASE_ID: case.get(CASE_ID, stem(Path(case[IMAGE])))})

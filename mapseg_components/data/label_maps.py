@@ -13,10 +13,12 @@ from mapseg_components.data.bids import is_bids
 from mapseg_components.data.datalist import list_scans, scans_below, stem
 from mapseg_components.data.layouts import case_name
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.scans.files import FORMATS
 from mapseg_components.scans.findings import Finding, raise_findings
 
 __all__ = ["label_maps", "matched", "without_channels"]
 
+OF_PROBABILITIES = ("_probabilities", "_probseg")
 ENDINGS_OF_RESULTS = re.compile(r"(_desc-[^_]+)?_(seg|dseg|pred|label|labels|mask|gt|segmentation)$")
 
 
@@ -27,8 +29,8 @@ def label_maps(place: str) -> dict[str, Path]:
         return {"": path}
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist: correct the path of the label maps")
-    files = sorted(path.rglob("*_dseg.nii*")) if is_bids(path) else list_scans(path)
-    files = [file for file in files if not stem(file).endswith(("_probabilities", "_probseg"))]
+    files = sorted(path.rglob("*_dseg.nii*")) if is_bids(path) else list_scans(path, OF_PROBABILITIES)
+    files = [file for file in files if not stem(file).endswith(OF_PROBABILITIES)]
     found: dict[str, Path] = {}
     for file in files:
         name = ENDINGS_OF_RESULTS.sub("", stem(file))
@@ -36,7 +38,7 @@ def label_maps(place: str) -> dict[str, Path]:
             raise DataError(f"{found[name]} and {file} are both label maps of {name!r}: move one away")
         found[name] = file
     if not found:
-        raise ConfigError(f"{path} has no label map (*.nii, *.nii.gz){scans_below(path)}: correct the path")
+        raise ConfigError(f"{path} has no label map ({FORMATS}){scans_below(path)}: correct the path")
     return found
 
 

@@ -9,6 +9,8 @@
     imagesTr/a.nii.gz           labelsTr/a.nii.gz       (Decathlon)
     sub-1/anat/sub-1_T1w.nii.gz sub-1/anat/sub-1_dseg.nii.gz
     a.nii.gz                    a_seg.nii.gz
+
+PNG and TIFF images are laid out alike; there ``a_mask`` beside ``a`` is a mask, 0 where the image does not count.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mapseg_components.scans.nifti import is_nifti
-from mapseg_components.scans.nifti import stem as stem_of
+from mapseg_components.scans.files import is_picture, scans_among
+from mapseg_components.scans.files import stem as stem_of
+from mapseg_components.scans.masks import MASK
 
 __all__ = [
     "DATASET",
@@ -34,6 +37,7 @@ __all__ = [
     "labels_among",
     "labels_beside",
     "labels_of_scans",
+    "masks_among",
     "misplaced",
     "scans_of_label",
     "says_label_map",
@@ -57,13 +61,23 @@ ONE_CHANNEL = "the network takes one image of one channel: keep the files of one
 
 
 def stems_of(folder: Path) -> dict[str, Path]:
-    """NIfTI files of a folder by name without ending; hidden ones, and what cannot be listed, are left out."""
+    """Scans of a folder by name without ending, see `scans_among`; hidden ones, masks of images, and what cannot be
+    listed, are left out."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
         return {}
-    names = [name for name in names if is_nifti(name) and not name.startswith(".")]
+    names = scans_among(names)
+    masks = masks_among(names)
+    names = [name for name in names if name not in masks]
     return {stem_of(Path(name)): folder / name for name in names}
+
+
+def masks_among(names: Sequence[str]) -> set[str]:
+    """Of the names of PNG and TIFF images those of masks: ``CASE_mask`` beside ``CASE``. Of NIfTI files none is."""
+    stems = {stem_of(Path(name)) for name in names}
+    masks = (name for name in names if is_picture(name) and stem_of(Path(name)).endswith(MASK))
+    return {name for name in masks if stem_of(Path(name)).removesuffix(MASK) in stems}
 
 
 def labels_beside(folder: Path) -> Path | None:

@@ -18,26 +18,30 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.datalist import stem
-from mapseg_components.data.layouts import named_as_label, scans_of_label, stems_of
+from mapseg_components.data.layouts import masks_among, named_as_label, scans_of_label, stems_of
 from mapseg_components.files import readable
 from mapseg_components.scans.dicom import has_dicom
+from mapseg_components.scans.files import is_nifti, is_picture, is_scan, scans_among
 from mapseg_components.scans.findings import Finding
-from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["LeftOut", "in_one_line", "left_out", "notes_of", "records_of", "scans_and_label_maps", "summary"]
 
 CONVERT = "convert it to NIfTI (.nii.gz)"
 SIDECAR, SYSTEM, PICTURE, HIDDEN = "sidecar or text", "of the operating system", "picture, no volume", "hidden"
+BESIDE = "a picture beside scans: if it is a 2D image to work on, keep images in a separate folder"
+JPEG = "a JPEG image, which is not read: save a scan as PNG or TIFF; a label map loses its values in JPEG"
+MASK_OF_SCAN = "the mask of its scan, used with it"
 # endings, in small letters, to what such a file is
 ENDINGS = {
     **dict.fromkeys((".json", ".bval", ".bvec", ".tsv", ".csv", ".txt", ".md", ".rst", ".log"), SIDECAR),
     **dict.fromkeys((".yaml", ".yml", ".xml", ".html", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".bib"), SIDECAR),
     **dict.fromkeys((".py", ".sh", ".m", ".ipynb", ".ini", ".cfg", ".toml", ".cff", ".mat", ".lta", ".tfm"), SIDECAR),
-    **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".bmp", ".svg", ".webp"), PICTURE),
+    **dict.fromkeys((".gif", ".bmp", ".svg"), PICTURE),
+    **dict.fromkeys((".jpg", ".jpeg", ".webp"), JPEG),
     **dict.fromkeys((".hdr", ".img"), f"half of an Analyze or NIfTI pair (.hdr and .img): {CONVERT}"),
     **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".mnc", ".gipl"), f"another format: {CONVERT}"),
     **dict.fromkeys((".par", ".rec", ".brik", ".head", ".v", ".ima", ".dcm"), f"another format: {CONVERT}"),
-    **dict.fromkeys((".h5", ".hdf5", ".npy", ".npz", ".raw", ".tif", ".tiff", ".vtk"), f"another format: {CONVERT}"),
+    **dict.fromkeys((".h5", ".hdf5", ".npy", ".npz", ".raw", ".vtk"), f"another format: {CONVERT}"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".z"), "packed: unpack it"),
     **dict.fromkeys((".ima", ".dcm", ".dicom"), "named as DICOM, but it is none: copy it again from its origin"),
 }
@@ -50,7 +54,7 @@ LABEL_MAP = re.compile(
 )
 IS_LABEL_MAP = "a label map by its name: if it is a scan, rename it, or name the file itself as the input"
 DEEPER = "a scan in a sub-folder: name that folder as the input"
-QUIET = (SIDECAR, SYSTEM, PICTURE)  # kinds that stand beside most scans
+QUIET = (SIDECAR, SYSTEM, PICTURE, BESIDE, JPEG, MASK_OF_SCAN)  # kinds that stand beside most scans
 MOST_QUIET, MOST_NAMED = 10, 50  # names that are printed of a reason
 
 
@@ -140,12 +144,14 @@ def reason_of(path: Path, nifti: str, dicom: str) -> str:
     if lowered in OF_SYSTEM or name in (".DS_Store",) or name.startswith("._"):
         return SYSTEM
     if name.startswith("."):
-        return f"{HIDDEN}: rename it if it is a scan" if is_nifti(name) else HIDDEN
+        return f"{HIDDEN}: rename it if it is a scan" if is_scan(name) else HIDDEN
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return "no regular file"
         if is_nifti(name):
             return IS_LABEL_MAP if is_label_map(path) else nifti
+        if is_picture(name):
+            return reason_of_picture(path, nifti)
         if lowered == "dicomdir":
             return "an index of DICOM files"
         if dicom and has_dicom(path):
@@ -165,6 +171,16 @@ def reason_of(path: Path, nifti: str, dicom: str) -> str:
             right = ".nii.gz" if compressed else ".nii"
             return f"a NIfTI file by its content: rename it, so that its name ends with {right}"
     return ENDINGS.get(ending) or f"neither NIfTI nor DICOM by its content: {CONVERT} if it is a scan"
+
+
+def reason_of_picture(path: Path, reason: str) -> str:
+    """Why a PNG or TIFF image is not used; ``reason`` is that of a scan elsewhere."""
+    names = sorted(one.name for one in path.parent.iterdir())
+    if path.name not in scans_among(names):
+        return BESIDE
+    if path.name in masks_among(names):
+        return MASK_OF_SCAN
+    return IS_LABEL_MAP if is_label_map(path) else reason
 
 
 def begins_as_nifti(start: bytes) -> bool | None:

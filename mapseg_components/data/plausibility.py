@@ -16,6 +16,7 @@ import numpy as np
 
 from mapseg_components.data.scan_statistics import ScanStatistics
 from mapseg_components.scans.facts import Facts
+from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.findings import Finding
 
 __all__ = ["histogram_distance", "plausibility"]
@@ -29,6 +30,7 @@ FEWEST_SCANS = 3  # to compare one with the others
 TURN_MARGIN = 0.02  # by which another orientation must fit better, as a correlation
 MIRROR_SHARE = 0.25  # of the reference's usual preference for its side
 FAR, FAR_RATIO = 0.1, 4.0  # a histogram that far from its set's median, and so many times the usual distance
+HIGHEST_OF_8_BITS = 255
 AXES = ("left-right", "back-front", "bottom-top")
 StatisticsByFile = Mapping[str, ScanStatistics]
 
@@ -52,9 +54,11 @@ def plausibility(
         findings += masking(name, files, statistics)
         findings += unusual_histograms(name, files, statistics)
         findings += copies(files, facts)
+        findings += pictures(name, files, statistics, facts)
     reference = known.get("source") or next(iter(known.values()), [])
     for files in known.values():
-        findings += orientations(files, reference, statistics)
+        if not any(map(is_picture, files)):  # an image of tissue may lie any way
+            findings += orientations(files, reference, statistics)
     if {"source", "target"} <= set(known):
         findings += domains(known["source"], known["target"], statistics)
     return findings
@@ -83,6 +87,8 @@ def grids(name: str, files: Sequence[str], statistics: StatisticsByFile) -> Iter
     ):
         middle = np.median([getattr(statistics[file], attribute) for file in files], axis=0)
         for file in files:
+            if attribute == "extent_mm" and is_picture(file):
+                continue  # cut as it suits
             found = getattr(statistics[file], attribute)
             if max(np.maximum(np.array(found) / middle, middle / np.array(found))) > limit:
                 text = (
@@ -156,6 +162,23 @@ def copies(files: Sequence[str], facts: Mapping[str, Facts]) -> Iterator[Finding
         other = first.setdefault(facts[file].digest, file)
         if other != file:
             yield warning(file, f"has the same voxels as {other}", "keep one of them")
+
+
+def pictures(
+    name: str, files: Sequence[str], statistics: StatisticsByFile, facts: Mapping[str, Facts]
+) -> Iterator[Finding]:
+    """PNG and TIFF images: without a pixel size, and of several bit depths."""
+    found = [file for file in files if is_picture(file)]
+    unsized = [file for file in found if set(statistics[file].spacing_mm) == {1.0}]
+    if unsized:
+        text = f"{len(unsized)} of {len(files)} images name no pixel size: lengths are in pixels"
+        remedy = "none needed if all are of one size; else pixel_size.json beside them, see docs/how-to/data.md"
+        yield note(name, text, remedy)
+    small = [file for file in found if facts[file].highest <= HIGHEST_OF_8_BITS]
+    odd = min(small, [file for file in found if file not in small], key=len)
+    if odd:
+        text = f"values {'up to' if odd == small else 'above'} {HIGHEST_OF_8_BITS} in {len(odd)} of {len(found)} images"
+        yield note(name, f"{text}, such as {odd[0]}: of another bit depth", "none needed: each is scaled by itself")
 
 
 def histogram_distance(one: np.ndarray, two: np.ndarray) -> float:

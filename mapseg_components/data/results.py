@@ -13,6 +13,7 @@ from monai.data.utils import create_file_basename
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import IMAGE, UNCERTAINTY
+from mapseg_components.scans.files import result_ending
 
 __all__ = ["check_results", "refuse_existing", "result_path", "uncertainty_path"]
 
@@ -20,9 +21,12 @@ LONGEST_NAME = 255  # bytes, on all common file systems
 
 
 def result_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str], postfix: str) -> Path:
-    """Where MONAI's ``SaveImaged`` and its subclasses put the result of a scan: ``<scan>_<postfix>.nii.gz``."""
+    """Where `mapseg_components.transforms.SaveLabelMapd` puts the result of a scan: ``<scan>_<postfix>.nii.gz``.
+
+    That of a PNG or TIFF image has the image's ending.
+    """
     base = create_file_basename(postfix, os.fspath(scan), output_dir, separate_folder=False, makedirs=False)
-    return Path(f"{base}.nii.gz")
+    return Path(f"{base}{result_ending(scan)}")
 
 
 def uncertainty_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:

@@ -71,7 +71,8 @@ class ScanAudit:
             usable = []
             for case in self.progress(self.cases):
                 before = len(self.findings)
-                self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
+                facts = self.audit.scan(case[IMAGE], self.negative_values, "negative_values")
+                self.audit.mask(case, facts)
                 errors = [f for f in self.findings[before:] if f.severity == "error"]
                 for finding in self.findings[before:]:
                     if finding.severity == "warning":

@@ -23,12 +23,13 @@ from mapseg_components.data.layouts import (
 from mapseg_components.data.left_out import LeftOut, in_one_line, left_out
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.dicom import Contents, Series, look_into
+from mapseg_components.scans.files import is_nifti, is_picture
 from mapseg_components.scans.findings import Finding
-from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["Source", "find_series", "find_sources"]
 
 IMAGES, LABELS = "images", "labels"
+FLAT = "a 2D image: none is prepared, use images as they are (mapseg check, adapt, predict)"
 NOT_CHOSEN = "not the series that was chosen"
 
 
@@ -134,6 +135,8 @@ def find_series(
 
 def one_file(path: Path) -> Source:
     """A single NIfTI file; that it can be read is seen later."""
+    if path.exists() and is_picture(path):
+        raise ConfigError(f"{path} is {FLAT}")
     if path.exists() and not is_nifti(path.name):
         raise ConfigError(f"{path}: expected a .nii or .nii.gz file, or a folder: for DICOM name the series' folder")
     if not os.path.lexists(path):
@@ -167,7 +170,9 @@ def walk(
             used = set(labels_of_scans(list_scans(images), list_scans(here)).values())
             findings += [orphan(path) for path in list_scans(here) if path not in used]
             continue
-        scans, others = list_scans(here), labels_beside(here) if here != top else None
+        scans = [scan for scan in list_scans(here) if not is_picture(scan)]
+        known |= {here / name: FLAT for name in files if is_picture(name)}
+        others = labels_beside(here) if here != top else None
         maps = labels_among(scans) if others is None else labels_of_scans(scans, list_scans(others))
         place = relative if others is None else relative.parent / others.name
         for scan in scans:

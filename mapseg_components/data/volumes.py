@@ -16,8 +16,10 @@ from monai.data import MetaTensor
 
 from mapseg_components.errors import DataError
 from mapseg_components.files import write_text
-from mapseg_components.keys import LABEL
-from mapseg_components.scans.nifti import read_nifti
+from mapseg_components.keys import IMAGE, LABEL, MASK
+from mapseg_components.scans.files import Scan, is_picture
+from mapseg_components.scans.masks import outside_of
+from mapseg_components.scans.nifti import affine_beside, read_nifti
 from mapseg_components.structures import structures_of, to_whole
 
 __all__ = [
@@ -50,11 +52,19 @@ def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int],
     labels = structures_of(labels)
     counts = np.zeros(len(labels) + 1)
     for case in cases:
-        voxels = to_whole(read_nifti(case[LABEL]).voxels)
+        voxels = counted(case, read_nifti(case[LABEL]))
         found = [int((voxels == value).sum()) for value in labels.values()]
         counts += [voxels.size - sum(found), *found]
     weights = np.where(counts > 0, (counts[0] / np.maximum(counts, 1)) ** power, 1.0)
     return [float(weight) for weight in weights]
+
+
+def counted(case: Mapping[str, Any], label: Scan) -> np.ndarray:
+    """Values of a case's label map, of any shape, without what its mask or transparent pixels leave out."""
+    voxels = to_whole(label.voxels)
+    known = IMAGE in case and (MASK in case or is_picture(case[IMAGE]))
+    outside = outside_of(case[IMAGE], case.get(MASK)) if known else None
+    return voxels if outside is None or outside.shape != voxels.shape else voxels[~outside]
 
 
 def structure_sizes(
@@ -69,7 +79,8 @@ def structure_sizes(
     labels, sizes = structures_of(labels), []
     for case in cases:
         scan = read_nifti(case[LABEL])
-        voxels, voxel_mm3 = to_whole(scan.voxels), abs(float(np.linalg.det(scan.affine[:3, :3])))
+        affine = affine_beside(case[LABEL], scan.affine, case.get(IMAGE, case[LABEL]))
+        voxels, voxel_mm3 = counted(case, scan), abs(float(np.linalg.det(affine[:3, :3])))
         counts = {name: int((voxels == value).sum()) for name, value in labels.items()}
         sizes.append({name: (count, count * voxel_mm3) for name, count in counts.items()})
     return sizes

@@ -14,6 +14,7 @@ from mapseg_components.contrast import contrast_view
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import IMAGE
 from mapseg_components.networks.passes import named_outputs
+from mapseg_components.structures import IGNORED
 
 __all__ = ["ArgmaxLabels", "PseudoLabel", "Teacher", "ViewLabels"]
 
@@ -42,6 +43,8 @@ class ArgmaxLabels:
     Args:
         teacher: its ``network`` returns named outputs, of which those that end with ``logits`` are labelled; ``active``
             says whether it labels already.
+        ignore_outside: give voxels of images that are 0 the label `mapseg_components.structures.IGNORED`, for scans
+            whose tissue is above 0 everywhere, see `mapseg_components.transforms.RaiseTissued`.
 
     Examples:
         >>> import torch
@@ -56,8 +59,9 @@ class ArgmaxLabels:
         (1, 0.844)
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher, ignore_outside: bool = False) -> None:
         self.teacher = teacher
+        self.ignore_outside = ignore_outside
 
     @property
     def active(self) -> bool:
@@ -93,6 +97,9 @@ class ArgmaxLabels:
         labels = {}
         for name, probabilities in self.probabilities(**inputs).items():
             confidence, label = probabilities.max(dim=1, keepdim=True)
+            image = inputs.get(f"{name.removesuffix(LOGITS)}{IMAGE}")
+            if self.ignore_outside and image is not None and image.shape[2:] == label.shape[2:]:
+                label = label.masked_fill((image == 0).all(dim=1, keepdim=True), IGNORED)
             labels[name] = PseudoLabel(label, confidence)
         return labels
 
@@ -109,6 +116,7 @@ class ViewLabels(ArgmaxLabels):
         teacher: see `ArgmaxLabels`.
         views: names, see `mapseg_components.contrast.contrast_view`. With ``as_is`` alone the labels are those of
             `ArgmaxLabels`, bit for bit.
+        ignore_outside: see `ArgmaxLabels`.
 
     Raises:
         ConfigError: there is no view, a view twice, or an unknown one.
@@ -127,9 +135,12 @@ class ViewLabels(ArgmaxLabels):
     """
 
     def __init__(
-        self, teacher: Teacher, views: Sequence[str] = ("as_is", "inverted", "gamma 0.7", "gamma 1.5")
+        self,
+        teacher: Teacher,
+        views: Sequence[str] = ("as_is", "inverted", "gamma 0.7", "gamma 1.5"),
+        ignore_outside: bool = False,
     ) -> None:
-        super().__init__(teacher)
+        super().__init__(teacher, ignore_outside)
         if isinstance(views, str) or not views or len({*views}) < len(views):
             raise ConfigError(f"teacher_views is {views!r}, expected a list of different views, such as ['as_is']")
         self.views = [contrast_view(name) for name in views]

@@ -19,10 +19,13 @@ from mapseg_components.data.datalist import (
     read_json,
     scans_below,
     stem,
+    with_mask,
 )
-from mapseg_components.data.layouts import image_folders, labels_of_scans, misplaced
+from mapseg_components.data.layouts import image_folders, labels_among, labels_of_scans, misplaced
+from mapseg_components.data.left_out import scans_and_label_maps
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.facts import facts_of
+from mapseg_components.scans.files import FORMATS, is_picture
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.structures import structures_of, value_fault
 
@@ -42,8 +45,13 @@ def source_cases(source: str, validation_share: float, seed: int) -> tuple[list[
         if not (path / "labels").is_dir():
             raise ConfigError(f"{path / 'labels'} does not exist: put the label maps there, named as their images")
         cases = labelled_folder(path)
+    elif path.is_dir() and not (path / "source").is_dir() and (maps := labels_among(list_scans(path))):
+        cases = labelled_among(path, maps)
     elif path.is_dir() and not (path / "source").is_dir() and open_datalist(path) is None:
-        expected = "images/ and labels/, imagesTr/ and labelsTr/ (nnU-Net, Decathlon), or source/"
+        expected = (
+            "images/ and labels/, imagesTr/ and labelsTr/ (nnU-Net, Decathlon), label maps named after their scans "
+        )
+        expected += "(a_label beside a), or source/"
         raise ConfigError(f"{path} has none of {expected}{scans_below(path)}: see docs/how-to/data.md for the folders")
     else:
         cases = load_datalist(path, "source_training")
@@ -65,6 +73,17 @@ def held_apart(cases: list[dict], path: Path, validation_share: float, seed: int
     return [c for i, c in enumerate(cases) if i not in chosen], [c for i, c in enumerate(cases) if i in chosen]
 
 
+def labelled_among(path: Path, maps: Mapping[Path, Path]) -> list[dict[str, Any]]:
+    """Cases of a folder whose label maps lie beside their scans. Raises `DataError` if one has no partner."""
+    odd = sorted(one.name for one in set(list_scans(path)) - {*maps, *maps.values()})
+    if odd:
+        raise DataError(
+            f"{path}: no label map, or no scan, of one name with {', '.join(odd[:5])}: add it, or move it away"
+        )
+    cases = [{"image": str(s.absolute()), "label": str(m.absolute()), "case_id": stem(s)} for s, m in maps.items()]
+    return [with_mask(case) for case in sorted(cases, key=lambda case: case["case_id"])]
+
+
 def labelled_folder(path: Path) -> list[dict[str, Any]]:
     """Cases of ``path/images`` and ``path/labels``."""
     images, labels = list_scans(path / "images"), list_scans(path / "labels")
@@ -77,7 +96,7 @@ def labelled_folder(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: images and labels do not pair ({found}): give both the same names")
     cases = [{"image": str(s.absolute()), "label": str(m.absolute()), "case_id": stem(m)} for s, m in maps.items()]
     refuse_misplaced(cases)
-    return cases
+    return [with_mask(case) for case in cases]
 
 
 def target_cases(target: str) -> list[dict[str, Any]]:
@@ -91,9 +110,13 @@ def target_cases(target: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} has {named}: name the folder of the target's scans, such as {folders[-1]}")
     folder = folders[0] if folders else path
     cases = load_scans(folder)
+    if any(is_picture(case["image"]) for case in cases):  # usually in one folder with their label maps
+        cases, maps = scans_and_label_maps(cases, "image")
+        logger.info(f"{len(maps)} label maps in {folder} are not looked at, such as {maps[0].name}.")
     if not cases:
         raise ConfigError(
-            f"{folder} has no NIfTI file (.nii, .nii.gz){scans_below(folder)}: name the folder of the target's scans"
+            f"{folder} has no NIfTI file or image ({FORMATS}){scans_below(folder)}: name the folder of the "
+            "target's scans"
         )
     refuse_misplaced(cases)
     return cases

@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.plans.components import SPECK
 from mapseg_components.plans.sizes import plan_sizes
-from mapseg_components.scans.nifti import read_geometry, read_nifti
+from mapseg_components.scans.nifti import affine_beside, read_geometry, read_nifti
 from mapseg_components.transforms.frame import axes_in_frame, frame_of, is_thick
 from mapseg_components.transforms.resampling import spacing_of
 
@@ -27,6 +29,7 @@ COARSER = 1.3  # nor is a grid that is hardly coarser
 ACROSS = 4.0  # working voxels across the thinnest structure, at least
 FINE = 5.0  # working voxels across the thinnest structure, below which a network keeps the full resolution
 WHOLE = 0.5  # of each side of a scan in a patch: beyond, a global view adds little to the patch
+FEW_MM = 0.1
 AROUND = 1.3  # a patch is this many times wider than all structures together
 
 
@@ -48,7 +51,8 @@ class Sizes:
     """What the label maps say of the structures, along the axes of the working frame.
 
     Args:
-        extent: (3,), mm of the box around all structures, of the larger scans (90th percentile).
+        extent: (3,), mm of the box around all structures, of the larger scans (90th percentile); in 2D images around
+            the larger components of the most extended structure.
         widths: mm across each structure at its broadest, in the plane of thick slices; the median over scans.
     """
 
@@ -105,10 +109,15 @@ class Frame:
         """Medians, for the record and the terminal."""
         return {
             "median_shape": np.median([grid.shape for grid in self.grids], axis=0).tolist(),
-            "median_spacing_mm": np.round(np.median([grid.spacing for grid in self.grids], axis=0), 3).tolist(),
+            "median_spacing_mm": [rounded(side) for side in np.median([grid.spacing for grid in self.grids], axis=0)],
             "working_shape": np.median(self.shapes, axis=0).tolist(),
-            "working_spacing_mm": np.round(np.median(self.spacings, axis=0), 3).tolist(),
+            "working_spacing_mm": [rounded(side) for side in np.median(self.spacings, axis=0)],
         }
+
+
+def rounded(side: float) -> float:
+    """A length in mm for reading: to three decimals, of pixels of a microscope to four digits."""
+    return round(float(side), 3) if side >= FEW_MM else float(f"{side:.4g}")
 
 
 def find_frame(
@@ -138,7 +147,8 @@ def find_frame(
     else:
         directions = directions_of([header.affine for header in headers])
     grids = [laid(header.shape, header.affine, directions) for header in headers]
-    sizes = sizes_of([case["label"] for case in labelled], labels, directions)
+    maps, images = [[case[key] for case in labelled] for key in ("label", "image")]
+    sizes = sizes_of(maps, labels, directions, images)
     if "working_spacing" in settings:
         spacing = checked_spacing(settings["working_spacing"])
     else:
@@ -204,16 +214,31 @@ def laid(shape: Sequence[int], affine: np.ndarray, directions: Sequence[Sequence
 
 
 def sizes_of(
-    label_maps: Sequence[str], labels: Mapping[str, int], directions: Sequence[Sequence[float]] | None
+    label_maps: Sequence[str],
+    labels: Mapping[str, int],
+    directions: Sequence[Sequence[float]] | None,
+    scans: Sequence[str] = (),
 ) -> Sizes | None:
-    """Sizes of the structures in some of the label maps; ``None`` where none has a structure. Raises `DataError`."""
+    """Sizes of the structures in some of the label maps; ``None`` where none has a structure.
+
+    Args:
+        label_maps: files.
+        labels: structures and their values.
+        directions: of the frame.
+        scans: their files, which may name a pixel size where PNG and TIFF label maps do not.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     step = max(len(label_maps) // LOOKED_AT, 1)
     extents: list[np.ndarray] = []
     widths: dict[str, list[float]] = {name: [] for name in labels}
-    for path in label_maps[::step][:LOOKED_AT]:
+    chosen = list(zip(label_maps, scans or label_maps))[::step]
+    for path, origin in chosen[:LOOKED_AT]:
         scan = read_nifti(path)
-        spacing = spacing_of(scan.affine)
-        order = [axis for axis, _ in axes_in_frame(scan.affine, frame_of(directions))]
+        affine = affine_beside(path, scan.affine, origin)
+        spacing = spacing_of(affine)
+        order = [axis for axis, _ in axes_in_frame(affine, frame_of(directions))]
         voxels = np.transpose(np.asarray(scan.voxels), order)
         sides = spacing[order]
         known = np.isin(np.round(voxels), list(labels.values()))
@@ -221,9 +246,13 @@ def sizes_of(
             continue
         where = np.argwhere(known)
         low, high = where.min(axis=0), where.max(axis=0) + 1
-        extents.append((high - low) * sides)
-        part = np.pad(np.round(voxels[tuple(map(slice, low, high))]), 1)
+        flat = tuple(np.flatnonzero(np.equal(voxels.shape, 1)))
+        spans = [high - low] if not flat else component_spans(voxels, labels.values())
+        extents.append(np.max(spans, axis=0) * sides)
+        # a 2D image has no end along its third axis
+        part = np.pad(np.squeeze(np.round(voxels[tuple(map(slice, low, high))]), axis=flat), 1)
         across = sides * np.where(is_thick(sides) & (sides == sides.max()), 1e6, 1.0)  # slices have no say
+        across = np.delete(across, flat)
         for name, value in labels.items():
             inside = part == value
             if inside.any():
@@ -231,6 +260,26 @@ def sizes_of(
     if not extents:
         return None
     return Sizes(np.percentile(extents, 90, axis=0), {name: float(np.median(w)) for name, w in widths.items() if w})
+
+
+def component_spans(voxels: np.ndarray, values: Iterable[int]) -> list[np.ndarray]:
+    """Voxels per axis of the larger connected components (90th percentile, without specks), of each structure.
+
+    An image of tissue may be full of cells: what a patch must hold is one of them.
+    """
+    spans = []
+    for value in values:
+        numbered, count = ndimage.label(np.round(voxels) == value)
+        if count:
+            sizes = np.bincount(numbered.ravel())[1:]
+            boxes = ndimage.find_objects(numbered)
+            sides = [
+                [part.stop - part.start for part in box]
+                for box, size in zip(boxes, sizes)
+                if size >= SPECK * sizes.max()
+            ]
+            spans.append(np.percentile(sides, 90, axis=0))
+    return spans
 
 
 def plan_frame(source: Sequence[Grid], target: Sequence[Grid], sizes: Sizes | None, patch: Sequence[int]) -> Any:
@@ -267,4 +316,4 @@ def plan_frame(source: Sequence[Grid], target: Sequence[Grid], sizes: Sizes | No
     keep = flat | (slices & (np.max(medians, axis=0) < 2.0 * np.min(medians, axis=0)))
     if not (differs & ~keep).any():
         return None
-    return [0.0 if keep[axis] else round(float(wanted[axis]), 3) for axis in range(3)]
+    return [0.0 if keep[axis] else rounded(float(wanted[axis])) for axis in range(3)]

@@ -17,8 +17,8 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.keys import IMAGE
 from mapseg_components.prediction.series import series_cases
 from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.files import FORMATS, is_picture, is_scan
 from mapseg_components.scans.findings import raise_findings
-from mapseg_components.scans.nifti import is_nifti
 
 __all__ = ["Inputs", "inputs_of", "nifti_inputs"]
 
@@ -46,7 +46,7 @@ class Inputs:
     @property
     def has_dicom(self) -> bool:
         """Whether there is DICOM, readable or not, so that the input's path may name a person."""
-        return bool(self.series or self.with_dicom or [one for one in self.findings if not is_nifti(one.file)])
+        return bool(self.series or self.with_dicom or [one for one in self.findings if not is_scan(one.file)])
 
 
 def inputs_of(source: Path, modality: str | None, output: Path, derivative: bool) -> Inputs:
@@ -70,14 +70,16 @@ def inputs_of(source: Path, modality: str | None, output: Path, derivative: bool
         raise ConfigError(f"{source} does not exist: correct the path of the scans")
     cases, series, findings, known = series_cases(source, output)
     scans, maps = scans_of(source)
+    if cases and not source.is_file():  # images beside DICOM are pictures of it
+        scans = [case for case in scans if not is_picture(case[IMAGE])]
     scans, unnamed = named_well(scans)
     findings = [*unnamed, *findings]
     taken = [case[IMAGE] for case in scans] + [file for one in series.values() for file in one.files]
     left = left_out(source, [*taken, *(finding.file for finding in findings)], known, output)
     if not (scans or cases or findings):
         raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz){'' if maps else scans_below(source)}, and no DICOM series: "
-            f"correct the path{in_one_line(left, source)}"
+            f"{source} has no NIfTI scan or image ({FORMATS}){'' if maps else scans_below(source)}, and no DICOM "
+            f"series: correct the path{in_one_line(left, source)}"
         )
     return Inputs([*scans, *cases], series, findings, left, with_dicom=bool(known))
 
@@ -100,7 +102,7 @@ def nifti_inputs(source: Path, modality: str | None, output: Path | None = None)
     left = left_out(source, taken, results=output, dicom=NO_DICOM)
     if not (cases or unnamed):
         raise ConfigError(
-            f"{source} has no NIfTI scan (*.nii, *.nii.gz){'' if maps else scans_below(source)}: correct the path "
+            f"{source} has no NIfTI scan or image ({FORMATS}){'' if maps else scans_below(source)}: correct the path "
             f"(mapseg prepare converts DICOM){in_one_line(left, source)}"
         )
     return Inputs(cases, findings=unnamed, left_out=left)

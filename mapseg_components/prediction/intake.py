@@ -21,8 +21,8 @@ from mapseg_components.prediction.places import Output
 from mapseg_components.prediction.records import Earlier, Prediction
 from mapseg_components.prediction.series import convert, series_record
 from mapseg_components.scans.facts import stamp_of
+from mapseg_components.scans.files import is_scan
 from mapseg_components.scans.findings import Finding
-from mapseg_components.scans.nifti import is_nifti
 from mapseg_components.scans.segmentation import reference_headers
 from mapseg_components.session import progress
 
@@ -115,7 +115,7 @@ def unreadable(findings: Sequence[Finding], source: Path) -> list[Prediction]:
     for number, finding in enumerate(findings, start=1):
         one = Prediction(f"unreadable_{number}", "part of the input", "failed", kind=finding.kind)
         one.message, one.place = f"{finding.what}: {finding.remedy}", os.path.relpath(finding.file or source, source)
-        if is_nifti(finding.file):
+        if is_scan(finding.file):
             one.case, one.scan, one.place = stem_of(Path(finding.file)), one.place, ""
         found.append(one)
     return found

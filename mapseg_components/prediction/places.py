@@ -27,6 +27,7 @@ from mapseg_components.data.results import uncertainty_path
 from mapseg_components.errors import DataError
 from mapseg_components.files import sweep_temporaries, write_json, write_text
 from mapseg_components.keys import CASE_ID, IMAGE, UNCERTAINTY
+from mapseg_components.scans.files import result_ending
 
 __all__ = ["MANIFEST", "STAGING", "TABLE", "Output", "Place", "places_of"]
 
@@ -59,7 +60,7 @@ def places_of(cases: Sequence[Mapping[str, Any]], folder: Path, dataset: Path | 
         if dataset is None:
             stem = stem_of(Path(case[IMAGE]))
             place = Place(
-                folder / f"{stem}_{postfix}.nii.gz",
+                folder / f"{stem}_{postfix}{result_ending(case[IMAGE])}",
                 folder / f"{stem}_probabilities.nii.gz",
                 uncertainty_path(case[IMAGE], folder),
                 folder / "previews" / f"{stem}.png",

@@ -22,6 +22,8 @@ from mapseg_components.prediction.places import Output, Place
 from mapseg_components.prediction.records import Prediction
 from mapseg_components.reports import draw_preview
 from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.files import is_picture
+from mapseg_components.scans.pictures import in_mm
 from mapseg_components.scans.segmentation import write_segmentation
 from mapseg_components.transforms import save_probabilities
 
@@ -69,7 +71,8 @@ class Writer:
             )
         rows = structure_volumes(label_map, affine, self.bundle.names, confidence)
         if PROBABILITIES in output:
-            save_probabilities(np.asarray(output[PROBABILITIES]), affine, place.probabilities)
+            grid = in_mm(affine) if is_picture(case[IMAGE]) else affine
+            save_probabilities(np.asarray(output[PROBABILITIES]), grid, place.probabilities)
             one.probabilities = str(place.probabilities)
         staged = result_path(case[IMAGE], self.staging, self.bundle.postfix)
         place.label_map.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,8 @@ class Writer:
         try:
             labels = read_nifti(label_map)  # on the scan's grid
             grey = read_nifti(case[IMAGE]).voxels
-            draw_preview(grey, labels.voxels, labels.affine, self.bundle.names, Path(case[IMAGE]).name, picture)
+            name, body = Path(case[IMAGE]).name, not is_picture(case[IMAGE])
+            draw_preview(grey, labels.voxels, labels.affine, self.bundle.names, name, picture, body)
         except Exception as error:
             self.without_picture(one, error)
             return None

@@ -85,7 +85,7 @@ def check(name: str, scan: Scan, label_path: Path | None, label: Scan | None, se
     if label is not None:
         found = facts_of_scan(label, with_values=True)
         audit.geometry(str(label_path), found)
-        audit.pair(str(label_path), found, facts)
+        audit.pair(str(label_path), found, facts, name)
         if audit.finite(str(label_path), found):
             check_values(audit, str(label_path), found)
     raise_findings(finding for finding in audit.findings if finding.severity == "error")

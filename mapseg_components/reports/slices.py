@@ -17,7 +17,7 @@ from mapseg_components.colours import channels, structure_colours
 
 __all__ = ["SLICES_SCRIPT", "SLICES_STYLE", "slice_viewer"]
 
-MOST_SLICES = 32
+MOST_SLICES, MOST_ACROSS = 32, 1000
 OPACITY = 170  # of 255
 # plane: fixed axis, and what stands left and right of the picture
 PLANES = {"sagittal": (0, "P", "A"), "coronal": (1, "R", "L"), "axial": (2, "R", "L")}
@@ -48,12 +48,18 @@ document.querySelectorAll(".planes input[type=range]").forEach(function (slider)
 
 
 def slice_viewer(
-    scan: np.ndarray, spacing: Sequence[float], label_maps: Mapping[str, np.ndarray], classes: int, case: str
+    scan: np.ndarray,
+    spacing: Sequence[float],
+    label_maps: Mapping[str, np.ndarray],
+    classes: int,
+    case: str,
+    body: bool = True,
 ) -> str:
     """HTML of one scan; the page needs `SLICES_STYLE` and `SLICES_SCRIPT`.
 
     The panes of a plane stand side by side in windows of any width. Coronal and axial slices show the right side of the
-    body on the left. At most 32 slices per plane are kept.
+    body on the left. At most 32 slices per plane are kept. Of a scan of one slice there is that alone, with every
+    second pixel and so on where it has more than 1000 along a side.
 
     Args:
         scan: (X, Y, Z) on axes to the right, to the front and up.
@@ -61,16 +67,24 @@ def slice_viewer(
         label_maps: title to class indices of the same shape.
         classes: number of classes, background included.
         case: name of the scan.
+        body: the axes are those of a body, so that sides have letters.
     """
+    image_alone = scan.shape[2] == 1 and min(scan.shape[:2]) > 1
+    if image_alone:
+        step = max(-(-max(scan.shape) // MOST_ACROSS), 1)
+        scan = scan[::step, ::step]
+        label_maps = {title: label_map[::step, ::step] for title, label_map in label_maps.items()}
     grey = np.clip(scan / max(float(np.percentile(scan, 99.5)), 1e-6), 0, 1)
     image_type, _ = optional_import("PIL", name="Image")
     planes = []
     for plane, (axis, left, right) in PLANES.items():
+        if image_alone and axis != 2:
+            continue
         chosen = slices_of(grey, axis)
         across, up = (grey.shape[other] * float(spacing[other]) for other in range(3) if other != axis)
         strip = png(image_type.fromarray((stack(grey, axis, chosen) * 255).astype(np.uint8)))
         size = f"aspect-ratio:{across:g}/{up:g};background-size:100% {100 * len(chosen)}%"
-        ends = f"<span>{left}</span><span>{right}</span>"
+        ends = f"<span>{left}</span><span>{right}</span>" if body else ""
         panes = [pane("scan", "var(--scan)", size, plane, ends)]
         for title, label_map in label_maps.items():
             coloured = png(overlay(stack(label_map, axis, chosen), classes))

@@ -7,12 +7,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,55 +16,25 @@ import nibabel as nib
 import numpy as np
 from nibabel.volumeutils import apply_read_scaling
 
-from mapseg_components.errors import DataError, ResourceError
+from mapseg_components.errors import DataError
 from mapseg_components.memory import require_memory
+from mapseg_components.scans.files import CONVERT, COPY_AGAIN, ENDINGS, Scan, is_nifti, is_picture, opened, stem
 from mapseg_components.scans.findings import fault
-from mapseg_components.scans.headers import Geometry, Remark, geometry_of, volume_shape
+from mapseg_components.scans.headers import Geometry, geometry_of, volume_shape
+from mapseg_components.scans.pictures import picture_geometry, read_picture
 
-__all__ = ["ENDINGS", "Scan", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
+__all__ = ["ENDINGS", "Scan", "affine_beside", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
 
-ENDINGS = (".nii.gz", ".nii")
 PIECE = 1 << 20  # bytes read or decompressed at a time
 DEFLATE_MOST = 1032  # a deflate stream cannot expand more than this
 PADDING = 4096  # bytes after the last voxel that some writers add
 HEADERS = {348: (nib.Nifti1Header, 344, b"n+1\0", 352), 540: (nib.Nifti2Header, 4, b"n+2\0", 544)}
-COPY_AGAIN = "copy it again from its origin"
-CONVERT = "convert it to .nii.gz (dcm2niix for DICOM)"
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A 3D scan as read.
-
-    Args:
-        voxels: (X, Y, Z), scaled as the header says.
-        affine: see `Geometry`.
-        sform: see `Geometry`.
-        qform: see `Geometry`.
-        remarks: see `Geometry`.
-        digest: sha256 of shape, type, scaling and decoded voxels; names and headers do not enter.
-    """
-
-    voxels: np.ndarray
-    affine: np.ndarray
-    sform: np.ndarray | None
-    qform: np.ndarray | None
-    digest: str
-    remarks: tuple[Remark, ...] = ()
-
-
-def is_nifti(name: str) -> bool:
-    """Whether a file's name ends as one that is read, ``.nii`` or ``.nii.gz``, in capitals or not."""
-    return name.lower().endswith(ENDINGS)
-
-
-def stem(scan: Path) -> str:
-    """File name without its NIfTI ending, in capitals or not."""
-    return re.sub(r"\.nii(\.gz)?\Z", "", scan.name, flags=re.IGNORECASE)
 
 
 def read_nifti(path: str | Path) -> Scan:
     """Read a 3D NIfTI file (``.nii`` or ``.nii.gz``) to its end, so that a gzip's checksum and length are tested.
+
+    A PNG or TIFF image is read by `read_picture`, as a scan of one slice.
 
     Where its voxels lie is decided by `geometry_of`. Axes of length 1 after the third are left out, extensions of the
     header are not looked at. Links are followed. Before voxels are read, the header's promise is compared with the
@@ -80,55 +46,31 @@ def read_nifti(path: str | Path) -> Scan:
         ResourceError: the scan does not fit into memory.
     """
     path = Path(path)
-    with opened(path) as stream:
+    if is_picture(path):
+        return read_picture(path)
+    with opened(path, "NIfTI") as stream:
         return decode(path, stream, os.fstat(stream.fileno()).st_size)
 
 
 def read_geometry(path: str | Path) -> Geometry:
     """Shape and affine of a file, by its header alone. Errors as `read_nifti`, of the header."""
     path = Path(path)
-    with opened(path) as stream:
+    if is_picture(path):
+        return picture_geometry(path)
+    with opened(path, "NIfTI") as stream:
         return parse_header(path, begin(pieces_of(path, stream)))[1]
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file, open for reading; what goes wrong meanwhile is named. Errors as `read_nifti`."""
-    check_kind(path)
-    try:
-        with path.open("rb") as stream:
-            yield stream
-    except PermissionError as error:
-        raise fault(path, "no permission to read it", "allow it (chmod u+r), or leave the scan out") from error
-    except (EOFError, zlib.error) as error:
-        raise fault(path, f"cannot be read as NIfTI (damaged gzip: {error})", COPY_AGAIN) from error
-    except ResourceError:
-        raise
-    except OSError as error:
-        raise fault(path, f"cannot be read as NIfTI ({error.strerror or error})", COPY_AGAIN) from error
-    except MemoryError as error:
-        raise fault(path, "does not fit into memory", "free some, or crop the scan", ResourceError) from error
+def affine_beside(label_map: str | Path, affine: np.ndarray, scan: str | Path) -> np.ndarray:
+    """Affine (4, 4) of a label map: of PNG and TIFF images that of its scan, which may alone name a pixel size.
 
-
-def check_kind(path: Path) -> None:
-    """Refuse what is no regular file named ``.nii`` or ``.nii.gz``. Raises `DataError`."""
-    try:
-        mode = path.stat().st_mode
-    except PermissionError as error:
-        raise fault(path, "no permission to look at it", "allow it (chmod u+rx on its folder)") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        if isinstance(error, FileNotFoundError) and path.is_symlink():
-            raise fault(path, f"a link to {os.readlink(path)}, which does not exist", "copy the scan there") from error
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            raise fault(path, "no such file", "correct the datalist, or copy the scan there") from error
-        reason = getattr(error, "strerror", None) or error
-        raise fault(path, f"cannot be opened ({reason})", "correct the path or the link") from error
-    if stat.S_ISDIR(mode):
-        raise fault(path, "a folder, expected a .nii or .nii.gz file", CONVERT)
-    if not stat.S_ISREG(mode):
-        raise fault(path, "no regular file", "copy the scan there")
-    if not is_nifti(path.name):
-        raise fault(path, "expected a file named .nii or .nii.gz", CONVERT)
+    Args:
+        label_map: its file.
+        affine: by its own header.
+        scan: file of its scan.
+    """
+    same = str(label_map) == str(scan) or not (is_picture(label_map) and is_picture(scan))
+    return affine if same else read_geometry(scan).affine
 
 
 def pieces_of(path: Path, stream: BinaryIO) -> Iterator[bytes]:

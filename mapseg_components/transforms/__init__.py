@@ -25,6 +25,7 @@ from mapseg_components.transforms.probabilities import Confidenced, Probabilitie
 from mapseg_components.transforms.resampling import nearest_only
 from mapseg_components.transforms.saving import SaveLabelMap, SaveLabelMapd, SaveVolume, SaveVolumed
 from mapseg_components.transforms.synthesis import RandGlobalLocalSynthesisd
+from mapseg_components.transforms.tissue import ClearOutsided, IgnoreOutsided, RaiseTissued, WithoutIgnoredd
 from mapseg_components.transforms.uncertainty import Uncertaintyd
 
 __all__ = [
@@ -37,13 +38,16 @@ __all__ = [
     "AssumeOrientationd",
     "AxisExtremesd",
     "ClassVoxelsd",
+    "ClearOutsided",
     "Confidenced",
+    "IgnoreOutsided",
     "NegativeValues",
     "NegativeValuesd",
     "PercentileClip",
     "PercentileClipd",
     "PercentileTabled",
     "Probabilitiesd",
+    "RaiseTissued",
     "RandBlockMask",
     "RandBlockMaskd",
     "RandGlobalLocalAdjustContrastd",
@@ -65,6 +69,7 @@ __all__ = [
     "named_classes",
     "nearest_only",
     "save_probabilities",
+    "WithoutIgnoredd",
     "WorkingFrame",
     "WorkingFramed",
 ]

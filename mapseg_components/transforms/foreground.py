@@ -14,7 +14,8 @@ from monai.transforms import MapTransform
 
 from mapseg_components.boxes import axis_extremes
 from mapseg_components.errors import DataError
-from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name
+from mapseg_components.structures import IGNORED
+from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name, tissue_is_raised
 
 __all__ = ["AxisExtremesd", "ClassVoxelsd"]
 
@@ -62,7 +63,7 @@ def voxels_of_classes(label: torch.Tensor, max_per_class: int = 2000) -> np.ndar
             "numbers: resample label maps with mode 'nearest', and not in a lazy pipeline"
         )
     rows = []
-    for value in np.unique(indices[indices > 0]):
+    for value in np.unique(indices[(indices > 0) & (indices != IGNORED)]):
         voxels = np.argwhere(indices == value)
         picked = np.linspace(0, len(voxels) - 1, min(len(voxels), max_per_class)).astype(int)
         rows.append(np.insert(voxels[picked], 0, value, axis=1))
@@ -100,7 +101,7 @@ class AxisExtremesd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             lowest = None
-            if self.above_minimum:
+            if self.above_minimum and not tissue_is_raised(result[key]):
                 lowest = as_volume(result[key]).as_subclass(torch.Tensor).flatten(1).amin(dim=1)
             result[f"{key}_extremes"] = torch.from_numpy(foreground_extremes(result[key], lowest))
         return result

@@ -13,7 +13,9 @@ from monai.utils import convert_to_tensor
 
 from mapseg_components.errors import ConfigError, DataError
 
-__all__ = ["as_volume", "channel_name", "require_spatial", "scan_name"]
+__all__ = ["MASK_FILE", "as_volume", "channel_name", "require_spatial", "scan_name", "tissue_is_raised"]
+
+MASK_FILE = "mask_file"  # in a scan's metadata: 0 is no tissue, by this file if there is one, see `RaiseTissued`
 
 WIDENED = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
@@ -36,6 +38,11 @@ def require_spatial(img: torch.Tensor, name: str) -> None:
     """Refuse what is not (C, X, Y, Z). Raises `DataError`; ``name`` is for its message."""
     if img.ndim != 4:
         raise DataError(f"{name} has shape {tuple(img.shape)}, expected (C, X, Y, Z): put EnsureChannelFirstd before")
+
+
+def tissue_is_raised(image: Any) -> bool:
+    """Whether all tissue of a scan is above 0, and what is 0 counts nowhere."""
+    return isinstance(image, MetaTensor) and MASK_FILE in image.meta
 
 
 def scan_name(image: Any) -> str:

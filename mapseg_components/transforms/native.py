@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
 from mapseg_components.memory import naming_memory_errors, require_memory
+from mapseg_components.transforms.inputs import MASK_FILE
 from mapseg_components.transforms.probabilities import beside, plain
 
 __all__ = ["ArgmaxOnScand"]
@@ -93,5 +94,5 @@ def label_map_of(logits: MetaTensor, meta: Mapping[str, Any]) -> MetaTensor:
             higher = one > best
             found[higher] = number
             best = torch.maximum(best, one)
-    kept = {key: meta[key] for key in ("filename_or_obj", "original_affine", "spatial_shape") if key in meta}
+    kept = {key: meta[key] for key in ("filename_or_obj", "original_affine", "spatial_shape", MASK_FILE) if key in meta}
     return MetaTensor(found[None], affine=affine, meta={**kept, "affine": affine})

@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable, RandomizableTransform, Transform
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.transforms.inputs import as_volume, channel_name, scan_name
+from mapseg_components.transforms.inputs import as_volume, channel_name, scan_name, tissue_is_raised
 
 __all__ = [
     "PercentileClip",
@@ -34,6 +34,8 @@ LIMITS_POSTFIX = "limits"
 def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Tensor:
     """Minimum of each channel of a volume, and its percentiles from 90 to 100 in steps of 0.01.
 
+    After `RaiseTissued` the minimum is 0, and percentiles are those of the tissue.
+
     Args:
         image: (C, ...), in any unit.
         foreground: take the percentiles over the non-zero voxels only.
@@ -49,13 +51,14 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
         bad = int(values.size - np.isfinite(values).sum())
         raise DataError(f"{scan_name(image)}: {bad} voxels are NaN or infinite: repair the scan or leave it out")
     rows = []
+    raised = tissue_is_raised(image)
     for number, channel in enumerate(values):
-        lowest = channel.min()
+        lowest = np.float32(0.0) if raised else channel.min()
         if lowest == channel.max():
             raise DataError(
                 f"{channel_name(image, number)}: all voxels are {lowest:g}, no contrast to segment: leave the scan out"
             )
-        counted = channel[channel != 0] if foreground else channel
+        counted = channel[channel != 0] if foreground or raised else channel
         rows.append([lowest, *np.percentile(counted, np.linspace(TABLE_LOWEST, 100, TABLE_STEPS))])
     return torch.tensor(np.asarray(rows), dtype=torch.float32)
 

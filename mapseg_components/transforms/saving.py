@@ -29,6 +29,8 @@ from nibabel.wrapstruct import WrapStructError
 from mapseg_components.boxes import corner_distance
 from mapseg_components.errors import ConfigError, NonFiniteError, ResourceError
 from mapseg_components.files import replacing
+from mapseg_components.scans.files import is_picture, result_ending
+from mapseg_components.scans.picture_writing import write_picture
 
 __all__ = ["SaveLabelMap", "SaveLabelMapd", "SaveVolume", "SaveVolumed", "nifti_image", "write_verified"]
 
@@ -39,6 +41,8 @@ QFORM_TOLERANCE_MM = 1e-3  # of a corner; readers that compare the forms may ref
 
 class SaveVolume(SaveImage):
     """Save a volume as float32 NIfTI and verify the file; after an error there is no new file.
+
+    The result of a PNG or TIFF image is an image of the same pixels: TIFF, or for label maps the scan's own format.
 
     The file is written under a temporary name in the same folder, read back, compared (shape, type, affine and every
     voxel, all without tolerance; NIfTI keeps the affine as float32) and then renamed. If a step fails, an earlier file
@@ -66,6 +70,8 @@ class SaveVolume(SaveImage):
         ...     os.listdir(folder)
         ['a_map.nii.gz']
     """
+
+    fractions = True  # values need not be whole
 
     def __init__(
         self,
@@ -110,8 +116,12 @@ class SaveVolume(SaveImage):
             ResourceError: the disk is full, cannot be written, or does not give back what was written.
         """
         meta_data = img.meta if isinstance(img, MetaTensor) else meta_data or {}
+        scan = str(meta_data.get("filename_or_obj") or "")
         if filename is None:
             path = Path(self.folder_layout.filename(**self.fname_formatter(meta_data, self)))
+            if is_picture(scan):
+                ending = result_ending(scan, self.fractions)
+                path = path.with_name(f"{path.name.removesuffix(self.output_ext)}{ending}")
             if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(self.output_dir)):
                 raise ConfigError(f"{path} would lie outside of {self.output_dir}: rename the scan")
         else:
@@ -124,7 +134,10 @@ class SaveVolume(SaveImage):
         affine = NibabelWriter.get_meta_info(meta_data)[1]
         affine = np.eye(4) if affine is None else np.asarray(affine, dtype=np.float64)
         with replacing(path) as temporary:
-            write_verified(temporary, voxels, affine, path)
+            if is_picture(path):
+                write_picture(temporary, unsigned(voxels), affine, scan, path)
+            else:
+                write_verified(temporary, voxels, affine, path)
         self._data_index += 1
         if self.savepath_in_metadict:
             meta_data[MetaKeys.SAVED_TO] = str(path)
@@ -168,6 +181,8 @@ class SaveLabelMap(SaveVolume):
         dtype('uint8')
     """
 
+    fractions = False
+
     def __init__(
         self,
         output_dir: str | os.PathLike[str] = "./",
@@ -194,6 +209,11 @@ class SaveLabelMap(SaveVolume):
             )
         decisive = high if self.num_classes is None else largest
         return voxels.astype(next(kind for kind in LABEL_TYPES if decisive <= np.iinfo(kind).max))
+
+
+def unsigned(voxels: np.ndarray) -> np.ndarray:
+    """Whole numbers from 0 in a type that images have."""
+    return voxels.astype(np.uint16) if voxels.dtype == np.int16 else voxels
 
 
 def write_verified(temporary: Path, voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:

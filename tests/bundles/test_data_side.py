@@ -200,7 +200,7 @@ def test_percentile_foreground_reaches_training_validation_and_inference(foregro
     for bundle in (ADAPTATION, PRETRAINING):
         parser = inference(bundle, percentile=95.0, percentile_foreground=foreground)
         name = f"inference of {bundle.name}"
-        seen = parser.get_parsed_content("preprocessing").transforms[:6]  # up to clipping
+        seen = parser.get_parsed_content("preprocessing").transforms[:7]  # up to clipping
         data = {"image": scan}
         for step in seen:
             data = step(data)

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.networks import GlobalLocalUNet
+from mapseg_components.plans.frame import sizes_of
+from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.sizes import PRESETS, choose_preset, plan_sizes, plan_unet, settings_of
+from tests.pictures import cells, write_picture
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -87,3 +91,36 @@ def test_rotation_gets_the_names_that_a_config_has():
 def test_unknown_preset_is_named():
     with pytest.raises(ConfigError, match="preset 'huge' is unknown, expected one of"):
         plan_sizes([(9, 9, 9)], [(1, 1, 1)], "huge")
+
+
+def planned(folder, pixel_um):
+    """Plan for six images of cells, the first three labelled, with pixel sizes of both sides in um."""
+    cases = []
+    for number in range(6):
+        image, label = cells(number, (200 + 10 * number, 260))
+        dots = 25400 / pixel_um[number > 2]
+        path = write_picture(folder / f"{number}.png", image, dpi=(dots, dots))
+        cases.append(
+            {"image": path, "label": write_picture(folder / f"{number}_label.png", label), "case_id": str(number)}
+        )
+    request = {"settings": None, "preset": "small-data-cpu", "device": "cpu"}
+    return make_plan(cases[:2], cases[2:3], cases[3:], [], {"ring": 1, "core": 2}, request)
+
+
+def test_images_are_planned_by_what_lies_in_their_plane(tmp_path):
+    plan = planned(tmp_path / "one", (0.5, 0.5))
+    assert plan["settings"]["working_spacing"] is None and plan["median_shape"] == [260, 225, 1]
+    assert plan["settings"]["patch_size"][2] == 1 and min(plan["settings"]["patch_size"][:2]) >= 96
+    assert plan["settings"]["stride"][2] == plan["settings"]["local_block_size"][2] == 1
+    plan_unet(plan["settings"]["patch_size"], plan["working_spacing_mm"])
+    coarser = planned(tmp_path / "two", (0.5, 1.0))["settings"]["working_spacing"]
+    assert coarser == pytest.approx([1.0, 1.0, 0.0])
+
+
+def test_a_structure_of_an_image_is_as_wide_as_it_is_there(tmp_path):
+    label = np.zeros((90, 120), np.uint8)
+    label[20:41, 30:51], label[70:75, 10:100] = 1, 2
+    path = write_picture(tmp_path / "a.png", label)
+    sizes = sizes_of([path], {"square": 1, "band": 2}, None)
+    assert 17 <= sizes.widths["square"] <= 22 and 4 <= sizes.widths["band"] <= 6
+    assert sizes.extent.tolist() == [90, 21, 1]

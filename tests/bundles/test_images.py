@@ -1,0 +1,74 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle's own runs on PNG and TIFF images of several sizes, with a mask on either side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import run
+from PIL import Image
+
+from mapseg_components.commands import evaluate, predict
+from tests.bundles.test_bundles import ADAPTATION
+from tests.pictures import cells, make_images, write_picture
+
+LABELS = {"ring": 1, "core": 2}
+FLAT = {"patch_size": [16, 16, 1], "window_stride": [12, 12, 1], "stride": [2, 2, 1], "dilations": [[1, 1, 1]]}
+FLAT |= {"width": 8, "depth": 1, "head_channels": 8, "labels": LABELS, "device": "$torch.device('cpu')"}
+BLOCKS = {"local_block_size": [4, 4, 1], "global_block_size": [4, 4, 1]}
+
+
+def config(name):
+    return str(ADAPTATION / "configs" / name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs whose label maps differ where the mask of a source image is 0, and nowhere else."""
+    folder = tmp_path_factory.mktemp("images")
+    data = make_images(folder / "data")
+    mask = np.ones((40, 56), np.uint8)
+    mask[:, 30:] = 0
+    write_picture(data / "source" / "images" / "a_mask.png", mask)
+    label = cells(0)[1]
+    for name, beyond in (("one", 0), ("two", 2)):
+        write_picture(data / "source" / "labels" / "a.png", np.where(mask > 0, label, beyond).astype(np.uint8))
+        out = folder / name
+        places = {"dataset_dir": str(data), "datalist": str(data), "ckpt_dir": str(out), "output_dir": str(out)}
+        files = [config("train.json"), config("tiny.yaml")]
+        run(run_id="run", config_file=files, bundle_root=str(ADAPTATION), **places, **FLAT, **BLOCKS)
+    return folder
+
+
+def test_labels_under_a_mask_change_no_weight(runs):
+    one, two = (torch.load(runs / name / "model.pt", weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_label_maps_are_images_on_the_scans_pixels_and_0_under_a_mask(runs):
+    out = runs / "predicted"
+    settings = {name: value for name, value in FLAT.items() if name != "device"}
+    found = predict(
+        str(runs / "data" / "target" / "images"),
+        str(out),
+        bundle=str(ADAPTATION),
+        weights=str(runs / "one" / "model.pt"),
+        settings=settings,
+        device="cpu",
+        quiet=True,
+    )
+    assert found.exit_code == 0
+    assert sorted(path.name for path in out.glob("*.tif")) == ["t_seg.tif", "u_seg.tif"]
+    for name in ("t", "u"):
+        with (
+            Image.open(runs / "data/target/images" / f"{name}.tif") as scan,
+            Image.open(out / f"{name}_seg.tif") as label,
+        ):
+            assert scan.size == label.size and np.asarray(label).dtype == np.uint8 and np.asarray(label).max() <= 2
+            if name == "u":
+                assert not np.asarray(label)[:, 40:].any()
+    assert sorted(path.name for path in (out / "previews").iterdir()) == ["t.png", "u.png"]
+    figures = evaluate(str(out), str(out), quiet=True)
+    assert figures.cases == 2 and "in pixels of 2 without a pixel size" in str(figures)
