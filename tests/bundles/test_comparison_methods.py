@@ -82,7 +82,6 @@ def test_a_baseline_goes_on_without_a_target(dataset, tmp_path):
     recipe = read_recipe("source_only")
     first, second = recipe.stages
     assert first.contrasts is second.contrasts is None and not recipe.inverts
-    assert read_recipe("source_only_contrasts").inverts
     content = json.loads((dataset / "datalist.json").read_text())
     content.pop("target_training")
     alone = tmp_path / "alone.json"
@@ -100,11 +99,16 @@ def test_a_baseline_goes_on_without_a_target(dataset, tmp_path):
 
 
 def test_the_baseline_is_as_long_as_an_adaptation():
-    """So a method's gain is not that of more steps."""
-    for name in ("source_only", "source_only_contrasts", "fourier", "advent", "mean_teacher"):
-        adaptation = read_recipe(name).stages[-1]
+    """So a method's gain is not that of more steps. And it begins where the methods do."""
+    strong = read_recipe("source_only_contrasts")
+    for name in ("source_only", "source_only_contrasts", "fourier", "advent", "mean_teacher", "masked_consistency"):
+        recipe = read_recipe(name)
+        adaptation = recipe.stages[-1]
         assert "from_source.yaml" in adaptation.overlays and not adaptation.scale
-        assert adaptation.paths == {"initial_weights": "source/source_only.pt"}
+        assert adaptation.paths == {"initial_weights": recipe.models["source_only"]}
+        if name != "source_only":
+            assert recipe.stages[:-1] == strong.stages[:-1] and recipe.order == strong.order
+            assert adaptation.contrasts == strong.stages[-1].contrasts
 
 
 def test_each_recipe_says_what_it_needs_and_where_it_fails():
