@@ -16,7 +16,7 @@ from monai.losses import PatchAdversarialLoss
 from mapseg_components.engines.optimization import OptimizationStep
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL, SOURCE, TARGET, TOTAL_LOSS
-from mapseg_components.losses import SliceDiceLoss
+from mapseg_components.losses import LeavingOut, SliceDiceLoss
 from mapseg_components.networks import DomainDiscriminators, DomainTranslators
 
 __all__ = ["ReplayBuffer", "TranslationTrainer"]
@@ -188,7 +188,7 @@ class TranslationTrainer(SupervisedTrainer):
         self.discriminators = discriminators
         self.replay = replay
         self.translated_segmentation_after = translated_segmentation_after
-        self.dice = SliceDiceLoss()
+        self.dice = LeavingOut(SliceDiceLoss())
         # without this argument MONAI's least squares are those of a LeakyReLU of the scores
         self.adversarial: Callable[..., Any] = PatchAdversarialLoss(criterion=criterion, no_activation_leastsq=True)
         device = self.state.device
