@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 from monai.transforms import Compose, Orientationd, Spacingd
 from tqdm import tqdm
 
-from mapseg_components.checkpoints import load_weights
-from mapseg_components.commands.order import TARGET_INVERTED
+from mapseg_components.commands.trial import Trial
 from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
@@ -92,16 +90,9 @@ def assess(
         ``interval``), ``models`` (per model: ``validation_dice``, ``calibration``, ``cases``), ``prior_ml``,
         ``between`` (Dice between the two models' label maps per case) and ``verdict``.
     """
-    parser = ConfigParser()
-    parser.read_config(str(Path(bundle) / "configs" / "inference.json"))
-    parser["bundle_root"] = str(bundle)
+    trial = Trial(bundle)
+    parser, preprocessing, probabilities = trial.parser, trial.preprocessing, trial.probabilities
     names = list(structures_of(parser["labels"]))
-    network = parser.get_parsed_content("network")
-    device = parser.get_parsed_content("device")
-    preprocessing = parser.get_parsed_content("preprocessing")
-    as_it_is = ConfigParser(parser.get() | {TARGET_INVERTED: False})
-    of_source = as_it_is.get_parsed_content("preprocessing")
-    inferer = parser.get_parsed_content("inferer")
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
     judged = "target_heldout" if has_section(datalist, "target_heldout") else "target_training"
@@ -110,17 +101,12 @@ def assess(
     labelled = {name: load_datalist(path, "source_validation") for name, path in own_scans.items()}
     classes = len(names) + 1
 
-    def probabilities(image: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            logits = inferer(image[None].to(device), network)[0].as_subclass(torch.Tensor)
-        return logits.float().softmax(dim=0).cpu()
-
     def segment(image: torch.Tensor) -> torch.Tensor:
         return probabilities(image).argmax(dim=0)
 
     prior, places = [], []
     for case in load_datalist(datalist, "source_training"):
-        image = of_source({"image": case["image"]})["image"].as_subclass(torch.Tensor)
+        image = trial.scan(case["image"], source=True).as_subclass(torch.Tensor)
         truth, ml = load_labels(case["label"])
         prior.append(volumes_ml(truth, ml, names))
         places.append(positions_of(image, truth, classes))
@@ -133,7 +119,7 @@ def assess(
     passes_of_image = 1 + len(views) + symmetric
     affordable = None
     if samples is not None:
-        shape = preprocessing({"image": target[0]["image"]})["image"].shape[1:]
+        shape = trial.scan(target[0]["image"]).shape[1:]
         windows = len(weights) * passes_of_image * count_windows(shape, parser["patch_size"], parser["window_stride"])
         affordable = affordable_images(windows, samples)
     number_of_versions, number_of_targets = judged_images(len(target), affordable)
@@ -145,12 +131,12 @@ def assess(
     images = len(weights) * (len(versions) + len(target))
     with tqdm(total=images, desc="assessment", unit="scan", disable=True if quiet else None) as bar:
         for model, file in weights.items():
-            load_weights(network, file)
-            network.eval()
+            trial.load(file)
             seen, dice = [], []
             for number, name in versions:
-                image = of_source({"image": labelled[model][number]["image"]})["image"].as_subclass(torch.Tensor)
-                truth, _ = load_labels(labelled[model][number]["label"])
+                own = labelled[model][number]
+                image = trial.scan(own["image"], source=True).as_subclass(torch.Tensor)
+                truth, _ = load_labels(own["label"])
                 shown = image if name is None else DEGRADATIONS[name](image)
                 label_map = segment(shown)
                 seen.append(consistency(shown, label_map, segment, classes, flip, views).tolist())
@@ -161,7 +147,7 @@ def assess(
             cases = []
             label_maps[model] = []
             for case in target:
-                image = preprocessing({"image": case["image"]})["image"]
+                image = trial.scan(case["image"])
                 found = probabilities(image.as_subclass(torch.Tensor))
                 confidence, label_map = found.max(dim=0)
                 scan = image.as_subclass(torch.Tensor)

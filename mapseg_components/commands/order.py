@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
 
-from mapseg_components.checkpoints import load_weights
+from mapseg_components.commands.trial import TARGET_INVERTED, Trial
 from mapseg_components.contrast import inverted
 from mapseg_components.data import load_datalist
 from mapseg_components.files import write_json
@@ -22,7 +21,6 @@ from mapseg_components.plans.recipes import Recipe, Stage
 
 __all__ = ["TARGET_INVERTED", "asks_for_order", "describe_order", "find_order", "recipe_of", "settle_order"]
 
-TARGET_INVERTED = "target_inverted"  # setting of the bundles
 MOST_SCANS = 8
 MOST_OF_THEM = 0.8  # share of the scans that must agree
 LEAST_GAIN = 0.01  # of the mean confidence
@@ -47,25 +45,17 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
         CheckpointError: the weights cannot be loaded.
         DataError: a scan cannot be read.
     """
-    parser = ConfigParser()
-    parser.read_config(str(bundle / "configs" / "inference.json"))
-    parser["bundle_root"] = str(bundle)
-    parser[TARGET_INVERTED] = False
-    network, device = parser.get_parsed_content("network"), parser.get_parsed_content("device")
-    preprocessing, inferer = parser.get_parsed_content("preprocessing"), parser.get_parsed_content("inferer")
-    load_weights(network, weights)
-    network.eval()
+    trial = Trial(bundle, **{TARGET_INVERTED: False})
+    trial.load(weights)
 
     def confidence(image: torch.Tensor) -> float:
-        with torch.no_grad():
-            logits = inferer(image[None].to(device), network)[0].as_subclass(torch.Tensor)
-        largest, classes = logits.float().softmax(dim=0).max(dim=0)
+        largest, classes = trial.probabilities(image).max(dim=0)
         return round(float(largest[classes > 0].mean()), 4) if (classes > 0).any() else 0.0
 
     as_is, opposite = [], []
     scans = load_datalist(bundle / "datalist.json", "target_training")
     for case in evenly(scans, min(MOST_SCANS, len(scans))):
-        image = preprocessing({"image": case["image"]})["image"].as_subclass(torch.Tensor)
+        image = trial.scan(case["image"]).as_subclass(torch.Tensor)
         as_is.append(confidence(image))
         opposite.append(confidence(inverted(image)))
     gains = np.subtract(opposite, as_is)

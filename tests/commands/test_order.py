@@ -166,4 +166,4 @@ def test_it_is_asked_once_and_only_where_it_is_not_known(stage, record, changes,
     request = {"settings": None, "random_contrasts": True, **changes}
     record = {"done": [recipe.stages[stage].name], **record}
     assert asks_for_order(recipe, recipe.stages[stage], record, request) is asks
-    assert not asks_for_order(read_recipe("mean_teacher"), recipe.stages[stage], record, request)
+    assert not asks_for_order(read_recipe("mapseg_masked"), recipe.stages[stage], record, request)

@@ -1,0 +1,51 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle's model on single scans in memory, for what is found out about it without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from mapseg_components.checkpoints import load_weights
+
+__all__ = ["TARGET_INVERTED", "Trial"]
+
+TARGET_INVERTED = "target_inverted"  # setting of the bundles
+
+
+class Trial:
+    """Preprocessing, network and sliding window of a bundle's ``configs/inference.json``.
+
+    Args:
+        bundle: folder that ``mapseg adapt`` makes.
+        settings: on top of the config's own.
+    """
+
+    def __init__(self, bundle: str | Path, **settings: Any) -> None:
+        self.parser = ConfigParser()
+        self.parser.read_config(str(Path(bundle) / "configs" / "inference.json"))
+        for name, value in {"bundle_root": str(bundle), **settings}.items():
+            self.parser[name] = value
+        parts = (self.parser.get_parsed_content(name) for name in ("network", "device", "preprocessing", "inferer"))
+        self.network, self.device, self.preprocessing, self.inferer = parts
+        # scans of the source are never shown bright for dark
+        self.of_source = ConfigParser(self.parser.get() | {TARGET_INVERTED: False}).get_parsed_content("preprocessing")
+
+    def load(self, weights: str | Path) -> None:
+        """Take the weights of a file. Raises `CheckpointError` where they cannot be loaded."""
+        load_weights(self.network, weights)
+        self.network.eval()
+
+    def scan(self, path: str, source: bool = False) -> torch.Tensor:
+        """A preprocessed scan (C, X, Y, Z), with its metadata; as the target's scans are shown, or the source's."""
+        return (self.of_source if source else self.preprocessing)({"image": path})["image"]
+
+    def probabilities(self, image: torch.Tensor) -> torch.Tensor:
+        """Probabilities (classes, X, Y, Z), float32 in main memory, of a scan (C, X, Y, Z)."""
+        with torch.no_grad():
+            logits = self.inferer(image[None].to(self.device), self.network)[0].as_subclass(torch.Tensor)
+        return logits.float().softmax(dim=0).cpu()
