@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mapseg_components.commands.adapt import Adaptation, adapt
+from mapseg_components.commands.assess import assess
 from mapseg_components.commands.report import report
 from mapseg_components.commands.report_rounds import rounds_section, translation_section
 from mapseg_components.data import load_datalist
@@ -22,7 +23,10 @@ from mapseg_components.data.results import result_path
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.shipped_files import bundles_folder
 from tests.commands.made_run import make_run
+from tests.commands.test_order import bundle
 from tests.conftest import make_scan, write_nifti
+
+__all__ = ["bundle"]  # a fixture
 
 ROOMS = [sys.modules[f"mapseg_components.{room}"] for room in ("commands.training", "plans.bundle")]
 # a translation that copies, in the place of the bundle's
@@ -286,3 +290,21 @@ def test_the_report_shows_translation_and_rounds(tmp_path):
     for text in ("Pseudo labels</h2>", "&lt;scan d&gt;", "0.812", "Adaptation: the Score", f"Required: {names[0]}."):
         assert text in page
     assert translation_section(tmp_path) == rounds_section({}) == "", "of other methods"
+
+
+def test_each_model_is_calibrated_on_validation_scans_as_it_was_trained_on_them(bundle, tmp_path):
+    folder, weights = bundle
+    content = json.loads((folder / "datalist.json").read_text())
+    for number, case in enumerate(content["source_validation"]):
+        voxels = np.asarray(nib.load(folder / case["image"]).dataobj)  # an absolute path stays
+        case["image"] = write_nifti(
+            tmp_path / "translated" / f"{number}.nii.gz", (voxels.max() - voxels) * (voxels > 0)
+        )
+        case["label"] = str(folder / case["label"])
+    (tmp_path / "translated" / "datalist.json").write_text(json.dumps(content))
+    both = {"source_only": str(weights), "adapted": str(weights)}
+    found = assess(str(folder), both, quiet=True, validation={"adapted": str(tmp_path / "translated/datalist.json")})
+    source, adapted = (found["models"][name] for name in both)
+    assert (source["translated_validation"], adapted["translated_validation"]) == (False, True)
+    assert source["validation_dice"] != adapted["validation_dice"], "one model, two kinds of scans"
+    assert any("translated for the adapted model" in text for text in found["verdict"]["why"])
