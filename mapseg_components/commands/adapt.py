@@ -285,7 +285,7 @@ class Adaptation:
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
-        check_names(request["settings"] or {}, self.recipe)
+        check_names(request["settings"] or {})
         if request["prepare"] is not None:
             self._prepare()
         source = self._scans("source")

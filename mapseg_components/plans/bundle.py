@@ -53,8 +53,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     known = ConfigParser.load_config_file(pretraining / "configs" / "train.json")
     own = settled(pretraining, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
     write_json({key: own[key] for key in known if own[key] != known[key]}, configs / "pretraining.json")
-    settable = set(train) | knobs_of(recipe)
-    asked = {key: value for key, value in (request["settings"] or {}).items() if key in settable}
+    asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
     write_json(asked, configs / "settings.json")
     bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
     write_json({key: value for key, value in asked.items() if key not in bound}, configs / "settings_of_target.json")
@@ -125,19 +124,11 @@ def is_planned(config: Mapping[str, Any]) -> bool:
     return str(config.get("network_def", {}).get("_target_", "")).endswith(("DynUNet", *UNETS))
 
 
-def knobs_of(recipe: Recipe) -> set[str]:
-    """Names of the settings that the overlays of a recipe's stages have, such as those of its method alone."""
-    files = [overlay for stage in recipe.stages if stage.bundle == ADAPTATION for overlay in stage.overlays]
-    configs = bundles_folder() / ADAPTATION / "configs"
-    return {key for file in files for key in ConfigParser.load_config_file(configs / file) if key.isidentifier()}
-
-
-def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
-    """Refuse settings that no bundle has, nor the recipe. Raises `ConfigError`."""
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that no bundle has. Raises `ConfigError`."""
     folders = [bundles_folder() / name for name in (ADAPTATION, PRETRAINING)]
     known = {key for one in folders for key in ConfigParser.load_config_file(one / "configs" / "train.json")}
     known |= set(ConfigParser.load_config_file(bundles_folder() / ADAPTATION / "configs" / "inference.json"))
-    known |= knobs_of(recipe) if recipe is not None else set()
     unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")

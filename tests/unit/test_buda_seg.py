@@ -24,8 +24,7 @@ from mapseg_components.handlers import EpochHistory, PseudoLabelRounds, ScoreChe
 from mapseg_components.losses import SegmentationLoss, SquaredDiceLoss, sampled_loss
 from mapseg_components.methods import ArgmaxLabels, BUDASeg, MAPSeg, PseudoLabel
 from mapseg_components.networks import PlainPass, TwoHeadDynUNet
-from mapseg_components.plans.bundle import check_names, unlearnt
-from mapseg_components.plans.recipes import read_recipe
+from mapseg_components.plans.bundle import unlearnt
 from mapseg_components.reports import uncertainty_section
 from mapseg_components.structures import IGNORED
 from tests.conftest import write_nifti
@@ -414,10 +413,3 @@ def test_a_map_of_what_was_not_learnt_is_not_written(tmp_path):
     for content, expected in (({"uncertainty_map": "@uncertainty"}, {"uncertainty_map": False}), ({}, {})):
         (tmp_path / "configs" / "inference.json").write_text(json.dumps(content))  # {}: of an earlier version
         assert unlearnt(tmp_path, "source_only") == expected and unlearnt(tmp_path, "adapted") == {}
-
-
-def test_knobs_of_the_method_are_settings_of_its_recipe_alone():
-    asked = {"label_rounds": 2, "reinitialise": True, "variance_penalty": 0.1, "samples": 0}
-    check_names(asked, read_recipe("buda_seg"))
-    with pytest.raises(ConfigError, match=r"\['label_rounds', 'reinitialise', 'variance_penalty'\] are in no bundle"):
-        check_names(asked, read_recipe("entropy"))
