@@ -210,7 +210,7 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"settings": {"widht": 3}}, "settings \\['widht'\\] are in no bundle"),
         ({"settings": {"widht": 3}, "prepare": {}}, "settings \\['widht'\\] are in no bundle"),
         ({"symmetric": True, "labels": {"Lung_Lt": 1, "liver": 2}}, "symmetric mirrors left and right.*Lung_Lt"),
-        ({"labels": {"background": 0, "all": [1, 2]}}, "labels: 'all' is a region"),
+        ({"labels": {"background": 0, "all": [1, 2], "inner": [2]}}, "labels: .inner. or its value 2 occurs twice"),
         ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )
