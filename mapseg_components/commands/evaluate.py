@@ -15,8 +15,8 @@ import numpy as np
 
 from mapseg_components.boxes import corner_distance
 from mapseg_components.data import read_nifti, refuse_existing
-from mapseg_components.data.audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.datalist import stem
+from mapseg_components.data.file_audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.label_maps import label_maps, matched, without_channels
 from mapseg_components.data.labels import label_mapping, named_beside, numbered
 from mapseg_components.errors import ConfigError, DataError

@@ -11,7 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from mapseg_components.data.audit import LABEL_LIKE, Audit
+from mapseg_components.data.audit import Audit
+from mapseg_components.data.file_audit import LABEL_LIKE
 from mapseg_components.errors import DataError
 from mapseg_components.preparation.jobs import Job, identity_of
 from mapseg_components.preparation.settings import Settings
