@@ -31,7 +31,8 @@ def result_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str]
 
 def uncertainty_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:
     """Where `mapseg_components.transforms.SaveVolumed` puts the map of uncertainty of a scan."""
-    return result_path(scan, output_dir, UNCERTAINTY)
+    base = create_file_basename(UNCERTAINTY, os.fspath(scan), output_dir, separate_folder=False, makedirs=False)
+    return Path(f"{base}{result_ending(scan, fractions=True)}")
 
 
 def check_results(
