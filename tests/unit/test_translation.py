@@ -28,7 +28,7 @@ from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.scans.rewriting import copy_packed, write_with_header
 from mapseg_components.transforms import RestoreBackgroundd
 from tests.conftest import make_scan
-from tests.headers import VARIANTS, orientation_affine, scan_with
+from tests.headers import VARIANTS, orientation_affine, scan_with, write_raw
 
 CLASSES = 3
 
@@ -328,10 +328,12 @@ def test_big_endian_scans_and_scaled_ones_are_written_alike(tmp_path):
     image, _ = make_scan((7, 9, 11))
     header = nib.Nifti1Header(endianness=">")
     header.set_data_dtype(np.int16)
-    header.set_slope_inter(0.5, 3)
     nib.save(nib.Nifti1Image(image.astype(np.int16), np.diag([2.0, 3, 4, 1]), header), tmp_path / "scan.nii.gz")
     voxels = np.random.default_rng(0).random((7, 9, 11)).astype(np.float32)
     write_with_header(voxels, tmp_path / "scan.nii.gz", tmp_path / "out.nii.gz")
+    assert np.array_equal(nib.load(tmp_path / "out.nii.gz").get_fdata(dtype=np.float32), voxels)
+    write_raw(tmp_path / "scaled.nii", nib.Nifti1Image(image, np.eye(4)), scl_slope=0.5, scl_inter=3)
+    write_with_header(voxels, tmp_path / "scaled.nii", tmp_path / "out.nii.gz")
     assert np.array_equal(nib.load(tmp_path / "out.nii.gz").get_fdata(dtype=np.float32), voxels)
     with pytest.raises(DataError, match="shape"):
         write_with_header(voxels[1:], tmp_path / "scan.nii.gz", tmp_path / "other.nii.gz")
