@@ -134,7 +134,8 @@ def assess(
             trial.load(file)
             seen, dice = [], []
             for number, name in versions:
-                image = trial.scan(labelled[model][number]["image"], source=True).as_subclass(torch.Tensor)
+                translated = own_scans[model] != str(datalist)  # shown as the target's scans are
+                image = trial.scan(labelled[model][number]["image"], source=not translated).as_subclass(torch.Tensor)
                 truth, _ = load_labels(labelled[model][number]["label"])
                 shown = image if name is None else DEGRADATIONS[name](image)
                 label_map = segment(shown)

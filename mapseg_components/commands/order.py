@@ -67,14 +67,15 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
 
 
 def settle_order(bundle: Path, weights: Path) -> dict[str, Any]:
-    """Find the order of intensities and write it into the bundle's configs of training and inference.
+    """Find the order of intensities and write it into the bundle's configs of training, inference and translation.
 
     Args, returns and raises: see `find_order`.
     """
     found = find_order(bundle, weights)
-    for name in ("train.json", "inference.json"):
+    for name in ("train.json", "inference.json", "translation.json"):
         path = bundle / "configs" / name
-        write_json(json.loads(path.read_text(encoding="utf-8")) | {TARGET_INVERTED: found["inverted"]}, path)
+        if path.is_file():
+            write_json(json.loads(path.read_text(encoding="utf-8")) | {TARGET_INVERTED: found["inverted"]}, path)
     return found
 
 

@@ -16,7 +16,7 @@ from monai.bundle.utils import merge_kv
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
 from mapseg_components.plans.label_maps import add_synthetic_validation
-from mapseg_components.plans.recipes import ADAPTATION, TRANSLATION, Recipe, scaled
+from mapseg_components.plans.recipes import ADAPTATION, Recipe, scaled
 from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
@@ -61,7 +61,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         known = ConfigParser.load_config_file(other / "configs" / "train.json")
         wanted = settled(other, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
         write_json({key: wanted[key] for key in known if wanted[key] != known[key]}, configs / config_of(name))
-    asked = {key: value for key, value in asked_of(ADAPTATION, recipe, request).items() if key in train}
+    asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
     write_json(asked, configs / "settings.json")
     bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
     write_json({key: value for key, value in asked.items() if key not in bound}, configs / "settings_of_target.json")
@@ -108,7 +108,7 @@ def settled(
     wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
     wanted |= {"slice_size": plan["slice_size"]}
     wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
-    wanted |= {"labels": plan["labels"], "seed": request["seed"], **asked_of(bundle.name, recipe, request)}
+    wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
     if request["device"] != "auto":
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}
@@ -133,14 +133,6 @@ def overlaid(base: Mapping[str, Any], overlays: Sequence[Path]) -> dict[str, Any
             if key.lstrip("+").partition("#")[0] in base:
                 merge_kv(merged, key, value)
     return {key: value for key, value in merged.get().items() if key in base}
-
-
-def asked_of(bundle: str, recipe: Recipe, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the user for a bundle; of the order of intensities a translation takes care, where there is one."""
-    asked = dict(request["settings"] or {})
-    if bundle == ADAPTATION and TRANSLATION in bundles_of(recipe):
-        asked.pop("target_inverted", None)
-    return asked
 
 
 def bundles_of(recipe: Recipe) -> list[str]:

@@ -27,7 +27,7 @@ TRANSLATION = ROOT / "bundles" / "cosmos_translation"
 SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.yaml"}
 # they need another network or a method, see test_guests.py, test_buda_seg.py, test_self_training.py, test_label_maps.py
 PARTS = {"dynunet.yaml", "two_head_dynunet.yaml", "buda_seg.yaml", "cosmos.yaml", "self_training.yaml"}
-PARTS |= {"pseudo_labels.yaml", "label_maps.yaml"}
+PARTS |= {"pseudo_labels.yaml", "label_maps.yaml", "translated.yaml"}
 STANDALONE = {
     "metadata.json",
     "train.json",
