@@ -18,6 +18,8 @@ SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py look
 SAMPLE = ("LICENSE.txt", "datalist.json", "*.md", "SHA256SUMS", "*/images/*.nii.gz", "*/labels/*.nii.gz")
 # folder, what it must hold; results of runs in a clone stay out
 CONTENT = {
+    "bundles/buda_seg": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
+    "bundles/cosmos_selftraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "bundles/cosmos_translation": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "recipes/*"),
     "bundles/mapseg_pretraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),

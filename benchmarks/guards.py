@@ -40,7 +40,7 @@ class WithoutGuards(OptimizationStep):
 
     def finish(self, terms: Mapping[str, torch.Tensor], ends: bool) -> None:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm or 0.0)
-        self._step()
+        self.step()
 
 
 def training_steps(repeats: int, sizes: str = "small_data.yaml") -> dict[str, list[float]]:

@@ -21,6 +21,7 @@ import torch
 
 from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.data import SECTIONS, load_datalist
+from mapseg_components.data.datalist import has_section
 from mapseg_components.engines import AdaptationTrainer
 from mapseg_components.errors import CheckpointError, ConfigError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.files import lock_folder, unlock_folders
@@ -247,8 +248,8 @@ def copied(folder, place):
 
 
 def fewer_scans(folder):
-    sections = [section for section in SECTIONS if section != "target_heldout"]
-    content = {section: load_datalist(SHORT["dataset_dir"], section) for section in sections}
+    place = SHORT["dataset_dir"]
+    content = {section: load_datalist(place, section) for section in SECTIONS if has_section(place, section)}
     content["source_training"] = content["source_training"][:2]
     (folder / "datalist.json").write_text(json.dumps(content))
     return folder / "datalist.json"
