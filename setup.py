@@ -16,10 +16,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py looks here
 SAMPLE = ("LICENSE.txt", "datalist.json", "*.md", "SHA256SUMS", "*/images/*.nii.gz", "*/labels/*.nii.gz")
-# folder, what it must hold; results of runs in a clone stay out
+# folder, what it must hold; results of runs in a clone stay out, and bundles that are made of mapseg_adaptation
 CONTENT = {
-    "bundles/buda_seg": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
-    "bundles/cosmos_selftraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "bundles/cosmos_translation": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
     "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "recipes/*"),
     "bundles/mapseg_pretraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),

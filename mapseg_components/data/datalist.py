@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.layouts import DATASET, dataset_content, decathlon_content, labels_of_scans, masks_among
+from mapseg_components.data.tissues import LABEL_MAPS, is_alone, with_tissues
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import CASE_ID, DOMAIN, IMAGE, LABEL, MASK, TISSUES
 from mapseg_components.scans.files import is_picture, scans_among, stem
@@ -63,7 +64,6 @@ SECTIONS = {
     "target_test": "test",
 }
 MOST_FOLDERS = 200  # searched for the text of an error
-LABEL_MAPS = "source_label_maps"  # of a datalist whose source has no images
 WITHOUT_LABELS = ("target_training", "target_heldout")
 # what is added to a case id when its results are written, and what a file system allows for a name
 LONGEST_NAME_BYTES = 255 - len(".._reconstruction.nii.gz.12345678.tmp")
@@ -350,25 +350,6 @@ def unpaired(place: Path, scans: set[Path], labels: set[Path]) -> list[Finding]:
         for folder, files, text in what
         if files
     ]
-
-
-def is_alone(entry: Any, section: str, origin: str) -> bool:
-    """Whether an entry of a source of label maps has no image, as it must outside of validation."""
-    if not isinstance(entry, dict) or not isinstance(entry.get(LABEL), str):
-        raise DataError(f"{origin}: expected an object with {LABEL!r}, found {entry!r}")
-    if IMAGE not in entry or entry[IMAGE] == entry.get(TISSUES):  # the latter as `load_datalist` gives it
-        return True
-    if section != "source_validation":
-        raise DataError(
-            f"{origin}: {entry[IMAGE]} is an image, and {LABEL_MAPS} says that the source has none: take it out, or "
-            f"name a label map of all tissues as {TISSUES!r}"
-        )
-    return False
-
-
-def with_tissues(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry whose map of tissues stands for its image; it is named after its label map."""
-    return {CASE_ID: stem(Path(entry[LABEL])), **entry, IMAGE: entry.get(TISSUES, entry[LABEL])}
 
 
 def case_of_entry(entry: Any, datalist: Path, section: str, origin: str, label_map: bool = False) -> dict[str, Any]:

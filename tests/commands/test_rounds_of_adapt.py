@@ -120,7 +120,9 @@ def run_of(scans, name="out", method="cosmos", target_inverted=True, **settings)
     given |= {"source": str(scans / "t1"), "target": str(scans / "t2"), "method": method, "device": "cpu"}
     request = {key: given[key] for key in given if key not in ("output", "quiet", "verbose")}
     (scans / name).mkdir(exist_ok=True)
-    return Adaptation(scans / name, {**request, "settings": {"target_inverted": target_inverted, **settings}}, quiet=True)
+    return Adaptation(
+        scans / name, {**request, "settings": {"target_inverted": target_inverted, **settings}}, quiet=True
+    )
 
 
 def finish(scans, name="out", **settings):
