@@ -18,7 +18,7 @@ from mapseg_components.scans.findings import Finding, raise_findings
 
 __all__ = ["label_maps", "matched", "without_channels"]
 
-OF_PROBABILITIES = ("_probabilities", "_probseg")
+OF_PROBABILITIES = ("_probabilities", "_probseg", "_uncertainty")
 ENDINGS_OF_RESULTS = re.compile(r"(_desc-[^_]+)?_(seg|dseg|pred|label|labels|mask|gt|segmentation)$")
 
 

@@ -71,7 +71,7 @@ class CopyPaste(Supervised):
         for one in (self.loss, self.pseudo_loss):
             if "valid" not in inspect.signature(one.forward).parameters:
                 raise ConfigError(
-                    f"{type(one).__name__} cannot leave voxels out (no argument 'valid'), which copy-paste needs: use "
+                    f"{type(getattr(one, 'loss', one)).__name__} cannot leave voxels out (no argument 'valid'), which copy-paste needs: use "
                     "mapseg_components.losses.SegmentationLoss, without dice_ce.yaml"
                 )
         draw_box_mask(0, (1, 1, 1), box_share)  # refuses a bad share before any data is read

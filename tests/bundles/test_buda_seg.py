@@ -48,7 +48,7 @@ def package(dataset, tmp_path_factory):
 
 
 def adapt(out, dataset, package, **settings):
-    return train(out, dataset, *overlays_of(1), **package, **{**ROUNDS, **settings})
+    return train(out, dataset, *overlays_of(-1), **package, **{**ROUNDS, **settings})
 
 
 def stop_in(monkeypatch, iteration):

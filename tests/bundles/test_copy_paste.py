@@ -28,7 +28,7 @@ def test_it_trains_and_resumes_bit_for_bit(dataset, tmp_path):
 
 
 def test_its_recipe_runs_what_its_stages_name(dataset, tmp_path):
-    recipe = read_recipe("copy_paste")
+    recipe = read_recipe("copy_paste").without_contrasts()
     source, adaptation = recipe.stages
     train(tmp_path / "source", dataset, "dynunet.yaml", *recipe.overlays, *source.overlays, **UNET)
     start = {"initial_weights": str(tmp_path / "source" / "source_only.pt"), "max_epochs": 1}
