@@ -296,6 +296,11 @@ class LeavingOut(nn.Module):
         return self.loss(torch.where(valid, plain(logits), sure), found)
 
 
+def answers_at_once(values: torch.Tensor) -> bool:
+    """Whether asking for a value waits for no device."""
+    return values.device.type == "cpu"
+
+
 def without_ignored(label: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Labels with background where they are ignored, and where they count: ``None`` for everywhere.
 
@@ -304,7 +309,7 @@ def without_ignored(label: torch.Tensor, valid: torch.Tensor | None) -> tuple[to
         valid: of the same shape, ``False`` where a voxel does not count anyway.
     """
     ignored = label == IGNORED
-    if not bool(ignored.any()):
+    if answers_at_once(label) and not bool(ignored.any()):
         return label, valid
     return label.masked_fill(ignored, 0), ~ignored if valid is None else valid & ~ignored
 

@@ -70,8 +70,9 @@ class CopyPaste(Supervised):
         self.pseudo_loss = loss if pseudo_loss is None else pseudo_loss
         for one in (self.loss, self.pseudo_loss):
             if "valid" not in inspect.signature(one.forward).parameters:
+                name = type(getattr(one, "loss", one)).__name__
                 raise ConfigError(
-                    f"{type(getattr(one, 'loss', one)).__name__} cannot leave voxels out (no argument 'valid'), which copy-paste needs: use "
+                    f"{name} cannot leave voxels out (no argument 'valid'), which copy-paste needs: use "
                     "mapseg_components.losses.SegmentationLoss, without dice_ce.yaml"
                 )
         draw_box_mask(0, (1, 1, 1), box_share)  # refuses a bad share before any data is read

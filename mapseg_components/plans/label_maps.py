@@ -194,7 +194,7 @@ def merged(cases: Sequence[Mapping[str, Any]], parts: Mapping[str, Sequence[int]
     audit, result = Audit(), []
     known = None if dropped == "others" else [value for part in (*parts.values(), dropped) for value in part]
     for case in cases:
-        if audit.label(case[LABEL], known, None) is not None and not errors_of(audit):
+        if audit.label(case[LABEL], known, case[LABEL], None) is not None and not errors_of(audit):
             scan = read_nifti(case[LABEL])
             values = to_whole(scan.voxels)
             numbers = np.zeros((1, *values.shape), np.int32)

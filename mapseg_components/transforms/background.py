@@ -85,8 +85,8 @@ class RestoreBackgroundd(MapTransform):
         result = dict(data)
         if not self.enabled:
             return result
-        background = background_of(result[self.image_key])
         for key in self.key_iterator(result):
+            background = background_of(result[self.image_key])
             volume = as_volume(result[key])
             if tuple(volume.shape[1:]) != tuple(background.shape):
                 raise DataError(

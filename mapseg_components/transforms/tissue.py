@@ -137,13 +137,13 @@ class IgnoreOutsided(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Case with the labels."""
         case = dict(data)
-        image = case.get(self.image_key)
+        keys, image = list(self.key_iterator(case)), case.get(self.image_key)
         if not tissue_is_raised(image):
             return case
         outside = (image.as_subclass(torch.Tensor) == 0).all(dim=0, keepdim=True)
         if not outside.any():
             return case
-        for key in self.key_iterator(case):
+        for key in keys:
             label = as_volume(case[key])
             if label.shape[1:] != image.shape[1:]:
                 continue  # the crop refuses it with both shapes
@@ -178,11 +178,11 @@ class WithoutIgnoredd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Case with both."""
         case = dict(data)
-        label = case.get(self.label_key)
+        keys, label = list(self.key_iterator(case)), case.get(self.label_key)
         ignored = None if label is None else as_volume(label).as_subclass(torch.Tensor) == IGNORED
         if ignored is None or not bool(ignored.any()):
             return case
-        for key in self.key_iterator(case):
+        for key in keys:
             logits = case[key].clone()
             inner = logits.as_subclass(torch.Tensor)
             inner.masked_fill_(ignored.to(inner.device), 0.0)
@@ -218,13 +218,13 @@ class ClearOutsided(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Case with the label maps."""
         case = dict(data)
-        image = case.get(self.image_key)
+        keys, image = list(self.key_iterator(case)), case.get(self.image_key)
         if not tissue_is_raised(image):
             return case
         outside = outside_of(str(image.meta[FILE]), image.meta[MASK_FILE] or None)
         if outside is None:
             return case
-        for key in self.key_iterator(case):
+        for key in keys:
             if case[key] is None:  # an evaluator's output has the key without a label
                 continue
             label_map = as_volume(case[key])

@@ -25,6 +25,7 @@ NAMES = ["train.json", "inference.json"]
 STRUCTURE = {"imports", "run", "training", "initialize", "handover", "write_handover"}
 # of one method alone, whose overlay reads them: buda_seg.yaml
 STRUCTURE |= {"variance_penalty", "label_rounds", "reinitialise"}
+STRUCTURE |= {"synthesis", "synthesis_alike", "synthesis_optional"}  # by label_maps.yaml
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -46,9 +46,11 @@ DICTIONARY = {
     "AssumeOrientationd": (lambda **o: transforms.AssumeOrientationd("image", "RAS", **o), ["image"]),
     "AxisExtremesd": (lambda **o: AxisExtremesd("image", **o), ["image"]),
     "ClassVoxelsd": (lambda **o: ClassVoxelsd("label", **o), ["label"]),
+    "ClearOutsided": (lambda **o: transforms.ClearOutsided("second", **o), ["second"]),
     "Confidenced": (lambda **o: transforms.Confidenced("pred", **o), ["pred"]),
     "FillEnclosedd": (lambda **o: transforms.FillEnclosedd("label", [1, 2], **o), ["label"]),
     "FillNonFinited": (lambda **o: transforms.FillNonFinited("image", "background", **o), ["image"]),
+    "IgnoreOutsided": (lambda **o: transforms.IgnoreOutsided("second", **o), ["second"]),
     "NegativeValuesd": (lambda **o: transforms.NegativeValuesd("image", "shift", 3.0, **o), ["image"]),
     "PercentileClipd": (lambda **o: transforms.PercentileClipd("image", **o), ["image"]),
     "PercentileTabled": (lambda **o: transforms.PercentileTabled("image", **o), ["image"]),
@@ -69,10 +71,18 @@ DICTIONARY = {
         ),
         ["image", "label", "mask", "second"],
     ),
+    "RandGlobalLocalSynthesisd": (
+        lambda **o: transforms.RandGlobalLocalSynthesisd("label", local_key="label", **o),
+        ["label"],
+    ),
+    "RaiseTissued": (lambda **o: transforms.RaiseTissued("image", mask_key="mask_file", **o), ["image"]),
+    "RestoreBackgroundd": (lambda **o: transforms.RestoreBackgroundd("second", **o), ["second", "image"]),
     "RandPercentileClipd": (lambda **o: RandPercentileClipd(PAIR, prob=1.0, **o), PAIR),
     "SaveLabelMapd": (lambda folder=".", **o: SaveLabelMapd("label", folder, overwrite=True, **o), ["label"]),
     "SaveVolumed": (lambda folder=".", **o: SaveVolumed("image", folder, overwrite=True, **o), ["image"]),
     "SelectLabelsd": (lambda **o: SelectLabelsd("label", [2, 1], **o), ["label"]),
+    "Uncertaintyd": (lambda **o: transforms.Uncertaintyd("pred", 3, **o), ["pred"]),
+    "WithoutIgnoredd": (lambda **o: transforms.WithoutIgnoredd("pred", **o), ["pred"]),
 }
 # array transforms: how to make one, and the entry it works on
 ARRAY = {
