@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,6 +40,7 @@ def main() -> None:
     # the whole method on the fetuses starts anew each time, as its weights may be shipped
     overwrite = arguments.overwrite or sample == fetuses
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")  # of libraries, as the command line does
     if overwrite and output.exists():
         print(f"Removing the results of an earlier run in {output}", flush=True)
     try:
