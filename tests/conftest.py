@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -56,3 +57,17 @@ def tiny_network():
     return GlobalLocalDeepLabV3(
         in_channels=1, num_classes=3, width=8, depth=1, stride=4, dilations=(1, 2), head_channels=8
     ).eval()
+
+
+def make_flat_dataset(folder):
+    """A dataset of images of one slice in a folder: two of the source, one for validation, two of the target."""
+    sections = {}
+    for section, seeds in {"source_training": (0, 1), "source_validation": (2,), "target_training": (3, 4)}.items():
+        sections[section] = []
+        for seed in seeds:
+            image, label = (volume.max(axis=2, keepdims=True) for volume in make_scan((28, 32, 24), seed))
+            case = {"image": str(write_nifti(folder / section / f"{seed}.nii.gz", image))}
+            if "source" in section:
+                case["label"] = str(write_nifti(folder / section / f"{seed}_label.nii.gz", label))
+            sections[section].append(case)
+    (folder / "datalist.json").write_text(json.dumps({"labels": {"1": "first", "2": "second"}, **sections}))

@@ -222,7 +222,7 @@ class Adaptation(Run):
                 {name: str(path) for name, path in weights.items()},
                 self.request["symmetric"],
                 self.quiet,
-                self.request["any_position"] or bool((self.request["settings"] or {}).get("synthesis_optional")),
+                self.request["any_position"] or bool(self.asked.get("synthesis_optional")),
                 (self.request["random_contrasts"] or self.recipe.of_label_maps) and self.recipe.inverts,
                 self.record.get("samples"),
                 {name: str(self.datalist_of_model(name)) for name in weights},

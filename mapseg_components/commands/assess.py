@@ -132,9 +132,9 @@ def assess(
     with tqdm(total=images, desc="assessment", unit="scan", disable=True if quiet else None) as bar:
         for model, file in weights.items():
             trial.load(file)
+            translated = own_scans[model] != str(datalist)  # its validation scans are shown as the target's are
             seen, dice = [], []
             for number, name in versions:
-                translated = own_scans[model] != str(datalist)  # shown as the target's scans are
                 image = trial.scan(labelled[model][number]["image"], source=not translated).as_subclass(torch.Tensor)
                 truth, _ = load_labels(labelled[model][number]["label"])
                 shown = image if name is None else DEGRADATIONS[name](image)
@@ -159,7 +159,7 @@ def assess(
                 bar.update()
             models[model] = {
                 "validation_dice": summary(plain, names),
-                "translated_validation": own_scans[model] != str(datalist),
+                "translated_validation": translated,
                 "calibration": None if calibration is None else vars(calibration),
                 "cases": cases,
             }

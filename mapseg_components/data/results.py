@@ -20,19 +20,20 @@ __all__ = ["check_results", "refuse_existing", "result_path", "uncertainty_path"
 LONGEST_NAME = 255  # bytes, on all common file systems
 
 
-def result_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str], postfix: str) -> Path:
+def result_path(
+    scan: str | os.PathLike[str], output_dir: str | os.PathLike[str], postfix: str, fractions: bool = False
+) -> Path:
     """Where `mapseg_components.transforms.SaveLabelMapd` puts the result of a scan: ``<scan>_<postfix>.nii.gz``.
 
-    That of a PNG or TIFF image has the image's ending.
+    That of a PNG or TIFF image has the image's ending; with ``fractions``, values that are not whole, it is a TIFF.
     """
     base = create_file_basename(postfix, os.fspath(scan), output_dir, separate_folder=False, makedirs=False)
-    return Path(f"{base}{result_ending(scan)}")
+    return Path(f"{base}{result_ending(scan, fractions)}")
 
 
 def uncertainty_path(scan: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:
     """Where `mapseg_components.transforms.SaveVolumed` puts the map of uncertainty of a scan."""
-    base = create_file_basename(UNCERTAINTY, os.fspath(scan), output_dir, separate_folder=False, makedirs=False)
-    return Path(f"{base}{result_ending(scan, fractions=True)}")
+    return result_path(scan, output_dir, UNCERTAINTY, fractions=True)
 
 
 def check_results(

@@ -16,7 +16,7 @@ from mapseg_components.commands import methods
 from mapseg_components.engines import AdversarialTrainer
 from mapseg_components.plans.recipes import read_recipe, recipe_names
 from tests.bundles.test_guests import BUNDLE, FLAT, FLAT_UNET, PLAIN, UNET, train, weights
-from tests.conftest import make_scan, write_nifti
+from tests.conftest import make_flat_dataset
 
 ADVENT = [*PLAIN, "from_source.yaml", "advent.yaml"]
 SMALL = {**UNET, "method#discriminator#channels": 2}
@@ -59,16 +59,7 @@ def test_advent_resumes_both_networks_bit_for_bit_in_the_middle_of_an_epoch(data
 
 @pytest.mark.parametrize("method", ["advent", "fourier"])
 def test_images_of_one_slice_are_adapted_to(method, tmp_path):
-    sections = {}
-    for section, seeds in {"source_training": (0, 1), "source_validation": (2,), "target_training": (3, 4)}.items():
-        sections[section] = []
-        for seed in seeds:
-            image, label = (volume.max(axis=2, keepdims=True) for volume in make_scan((28, 32, 24), seed))
-            case = {"image": str(write_nifti(tmp_path / section / f"{seed}.nii.gz", image))}
-            if "source" in section:
-                case["label"] = str(write_nifti(tmp_path / section / f"{seed}_label.nii.gz", label))
-            sections[section].append(case)
-    (tmp_path / "datalist.json").write_text(json.dumps({"labels": {"1": "first", "2": "second"}, **sections}))
+    make_flat_dataset(tmp_path)
     files = [*PLAIN, "from_source.yaml", f"{method}.yaml", "any_contrast.yaml"]
     settings = FLAT | FLAT_UNET | (SMALL if method == "advent" else {})
     history = train(tmp_path / "run", tmp_path, *files, **settings, max_epochs=1)

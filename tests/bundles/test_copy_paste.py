@@ -4,14 +4,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from mapseg_components.plans.recipes import read_recipe
 from tests.bundles.test_guests import FLAT, FLAT_UNET, PLAIN, UNET, cause, train, weights
-from tests.conftest import make_scan, write_nifti
+from tests.conftest import make_flat_dataset
 
 OVERLAYS = ["dynunet.yaml", "copy_paste.yaml"]
 TERMS = {"source", "source_box", "source_around", "target_box", "target_around", "target_loss", "score"}
@@ -43,14 +41,5 @@ def test_a_loss_that_leaves_no_voxel_out_is_refused(dataset, tmp_path):
 
 
 def test_images_of_one_slice_are_mixed(tmp_path):
-    sections = {}
-    for section, seeds in {"source_training": (0, 1), "source_validation": (2,), "target_training": (3, 4)}.items():
-        sections[section] = []
-        for seed in seeds:
-            image, label = (volume.max(axis=2, keepdims=True) for volume in make_scan((28, 32, 24), seed))
-            case = {"image": str(write_nifti(tmp_path / section / f"{seed}.nii.gz", image))}
-            if "source" in section:
-                case["label"] = str(write_nifti(tmp_path / section / f"{seed}_label.nii.gz", label))
-            sections[section].append(case)
-    (tmp_path / "datalist.json").write_text(json.dumps({"labels": {"1": "first", "2": "second"}, **sections}))
+    make_flat_dataset(tmp_path)
     assert TERMS <= set(train(tmp_path / "run", tmp_path, *OVERLAYS, **FLAT, **FLAT_UNET)[-1])
