@@ -23,7 +23,7 @@ from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
 from mapseg_components.plans.length import of_length, planned_length
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
 from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, recipe_for, scaled
-from mapseg_components.plans.rounds import REQUIRED, divided, written_out
+from mapseg_components.plans.rounds import REQUIRED, divided, require_engine, written_out
 from mapseg_components.session import versions
 from mapseg_components.shipped_files import bundles_folder
 
@@ -44,7 +44,7 @@ class Run:
         quiet: no progress bars.
 
     Raises:
-        ConfigError: the method, or a setting of its recipe, is unknown.
+        ConfigError: the method, or a setting of its recipe, is unknown, or what its engine needs is missing.
     """
 
     def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:
@@ -53,6 +53,7 @@ class Run:
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
         self.recipe = written_out(recipe_for(request["method"], bool(request.get("source_label_maps"))), self.asked)
+        require_engine(self.recipe, self.asked)
 
     @property
     def asked(self) -> Mapping[str, Any]:
@@ -182,7 +183,7 @@ class Run:
                 "evaluator#inferer#flip_axes": axes,
                 **segmented(output / "to_segment.json"),
             }
-            configs = ["configs/inference.json", f"configs/{LABELLING}"]
+            configs = [f"configs/{name}" for name in ("inference.json", *(stage.overlays or [LABELLING]))]
             seconds = run_stage(stage.name, self.folder, configs, output, settings)
         plan = self.record["plan"]
         required = self.asked.get(REQUIRED)

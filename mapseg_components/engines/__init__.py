@@ -4,6 +4,7 @@
 
 from mapseg_components.engines.adaptation import AdaptationTrainer, UDATrainer
 from mapseg_components.engines.adversarial import AdversarialTrainer
+from mapseg_components.engines.nnunet import NNUNetTraining
 from mapseg_components.engines.optimization import OptimizationStep
 from mapseg_components.engines.pretraining import MAETrainer
 from mapseg_components.engines.translation import ReplayBuffer, TranslationTrainer
@@ -12,6 +13,7 @@ __all__ = [
     "AdaptationTrainer",
     "AdversarialTrainer",
     "MAETrainer",
+    "NNUNetTraining",
     "OptimizationStep",
     "ReplayBuffer",
     "TranslationTrainer",

@@ -10,21 +10,33 @@ from dataclasses import replace
 from typing import Any
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.inferers.nnunet import require_nnunet
 from mapseg_components.plans.recipes import PSEUDO_LABELS, Recipe, Stage
 
-__all__ = ["check_options", "divided", "options_of", "written_out"]
+__all__ = ["check_options", "divided", "options_of", "require_engine", "written_out"]
 
 REQUIRED = "required_structures"
+ENGINE, OWN, NNUNET = "engine", "bundle", "nnunet"
+# overlays of the adaptation bundle, and what the first leaves for the second
+NNUNET_TRAINING, NNUNET_LABELLING, NNUNET_WEIGHTS = "nnunet.yaml", "nnunet_labels.yaml", "nnunet.pt"
 
 
 def options_of(recipe: Recipe) -> dict[str, Any]:
     """Settings of a recipe itself, with their defaults; none where it has no rounds.
 
     ``rounds``: how often target scans are labelled and a student is trained from them; ``folds``: models that label
-    them together; ``required_structures``: those without which a pseudo label is left out, by default (``None``) those
-    that every label map of the source has.
+    them together; ``engine``: what trains these models, ``bundle`` (as all other stages) or ``nnunet`` (nnU-Net itself);
+    ``required_structures``: those without which a pseudo label is left out, by default (``None``) those that every label
+    map of the source has.
     """
-    return {} if recipe.rounds is None else {"rounds": recipe.rounds, "folds": recipe.folds, REQUIRED: None}
+    own = {"rounds": recipe.rounds, "folds": recipe.folds, ENGINE: OWN, REQUIRED: None}
+    return {} if recipe.rounds is None else own
+
+
+def require_engine(recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """Refuse to begin, or to go on, without the package that trains the models that label. Raises `ConfigError`."""
+    if recipe.rounds is not None and settings.get(ENGINE) == NNUNET:
+        require_nnunet()
 
 
 def check_options(
@@ -56,14 +68,14 @@ def written_out(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     the same round. Pseudo labels come from the stage's weights in the first round, and from the adapted model of the
     round before in others; without a round these weights are the adapted model. With folds, a training whose weights
     make pseudo labels becomes several, ``<name>_fold_1``, ``<name>_fold_2``, ...; the last round's student makes none,
-    and is one network.
+    and is one network. With the engine ``nnunet`` the same trainings, and the stages that label, are nnU-Net's.
 
     Args:
         recipe: as its file has it.
         settings: of the user, see `options_of`.
 
     Raises:
-        ConfigError: ``rounds`` or ``folds`` is no such number.
+        ConfigError: ``rounds`` or ``folds`` is no such number, the engine is unknown, or it would train nothing.
     """
     options = options_of(recipe)
     if not options:
@@ -72,6 +84,13 @@ def written_out(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     for name, least in (("rounds", 0), ("folds", 1)):
         if type(asked[name]) is not int or asked[name] < least:
             raise ConfigError(f"settings: {name} is {asked[name]!r}, expected a whole number, {least} or more")
+    if asked[ENGINE] not in (OWN, NNUNET):
+        raise ConfigError(f"settings: {ENGINE} is {asked[ENGINE]!r}, expected {OWN!r} or {NNUNET!r}")
+    if asked[ENGINE] == NNUNET and asked["rounds"] == 0:
+        raise ConfigError(
+            f"settings: rounds is 0, and {ENGINE} {NNUNET!r} trains the models that label target scans in a round: set "
+            "rounds to 1 or more, or leave the engine out"
+        )
     repeated = [stage for stage in recipe.stages if stage.each_round]
     names = {stage.name for stage in repeated}
     first = next(stage.weights for stage in repeated if stage.kind == PSEUDO_LABELS)
@@ -90,14 +109,39 @@ def written_out(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
             stages.append(replace(stage, name=name, paths=paths, weights=weights, each_round=False))
         adapted = (of_round(recipe.models["adapted"], number),)
     models = {**recipe.models, "adapted": adapted[0]}
+    if asked[ENGINE] == NNUNET:
+        stages = by_nnunet(stages)
     return replace(recipe, stages=tuple(folded(stages, asked["folds"])), models=models)
+
+
+def labelling(stages: Sequence[Stage]) -> set[str]:
+    """Names of the stages whose models make pseudo labels."""
+    return {path.partition("/")[0] for stage in stages for path in stage.weights}
+
+
+def by_nnunet(stages: Sequence[Stage]) -> list[Stage]:
+    """Stages whose labelling models are trained and run by nnU-Net, from the same datalists and as long.
+
+    nnU-Net has its own batch size and augmentation.
+    """
+    label = labelling(stages)
+    result = []
+    for stage in stages:
+        if stage.name in label:
+            own = {"scale": {}, "settings": {}, "fixed": {}, "contrasts": None}
+            stage = replace(stage, overlays=(NNUNET_TRAINING,), **own)
+        elif stage.weights:
+            weights = tuple(f"{path.partition('/')[0]}/{NNUNET_WEIGHTS}" for path in stage.weights)
+            stage = replace(stage, overlays=(NNUNET_LABELLING,), weights=weights)
+        result.append(stage)
+    return result
 
 
 def folded(stages: Sequence[Stage], folds: int) -> list[Stage]:
     """Stages whose trainings of labelling models are done once a fold."""
     if folds == 1:
         return [*stages]
-    label = {path.partition("/")[0] for stage in stages for path in stage.weights}
+    label = labelling(stages)
     result = []
     for stage in stages:
         if stage.name in label:

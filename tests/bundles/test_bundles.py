@@ -28,6 +28,7 @@ SITES = {"source_stage.yaml", "handover.yaml", "handover_only.yaml", "test_time.
 # they need another network or a method, see test_guests.py, test_buda_seg.py, test_self_training.py, test_label_maps.py
 PARTS = {"dynunet.yaml", "two_head_dynunet.yaml", "buda_seg.yaml", "cosmos.yaml", "self_training.yaml"}
 PARTS |= {"pseudo_labels.yaml", "label_maps.yaml", "translated.yaml"}
+PARTS |= {"nnunet.yaml", "nnunet_labels.yaml"}  # they need an extra, see tests/nnunet
 STANDALONE = {
     "metadata.json",
     "train.json",
