@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint docs soak fuzz mutants bench bench-quick benchmark weights clean
+.PHONY: help demo test lint docs soak fuzz nnunet mutants bench bench-quick benchmark weights clean
 
 help:
 	@echo "make demo     T1w to T2w on shipped scans: source-only, in random contrasts, adapted; goes on where it stopped (DEMO='--seed 1')"
@@ -13,6 +13,7 @@ help:
 	@echo "make docs     the documentation site, into runs/site"
 	@echo "make soak     kill training 100 times at random moments, count what is lost"
 	@echo "make fuzz     feed damaged scans and datalists to the readers for ten minutes (FUZZ='--minutes 1')"
+	@echo "make nnunet   install the extra [nnunet], train with nnU-Net itself at tiny size, killed in the middle (minutes)"
 	@echo "make mutants  plant bugs one by one, and print those that the closest tests miss (minutes; MUTANTS='--only mask')"
 	@echo "make bench    measure against the plain baseline: runs/bench/results.json and .md; BENCH='--width 64 128' for options"
 	@echo "make benchmark TASK=FILE   methods of mapseg adapt side by side on a task: a table of Dice, distances, verdicts, minutes"
@@ -55,6 +56,11 @@ soak: $(STAMP)
 
 fuzz: $(STAMP)
 	@$(BIN)/python -m tests.fuzz.run $(FUZZ)
+
+nnunet: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
+	@$(BIN)/python -m pytest tests/unit/test_nnunet.py
+	@$(BIN)/python -m tests.nnunet.run
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/mutants/run.py $(MUTANTS)

@@ -159,7 +159,7 @@ class NNUNetTraining:
         class Trainer(base):  # type: ignore[misc, valid-type]
             """nnU-Net's own, but for the axes of flips, checkpoints that are whole, and the history."""
 
-            def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
+            def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:  # noqa: N802
                 *found, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
                 dimensions = len(self.configuration_manager.patch_size)
                 axes = mirrored_axes(flip_axes, self.plans_manager.transpose_forward, dimensions)
@@ -193,7 +193,7 @@ class NNUNetTraining:
         """Weights in a file that holds nothing else, and the plan beside them."""
         weights = weights_of(getattr(trainer.network, "_orig_mod", trainer.network))
         if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
-            raise NonFiniteError(f"{self.output}: weights of nnU-Net are NaN or infinite: look at its scans and its log")
+            raise NonFiniteError(f"{self.output}: weights of nnU-Net are NaN or infinite: look at its log")
         plans = self._plans()
         content = {"plans": plans, "dataset": self._read("dataset.json"), "configuration": configuration_of(plans)}
         write_json(content, (self.output / WEIGHTS).with_suffix(PLANS))

@@ -56,7 +56,7 @@ def write_dataset(
         reading: from a case to ``image`` (C, X, Y, Z) with its affine and ``label`` (1, X, Y, Z) of class indices from
             0; `mapseg_components.structures.IGNORED` where nothing counts.
         labels: structures and their values, in the order of the class indices.
-        folder: receives ``imagesTr``, ``labelsTr``, ``dataset.json`` and ``cases.json``, which says which case is which.
+        folder: receives ``imagesTr``, ``labelsTr``, ``dataset.json``, and ``cases.json``: which case has which name.
 
     Returns:
         ``train`` and ``val``, a division as nnU-Net has it; both domains have half of ``train``.

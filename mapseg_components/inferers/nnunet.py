@@ -65,9 +65,9 @@ def mirrored_axes(flip_axes: Sequence[int], transposed: Sequence[int], dimension
 class NNUNetInferer(Inferer):
     """Run networks of nnU-Net on a scan with its preprocessing, its sliding window and its resampling.
 
-    It takes the place of a bundle's inferer, so that the evaluator and what follows it stay as they are; the evaluator's
-    own network is not asked. nnU-Net crops, normalizes and resamples by its plan: the scan comes with its own
-    intensities, on its own grid.
+    It takes the place of a bundle's inferer, so that the evaluator and what follows it stay as they are; the
+    evaluator's own network is not asked. nnU-Net crops, normalizes and resamples by its plan: the scan comes with its
+    own intensities, on its own grid.
 
     Args:
         first: weights that `mapseg_components.engines.NNUNetTraining` has written, its plan beside them.

@@ -25,9 +25,9 @@ def options_of(recipe: Recipe) -> dict[str, Any]:
     """Settings of a recipe itself, with their defaults; none where it has no rounds.
 
     ``rounds``: how often target scans are labelled and a student is trained from them; ``folds``: models that label
-    them together; ``engine``: what trains these models, ``bundle`` (as all other stages) or ``nnunet`` (nnU-Net itself);
-    ``required_structures``: those without which a pseudo label is left out, by default (``None``) those that every label
-    map of the source has.
+    them together; ``engine``: what trains these models, ``bundle`` (as all other stages) or ``nnunet`` (nnU-Net
+    itself); ``required_structures``: those without which a pseudo label is left out, by default (``None``) those that
+    every label map of the source has.
     """
     own = {"rounds": recipe.rounds, "folds": recipe.folds, ENGINE: OWN, REQUIRED: None}
     return {} if recipe.rounds is None else own
