@@ -4,9 +4,9 @@
 
 python -m tests.nnunet.run [--keep FOLDER]
 
-Needs the extra [nnunet] (``make nnunet`` installs it). ``mapseg adapt`` is killed, with all its processes, while nnU-Net
-trains the teacher, and called again. Exit code 0 only if the run comes to its end, the teacher went on with the epoch
-after the last one that was done, and pseudo labels, bundle and label maps are there. Two or three minutes on two cores.
+Needs the extra [nnunet] (``make nnunet`` installs it). ``mapseg adapt`` is killed, with all its processes, while
+nnU-Net trains the teacher, and called again. Exit code 0 only if the run comes to its end, the teacher went on with the
+epoch after the last one that was done, and pseudo labels, bundle and label maps are there.
 """
 
 from __future__ import annotations
