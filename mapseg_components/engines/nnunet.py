@@ -30,7 +30,7 @@ __all__ = ["NNUNetTraining"]
 logger = logging.getLogger(__name__)
 
 NUMBER, NAME = 1, "Dataset001_mapseg"
-WEIGHTS = "nnunet.pt"
+WEIGHTS, PREPARED = "nnunet.pt", "prepared.json"
 AUGMENTING = "nnUNet_n_proc_DA"  # nnU-Net's variable for the number of processes that augment
 # column of history.jsonl to what nnU-Net calls it
 HISTORY = {
@@ -104,30 +104,33 @@ class NNUNetTraining:
         """
         if (self.output / WEIGHTS).is_file():
             logger.info(f"{self.output / WEIGHTS} is there: nothing is left to train.")
-            return
-        with ended_by_signals():
-            runner = self._planned()
-            trainer = self._trainer(runner)
-            part("run.run_training", "maybe_load_checkpoint")(trainer, True, False)
-            trainer.run_training()
-            self._publish(trainer)
-        for name in (runner.nnunet_raw, runner.nnunet_preprocessed):
-            shutil.rmtree(name, ignore_errors=True)
+        else:
+            with ended_by_signals():
+                self._plan()
+                trainer = self._trainer()
+                part("run.run_training", "maybe_load_checkpoint")(trainer, True, False)
+                trainer.run_training()
+                self._publish(trainer)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Delete what can be made again: copies of the scans; of what is half made, first what says that it is whole."""
+        (self.folder / PREPARED).unlink(missing_ok=True)
+        for name in ("raw", "preprocessed"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     @property
     def folder(self) -> Path:
         """Of nnU-Net."""
         return self.output / "nnunet"
 
-    def _planned(self) -> Any:
-        """MONAI's runner, which tells nnU-Net its folders, with the dataset planned and preprocessed."""
+    def _plan(self) -> None:
+        """Dataset, plan and preprocessing, by MONAI's runner, which tells nnU-Net its folders."""
         places = {f"nnunet_{name}": str(self.folder / name) for name in ("raw", "preprocessed", "results")}
-        prepared = self.folder / "prepared.json"
-        if not prepared.is_file():  # a part of it is of no use
-            for name in ("nnunet_raw", "nnunet_preprocessed"):
-                shutil.rmtree(places[name], ignore_errors=True)
-            raw = self.folder / "raw" / NAME
-            split = write_dataset(self.datalist, self.reading, self.labels, raw)
+        prepared = self.folder / PREPARED
+        if not prepared.is_file():
+            self._clear()
+            split = write_dataset(self.datalist, self.reading, self.labels, self.folder / "raw" / NAME)
         workers = max(self.num_workers, 1)
         augmenting = os.environ.get(AUGMENTING, str(self.num_workers))
         os.environ[AUGMENTING] = str(max(int(augmenting), 1))  # the planner takes its threads from it, and none fails
@@ -140,7 +143,6 @@ class NNUNetTraining:
             runner.preprocess(c=(name,), n_proc=(workers,))
             write_json({"configuration": name}, prepared)
         os.environ[AUGMENTING] = augmenting
-        return runner
 
     def _plans(self) -> dict[str, Any]:
         return self._read("nnUNetPlans.json")
@@ -148,8 +150,8 @@ class NNUNetTraining:
     def _read(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / "preprocessed" / NAME / name).read_text(encoding="utf-8"))
 
-    def _trainer(self, runner: Any) -> Any:
-        """nnU-Net's trainer of the planned length; `runner` has told it its folders.
+    def _trainer(self) -> Any:
+        """nnU-Net's trainer of the planned length.
 
         MONAI's runner would start ``nnUNetv2_train``, which trains in lengths of its own on a GPU alone.
         """

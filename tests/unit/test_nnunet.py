@@ -253,18 +253,21 @@ def test_weights_without_their_plan_are_named(tmp_path):
 def test_a_model_that_is_there_is_not_trained_again(version, tmp_path):
     version("2.8.1")
     write_atomic({"a": torch.zeros(1)}, tmp_path / "nnunet.pt")
+    (tmp_path / "nnunet" / "raw").mkdir(parents=True)
     nnunet.NNUNetTraining(tmp_path / "none.json", None, LABELS, tmp_path, 1, 1).run()
-    assert [path.name for path in tmp_path.iterdir()] == ["nnunet.pt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"nnunet.pt", "nnunet"}
+    assert [*(tmp_path / "nnunet").iterdir()] == [], "what can be made again is deleted"
 
 
 @needs_nnunet
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(20, 24, 28), (40, 36, 1)])
+@pytest.mark.parametrize("shape", [(20, 24, 17), (40, 36, 1)])
 def test_nnunet_trains_goes_on_and_labels(dataset, tmp_path, shape):
     """Killed after its first epoch, it goes on with the second; label maps are on the scans' own grids."""
     content = json.loads((dataset / "datalist.json").read_text())
-    for case in [*content["source_training"], *content["source_validation"], *content["target_training"]]:
-        image, label = make_scan(shape)
+    cases = [*content["source_training"], *content["source_validation"], *content["target_training"]]
+    for seed, case in enumerate(cases):
+        image, label = (voxels[:, :, 9 : 9 + shape[2]] for voxels in make_scan((*shape[:2], 28), seed))
         write_nifti(dataset / case["image"], image)
         if "label" in case:
             write_nifti(dataset / case["label"], label)
