@@ -114,7 +114,7 @@ class NNUNetTraining:
         self._clear()
 
     def _clear(self) -> None:
-        """Delete what can be made again: copies of the scans; of what is half made, first what says that it is whole."""
+        """Delete what can be made again, copies of the scans; first of all what says that they are whole."""
         (self.folder / PREPARED).unlink(missing_ok=True)
         for name in ("raw", "preprocessed"):
             shutil.rmtree(self.folder / name, ignore_errors=True)

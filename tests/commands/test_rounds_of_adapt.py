@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import json
 import shutil
@@ -213,6 +214,36 @@ def test_each_fold_trains_on_its_own_part_of_the_source(stages, scans):
         str(run.stages / f"teacher_fold_{number}" / "source_only.pt") for number in (2, 3)
     ]
     assert "seed" not in given["student_1"] and run.recipe.models["adapted"] == "student_1/model.pt"
+
+
+def test_nnunet_is_given_the_same_datalists_and_labels_the_same_scans(stages, scans, monkeypatch):
+    monkeypatch.setattr("mapseg_components.inferers.nnunet.importlib.metadata.version", lambda name: "2.8.1")
+    run, _ = finish(scans, rounds=2, engine="nnunet", num_workers=3)
+    given = {title: (configs, settings) for title, _, configs, settings in stages.calls}
+    place = str(run.stages)
+    for model, datalist in (("teacher", "translation/translated"), ("student_1", "labels_1/pseudo")):
+        configs, settings = given[model]
+        assert configs == ["train.json", "nnunet.yaml", "settings.json"], "the user's settings come last"
+        assert settings == {"datalist": f"{place}/{datalist}/datalist.json", "max_epochs": 14}
+    for number, by in ((1, "teacher"), (2, "student_1")):
+        configs, settings = given[f"labels_{number}"]
+        assert configs == ["inference.json", "nnunet_labels.yaml"]
+        assert settings["weights"] == f"{place}/{by}/nnunet.pt" and settings["evaluator#inferer#flip_axes"] == [0]
+        assert (run.folder / "configs" / "nnunet_labels.yaml").is_file(), "the bundle has what its stages ran"
+    assert "self_training.yaml" not in given["student_2"][0] and "translated.yaml" in given["student_2"][0]
+    assert run.recipe.models["adapted"] == "student_2/model.pt"
+    content = json.loads((run.folder / "configs" / "settings.json").read_text())
+    assert content == {"target_inverted": True, "num_workers": 3}, "the engine is no setting of a bundle"
+
+
+def test_a_run_without_nnunet_ends_before_anything_is_written(stages, scans, monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("mapseg_components.inferers.nnunet.importlib.metadata.version", absent)
+    with pytest.raises(ConfigError, match=r"pip install 'mapseg-monai\[nnunet\]'"):
+        run_of(scans, engine="nnunet").train()
+    assert list((scans / "out").iterdir()) == [] and stages.calls == []
 
 
 def test_a_scan_without_a_structure_is_left_out_and_said(stages, scans):
