@@ -296,7 +296,7 @@ def test_nnunet_trains_goes_on_and_labels(dataset, tmp_path, shape):
     assert [json.loads(line)["epoch"] for line in (output / "history.jsonl").read_text().splitlines()] == [1, 2]
     assert not (output / "nnunet" / "raw").exists() and (output / "nnunet.json").is_file()
     files = [str(CONFIGS / name) for name in ("inference.json", "nnunet_labels.yaml")]
-    cases = load_datalist(dataset, "target_training")
+    cases = load_datalist(dataset / "datalist.json", "target_training")
     asked = {"weights": str(output / "nnunet.pt"), "output_dir": str(tmp_path / "labels"), "cases": cases}
     run(run_id="run", config_file=files, **asked, **{"evaluator#inferer#flip_axes": [0]}, **common)
     for case in cases:
