@@ -99,6 +99,28 @@ def test_the_same_command_again_changes_nothing(finished, folders):
 
 
 @pytest.mark.slow
+def test_another_run_takes_over_the_source_only_model_and_trains_the_rest(finished, folders, tmp_path, monkeypatch):
+    output, record = finished
+    trained = []
+
+    def stage(name, bundle, configs, folder, settings, on_epoch=None):
+        trained.append((name, settings["max_epochs"]))
+        return 1.0
+
+    monkeypatch.setattr("mapseg_components.commands.training.run_stage", stage)
+    with pytest.raises(ConfigError, match="no epoch was validated"):  # nothing is trained here
+        adapt(**call(folders), output=str(tmp_path / "out"), adaptation_length=1.5, reuse=str(output))
+    again = json.loads((tmp_path / "out" / "run.json").read_text())
+    taken = [name for name in record["done"] if name in ("source", "contrasts")]
+    assert again["reused"] == dict.fromkeys(taken, str(output)) and trained == [("adaptation", 3)]
+    assert again["order"] == record["order"]
+    for name in taken:
+        weights = [run / "stages" / name / "source_only.pt" for run in (output, tmp_path / "out")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert again["seconds"][name] == record["seconds"][name]
+
+
+@pytest.mark.slow
 def test_the_report_needs_nothing_else(finished):
     output, record = finished
     page = (output / "report.html").read_text()
