@@ -23,7 +23,7 @@ from mapseg_components.files import write_json
 from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
 from mapseg_components.plans.length import of_length, planned_length
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
-from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, TRANSLATION, Stage, recipe_for, scaled
+from mapseg_components.plans.recipes import ADAPTATION, PACKAGE, PSEUDO_LABELS, TRANSLATION, Stage, recipe_for, scaled
 from mapseg_components.plans.rounds import REQUIRED, divided, written_out
 from mapseg_components.session import versions
 from mapseg_components.shipped_files import bundles_folder
@@ -150,7 +150,7 @@ class Run:
             own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
         self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)
         own |= of_length(merged | own, self.length_of(stage))
-        epochs = own.get("max_epochs", merged.get("max_epochs"))
+        epochs = 0 if stage.kind == PACKAGE else own.get("max_epochs", merged.get("max_epochs"))
         files = {name: str(path.relative_to(self.stages)) for name, path in earlier.items()}
         cases = [case for name, part in read_json(self.datalist_of(stage)).items() if name in SECTIONS for case in part]
         identity = None  # a translation writes where its scans lie
@@ -166,7 +166,8 @@ class Run:
             times[stage.name] = other.get("processor_seconds", {}).get(stage.name, 0)
             self.record["samples"] = training_samples(merged | own, finished_epochs(output))
             return float(other["seconds"][stage.name])
-        logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
+        length = f"{epochs} epochs; " if epochs else ""
+        logger.info(f"Stage {stage.name}: {length}what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
 
