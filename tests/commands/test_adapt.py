@@ -301,6 +301,8 @@ def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
     assert structure_names(None, str(dataset / "datalist.json"), []) == {"first": 1, "second": 2}
     assert structure_names(None, str(dataset), []) == {"first": 1, "second": 2}, "a folder with a datalist.json"
     assert read_mapping("labels", '{"liver": 1}') == {"liver": 1}
+    long = {f"structure {value}": value for value in range(1, 300)}  # longer than a name of a file can be
+    assert read_mapping("labels", json.dumps(long)) == long
 
 
 def figures(estimates, dice=0.8, within=True):
