@@ -24,6 +24,8 @@ from benchmarks.methods.run import main
 from benchmarks.methods.splits import main as write_splits
 from benchmarks.methods.task import read_task, write_inputs
 from benchmarks.methods.variants import Variant, read_knobs
+from benchmarks.methods.verdicts import pooled
+from benchmarks.methods.verdicts import table as verdict_table
 from mapseg_components.commands.main import main as mapseg
 from mapseg_components.errors import ConfigError, DataError, ResourceError
 from mapseg_components.plans.recipes import recipe_names
@@ -366,6 +368,30 @@ def test_runs_made_by_hand_are_scored_where_they_lie(scans, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["methods"]
     assert found["mapseg, run by hand"]["dice"]["adapted"] == pytest.approx(DICE[1])
     assert found["again"]["minutes"] == 1
+
+
+def test_estimates_are_held_against_the_truth_over_tasks_and_moved_by_the_others():
+    def result(title, errors):
+        runs = [
+            {"state": "done", "oracle": False, "same_model": False, "name": "mapseg", "seed": seed}
+            | {"verdict": {"right": True, "lost": 0.0, "on": "the judged scans", "estimates": estimates}}
+            for seed, estimates in enumerate(
+                [{"model": "adapted", "case": case, "estimate": 0.5 + error, "dice": 0.5} for case in "ab"]
+                for error in errors
+            )
+        ]
+        return {"task": {"title": title}, "runs": [*runs, {"state": "failed", "oracle": False}]}
+
+    rows = pooled([result("one", [0.1, 0.2, 0.3, 0.1, 0.2]), result("two", [0.25, 0.35])])
+    one, two, both = rows
+    assert [row["models"] for row in rows] == [5, 2, 7] and [row["comparisons"] for row in rows] == [5, 2, 7]
+    assert two["error"] == pytest.approx(0.3) == pytest.approx(two["bias"])
+    assert two["moved_error"] == pytest.approx(0.1)  # by 0.2, the other's median error
+    assert two["held"] == 1  # four fifths of five errors and one more: all are within 0.1, and 0.15 is not
+    assert one["moved_error"] == pytest.approx(0.12)  # by 0.3
+    assert both["moved_error"] == pytest.approx((5 * 0.12 + 2 * 0.1) / 7)
+    assert pooled([result("one", [0.1])])[0]["moved_error"] is None
+    assert "| two | 2 of 2 | 0.000 | 2 | 0.300 | +0.300 | 0.100 | 1 of 2 |" in verdict_table(rows)
 
 
 def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):
