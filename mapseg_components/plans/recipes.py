@@ -19,14 +19,14 @@ __all__ = ["Recipe", "Stage", "read_recipe", "recipe_for", "recipe_names", "scal
 
 ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
-TRAINING, PSEUDO_LABELS = "training", "pseudo_labels"  # kinds of stages
+TRAINING, PSEUDO_LABELS, PACKAGE = "training", "pseudo_labels", "package"  # kinds of stages
 INVERTS = "any_contrast.yaml"
 LABEL_MAPS = "label_maps.yaml"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training, or the segmentation of the target's scans for pseudo labels.
+    """One training, the segmentation of the target's scans for pseudo labels, or a hand-over package.
 
     Args:
         name: of its folder below ``stages``.
@@ -42,7 +42,8 @@ class Stage:
         only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
         fixed: further settings that hold whatever the user asks for.
         kind: ``training``, or ``pseudo_labels``: the scans of ``target_training`` are segmented by `weights`, those
-            that lack a structure are left out, and ``pseudo/datalist.json`` names the others with their label maps.
+            that lack a structure are left out, and ``pseudo/datalist.json`` names the others with their label maps; or
+            ``package``: a hand-over package is written of weights that an earlier stage has trained.
         weights: files below ``stages`` that make pseudo labels, together if there are several; of a stage of each round
             those of the first, the adapted model of the round before in later ones.
         each_round: whether it is repeated, see `mapseg_components.plans.rounds`.
