@@ -56,7 +56,7 @@ def adapt_and_compare(
     Raises:
         MAPSegError: of a stage.
     """
-    recipe = read_recipe(str(inspect.signature(adapt).parameters["method"].default))
+    recipe = read_recipe(inspect.signature(adapt).parameters["method"].default)
     alone = source_alone(recipe)
     contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], seed, options)
     whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], seed, options)
@@ -119,6 +119,7 @@ def run_of(
     request |= {
         "source": str(sample / "datalist.json"),
         "target": str(sample / "target"),
+        "method": recipe.name,
         "pretraining": False,
         "seed": seed,
         "device": options["device"],

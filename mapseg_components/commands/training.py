@@ -52,7 +52,8 @@ class Run:
         self.request = request
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
-        self.recipe = written_out(recipe_for(request["method"], bool(request.get("source_label_maps"))), self.asked)
+        kinds = bool(request.get("source_label_maps")), request.get("package") is not None
+        self.recipe = written_out(recipe_for(request["method"], *kinds), self.asked)
 
     @property
     def asked(self) -> Mapping[str, Any]:
@@ -107,7 +108,8 @@ class Run:
     def datalist_of_model(self, name: str) -> Path:
         """The datalist of the stage that a model of the recipe is from."""
         first = self.recipe.models[name].partition("/")[0]
-        return next(self.datalist_of(stage) for stage in self.recipe.stages if stage.name == first)
+        datalists = (self.datalist_of(stage) for stage in self.recipe.stages if stage.name == first)
+        return next(datalists, self.folder / DATALIST)  # of a package no stage is run
 
     def _done(self, name: str, seconds: float) -> None:
         self.record["seconds"][name] = round(seconds, 1)
