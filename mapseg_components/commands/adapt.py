@@ -368,7 +368,9 @@ def refuse_of_source(**given: Any) -> None:
     """Refuse arguments that a package answers itself. Raises `ConfigError`."""
     named = [name for name, value in given.items() if value]
     if named:
-        raise ConfigError(f"{' and '.join(named)} are of a source, and the package's model has learnt its own: leave them out")
+        raise ConfigError(
+            f"{' and '.join(named)} are of a source, and the package's model has learnt its own: leave them out"
+        )
 
 
 def comparable(request: Mapping[str, Any]) -> dict[str, Any]:

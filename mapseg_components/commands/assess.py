@@ -53,8 +53,8 @@ LEAST_LOSS = 0.01
 ESTIMATE, CONSISTENCY = "estimated_dice", "consistency"  # figures of a case by which models are compared
 TITLES = {ESTIMATE: "Estimated Dice", CONSISTENCY: "Consistency"}
 WITHOUT_LABELS = (
-    "There is no labelled scan, so Dice is not estimated: consistency is how alike a model's label maps of one scan are "
-    "when its intensities change. A model can be consistent and wrong."
+    "There is no labelled scan, so Dice is not estimated: consistency is how alike a model's label maps of one scan "
+    "are when its intensities change. A model can be consistent and wrong."
 )
 OFF = {
     ESTIMATE: "Structures are missing, or lie where no labelled scan has them,",
@@ -86,7 +86,8 @@ def assess(
     None of it can know errors that all models make alike however a scan is shown, and at the right place.
 
     Without labelled scans no Dice can be estimated: then two models are compared by their consistency itself, in which
-    a structure counts as 0 that only the other model has, or whose share of all structures is out of the package's range.
+    a structure counts as 0 that only the other model has, or whose share of all structures leaves the range of
+    the package.
 
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
@@ -307,9 +308,7 @@ def verdict_of(
         of the estimates), ``interval``, ``why`` (sentences).
     """
     pairs = [
-        (a[by], b[by])
-        for a, b in zip(source["cases"], adapted["cases"])
-        if a[by] is not None and b[by] is not None
+        (a[by], b[by]) for a, b in zip(source["cases"], adapted["cases"]) if a[by] is not None and b[by] is not None
     ]
     why = []
     if not pairs:

@@ -15,6 +15,15 @@ import numpy as np
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.order import describe_order
+from mapseg_components.commands.report_package import (
+    CONSISTENCY,
+    CONSISTENCY_NOTE,
+    PACKAGE_NOTE,
+    by_of,
+    package_table,
+    source_scans,
+    title_of,
+)
 from mapseg_components.commands.report_rounds import (
     PICTURES_STYLE,
     adapted_stage,
@@ -50,7 +59,6 @@ MOST_SCANS = 12  # shown slice by slice; all are in the tables
 MODELS = {"source_only": "source-only", "adapted": "adapted"}
 MANIFEST = ("request", "plan", "seconds", "versions")
 KINDS = {"adapted": "good", "no gain": "warning", "worse than source": "error"}
-CONSISTENCY = "consistency"
 VERDICTS = {
     "adapted": "Adapted: use the adapted model.",
     "no gain": "No gain: the adapted model is not better; the bundle uses the source-only model.",
@@ -69,15 +77,6 @@ QUALITY_NOTE = (
     "of another contrast it holds less often; none with too few validation scans. A guess: no labelled scan was as "
     "consistent, or as inconsistent. Confident share: of the voxels that the adapted model labels, those with a "
     "probability above 0.95. Agreement: Dice between the label maps of both models."
-)
-CONSISTENCY_NOTE = (
-    "Consistency: how alike a scan's segmentation stays when its intensities change, as mean Dice over structures; a "
-    "structure counts as 0 that only the other model has, or whose share of all structures no labelled scan had, by a "
-    "factor of 3. It is no estimate of Dice: no labelled scan is here to tell. Confident share: of the voxels that the "
-    "adapted model labels, those with a probability above 0.95. Agreement: Dice between the label maps of both models."
-)
-PACKAGE_NOTE = (
-    "Adapted from a hand-over package, without the source's scans. What is said of the source below is the package's."
 )
 HELD_OUT_NOTE = "All scans of this table were held out of adaptation."
 ADAPTED_ON_NOTE = "No scan was held out: gains are judged on the scans adapted on, and may be less on others."
@@ -226,22 +225,6 @@ def worst_first(assessment: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], 
     return sorted(pairs, key=lambda pair: -1.0 if pair[1][by] is None else pair[1][by])
 
 
-def by_of(assessment: Mapping[str, Any]) -> str:
-    """The figure of a case that the verdict compares."""
-    return str(assessment.get("by", "estimated_dice"))
-
-
-def title_of(assessment: Mapping[str, Any]) -> str:
-    """The same in words."""
-    return "Consistency" if by_of(assessment) == CONSISTENCY else "Estimated Dice"
-
-
-def source_scans(plan: Mapping[str, Any]) -> str:
-    """What a run had of the source."""
-    counts = f"{plan['source_training']} + {plan['source_validation']} source scans"
-    return "no source scans" if "package" in plan else counts
-
-
 def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures behind the verdict: both estimates, their difference and its interval."""
     verdict = assessment["verdict"]
@@ -307,11 +290,7 @@ def validation_table(run: Mapping[str, Any], names: Sequence[str]) -> str:
     """Dice on the labelled validation scans of the source; of a package, that of its weights as it says."""
     assessment = run["assessment"]
     if "package" in run["plan"]:
-        said = run["plan"]["package"]["validation"]
-        if said["mean"] is None:
-            return "<p>The package does not say it, and no source scan is here to measure it.</p>"
-        rows = [[name, said.get("structures", {}).get(name)] for name in names]
-        return sortable_table(["structure", f"package ({said['scans']} scans)"], [*rows, ["mean", said["mean"]]], compact=True)
+        return package_table(run["plan"]["package"]["validation"], names)
     both = [assessment["models"][name]["validation_dice"] for name in MODELS]
     rows = [[name, *(one["structures"][name] for one in both)] for name in names]
     rows.append(["mean", *(one["mean"] for one in both)])

@@ -30,7 +30,7 @@ logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's,
 
 MANIFEST = "handover.json"
 METADATA = "configs/metadata.json"
-AS_IT_IS, RESAMPLED = 3.0, 8.0  # ratio of voxel sides beyond which scans of a target do not fit, by whether it is mended
+AS_IT_IS, RESAMPLED = 3.0, 8.0  # ratio of voxel sides beyond which a target does not fit, by whether it is mended
 OF_NETWORK = ("width", "depth", "stride", "dilations", "head_channels", "dropout", "uncertainty", "variance")
 UNCERTAIN, WITHOUT_VIEW = "uncertainty.yaml", "supervised.yaml"  # overlays of recipes: two heads; no global view
 
@@ -52,8 +52,8 @@ def place_of(package: str) -> Path:
     if not path.is_dir():
         shipped = sorted(one.parents[1].name for one in bundles_folder().glob(f"*/{METADATA}"))
         raise ConfigError(
-            f"package {Path(package).absolute()} is no folder: name a hand-over package, the folder of a bundle, or one "
-            f"of the bundles {shipped}"
+            f"package {Path(package).absolute()} is no folder: name a hand-over package, the folder of a bundle, or "
+            f"one of the bundles {shipped}"
         )
     if not ((path / MANIFEST).is_file() or (path / METADATA).is_file()):
         raise ConfigError(
@@ -153,7 +153,7 @@ def plan_of_package(
     settings |= {"stride": [stride] * 3 if isinstance(stride, int) else [*stride]}
     settings |= {"uncertainty": package.variance is not None, "variance": package.variance or "free"}
     known = ConfigParser.load_config_file(bundles_folder() / "mapseg_adaptation" / "configs" / "train.json")
-    silent = {name: "the package does not say" for name in package.labels}
+    silent = dict.fromkeys(package.labels, "the package does not say")
     after = {name: asked.get(name, []) for name in TITLES}
     reasons = {name: {} if name in asked else silent for name in TITLES}
     return {
@@ -183,8 +183,8 @@ def figures_of(package: HandoverPackage) -> dict[str, Any]:
     without = [name for name in package.labels if name not in shares]
     if without:
         logger.warning(
-            f"The package has no range of the shares of {', '.join(without)}: that such a structure vanishes, or swallows "
-            "others, is not watched."
+            f"The package has no range of the shares of {', '.join(without)}: that such a structure vanishes, or "
+            "swallows others, is not watched."
         )
     return {
         "validation": package.content["source_validation"],
@@ -206,18 +206,18 @@ def require_fit(package: HandoverPackage, grids: Sequence[Grid]) -> None:
     settings, remedy = package.settings["preprocessing"], "take the scans that the package is for, or another package"
     if settings["in_channels"] != 1:
         raise DataError(
-            f"the package's network takes {settings['in_channels']} channels, and a scan of the target has "
-            f"1: {remedy}"
+            f"the package's network takes {settings['in_channels']} channels, and a scan of the target has 1: {remedy}"
         )
     flat = [bool((grid.shape == 1).any()) for grid in grids]
     for_images = 1 in settings["patch_size"]
     if any(one is not for_images for one in flat):
         found, expected = ("volumes", "2D images") if for_images else ("2D images", "volumes")
         number = sum(one is not for_images for one in flat)
-        raise DataError(f"{number} of {len(flat)} target scans are {found}, and the package is for {expected}: {remedy}")
+        counted = f"{number} of {len(flat)} target scans are {found}"
+        raise DataError(f"{counted}, and the package is for {expected}: {remedy}")
     working = settings["working_spacing"] or [0.0, 0.0, 0.0]
     if package.content["spacing_mm"] is None:
-        logger.warning("The package does not say the voxel size of its source: whether the target's fits is not checked.")
+        logger.warning("The package does not say its source's voxel size: whether the target's fits is not checked.")
         return
     affine = np.diag([*package.content["spacing_mm"], 1.0])
     source = laid([1, 1, 1], affine, settings["working_directions"]).spacing

@@ -217,8 +217,8 @@ def describe(plan: Mapping[str, Any]) -> str:
     if "package" in plan:
         source = f"Network ({plan['network']['_target_']}) and sizes of the package, no source"
     return (
-        f"Preset {plan['preset']} ({plan['reason']}). {source}, target {plan['target']}; median scan {plan['median_shape']} "
-        f"voxels of {plan['median_spacing_mm']} mm, worked on as {plan['working_shape']} of "
+        f"Preset {plan['preset']} ({plan['reason']}). {source}, target {plan['target']}; median scan "
+        f"{plan['median_shape']} voxels of {plan['median_spacing_mm']} mm, worked on as {plan['working_shape']} of "
         f"{plan['working_spacing_mm']} mm. "
         f"Structures: {', '.join(plan['labels'])}. {sizes}. "
         f"{describe_after(plan['after_network'])}"
