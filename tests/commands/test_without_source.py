@@ -264,6 +264,26 @@ def test_the_whole_way_from_a_package(bundle, scans, tmp_path, monkeypatch):
     assert open_package(second, tmp_path / "next").labels == LABELS
 
 
+@pytest.mark.parametrize("method", ["entropy", "mean_teacher_test_time"])
+def test_other_methods_go_on_from_a_package_without_a_global_view(package, scans, tmp_path, method):
+    path = package.folder / "handover.json"
+    content = json.loads(path.read_text())
+    content["settings"]["preprocessing"]["global_view"] = False
+    path.write_text(json.dumps(content))
+    entries = [{"image": str(path)} for path in sorted(scans.glob("*.nii.gz"))]
+    (tmp_path / "datalist.json").write_text(json.dumps({"target_training": entries}))
+    recipe = recipe_for(method, package=True)
+    check_method(recipe, HandoverPackage(package.folder), {})
+    settings = {"handover_dir": str(package.folder), "datalist": str(tmp_path / "datalist.json"), "amp": None}
+    settings |= {"max_epochs": 1, "epoch_length": 1, "val_interval": 1, "device": TINY["device"]}
+    names = ("train.json", *recipe.overlays, *recipe.stages[0].overlays)
+    configs = [str(SHIPPED / "configs" / name) for name in names]
+    in_this_process("adaptation", tmp_path, configs, tmp_path / "out", settings)
+    before, after = torch.load(tmp_path / "out" / "source_only.pt"), torch.load(tmp_path / "out" / "model.pt")
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert moved and (method != "entropy" or all("norm" in name or ".1." in name for name in moved))
+
+
 def segmented(bundle, scans, output, **options):
     return predict(str(scans), str(output), bundle=str(bundle), device="cpu", no_preview=True, quiet=True, **options)
 
