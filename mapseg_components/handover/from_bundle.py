@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from monai.bundle import ConfigParser
 from mapseg_components import __version__
 from mapseg_components.checkpoints import fingerprint, load_weights, weights_of, write_atomic
 from mapseg_components.configs import parser_of
-from mapseg_components.errors import ConfigError
+from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.handover.fragments import faults_of_fragment, network_of, plain
 from mapseg_components.handover.package import MANIFEST, PARTS, SCHEMA, WEIGHTS, HandoverPackage, check_content
@@ -123,11 +124,12 @@ def figures_of(bundle: Path, labels: Mapping[str, int], digest: str) -> Figures:
     found: Figures = {"spacing_mm": None, "source_validation": {"metric": "Dice", "scans": 0, "mean": None}}
     found["volumes"] = {"min_scans": 2, "structures": {}}
     for path in sorted((bundle / "stages").glob(f"**/package/{MANIFEST}")):
-        package = HandoverPackage(path.parent)
-        if package.labels == dict(labels):
-            found |= {name: package.content[name] for name in ("spacing_mm", "volumes")}
-            if package.content["weights"]["sha256"] == digest:
-                found["source_validation"] = package.content["source_validation"]
+        with contextlib.suppress(MAPSegError):  # of an earlier version
+            package = HandoverPackage(path.parent)
+            if package.labels == dict(labels):
+                found |= {name: package.content[name] for name in ("spacing_mm", "volumes")}
+                if package.content["weights"]["sha256"] == digest:
+                    found["source_validation"] = package.content["source_validation"]
     record = bundle / "run.json"
     run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     assessment = run.get("assessment", {})
