@@ -308,11 +308,11 @@ class Adaptation(Run):
         check_names(self.asked, self.recipe)
         if request["prepare"] is not None:
             self._prepare()
-        if request["package"] is None:
+        if request.get("package") is None:
             training, validation, structures, own = labelled_cases(request, self._scans("source"), self.folder)
         target = target_cases(self._scans("target"))
         adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
-        if request["package"] is not None:
+        if request.get("package") is not None:
             self._plan_of_package(target, adapted_on, held_out)
             return
         if request["symmetric"]:
