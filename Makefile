@@ -69,7 +69,7 @@ bench-quick: bench
 TASK ?= benchmarks/methods/tasks/adult_t1_to_t2.yaml
 benchmark: $(STAMP)
 	@$(BIN)/python -m benchmarks.methods.run "$(TASK)" $(if $(DATA),--data "$(DATA)") $(if $(METHODS),--methods $(METHODS)) \
-	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(BUDGET),--budget $(BUDGET)) $(if $(SOURCE_LENGTH),--source_length $(SOURCE_LENGTH)) $(if $(JOBS),--jobs $(JOBS)) \
 	  $(if $(KNOBS),--knobs "$(KNOBS)") $(if $(FROM),--from $(FROM)) $(if $(OUTPUT),--output "$(OUTPUT)") $(BENCHMARK)
 
 weights: $(STAMP)

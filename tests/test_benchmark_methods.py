@@ -24,6 +24,8 @@ from benchmarks.methods.run import main
 from benchmarks.methods.splits import main as write_splits
 from benchmarks.methods.task import read_task, write_inputs
 from benchmarks.methods.variants import Variant, read_knobs
+from benchmarks.methods.verdicts import pooled
+from benchmarks.methods.verdicts import table as verdict_table
 from mapseg_components.commands.main import main as mapseg
 from mapseg_components.errors import ConfigError, DataError, ResourceError
 from mapseg_components.plans.recipes import recipe_names
@@ -140,6 +142,7 @@ def made_run(folder: Path, datalist: Path, moved: tuple[int, int], ships: str, w
     verdict = {"ship": ships, "gain": 0.1, "interval": [0.0, 0.2]}
     stages = {"source": {"max_epochs": 36, "val_interval": 5}, "adaptation": {"max_epochs": 16, "val_interval": 5}}
     record = {"request": request, "assessment": {"models": models, "verdict": verdict}, "epochs": stages}
+    record["models"] = {"source_only": "source/source_only.pt", "adapted": "adaptation/model.pt"}
     record |= {"seconds": {"source": 40.0, "adaptation": 80.0}}
     record |= {"processor_seconds": {"source": 20.0, "adaptation": 40.0}}
     (folder / "run.json").write_text(json.dumps(record))
@@ -292,7 +295,7 @@ def test_a_budget_sets_one_length_and_what_cannot_fit_or_goes_over_is_said(scans
     lengths = [float(option(words, "length")) for words in commands.called if words[0] == "adapt"]
     assert len(lengths) == 3 and lengths[0] < 0.001 and lengths[1] == lengths[2] == found["runs"][0]["length"]
     # rates of a half: epochs of 5 and 15 s, a validation of 2 s; 8 s and 10 s of starts, 540 s of all else
-    cost = Costs(540.0, (StageCosts(36, 5, 8.0, 5.0, 2.0), StageCosts(16, 5, 10.0, 15.0, 0.0)))
+    cost = Costs(540.0, (StageCosts(36, 5, 8.0, 5.0, 2.0, False), StageCosts(16, 5, 10.0, 15.0, 0.0)))
     assert lengths[1] == pytest.approx(cost.length_for(1200), abs=1e-4)
     assert json.loads(option(commands.called[0], "settings")) == {"target_inverted": False}
     assert not (tmp_path / "out" / "calibration" / "mapseg").exists()
@@ -320,7 +323,27 @@ def test_the_longest_run_within_a_budget_is_within_it_and_a_longer_one_is_not(tm
     content = {"source_training": [{"image": "a", "label": "b"}], "target_training": [{"image": "c", "case_id": "c"}]}
     datalist.write_text(json.dumps(content))
     found = costs_of(made_run(tmp_path / "run", datalist, (1, 0), "adapted"), 100.0)
-    assert found == Costs(40.0, (StageCosts(36, 5, 8.0, 5.0, 2.0), StageCosts(16, 5, 10.0, 15.0, 0.0)))
+    assert found == Costs(40.0, (StageCosts(36, 5, 8.0, 5.0, 2.0, False), StageCosts(16, 5, 10.0, 15.0, 0.0)))
+    # 40 s, the source's 36 epochs and 7 validations, 10 s and a tenth of the adaptation beside its epochs
+    shared = dataclasses.replace(found, source_length=1.0)
+    assert shared.predicted(0.5) == 40 + 8 + 36 * 5 + 7 * 2 + 1.1 * (10 + 8 * 15)
+    assert shared.length_for(shared.predicted(0.5) + 1.0) >= 0.5 and shared.length_for(60.0) is None
+
+
+def test_a_common_source_length_leaves_the_budget_to_adaptation_and_runs_know_each_other(scans, tmp_path):
+    commands = Commands({"mapseg": (2, 1), "entropy": (3, 3)})
+    bench = bench_of(scans, tmp_path / "out", commands, budget_minutes=20, source_length=0.5)
+    found = results_of(bench, THREE[:2], [0])
+    assert found["source_length"] == 0.5
+    called = [words for words in commands.called if words[0] == "adapt"]
+    assert [option(words, "length") for words in called] == ["0.5"] * 4
+    assert not any(word.startswith("--settings") for words in called for word in words)
+    shortest, chosen = (float(option(called[n], "adaptation_length")) for n in (0, 1))
+    assert shortest < 0.001 < chosen == next(run["length"] for run in found["runs"] if run["name"] == "mapseg")
+    names = [option(words, "reuse").split(",") if "--reuse" in " ".join(words) else [] for words in called]
+    folders = [[str(Path(name).relative_to(tmp_path / "out")) for name in one] for one in names]
+    assert folders[:2] == [[], ["calibration/mapseg"]]
+    assert folders[2] == ["calibration/mapseg", "runs/mapseg_0"]
 
 
 def test_runs_made_by_hand_are_scored_where_they_lie(scans, tmp_path):
@@ -345,6 +368,30 @@ def test_runs_made_by_hand_are_scored_where_they_lie(scans, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text())["summary"]["methods"]
     assert found["mapseg, run by hand"]["dice"]["adapted"] == pytest.approx(DICE[1])
     assert found["again"]["minutes"] == 1
+
+
+def test_estimates_are_held_against_the_truth_over_tasks_and_moved_by_the_others():
+    def result(title, errors):
+        runs = [
+            {"state": "done", "oracle": False, "same_model": False, "name": "mapseg", "seed": seed}
+            | {"verdict": {"right": True, "lost": 0.0, "on": "the judged scans", "estimates": estimates}}
+            for seed, estimates in enumerate(
+                [{"model": "adapted", "case": case, "estimate": 0.5 + error, "dice": 0.5} for case in "ab"]
+                for error in errors
+            )
+        ]
+        return {"task": {"title": title}, "runs": [*runs, {"state": "failed", "oracle": False}]}
+
+    rows = pooled([result("one", [0.1, 0.2, 0.3, 0.1, 0.2]), result("two", [0.25, 0.35])])
+    one, two, both = rows
+    assert [row["models"] for row in rows] == [5, 2, 7] and [row["comparisons"] for row in rows] == [5, 2, 7]
+    assert two["error"] == pytest.approx(0.3) == pytest.approx(two["bias"])
+    assert two["moved_error"] == pytest.approx(0.1)  # by 0.2, the other's median error
+    assert two["held"] == 1  # four fifths of five errors and one more: all are within 0.1, and 0.15 is not
+    assert one["moved_error"] == pytest.approx(0.12)  # by 0.3
+    assert both["moved_error"] == pytest.approx((5 * 0.12 + 2 * 0.1) / 7)
+    assert pooled([result("one", [0.1])])[0]["moved_error"] is None
+    assert "| two | 2 of 2 | 0.000 | 2 | 0.300 | +0.300 | 0.100 | 1 of 2 |" in verdict_table(rows)
 
 
 def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):

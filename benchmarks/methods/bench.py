@@ -48,6 +48,8 @@ class Bench:
         folder: of this benchmark's runs, records and results.
         settings: of ``mapseg adapt``, for all methods, on top of the task's.
         budget_minutes: processor minutes of each run, or ``None``.
+        source_length: factor of the epochs of the stages up to the source-only model, the same for all methods, so that
+            those that begin with the same model train it once; without, one factor for all stages of a run.
         jobs: runs at a time.
         knobs: content of the file of variants, if that is what is compared.
         command: runs ``mapseg``; another one in tests.
@@ -63,13 +65,14 @@ class Bench:
         *,
         settings: dict[str, Any] | None = None,
         budget_minutes: float | None = None,
+        source_length: float | None = None,
         jobs: int = 1,
         knobs: dict[str, Any] | None = None,
         command: Command = run_mapseg,
     ) -> None:
         self.task, self.folder, self.knobs, self.command = task, folder, knobs, command
         self.settings = {**task.settings, **(settings or {})}
-        self.budget_minutes = budget_minutes
+        self.budget_minutes, self.source_length = budget_minutes, source_length
         self.stop = threading.Event()
         self.writing = threading.Lock()
         self.calibrating: dict[str, threading.Lock] = {}
@@ -89,7 +92,7 @@ class Bench:
         lock_folder(self.folder)
         try:
             same = {"task": as_json(self.task), "budget_minutes": self.budget_minutes, "settings": self.settings}
-            same = json.loads(json.dumps({**same, "knobs": self.knobs}))
+            same = json.loads(json.dumps({**same, "source_length": self.source_length, "knobs": self.knobs}))
             path = self.folder / "benchmark.json"
             if path.is_file():
                 earlier = json.loads(path.read_text(encoding="utf-8"))
@@ -179,6 +182,7 @@ class Bench:
                 "cases": {name: [case["case_id"] for case in cases] for name, cases in self.task.parts.items()},
             },
             "budget_minutes": self.budget_minutes,
+            "source_length": self.source_length,
             "settings": self.settings,
             "knobs": self.knobs,
             "machine": f"{facts['processor']}, one thread for each run, {self.jobs} at a time",
@@ -263,8 +267,18 @@ class Bench:
         words = ["adapt", f"--source={data}", f"--target={data}", f"--output={folder}", f"--method={variant.method}"]
         words += [f"--seed={seed}", "--num_threads=1"]
         words += [f"--settings={json.dumps(settings)}"] if settings else []
-        words += [f"--length={length}"] if length != 1 else []
+        if self.source_length is None:
+            words += [f"--length={length}"] if length != 1 else []
+        else:
+            words += [f"--length={self.source_length}", f"--adaptation_length={length}"]
+        others = [run for run in self._runs() if run != folder]
+        words += [f"--reuse={','.join(map(str, others))}"] if others else []
         return words + [f"--{name}={text_of(value)}" for name, value in given.items()]
+
+    def _runs(self) -> list[Path]:
+        """Folders of all runs so far, whose stages may be the same as those of another one."""
+        kept = ["runs"] if self.source_length is None else ["runs", "calibration"]
+        return sorted(path.parent for name in kept for path in (self.folder / name).glob("*/run.json"))
 
     def _adapt(self, variant: Variant, seed: int, folder: Path, record: dict[str, Any], core: int | None) -> None:
         """Train, unless that is done; what was used before a stop counts. Raises `CommandError` and `StoppedError`."""
@@ -285,9 +299,11 @@ class Bench:
 
         words = self._words(variant, seed, folder, record["length"], {})
         used = self._call(words, key, core, limit=limit, on_used=keep)
-        trained = {} if used.over else finished(folder).get("processor_seconds", {})
+        found = {} if used.over else finished(folder)
+        trained = found.get("processor_seconds", {})
+        reused = sum(trained.get(name, 0.0) for name in found.get("reused", {}))  # counts as if it were trained again
         # a command that outlived a killed benchmark has written what its stages used
-        seconds = max(used.processor_seconds, sum(trained.values()) - before["seconds"])
+        seconds = max(used.processor_seconds + reused, sum(trained.values()) - before["seconds"])
         keep(seconds, used.peak_bytes, not used.over)
         if used.over:
             raise CommandError(
@@ -313,8 +329,9 @@ class Bench:
                     lock_folder(folder)
                     unlock_folders([folder])
                     shutil.rmtree(folder, ignore_errors=True)
-                # the stage for targets as they are is measured, too
-                words = self._words(variant, seed, folder, SHORTEST, {"target_inverted": False, **self.settings})
+                # the stage for targets as they are is measured, too, unless the source-only model will be the same
+                order = {"target_inverted": False} if self.source_length is None else {}
+                words = self._words(variant, seed, folder, SHORTEST, {**order, **self.settings})
                 try:
                     used = self._call(words, f"{name}_calibration", core, limit=self.budget_minutes * 60 * STOP_AT)
                 except CommandError as error:
@@ -323,11 +340,14 @@ class Bench:
                 if used.over:
                     found: dict[str, Any] = {"length": None, "shortest": seconds}
                 else:
-                    costs = costs_of(folder, seconds)
+                    record = finished(folder)
+                    reused = [record.get("processor_seconds", {}).get(name, 0.0) for name in record.get("reused", {})]
+                    costs = costs_of(folder, seconds + sum(reused), self.source_length)
                     length = costs.length_for(self.budget_minutes * 60)
                     found = {"length": length, "shortest": costs.predicted(SHORTEST), "costs": asdict(costs)}
                 write_json({**found, "processor_seconds": seconds}, path)
-                shutil.rmtree(folder, ignore_errors=True)
+                if self.source_length is None:  # its source stages are too short for others
+                    shutil.rmtree(folder, ignore_errors=True)
             found = json.loads(path.read_text(encoding="utf-8"))
         if found["length"] is None:
             raise CommandError(

@@ -27,6 +27,7 @@ class StageCosts:
         start: what does not depend on the number of epochs.
         epoch: each.
         validation: each.
+        adapts: whether it comes after the source-only model.
     """
 
     epochs: int
@@ -34,6 +35,7 @@ class StageCosts:
     start: float
     epoch: float
     validation: float
+    adapts: bool = True
 
     def predicted(self, length: float) -> float:
         """Processor seconds of the stage by a factor of its epochs."""
@@ -49,14 +51,18 @@ class Costs:
     Args:
         fixed: of what is no training: plan, check, label maps, report and the shortest comparison.
         stages: in their order.
+        source_length: factor of the epochs of the stages up to the source-only model; ``None`` for the same as of the
+            others.
     """
 
     fixed: float
     stages: tuple[StageCosts, ...]
+    source_length: float | None = None
 
     def predicted(self, length: float) -> float:
-        """Processor seconds of the run by a factor of all epochs."""
-        each = [stage.predicted(length) for stage in self.stages]
+        """Processor seconds of the run by a factor of the epochs."""
+        given = self.source_length
+        each = [stage.predicted(length if stage.adapts or given is None else given) for stage in self.stages]
         return self.fixed + sum(each) + (COMPARISON_SHARE * each[-1] if each else 0.0)
 
     def length_for(self, seconds: float) -> float | None:
@@ -73,7 +79,7 @@ class Costs:
         return low or None
 
 
-def costs_of(run: Path, processor_seconds: float) -> Costs:
+def costs_of(run: Path, processor_seconds: float, source_length: float | None = None) -> Costs:
     """What a finished run teaches about longer ones.
 
     A stage's history has the seconds of each epoch, with the validation that belongs to it; its processor seconds are
@@ -83,10 +89,13 @@ def costs_of(run: Path, processor_seconds: float) -> Costs:
     Args:
         run: folder of ``mapseg adapt``.
         processor_seconds: of the whole command.
+        source_length: see `Costs`.
     """
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    stages, trained = [], 0.0
+    stages, trained, adapts = [], 0.0, False
+    source_only = record["models"]["source_only"].partition("/")[0]
     for name, planned in record.get("epochs", {}).items():
+        after, adapts = adapts, adapts or name == source_only
         used, passed = (record.get(kind, {}).get(name) for kind in ("processor_seconds", "seconds"))
         history = read_history(run / "stages" / name)
         if not used or not passed or not history or not isinstance(planned["max_epochs"], int):
@@ -100,8 +109,8 @@ def costs_of(run: Path, processor_seconds: float) -> Costs:
         epoch = mean(plain or validated)
         extra = max(mean(validated) - epoch, 0.0) if plain and validated else 0.0
         start = max(used - sum(validated) - sum(plain), 0.0)
-        stages.append(StageCosts(planned["max_epochs"], interval, start, epoch, extra))
-    return Costs(max(processor_seconds - trained, 0.0), tuple(stages))
+        stages.append(StageCosts(planned["max_epochs"], interval, start, epoch, extra, after))
+    return Costs(max(processor_seconds - trained, 0.0), tuple(stages), source_length)
 
 
 def mean(values: list[float]) -> float:

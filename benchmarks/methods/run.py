@@ -44,6 +44,12 @@ def arguments_of(line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=recipe_names(), metavar="NAME", help="all by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="of processor time, for each method and seed")
+    parser.add_argument(
+        "--source_length",
+        type=float,
+        metavar="F",
+        help="of all methods' stages up to the source-only model, trained once",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a processor core of its own")
     parser.add_argument("--settings", help="of mapseg adapt, on top of the task's, JSON text or a file")
     parser.add_argument("--oracle_method", default=SUPERVISED, metavar="NAME", help="recipe of the oracle")
@@ -56,6 +62,8 @@ def arguments_of(line: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(line)
     if arguments.budget is not None and not arguments.budget > 0:
         parser.error(f"--budget {arguments.budget}: expected minutes above 0")
+    if arguments.source_length is not None and not arguments.source_length > 0:
+        parser.error(f"--source_length {arguments.source_length}: expected a factor above 0")
     if arguments.knobs and arguments.runs:
         parser.error("--knobs trains and --from does not: name one of them")
     if arguments.name and not arguments.runs:
@@ -80,7 +88,13 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, list[Variant]]:
         oracle = arguments.oracle_method if "oracle" in task.parts and not arguments.no_oracle else None
         variants = of_methods(arguments.methods, oracle)
     bench = Bench(
-        task, folder.absolute(), settings=settings, budget_minutes=arguments.budget, jobs=arguments.jobs, knobs=knobs
+        task,
+        folder.absolute(),
+        settings=settings,
+        budget_minutes=arguments.budget,
+        source_length=arguments.source_length,
+        jobs=arguments.jobs,
+        knobs=knobs,
     )
     return bench, variants
 

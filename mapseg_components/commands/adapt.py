@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,24 @@ from mapseg_components.commands.check import check
 from mapseg_components.commands.order import asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import report, require_matplotlib, verdict_line
+from mapseg_components.commands.reuse import runs_to_reuse
 from mapseg_components.commands.stages import threads
 from mapseg_components.commands.training import Run
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
-from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package
+from mapseg_components.plans.package import (
+    MANIFEST,
+    check_method,
+    open_package,
+    place_of,
+    plan_of_package,
+    refuse_of_source,
+)
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import PACKAGE, Stage, recipe_for
 from mapseg_components.plans.rounds import REQUIRED, check_options
@@ -83,6 +91,8 @@ def adapt(
     any_position: bool = False,
     settings: str | Mapping[str, Any] | None = None,
     length: float = 1.0,
+    adaptation_length: float | None = None,
+    reuse: str | Sequence[str] | None = None,
     seed: int = 0,
     device: str = "auto",
     num_threads: int | None = None,
@@ -127,6 +137,10 @@ def adapt(
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
         length: factor of the epochs of every stage, such as 0.5 for half of them; two epochs at least.
+        adaptation_length: the same for the stages after the source-only model alone, by default as `length`.
+        reuse: other runs of this command, with commas between them: a stage that one of them has trained with the same
+            settings, scans, seed and versions is taken over, such as the source-only model that several methods begin
+            with.
         seed: of everything random.
         device: auto, cpu, cuda or cuda:1.
         num_threads: of PyTorch on the CPU.
@@ -153,6 +167,7 @@ def adapt(
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
     check_length(length)
+    check_length(length if adaptation_length is None else adaptation_length)
     choose_device(device)
     if package is not None:
         refuse_of_source(labels=labels, source_label_maps=source_label_maps)
@@ -174,17 +189,18 @@ def adapt(
         "any_position": any_position,
         "settings": read_mapping("settings", settings),
         "length": length,
+        "adaptation_length": adaptation_length,
         "seed": seed,
         "device": device,
         "num_threads": num_threads,
     }
-    folder = Path(output).absolute()
+    folder, others = Path(output).absolute(), runs_to_reuse(reuse)
     require_writable(folder)
     lock_folder(folder)
     try:
         with working(num_threads, quiet, verbose):
             logger.setLevel(logging.ERROR if quiet else logging.INFO)
-            return AdaptReport(str(folder), Adaptation(folder, request, quiet).run())
+            return AdaptReport(str(folder), Adaptation(folder, request, quiet, others).run())
     finally:
         unlock_folders([folder])
 
@@ -196,6 +212,7 @@ class Adaptation(Run):
         folder: absolute, locked by this process.
         request: the arguments.
         quiet: no progress bars.
+        reuse: folders of other runs.
     """
 
     def train(self) -> None:
@@ -272,7 +289,8 @@ class Adaptation(Run):
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        added = {"held_out": 0, "length": 1.0, "source_label_maps": False, "package": None}  # since earlier versions
+        added = {"held_out": 0, "length": 1.0, "adaptation_length": None}  # since earlier versions
+        added |= {"source_label_maps": False, "package": None}
         saved["request"] = added | saved["request"]
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
@@ -348,6 +366,7 @@ class Adaptation(Run):
         }
         write_json(content, self.folder / "datalist.json")
         self.record["done"].append(PACKAGE)
+        self.record["identities"] = {PACKAGE: sha256_of(package.folder / MANIFEST)}  # for runs that are reused
 
     def _check(self) -> None:
         """Findings about all scans, for the report; what blocks a training ends the first stage."""
@@ -362,15 +381,6 @@ class Adaptation(Run):
         )
         self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
         logger.info(f"Check of all scans: {found.verdict()}")
-
-
-def refuse_of_source(**given: Any) -> None:
-    """Refuse arguments that a package answers itself. Raises `ConfigError`."""
-    named = [name for name, value in given.items() if value]
-    if named:
-        raise ConfigError(
-            f"{' and '.join(named)} are of a source, and the package's model has learnt its own: leave them out"
-        )
 
 
 def comparable(request: Mapping[str, Any]) -> dict[str, Any]:

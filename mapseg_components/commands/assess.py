@@ -17,7 +17,7 @@ from mapseg_components.commands.trial import LabelLoader, Trial
 from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
-from mapseg_components.data.volumes import voxel_ml
+from mapseg_components.data.volumes import readable_size, voxel_ml
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.plans.judging import (
     DEGRADATIONS,
@@ -249,7 +249,7 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> None:
 def volumes_ml(label_map: torch.Tensor, ml: float, names: Sequence[str]) -> dict[str, float]:
     """Volume of each structure."""
     counts = torch.bincount(label_map.flatten().long(), minlength=len(names) + 1)[1:].tolist()
-    return {name: round(count * ml, 4) for name, count in zip(names, counts)}
+    return {name: readable_size(count * ml, 4) for name, count in zip(names, counts)}
 
 
 def case_figures(

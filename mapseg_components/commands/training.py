@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import rounded
 from mapseg_components.commands.restore import restore
+from mapseg_components.commands.reuse import identity_of, take_over
 from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, training_samples
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets, read_json, stem
@@ -22,7 +23,7 @@ from mapseg_components.files import write_json
 from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
 from mapseg_components.plans.length import of_length, planned_length
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
-from mapseg_components.plans.recipes import ADAPTATION, PSEUDO_LABELS, Stage, recipe_for, scaled
+from mapseg_components.plans.recipes import ADAPTATION, PACKAGE, PSEUDO_LABELS, TRANSLATION, Stage, recipe_for, scaled
 from mapseg_components.plans.rounds import REQUIRED, divided, written_out
 from mapseg_components.session import versions
 from mapseg_components.shipped_files import bundles_folder
@@ -32,6 +33,7 @@ __all__ = ["Run"]
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
 DATALIST = "datalist.json"
+SECTIONS = ("source_training", "source_validation", "target_training", "target_labelled")
 PSEUDO = "pseudo"  # folder of the pseudo labels that are kept, in that of their stage
 
 
@@ -42,13 +44,15 @@ class Run:
         folder: absolute, locked by this process.
         request: the arguments.
         quiet: no progress bars.
+        reuse: folders of other runs, whose stages are taken over where they are the same.
 
     Raises:
         ConfigError: the method, or a setting of its recipe, is unknown.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any], quiet: bool) -> None:
+    def __init__(self, folder: Path, request: dict[str, Any], quiet: bool, reuse: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self.reuse = [run for run in reuse if run != folder]
         self.request = request
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
@@ -101,6 +105,14 @@ class Run:
                 restore(label_map, sidecar, output / "native" / label_map.name, overwrite=True)
         self._done(stage, seconds)
 
+    def length_of(self, stage: Stage) -> float:
+        """Factor of a stage's epochs: those after the source-only model may have one of their own."""
+        names = [one.name for one in self.recipe.stages]
+        first = self.recipe.models["source_only"].partition("/")[0]
+        last = names.index(first) if first in names else -1  # of a package that was given no stage is run
+        own = self.request.get("adaptation_length") if names.index(stage.name) > last else None
+        return float(self.request["length"] if own is None else own)
+
     def datalist_of(self, stage: Stage) -> Path:
         """The datalist that a stage reads: the run's, or one that an earlier stage has written."""
         return self.stages / stage.paths["datalist"] if "datalist" in stage.paths else self.folder / DATALIST
@@ -140,9 +152,25 @@ class Run:
             write_json(content, earlier["datalist"])
             own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
         self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)
-        own |= of_length(merged | own, self.request["length"])
-        epochs = own.get("max_epochs", merged.get("max_epochs"))
-        logger.info(f"Stage {stage.name}: {epochs} epochs; what it does stands in {output / 'log.txt'}.")
+        own |= of_length(merged | own, self.length_of(stage))
+        epochs = 0 if stage.kind == PACKAGE else own.get("max_epochs", merged.get("max_epochs"))
+        files = {name: str(path.relative_to(self.stages)) for name, path in earlier.items()}
+        cases = [case for name, part in read_json(self.datalist_of(stage)).items() if name in SECTIONS for case in part]
+        identity = None  # a translation writes where its scans lie
+        if stage.bundle != TRANSLATION:
+            identity = identity_of(stage.name, self.folder, self.record, merged | own, files, cases)
+        found = take_over(stage.name, identity, output, self.reuse)
+        self.record.setdefault("identities", {})[stage.name] = identity
+        if found is not None:
+            run, other = found
+            logger.info(f"Stage {stage.name}: taken over from {run}, where it was trained with the same settings.")
+            self.record.setdefault("reused", {})[stage.name] = str(run)
+            times = self.record.setdefault("processor_seconds", {})
+            times[stage.name] = other.get("processor_seconds", {}).get(stage.name, 0)
+            self.record["samples"] = training_samples(merged | own, finished_epochs(output))
+            return float(other["seconds"][stage.name])
+        length = f"{epochs} epochs; " if epochs else ""
+        logger.info(f"Stage {stage.name}: {length}what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
             bar.update(finished_epochs(output))
 

@@ -25,6 +25,7 @@ from mapseg_components.structures import structures_of, to_whole
 __all__ = [
     "class_weights",
     "read_volumes_csv",
+    "readable_size",
     "share_ranges",
     "structure_sizes",
     "structure_volumes",
@@ -131,7 +132,7 @@ def structure_volumes(
         {
             "structure": name,
             "voxels": int(counts[index]),
-            "volume_mm3": round(int(counts[index]) * voxel_mm3, 3),
+            "volume_mm3": readable_size(int(counts[index]) * voxel_mm3, 3),
             "touches_edge": index in at_edge,
         }
         for index, name in enumerate(names, start=1)
@@ -141,6 +142,17 @@ def structure_volumes(
         for index, row in enumerate(rows, start=1):
             row["confidence"] = round(float(sums[index] / counts[index]), 4) if counts[index] else None
     return rows
+
+
+def readable_size(size: float, decimals: int) -> float:
+    """A size for a table: so many decimals, or four digits of what they would leave less of, as of cells in mm3.
+
+    Examples:
+        >>> from mapseg_components.data.volumes import readable_size
+        >>> readable_size(12.34567, 3), readable_size(0.00000123456, 3)
+        (12.346, 1.235e-06)
+    """
+    return round(size, decimals) if abs(size) >= 10 ** (4 - decimals) else float(f"{size:.4g}")
 
 
 def sums_by_label(label_map: np.ndarray, count: int, values: np.ndarray | None = None) -> np.ndarray:

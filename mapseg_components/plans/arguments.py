@@ -19,7 +19,8 @@ def read_mapping(name: str, given: str | Mapping[str, Any] | None) -> dict[str, 
     if not isinstance(given, str):
         return None if given is None else json.loads(json.dumps(dict(given)))
     try:
-        is_file = Path(given).is_file()
+        # text may be longer than a name of a file can be
+        is_file = not given.lstrip().startswith("{") and Path(given).is_file()
         content = json.loads(Path(given).read_text(encoding="utf-8") if is_file else given)
         if isinstance(content, dict):
             return content

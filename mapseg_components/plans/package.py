@@ -24,7 +24,7 @@ from mapseg_components.plans.sizes import choose_preset, gpu_gib
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import SHIPPED, bundle_of, bundles_folder
 
-__all__ = ["check_method", "open_package", "place_of", "plan_of_package"]
+__all__ = ["MANIFEST", "check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
@@ -87,6 +87,15 @@ def open_package(place: Path, folder: Path) -> HandoverPackage:
     copied = HandoverPackage(folder)
     copied.weights  # noqa: B018  its checksum is compared
     return copied
+
+
+def refuse_of_source(**given: Any) -> None:
+    """Refuse arguments that a package answers itself. Raises `ConfigError`."""
+    named = [name for name, value in given.items() if value]
+    if named:
+        raise ConfigError(
+            f"{' and '.join(named)} are of a source, and the package's model has learnt its own: leave them out"
+        )
 
 
 def check_method(recipe: Recipe, package: HandoverPackage, settings: Mapping[str, Any]) -> None:

@@ -15,21 +15,20 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.plans.sizes import SHORT
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["Recipe", "Stage", "read_recipe", "recipe_for", "recipe_names", "scaled"]
+__all__ = ["PACKAGE", "Recipe", "Stage", "read_recipe", "recipe_for", "recipe_names", "scaled"]
 
 ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
-TRAINING, PSEUDO_LABELS = "training", "pseudo_labels"  # kinds of stages
+TRAINING, PSEUDO_LABELS, PACKAGE = "training", "pseudo_labels", "package"  # kinds of stages; folder of a given package
 INVERTS = "any_contrast.yaml"
 LABEL_MAPS = "label_maps.yaml"
 HANDOVER = "handover.yaml"  # of a stage that has a package alone of the source
-PACKAGE = "package"  # folder below `stages` of a package that was given
 METHOD, METHOD_OF_LABEL_MAPS, METHOD_OF_PACKAGE = "mapseg", "label_maps", "test_time"  # unless the user names one
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training, or the segmentation of the target's scans for pseudo labels.
+    """One training, the segmentation of the target's scans for pseudo labels, or a hand-over package.
 
     Args:
         name: of its folder below ``stages``.
@@ -45,7 +44,8 @@ class Stage:
         only_as_is: whether it is left out where the target is shown bright for dark, and without random contrasts.
         fixed: further settings that hold whatever the user asks for.
         kind: ``training``, or ``pseudo_labels``: the scans of ``target_training`` are segmented by `weights`, those
-            that lack a structure are left out, and ``pseudo/datalist.json`` names the others with their label maps.
+            that lack a structure are left out, and ``pseudo/datalist.json`` names the others with their label maps; or
+            ``package``: a hand-over package is written of weights that an earlier stage has trained.
         weights: files below ``stages`` that make pseudo labels, together if there are several; of a stage of each round
             those of the first, the adapted model of the round before in later ones.
         each_round: whether it is repeated, see `mapseg_components.plans.rounds`.

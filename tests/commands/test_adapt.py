@@ -99,6 +99,28 @@ def test_the_same_command_again_changes_nothing(finished, folders):
 
 
 @pytest.mark.slow
+def test_another_run_takes_over_the_source_only_model_and_trains_the_rest(finished, folders, tmp_path, monkeypatch):
+    output, record = finished
+    trained = []
+
+    def stage(name, bundle, configs, folder, settings, on_epoch=None):
+        trained.append((name, settings["max_epochs"]))
+        return 1.0
+
+    monkeypatch.setattr("mapseg_components.commands.training.run_stage", stage)
+    with pytest.raises(ConfigError, match="no epoch was validated"):  # nothing is trained here
+        adapt(**call(folders), output=str(tmp_path / "out"), adaptation_length=1.5, reuse=str(output))
+    again = json.loads((tmp_path / "out" / "run.json").read_text())
+    taken = [name for name in record["done"] if name in ("source", "contrasts")]
+    assert again["reused"] == dict.fromkeys(taken, str(output)) and trained == [("adaptation", 3)]
+    assert again["order"] == record["order"]
+    for name in taken:
+        weights = [run / "stages" / name / "source_only.pt" for run in (output, tmp_path / "out")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert again["seconds"][name] == record["seconds"][name]
+
+
+@pytest.mark.slow
 def test_the_report_needs_nothing_else(finished):
     output, record = finished
     page = (output / "report.html").read_text()
@@ -120,10 +142,9 @@ def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path, metho
     for seed in range(5):
         write_nifti(tmp_path / "t2" / f"{seed}.nii.gz", make_scan(seed=seed + 20, contrast=-0.7)[0])
     record = adapt(**arguments, output=str(tmp_path / "out")).record
-    made = record["done"][-4]  # before adaptation, and the predictions of two models
-    assert record["done"][:2] == ["source", made if made == "contrasts" else "adaptation"]
-    assert (made == "source") is record.get("order", {"inverted": True})["inverted"]
-    network = json.loads((tmp_path / "out" / "stages" / made / "package" / "handover.json").read_text())["network"]
+    contrasts = [] if record.get("order", {"inverted": True})["inverted"] else ["contrasts"]
+    assert record["done"][:-2] == ["source", *contrasts, "package", "adaptation"]  # then predictions of two models
+    network = json.loads((tmp_path / "out" / "stages" / "package" / "package" / "handover.json").read_text())["network"]
     assert network["_target_"].endswith("GlobalLocalUNet")
     assert np.prod(network["strides"], axis=0).tolist() == [4, 4, 4]  # of a patch of 16
     if method == "entropy":
@@ -280,6 +301,8 @@ def test_structures_as_asked_as_listed_or_as_found(folders, dataset):
     assert structure_names(None, str(dataset / "datalist.json"), []) == {"first": 1, "second": 2}
     assert structure_names(None, str(dataset), []) == {"first": 1, "second": 2}, "a folder with a datalist.json"
     assert read_mapping("labels", '{"liver": 1}') == {"liver": 1}
+    long = {f"structure {value}": value for value in range(1, 300)}  # longer than a name of a file can be
+    assert read_mapping("labels", json.dumps(long)) == long
 
 
 def figures(estimates, dice=0.8, within=True):

@@ -118,7 +118,9 @@ def test_either_the_source_or_a_package_is_given(bundle, scans, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if read_recipe(name).source])
 def test_a_method_that_needs_the_source_is_refused_and_others_are_named(name):
-    with pytest.raises(ConfigError, match=f"method {name} needs the source's scans.*entropy, mean_teacher_test_time, test_time"):
+    with pytest.raises(
+        ConfigError, match=f"method {name} needs the source's scans.*entropy, mean_teacher_test_time, test_time"
+    ):
         recipe_for(name, package=True)
 
 

@@ -1,0 +1,131 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Are the verdicts without labels right? All benchmarks together, and what one task can learn of the others.
+
+python -m benchmarks.methods.verdicts runs/benchmark/*/results.json [--docs docs/explanation/model_selection.md]
+
+The estimates of a model's Dice are held against the truth, task by task. Their error has a part that all scans of a
+task share: what a model gets wrong alike in every view shows in no agreement. So each task's estimates are also moved
+by the median error of the other tasks, with intervals as wide as four fifths of their errors are then. That is the
+error on a task that was not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.methods.report import markdown, verdicts_of
+from benchmarks.report import replace_between
+from mapseg_components.quality import COVERAGE, conformal_quantile
+
+__all__ = ["errors_of", "pooled", "table"]
+
+MARKER = "verdicts"
+
+
+def errors_of(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Estimate less truth, (n,): one number for each model of a run, the mean over its scans.
+
+    Args:
+        runs: records of a benchmark, as in ``results.json``.
+    """
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for run in runs:
+        if run["state"] != "done" or run["oracle"] or run["same_model"]:
+            continue
+        for one in run["verdict"]["estimates"]:
+            if one["estimate"] is not None and one["dice"] is not None:
+                key = run["name"], run["seed"], one["model"]
+                found.setdefault(key, []).append(one["estimate"] - one["dice"])
+    return np.array([np.mean(errors) for errors in found.values()])
+
+
+def pooled(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of each task, and of all together.
+
+    Args:
+        results: contents of ``results.json``, of different tasks.
+
+    Returns:
+        for each task, then for all: ``title``, what `benchmarks.methods.report.verdicts_of` finds, ``models`` (number
+        of estimates), ``error`` (mean absolute), ``bias`` (mean, positive where too high), and ``moved_error`` and
+        ``held``, once moved and with intervals by the other tasks; ``None`` with a single task.
+    """
+    errors = [errors_of(one["runs"]) for one in results]
+    rows: list[dict[str, Any]] = []
+    for number, (one, own) in enumerate(zip(results, errors)):
+        row = {
+            "title": one["task"]["title"],
+            **verdicts_of(one["runs"]),
+            **figures(own),
+            "moved_error": None,
+            "held": 0,
+        }
+        others = [each for place, each in enumerate(errors) if place != number and len(each)]
+        if others and len(own):
+            # tasks weigh alike, however many runs they have
+            shift = float(np.median([np.median(each) for each in others]))
+            width = conformal_quantile(sorted(float(abs(error - shift)) for each in others for error in each), COVERAGE)
+            row["moved_error"] = float(np.mean(abs(own - shift)))
+            row["held"] = int((abs(own - shift) <= (np.inf if width is None else width)).sum())
+        rows.append(row)
+    moved = [row for row in rows if row["moved_error"] is not None]
+    sums = [row["moved_error"] * row["models"] for row in moved]
+    total = {
+        "title": "all",
+        **verdicts_of([run for one in results for run in one["runs"]]),
+        **figures(np.concatenate(errors) if errors else np.zeros(0)),
+        "moved_error": sum(sums) / sum(row["models"] for row in moved) if moved else None,
+        "held": sum(row["held"] for row in moved),
+    }
+    return [*rows, total]
+
+
+def figures(errors: np.ndarray) -> dict[str, Any]:
+    """Number, mean absolute value and mean of errors."""
+    known = len(errors) > 0
+    return {
+        "models": len(errors),
+        "error": float(abs(errors).mean()) if known else None,
+        "bias": float(errors.mean()) if known else None,
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of Markdown."""
+    head = ["task", "right", "lost", "models", "estimated Dice off by", "of it too high", "moved by the other tasks"]
+    head += [f"intervals that hold (nominal {COVERAGE:.0%})"]
+
+    def number(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.3f}"
+
+    lines = []
+    for row in rows:
+        held = "" if row["moved_error"] is None else f"{row['held']} of {row['models']}"
+        cells = [row["title"], f"{row['right']} of {row['comparisons']}", number(row["lost"]), str(row["models"])]
+        cells += [number(row["error"]), number(row["bias"], "+"), number(row["moved_error"]), held]
+        lines.append(cells)
+    return "\n".join(markdown(head, lines))
+
+
+def main() -> None:
+    """Print the table, or write it into a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks")
+    parser.add_argument("--docs", type=Path, help="page whose table is replaced")
+    arguments = parser.parse_args()
+    text = table(pooled([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]))
+    if arguments.docs:
+        replace_between(arguments.docs, MARKER, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
