@@ -28,14 +28,7 @@ from mapseg_components.plans.bundle import check_epochs, check_names, check_netw
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
-from mapseg_components.plans.package import (
-    MANIFEST,
-    check_method,
-    open_package,
-    place_of,
-    plan_of_package,
-    refuse_of_source,
-)
+from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, refuse_of_source
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import PACKAGE, Stage, recipe_for
 from mapseg_components.plans.rounds import REQUIRED, check_options
@@ -366,7 +359,7 @@ class Adaptation(Run):
         }
         write_json(content, self.folder / "datalist.json")
         self.record["done"].append(PACKAGE)
-        self.record["identities"] = {PACKAGE: sha256_of(package.folder / MANIFEST)}  # for runs that are reused
+        self.record["identities"] = {PACKAGE: sha256_of(package.folder / "handover.json")}  # for runs that are reused
 
     def _check(self) -> None:
         """Findings about all scans, for the report; what blocks a training ends the first stage."""

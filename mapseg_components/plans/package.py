@@ -24,7 +24,7 @@ from mapseg_components.plans.sizes import choose_preset, gpu_gib
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import SHIPPED, bundle_of, bundles_folder
 
-__all__ = ["MANIFEST", "check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
+__all__ = ["check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
