@@ -119,7 +119,6 @@ def run_of(
     request |= {
         "source": str(sample / "datalist.json"),
         "target": str(sample / "target"),
-        "method": recipe.name,
         "pretraining": False,
         "seed": seed,
         "device": options["device"],

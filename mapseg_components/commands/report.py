@@ -130,7 +130,7 @@ def require_matplotlib() -> None:
 
 def recipe_of(run: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a run, unless this version has none of that name."""
-    name = run["request"].get("method", "mapseg")
+    name = run["request"].get("method") or "mapseg"
     return read_recipe(name) if name in recipe_names() else None
 
 
