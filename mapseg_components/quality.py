@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-__all__ = ["Calibration", "Positions", "consistency", "label_agreement", "positions_of", "reconciled"]
+__all__ = [
+    "Calibration",
+    "Positions",
+    "consistency",
+    "label_agreement",
+    "mean_consistencies",
+    "positions_of",
+    "reconciled",
+    "within_shares",
+]
 
 # monotone curves of the intensities in [0, 1], as between scanners and protocols
 VIEWS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (lambda image: image**0.7, lambda image: image**1.5)
@@ -25,6 +34,7 @@ COVERAGE = 0.8  # nominal, of intervals
 BOX_SHARES = (0.01, 0.99)
 SPREAD = 1.5  # times the largest distance between a labelled scan and the others, that counts as normal
 LEAST_SPREAD = 0.05  # of the box
+FACTOR = 3.0  # by which a structure's share may leave the range of labelled scans, as in share_limits.yaml
 
 
 def label_agreement(first: torch.Tensor, second: torch.Tensor, classes: int) -> torch.Tensor:
@@ -71,6 +81,56 @@ def consistency(
     if flip_axis is not None:
         others.append(segment(image.flip(1 + flip_axis)).flip(flip_axis))
     return torch.stack([label_agreement(label_map, other, classes) for other in others]).nanmean(dim=0)
+
+
+def mean_consistencies(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
+    """Mean `consistency` of two models on one scan, comparable where there is no labelled scan to estimate Dice by.
+
+    A structure counts for both models if one of them has it: for the other one as 0. So a model gains nothing by a
+    structure that vanishes.
+
+    Args:
+        first: (structures,), of one model by `consistency`; NaN for a structure that it has nowhere.
+        second: likewise, of the other.
+
+    Returns:
+        both means over structures; 0 where no model has any.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.quality import mean_consistencies
+        >>> nan = torch.nan
+        >>> mean_consistencies(torch.tensor([0.5, 0.75, nan]), torch.tensor([1.0, nan, nan]))
+        (0.625, 0.5)
+    """
+    known = ~(first.isnan() & second.isnan())
+    one, other = (stable[known].nan_to_num(nan=0.0).double() for stable in (first, second))
+    return (float(one.mean()), float(other.mean())) if known.any() else (0.0, 0.0)
+
+
+def within_shares(label_map: torch.Tensor, ranges: Sequence[Sequence[float] | None]) -> torch.Tensor:
+    """Which structures of a label map have such a share of all structures as labelled scans have, by a factor of 3.
+
+    Args:
+        label_map: (X, Y, Z), class indices.
+        ranges: lowest and highest share of each structure, ``None`` where they are not known.
+
+    Returns:
+        (structures,), 1 or 0; 1 for a structure that the label map lacks or whose range is not known.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.quality import within_shares
+        >>> within_shares(torch.tensor([[[0, 1, 1, 1, 2, 3]]]), [(0.1, 0.3), (0.7, 0.9), None]).tolist()
+        [1.0, 0.0, 1.0]
+    """
+    counts = torch.bincount(label_map.flatten().long(), minlength=len(ranges) + 1)[1:].double()
+    shares = (counts / counts.sum().clamp(min=1)).tolist()
+    inside = [
+        share == 0 or ends is None or ends[0] / FACTOR <= share <= ends[1] * FACTOR
+        for share, ends in zip(shares, ranges, strict=True)
+    ]
+    return torch.tensor(inside).float()
 
 
 def reconciled(first: np.ndarray, second: np.ndarray, agreement: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

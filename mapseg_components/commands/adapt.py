@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""From labelled source scans and unlabelled target scans to a bundle with an adapted model and a report."""
+"""From labelled source scans, or a package of their model, and unlabelled target scans to an adapted bundle."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from mapseg_components.commands.reuse import runs_to_reuse
 from mapseg_components.commands.stages import threads
 from mapseg_components.commands.training import Run
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json
+from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
+from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, refuse_of_source
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.recipes import recipe_for
+from mapseg_components.plans.recipes import PACKAGE, Stage, recipe_for
 from mapseg_components.plans.rounds import REQUIRED, check_options
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, working
@@ -38,6 +39,8 @@ from mapseg_components.sides import refuse_sides
 __all__ = ["adapt"]
 
 logger = logging.getLogger(__name__)
+
+Cases = list[dict[str, Any]]
 
 NOT_ASKED = {"input", "output", "labels", "series", "overwrite", "quiet", "verbose"}  # of mapseg prepare
 
@@ -64,12 +67,13 @@ class AdaptReport:
 
 def adapt(
     *,
-    source: str,
     target: str,
     output: str,
+    source: str | None = None,
+    package: str | None = None,
     labels: str | Mapping[str, Any] | None = None,
     source_label_maps: bool = False,
-    method: str = "mapseg",
+    method: str | None = None,
     preset: str = "auto",
     prepare: str | Mapping[str, Any] | None = None,
     pretraining: bool = True,
@@ -91,19 +95,24 @@ def adapt(
     """Adapt a model to unlabelled scans: the stages of a method, a choice, label maps and a report.
 
     The output folder becomes a bundle of its own: ``python -m monai.bundle run --config_file configs/inference.json``
-    works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read.
+    works in it. Stopped at any moment, the same command goes on where it was. No label of the target is read. Without
+    the source's scans, a package or bundle of a model that learnt them takes their place (docs/how-to/test_time.md).
 
     Args:
+        target: unlabelled scans: a folder of NIfTI, PNG or TIFF files, one with ``images``, or a datalist.
+        output: folder to write, new or of an earlier call with the same arguments.
         source: labelled scans: a datalist (JSON), a folder in the convention of docs/how-to/data.md, a folder with
             ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
-        target: unlabelled scans: a folder of NIfTI, PNG or TIFF files, one with ``images``, or a datalist.
-        output: folder to write, new or of an earlier call with the same arguments.
+        package: in the place of source: a hand-over package of a source site (a folder with ``handover.json``), or a
+            bundle with weights: the folder of one that mapseg adapt wrote, or shipped, buda_seg, cosmos_selftraining.
+            Network, structures, patch and spacing are those of the package.
         labels: structures and their values, as a mapping such as {"caudate": [11, 50]}, JSON text or a JSON file. By
             default those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
         source_label_maps: the source is label maps without images: images of any contrast are made of all their values
             while training.
-        method: how the model learns from the target; ``mapseg methods`` lists them; of label maps mapseg is label_maps.
+        method: how the model learns from the target; ``mapseg methods`` lists them; by default mapseg, of label maps
+            label_maps, of a package test_time.
         preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
@@ -140,8 +149,11 @@ def adapt(
         ResourceError: memory, disk or permissions.
     """
     require_matplotlib()  # the last stage's need, hours later
+    if (source is None) == (package is None):
+        given = "neither is given" if source is None else "both are given"
+        raise ConfigError(f"source or package, {given}: give labelled scans as source, or a model of them as package")
     for name, path in (("source", source), ("target", target)):
-        if not Path(path).exists():
+        if path is not None and not Path(path).exists():
             raise ConfigError(f"{name} {Path(path).absolute()} does not exist: correct the path")
     if not 0 < validation_share < 1:
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
@@ -150,16 +162,19 @@ def adapt(
     check_length(length)
     check_length(length if adaptation_length is None else adaptation_length)
     choose_device(device)
-    recipe = recipe_for(method, source_label_maps)
+    if package is not None:
+        refuse_of_source(labels=labels, source_label_maps=source_label_maps)
+    recipe = recipe_for(method, source_label_maps, package is not None)
     request = {
-        "source": str(Path(source).absolute()),
+        "source": None if source is None else str(Path(source).absolute()),
+        "package": None if package is None else str(place_of(package)),
         "target": str(Path(target).absolute()),
         "labels": read_mapping("labels", labels),
         "source_label_maps": recipe.of_label_maps,
         "method": recipe.name,
         "preset": preset,
         "prepare": preparation(prepare, recipe.of_label_maps),
-        "pretraining": pretraining and not recipe.of_label_maps,
+        "pretraining": pretraining and not recipe.of_label_maps and package is None,
         "random_contrasts": random_contrasts and not recipe.of_label_maps,
         "validation_share": validation_share,
         "held_out": held_out,
@@ -206,16 +221,21 @@ class Adaptation(Run):
             self._check()
             self.save()
         self.recipe = recipe_of(self.recipe, self.record, self.request)
+        self._find_order(Stage(PACKAGE))
         number = 0
         while number < len(self.recipe.stages):
             stage, number = self.recipe.stages[number], number + 1
             if self.request["pretraining"] or not stage.optional:
                 self.do(stage)
-            if asks_for_order(self.recipe, stage, self.record, self.request):
-                self.record["order"] = settle_order(self.folder, self.stages / str(self.recipe.order))
-                self.save()
-                logger.info(describe_order(self.record["order"]))
-                self.recipe = recipe_of(self.recipe, self.record, self.request)
+            self._find_order(stage)
+
+    def _find_order(self, done: Stage) -> None:
+        """Find out whether the target is bright for dark, where that follows a stage, or the package."""
+        if asks_for_order(self.recipe, done, self.record, self.request):
+            self.record["order"] = settle_order(self.folder, self.stages / str(self.recipe.order))
+            self.save()
+            logger.info(describe_order(self.record["order"]))
+            self.recipe = recipe_of(self.recipe, self.record, self.request)
 
     def run(self) -> dict[str, Any]:
         """Everything that is not done yet: training, comparison of both models, label maps, report."""
@@ -236,6 +256,7 @@ class Adaptation(Run):
                 (self.request["random_contrasts"] or self.recipe.of_label_maps) and self.recipe.inverts,
                 self.record.get("samples"),
                 {name: str(self.datalist_of_model(name)) for name in weights},
+                self.record["plan"].get("package"),
             )
             self.save()
         chosen = self.record["assessment"]["verdict"]["ship"]
@@ -252,6 +273,8 @@ class Adaptation(Run):
         path = self.folder / "run.json"
         if not path.is_file():
             own = {".run.lock", ".run.lock.json", FOLDER, "prepared" if self.request["prepare"] is not None else FOLDER}
+            if self.stages.is_dir() and {p.name for p in self.stages.iterdir()} <= {PACKAGE}:
+                own.add(self.stages.name)  # a call that was refused
             others = [p.name for p in self.folder.iterdir() if p.name not in own]
             if others:
                 raise ConfigError(
@@ -259,12 +282,8 @@ class Adaptation(Run):
                 )
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
-        added = {
-            "held_out": 0,
-            "length": 1.0,
-            "adaptation_length": None,
-            "source_label_maps": False,
-        }  # since earlier versions
+        added = {"held_out": 0, "length": 1.0, "adaptation_length": None}  # since earlier versions
+        added |= {"source_label_maps": False, "package": None}
         saved["request"] = added | saved["request"]
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
@@ -284,10 +303,11 @@ class Adaptation(Run):
 
     def _prepare(self) -> None:
         """Prepared scans of both sides; what is there already is skipped."""
-        for side in ("source", "target"):
+        sides = [side for side in ("source", "target") if self.request[side] is not None]
+        for side in sides:
             if not Path(self.request[side]).is_dir():
                 raise ConfigError(f"prepare needs {side} as a folder of scans, {self.request[side]} is none")
-        for side in ("source", "target"):
+        for side in sides:
             logger.info(f"Preparing the {side}'s scans ...")
             found = prepare_scans(self.request[side], self._scans(side), **self.request["prepare"], quiet=self.quiet)
             if found.exit_code:
@@ -299,9 +319,13 @@ class Adaptation(Run):
         check_names(self.asked, self.recipe)
         if request["prepare"] is not None:
             self._prepare()
-        training, validation, structures, own = labelled_cases(request, self._scans("source"), self.folder)
+        if request.get("package") is None:
+            training, validation, structures, own = labelled_cases(request, self._scans("source"), self.folder)
         target = target_cases(self._scans("target"))
         adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
+        if request.get("package") is not None:
+            self._plan_of_package(target, adapted_on, held_out)
+            return
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
@@ -319,6 +343,23 @@ class Adaptation(Run):
         check_network(self.recipe, self.record["plan"], request)
         check_epochs(self.recipe, self.record["plan"], request)
         write_json(content, self.folder / "datalist.json")
+
+    def _plan_of_package(self, target: Cases, adapted_on: Cases, held_out: Cases) -> None:
+        """Network and structures of a package, which is copied: the run keeps what it began from."""
+        package = open_package(Path(self.request["package"]), self.stages / PACKAGE)
+        check_method(self.recipe, package, self.asked)
+        if self.request["symmetric"]:
+            refuse_sides("symmetric", package.labels)
+        plan = self.record["plan"] = plan_of_package(package, target, held_out, self.request)
+        check_epochs(self.recipe, plan, self.request)
+        content = {
+            "labels": {"0": "background", **{str(value): name for name, value in package.labels.items()}},
+            "target_training": adapted_on,
+            **({"target_heldout": held_out} if held_out else {}),
+        }
+        write_json(content, self.folder / "datalist.json")
+        self.record["done"].append(PACKAGE)
+        self.record["identities"] = {PACKAGE: sha256_of(package.folder / "handover.json")}  # for runs that are reused
 
     def _check(self) -> None:
         """Findings about all scans, for the report; what blocks a training ends the first stage."""

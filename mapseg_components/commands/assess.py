@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose, Orientationd, Spacingd
 from tqdm import tqdm
 
-from mapseg_components.commands.trial import Trial
+from mapseg_components.commands.trial import LabelLoader, Trial
 from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
@@ -36,8 +34,10 @@ from mapseg_components.quality import (
     Positions,
     consistency,
     label_agreement,
+    mean_consistencies,
     positions_of,
     reconciled,
+    within_shares,
 )
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
@@ -50,6 +50,16 @@ CONFIDENT = 0.95
 HELD_OUT = "target scans that were held out of adaptation"
 ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be less on others)"
 LEAST_LOSS = 0.01
+ESTIMATE, CONSISTENCY = "estimated_dice", "consistency"  # figures of a case by which models are compared
+TITLES = {ESTIMATE: "Estimated Dice", CONSISTENCY: "Consistency"}
+WITHOUT_LABELS = (
+    "There is no labelled scan, so Dice is not estimated: consistency is how alike a model's label maps of one scan "
+    "are when its intensities change. A model can be consistent and wrong."
+)
+OFF = {
+    ESTIMATE: "Structures are missing, or lie where no labelled scan has them,",
+    CONSISTENCY: "Structures have a share of all structures that no labelled scan had, by a factor of 3,",
+}
 MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
 
@@ -63,6 +73,7 @@ def assess(
     inverts: bool = False,
     samples: int | None = None,
     validation: Mapping[str, str] | None = None,
+    package: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
@@ -74,6 +85,10 @@ def assess(
     where the source's training scans have it; two models' estimates differ by no more than their agreement allows.
     None of it can know errors that all models make alike however a scan is shown, and at the right place.
 
+    Without labelled scans no Dice can be estimated: then two models are compared by their consistency itself, in which
+    a structure counts as 0 that only the other model has, or whose share of all structures leaves the range of
+    the package.
+
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
         weights: model name to file; "source_only" and "adapted" for a verdict.
@@ -84,11 +99,14 @@ def assess(
         samples: training samples (patches) of the adaptation, which bound the cost of this comparison.
         validation: model name to the datalist whose section ``source_validation`` shows the scans as the model was
             trained on them, such as translated ones; by default the bundle's. Cases and label maps are the same.
+        package: of a bundle whose datalist names no source, ``share_ranges`` and ``ranges_ml`` of its structures, see
+            `mapseg_components.plans.package.plan_of_package`.
 
     Returns:
         ``held_out``, ``passes`` (number of segmentations of a whole scan), ``coverage`` (nominal, of each case's
         ``interval``), ``models`` (per model: ``validation_dice``, ``calibration``, ``cases``), ``prior_ml``,
-        ``between`` (Dice between the two models' label maps per case) and ``verdict``.
+        ``between`` (Dice between the two models' label maps per case), ``by`` (what the verdict compares) and
+        ``verdict``.
     """
     trial = Trial(bundle)
     parser, preprocessing, probabilities = trial.parser, trial.preprocessing, trial.probabilities
@@ -98,19 +116,21 @@ def assess(
     judged = "target_heldout" if has_section(datalist, "target_heldout") else "target_training"
     target = load_datalist(datalist, judged)
     own_scans = {name: (validation or {}).get(name, str(datalist)) for name in weights}
-    labelled = {name: load_datalist(path, "source_validation") for name, path in own_scans.items()}
+    has_source = package is None
+    labelled = {name: load_datalist(path, "source_validation") for name, path in own_scans.items() if has_source}
+    ranges = [] if package is None else [package["share_ranges"].get(name) for name in names]
     classes = len(names) + 1
 
     def segment(image: torch.Tensor) -> torch.Tensor:
         return probabilities(image).argmax(dim=0)
 
     prior, places = [], []
-    for case in load_datalist(datalist, "source_training"):
+    for case in load_datalist(datalist, "source_training") if has_source else ():
         image = trial.scan(case["image"], source=True).as_subclass(torch.Tensor)
         truth, ml = load_labels(case["label"])
         prior.append(volumes_ml(truth, ml, names))
         places.append(positions_of(image, truth, classes))
-    positions = Positions.fit(places, any_position)
+    positions = Positions.fit(places, any_position) if places else None
 
     if symmetric:
         refuse_sides("symmetric", names)
@@ -122,8 +142,8 @@ def assess(
         shape = trial.scan(target[0]["image"]).shape[1:]
         windows = len(weights) * passes_of_image * count_windows(shape, parser["patch_size"], parser["window_stride"])
         affordable = affordable_images(windows, samples)
-    number_of_versions, number_of_targets = judged_images(len(target), affordable)
-    versions = versions_of(min(map(len, labelled.values())), number_of_versions)
+    number_of_versions, number_of_targets = judged_images(len(target), affordable, has_source)
+    versions = versions_of(min(map(len, labelled.values()), default=0), number_of_versions)
     target = evenly(target, number_of_targets)
     models: dict[str, Any] = {}
     calibrations: dict[str, Calibration | None] = {}
@@ -152,7 +172,10 @@ def assess(
                 confidence, label_map = found.max(dim=0)
                 scan = image.as_subclass(torch.Tensor)
                 stable = consistency(scan, label_map, segment, classes, flip, views)
-                bound = positions.highest_dice(positions_of(scan, label_map, classes)[0])
+                if positions is not None:
+                    bound = positions.highest_dice(positions_of(scan, label_map, classes)[0])
+                else:
+                    bound = within_shares(label_map, ranges)
                 figures = case_figures(label_map, confidence, stable, bound, calibration, voxel_ml(image), names)
                 cases.append({"case": case["case_id"], **figures})
                 label_maps[model].append(label_map.to(torch.int16))
@@ -169,19 +192,25 @@ def assess(
         "passes": images * passes_of_image,
         "coverage": COVERAGE,
         "prior_ml": {name: sorted(one[name] for one in prior) for name in names},
+        "by": ESTIMATE if has_source else CONSISTENCY,
     }
+    if package is not None:
+        result["prior_ml"] = {name: package["ranges_ml"].get(name, []) for name in names}
     if {"source_only", "adapted"} <= set(models):
         result["between"] = {}
         pairs = zip(*(zip(models[name]["cases"], label_maps[name]) for name in ("source_only", "adapted")))
         for (first, one), (second, other) in pairs:
             agreement = label_agreement(one.long(), other.long(), classes)
             result["between"][first["case"]] = rounded(float(agreement.nanmean()))
-            reconcile(first, second, agreement.numpy())
+            if has_source:
+                reconcile(first, second, agreement.numpy())
+            else:
+                compare(first, second)
     for name, figures in models.items():
         for case in figures["cases"]:
             case["interval"] = interval_of(calibrations[name], case["estimated_dice"])
     if "between" in result:
-        result["verdict"] = verdict_of(models["source_only"], models["adapted"], result["held_out"])
+        result["verdict"] = verdict_of(models["source_only"], models["adapted"], result["held_out"], result["by"])
     return result
 
 
@@ -206,32 +235,15 @@ def reconcile(first: dict[str, Any], second: dict[str, Any], agreement: np.ndarr
         case["estimated_dice"] = rounded(float(np.mean(kept))) if kept else None
 
 
-class LabelLoader:
-    """From a file to a label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
-
-    Args:
-        labels: structures and values.
-        preprocessing: of the bundle; its reader, its orientation and its spacing are used.
-    """
-
-    def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:
-        self.values = list(structures_of(labels).values())
-        steps = [*preprocessing.transforms[:2]]  # LoadImaged, AssumeOrientationd
-        steps += [step for step in preprocessing.transforms if isinstance(step, Orientationd)]
-        for step in preprocessing.transforms:
-            if isinstance(step, Spacingd):
-                nearest = copy.copy(step)
-                nearest.mode = ("nearest",)
-                steps.append(nearest)
-        self.loading = Compose(steps)
-
-    def __call__(self, path: str) -> tuple[torch.Tensor, float]:
-        loaded = self.loading({"image": path})["image"]
-        values = loaded.as_subclass(torch.Tensor)[0].round().long()
-        result = torch.zeros_like(values)
-        for index, value in enumerate(self.values, start=1):
-            result[values == value] = index
-        return result, voxel_ml(loaded)
+def compare(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Make the consistencies of two models on one scan comparable, see `mean_consistencies`."""
+    stable = []
+    for case in (first, second):
+        found = case["consistency_by_structure"].items()
+        values = [np.nan if value is None else 0.0 if name in case["misplaced"] else value for name, value in found]
+        stable.append(torch.tensor(values))
+    for case, value in zip((first, second), mean_consistencies(*stable)):
+        case[CONSISTENCY] = rounded(value)
 
 
 def volumes_ml(label_map: torch.Tensor, ml: float, names: Sequence[str]) -> dict[str, float]:
@@ -276,7 +288,9 @@ def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, 
     return {"structures": dict(zip(names, means)), "mean": rounded(float(np.mean(known))) if known else None}
 
 
-def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: bool = False) -> dict[str, Any]:
+def verdict_of(
+    source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: bool = False, by: str = ESTIMATE
+) -> dict[str, Any]:
     """The verdict: which model to use, with the reason, from the figures of both on the same target scans.
 
     The estimates of Dice are compared scan by scan. Better means: by their mean, and in more than half of the scans.
@@ -287,15 +301,14 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
         source: figures of the source-only model, as `assess` makes them.
         adapted: those of the other one.
         held_out: whether adaptation did not see these scans; the sentences say so.
+        by: which figure of a case is compared: ``estimated_dice``, or ``consistency`` where no scan is labelled.
 
     Returns:
         ``verdict`` ("adapted", "no gain", "worse than source"), ``ship`` (the model's name), ``gain`` (mean difference
         of the estimates), ``interval``, ``why`` (sentences).
     """
     pairs = [
-        (a["estimated_dice"], b["estimated_dice"])
-        for a, b in zip(source["cases"], adapted["cases"])
-        if a["estimated_dice"] is not None and b["estimated_dice"] is not None
+        (a[by], b[by]) for a, b in zip(source["cases"], adapted["cases"]) if a[by] is not None and b[by] is not None
     ]
     why = []
     if not pairs:
@@ -305,7 +318,7 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
     gain = float(differences.mean())
     low, high = bootstrap_interval(differences) or (gain, gain)
     why.append(
-        f"Estimated Dice on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: "
+        f"{TITLES[by]} on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: "
         f"source-only {np.mean([a for a, _ in pairs]):.3f}, adapted {np.mean([b for _, b in pairs]):.3f}; "
         f"difference {gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
     )
@@ -318,10 +331,12 @@ def verdict_of(source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: 
     off = [sum(bool(case.get("misplaced")) for case in model["cases"]) for model in (source, adapted)]
     if any(off):
         why.append(
-            f"Structures are missing, or lie where no labelled scan has them, in {off[0]} of {len(source['cases'])} "
+            f"{OFF[by]} in {off[0]} of {len(source['cases'])} "
             f"target scans by the source-only model, in {off[1]} by the adapted one."
         )
-    outside = sum(not case["within_calibration"] for case in adapted["cases"])
+    if by == CONSISTENCY:
+        why.append(WITHOUT_LABELS)
+    outside = sum(not case["within_calibration"] for case in adapted["cases"]) if by == ESTIMATE else 0
     if outside:
         why.append(
             f"{outside} of {len(adapted['cases'])} target scans are less consistent than any labelled scan: guesses."

@@ -19,6 +19,7 @@ from mapseg_components.data import (
     load_datalist,
     refuse_existing,
 )
+from mapseg_components.data.audit import APART
 from mapseg_components.data.datalist import has_section, labels_file, open_datalist
 from mapseg_components.data.labels import read_labels
 from mapseg_components.data.left_out import left_out, notes_of
@@ -207,6 +208,15 @@ def of_scans(
     return {case[IMAGE]: ("scans", False) for case in cases}
 
 
+def has_target_alone(datalist: Path) -> bool:
+    """Whether a datalist file names target scans and nothing of a source, as for an adaptation without one."""
+    try:
+        names = [*(open_datalist(datalist) or {})] if datalist.is_file() else []
+    except MAPSegError:  # reported with its sections
+        return False
+    return "target_training" in names and not [name for name in names if name.startswith("source")]
+
+
 def of_datalist(
     audit: Audit,
     record: StatisticsRecord,
@@ -217,7 +227,8 @@ def of_datalist(
     quiet: bool,
 ) -> dict[str, tuple[str, bool]]:
     """Check a datalist as training and evaluation would; returns as `of_scans`."""
-    sections = audit.datalist(source, tuple(SECTIONS))
+    wanted = tuple(name for name in SECTIONS if not (has_target_alone(source) and name.startswith("source")))
+    sections = audit.datalist(source, wanted)
     files = {case[IMAGE]: (SIDE[section], TISSUES in case) for section, cases in sections.items() for case in cases}
     maps = {case[LABEL]: SIDE[s] for s, cases in sections.items() for case in cases if LABEL in case}
     named = {name: value for name, (_, value) in read_labels(labels or labels_of(source)).items()}
@@ -227,7 +238,7 @@ def of_datalist(
             ignored = "others" if list(dropped) == ["others"] else [int(value) for value in dropped]
         except ValueError as error:
             raise ConfigError(f"dropped_labels is {','.join(dropped)!r}, expected whole numbers") from error
-        audit.training(source, known, ignored, policy, policy)
+        audit.training(source, known, ignored, policy, policy, [name for name in APART if name in wanted])
         if has_section(source, "target_test"):
             try:
                 audit.labelled(load_datalist(source, "target_test"), known, ignored, policy)

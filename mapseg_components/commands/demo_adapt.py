@@ -56,7 +56,7 @@ def adapt_and_compare(
     Raises:
         MAPSegError: of a stage.
     """
-    recipe = read_recipe(str(inspect.signature(adapt).parameters["method"].default))
+    recipe = read_recipe(inspect.signature(adapt).parameters["method"].default)
     alone = source_alone(recipe)
     contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], seed, options)
     whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], seed, options)

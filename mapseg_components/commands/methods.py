@@ -31,7 +31,7 @@ class MethodsReport:
 
 def described(recipe: Recipe) -> str:
     """Name and title, what the method needs, where it fails, what was measured."""
-    source = "source scans at hand" if recipe.source else "source scans for a first stage only"
+    source = "source scans at hand" if recipe.source else "source scans, or a package, for a first stage only"
     dimensions = " and ".join(f"{number}D" for number in recipe.dimensions)
     needs = "; ".join([source, dimensions, *([recipe.needs] if recipe.needs else [])])
     fails = [f"Known to fail {recipe.fails}."] if recipe.fails else []

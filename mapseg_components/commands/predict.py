@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mapseg_components.commands.adapt_each import ScanAdaptation, ask_for
 from mapseg_components.data import is_bids
 from mapseg_components.data.left_out import records_of, summary
 from mapseg_components.errors import ConfigError
@@ -57,6 +58,8 @@ def predict(
     no_overlap: bool = False,
     overwrite: bool = False,
     continue_prediction: bool = False,
+    adapt_each: int = 0,
+    seed: int = 0,
     device: str = "auto",
     num_threads: int | None = None,
     quiet: bool = False,
@@ -100,6 +103,10 @@ def predict(
             that were made of it.
         continue_prediction: go on in a folder where an earlier run with the same settings and weights stopped, however
             it ended: what it finished is kept, unless the scan has changed since; failed scans are tried again.
+        adapt_each: steps of adaptation to each scan alone, without the source, such as 20: the scan is segmented by the
+            adapted weights if its label map is more consistent by them, else by the bundle's, which stay as they are.
+            The table and manifest say which, and the gain. Not with several weights.
+        seed: of adapt_each.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
         quiet: no progress bar, errors only.
@@ -141,6 +148,7 @@ def predict(
             *(home, listed(overlays), own | asked, listed(weights), listed(keep_largest)),
             *(flip_tta, probabilities, uncertainty),
         )
+        ask_for(segmenter, home, adapt_each, seed)
         drawn = not no_preview and can_draw()
         if not no_preview and not drawn:
             logger.warning("no pictures: matplotlib is not installed (pip install matplotlib).")
@@ -230,7 +238,8 @@ def run(
         journal.write_manifest()  # first of all: there is a run to go on with
         output.write_lookups(bundle.names, [one.scan for one in journal.predictions])
         if todo:
-            Run(bundle, journal, Writer(bundle, output, inputs.series, staging), todo, quiet, overlap).all()
+            around = ScanAdaptation(bundle, staging / "package") if "adapt_each" in bundle.parser.config else None
+            Run(bundle, journal, Writer(bundle, output, inputs.series, staging), todo, quiet, overlap, around).all()
     finally:
         journal.save()
     return journal

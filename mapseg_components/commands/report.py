@@ -15,6 +15,15 @@ import numpy as np
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
 from mapseg_components.commands.order import describe_order
+from mapseg_components.commands.report_package import (
+    CONSISTENCY,
+    CONSISTENCY_NOTE,
+    PACKAGE_NOTE,
+    by_of,
+    package_table,
+    source_scans,
+    title_of,
+)
 from mapseg_components.commands.report_rounds import (
     PICTURES_STYLE,
     adapted_stage,
@@ -121,7 +130,7 @@ def require_matplotlib() -> None:
 
 def recipe_of(run: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a run, unless this version has none of that name."""
-    name = run["request"].get("method", "mapseg")
+    name = run["request"].get("method") or "mapseg"
     return read_recipe(name) if name in recipe_names() else None
 
 
@@ -174,23 +183,24 @@ def report(directory: str, output: str | None = None) -> str:
     plan, assessment = run["plan"], run["assessment"]
     names, verdict = list(plan["labels"]), assessment["verdict"]
     shown = key_figures(assessment)
-    reasons = [text for text in verdict["why"] if not (shown and text.startswith("Estimated Dice on"))]
+    reasons = [text for text in verdict["why"] if not (shown and text.startswith(f"{title_of(assessment)} on"))]
     held = plan.get("target_heldout")
     held_out = f" ({len(held)} held out of adaptation: {escape(', '.join(held))})" if held else " (none held out)"
     note = HELD_OUT_NOTE if held else ADAPTED_ON_NOTE
+    quality = CONSISTENCY_NOTE if by_of(assessment) == CONSISTENCY else QUALITY_NOTE
     body = [
-        f'<p class="quiet">{plan["target"]} target scans{held_out}, {plan["source_training"]} + '
-        f"{plan['source_validation']} source scans, {len(names)} structures, "
+        f'<p class="quiet">{plan["target"]} target scans{held_out}, {source_scans(plan)}, {len(names)} structures, '
         f"preset {escape(plan['preset'])}, seed {run['request']['seed']}.</p>",
         method_note(run),
+        f'<p class="quiet">{PACKAGE_NOTE}</p>' if "package" in plan else "",
         f'<p class="quiet">{SYNTHETIC_NOTE}</p>' if run["request"].get("source_label_maps") else "",
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
-        f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(QUALITY_NOTE)}</p>{case_table(assessment)}',
+        f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(quality)}</p>{case_table(assessment)}',
         f'<h2>Each structure</h2><div class="tables"><div><h3>Volume on the target</h3>'
         f'<p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}</div>'
-        f"<div><h3>Dice on the source's validation scans</h3>{validation_table(assessment, names)}</div></div>",
+        f"<div><h3>Dice on the source's validation scans</h3>{validation_table(run, names)}</div></div>",
         translation_section(folder),
         rounds_section(run),
         uncertainty_section(uncertainties(folder), names),
@@ -211,7 +221,8 @@ def report(directory: str, output: str | None = None) -> str:
 def worst_first(assessment: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Figures of each target scan by both models, the lowest estimate of the adapted model first."""
     pairs = zip(*(assessment["models"][name]["cases"] for name in MODELS))
-    return sorted(pairs, key=lambda pair: -1.0 if pair[1]["estimated_dice"] is None else pair[1]["estimated_dice"])
+    by = by_of(assessment)
+    return sorted(pairs, key=lambda pair: -1.0 if pair[1][by] is None else pair[1][by])
 
 
 def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -219,16 +230,13 @@ def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     verdict = assessment["verdict"]
     if verdict["gain"] is None:
         return []
-    pairs = [
-        (a["estimated_dice"], b["estimated_dice"])
-        for a, b in worst_first(assessment)
-        if a["estimated_dice"] is not None and b["estimated_dice"] is not None
-    ]
+    by, what = by_of(assessment), title_of(assessment)
+    pairs = [(a[by], b[by]) for a, b in worst_first(assessment) if a[by] is not None and b[by] is not None]
     low, high = verdict["interval"]
     result = []
     for (name, title), own in zip(MODELS.items(), zip(*pairs)):
         used = "this model is used" if verdict["ship"] == name else ""
-        result.append((f"Estimated Dice, {title}", f"{np.mean(own):.3f}", used))
+        result.append((f"{what}, {title}", f"{np.mean(own):.3f}", used))
     result.append(("Difference", f"{verdict['gain']:+.3f}", f"95 % interval {low:+.3f} to {high:+.3f}"))
     calibration = assessment["models"][verdict["ship"]]["calibration"]
     if calibration:
@@ -238,23 +246,24 @@ def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def case_table(assessment: Mapping[str, Any]) -> str:
     """Per target scan: estimates, whether they are extrapolated, confidence, agreement, unusual positions."""
-    rows = []
+    rows, by = [], by_of(assessment)
     for a, b in worst_first(assessment):
-        estimates = a["estimated_dice"], b["estimated_dice"]
+        estimates = a[by], b[by]
+        guess = by != CONSISTENCY and not (a["within_calibration"] and b["within_calibration"])
         rows.append(
             [
                 a["case"],
                 *estimates,
                 None if None in estimates else estimates[1] - estimates[0],
                 "{:.2f} to {:.2f}".format(*b["interval"]) if b.get("interval") else "none",
-                "" if a["within_calibration"] and b["within_calibration"] else "a guess",
+                "a guess" if guess else "",
                 b["confident_share"],
                 assessment["between"][a["case"]],
                 ", ".join(b.get("misplaced", [])),
             ]
         )
     head = ["scan", *MODELS.values(), "difference", "interval", "estimate", "confident share", "agreement"]
-    caption = "Estimated Dice by both models, the lowest of the adapted one first"
+    caption = f"{title_of(assessment)} by both models, the lowest of the adapted one first"
     return sortable_table([*head, "missing or off their place"], rows, caption=caption)
 
 
@@ -267,6 +276,9 @@ def volume_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
             float(np.median([case["volumes_ml"][name] for case in assessment["models"][model]["cases"]]))
             for model in MODELS
         ]
+        if not prior:  # a package without figures of this structure
+            rows.append([name, *medians, None, None, "not known"])
+            continue
         outside = [title for title, value in zip(MODELS.values(), medians) if not prior[0] <= value <= prior[-1]]
         rows.append([name, *medians, float(prior[0]), float(prior[-1]), ", ".join(outside)])
     titles = [f"{title}, ml" for title in MODELS.values()]
@@ -274,8 +286,11 @@ def volume_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
     return sortable_table(head, rows, compact=True)
 
 
-def validation_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Dice on the labelled validation scans of the source."""
+def validation_table(run: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Dice on the labelled validation scans of the source; of a package, that of its weights as it says."""
+    assessment = run["assessment"]
+    if "package" in run["plan"]:
+        return package_table(run["plan"]["package"]["validation"], names)
     both = [assessment["models"][name]["validation_dice"] for name in MODELS]
     rows = [[name, *(one["structures"][name] for one in both)] for name in names]
     rows.append(["mean", *(one["mean"] for one in both)])
@@ -308,7 +323,8 @@ def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str], s
     ]
     if not any(parts):
         return "<p>No epoch was validated.</p>"
-    return f'<div class="figures">{"".join(parts)}</div>{sizes(adapted, assessment["prior_ml"], names)}'
+    prior = {name: ml for name, ml in assessment["prior_ml"].items() if ml}
+    return f'<div class="figures">{"".join(parts)}</div>{sizes(adapted, prior, names)}'
 
 
 def uncertainties(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

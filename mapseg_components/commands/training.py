@@ -56,7 +56,8 @@ class Run:
         self.request = request
         self.quiet = quiet
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
-        self.recipe = written_out(recipe_for(request["method"], bool(request.get("source_label_maps"))), self.asked)
+        kinds = bool(request.get("source_label_maps")), request.get("package") is not None
+        self.recipe = written_out(recipe_for(request["method"], *kinds), self.asked)
         require_engine(self.recipe, self.asked)
 
     @property
@@ -108,7 +109,8 @@ class Run:
     def length_of(self, stage: Stage) -> float:
         """Factor of a stage's epochs: those after the source-only model may have one of their own."""
         names = [one.name for one in self.recipe.stages]
-        last = names.index(self.recipe.models["source_only"].partition("/")[0])
+        first = self.recipe.models["source_only"].partition("/")[0]
+        last = names.index(first) if first in names else -1  # of a package that was given no stage is run
         own = self.request.get("adaptation_length") if names.index(stage.name) > last else None
         return float(self.request["length"] if own is None else own)
 
@@ -119,7 +121,8 @@ class Run:
     def datalist_of_model(self, name: str) -> Path:
         """The datalist of the stage that a model of the recipe is from."""
         first = self.recipe.models[name].partition("/")[0]
-        return next(self.datalist_of(stage) for stage in self.recipe.stages if stage.name == first)
+        datalists = (self.datalist_of(stage) for stage in self.recipe.stages if stage.name == first)
+        return next(datalists, self.folder / DATALIST)  # of a package no stage is run
 
     def _done(self, name: str, seconds: float) -> None:
         self.record["seconds"][name] = round(seconds, 1)

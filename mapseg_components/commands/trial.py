@@ -4,15 +4,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.transforms import Compose, Orientationd, Spacingd
 
 from mapseg_components.checkpoints import load_weights
+from mapseg_components.data.volumes import voxel_ml
+from mapseg_components.structures import structures_of
 
-__all__ = ["TARGET_INVERTED", "Trial"]
+__all__ = ["TARGET_INVERTED", "LabelLoader", "Trial"]
 
 TARGET_INVERTED = "target_inverted"  # setting of the bundles
 
@@ -49,3 +54,31 @@ class Trial:
         with torch.no_grad():
             logits = self.inferer(image[None].to(self.device), self.network)[0].as_subclass(torch.Tensor)
         return logits.float().softmax(dim=0).cpu()
+
+
+class LabelLoader:
+    """From a file to a label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
+
+    Args:
+        labels: structures and values.
+        preprocessing: of the bundle; its reader, its orientation and its spacing are used.
+    """
+
+    def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:
+        self.values = list(structures_of(labels).values())
+        steps = [*preprocessing.transforms[:2]]  # LoadImaged, AssumeOrientationd
+        steps += [step for step in preprocessing.transforms if isinstance(step, Orientationd)]
+        for step in preprocessing.transforms:
+            if isinstance(step, Spacingd):
+                nearest = copy.copy(step)
+                nearest.mode = ("nearest",)
+                steps.append(nearest)
+        self.loading = Compose(steps)
+
+    def __call__(self, path: str) -> tuple[torch.Tensor, float]:
+        loaded = self.loading({"image": path})["image"]
+        values = loaded.as_subclass(torch.Tensor)[0].round().long()
+        result = torch.zeros_like(values)
+        for index, value in enumerate(self.values, start=1):
+            result[values == value] = index
+        return result, voxel_ml(loaded)

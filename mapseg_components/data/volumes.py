@@ -35,6 +35,7 @@ __all__ = [
 
 PIECE = 1 << 22  # voxels at a time: counting takes 64-bit numbers
 COLUMNS = ("case", "structure", "voxels", "volume_mm3", "touches_edge")
+OPTIONAL = {"confidence": float, "adaptation": str, "gain": float}  # column to its type
 
 
 def class_weights(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int], power: float) -> list[float] | None:
@@ -172,7 +173,7 @@ def write_volumes_csv(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         ResourceError: the disk is full, or the folder cannot be written.
     """
     table = io.StringIO(newline="")
-    columns = [*COLUMNS, "confidence"] if any("confidence" in row for row in rows) else COLUMNS
+    columns = [*COLUMNS, *(name for name in OPTIONAL if any(name in row for row in rows))]
     writer = csv.DictWriter(table, fieldnames=columns)
     writer.writeheader()
     writer.writerows(rows)
@@ -191,9 +192,9 @@ def read_volumes_csv(path: str | Path) -> list[dict[str, Any]]:
         for row in rows:
             row["voxels"], row["volume_mm3"] = int(row["voxels"]), float(row["volume_mm3"])
             row["touches_edge"] = {"True": True, "False": False}[row["touches_edge"]]
-            if "confidence" in row:
-                row["confidence"] = float(row["confidence"]) if row["confidence"] else None
-            if set(row) - {"confidence"} != set(COLUMNS):
+            for name in OPTIONAL.keys() & set(row):
+                row[name] = OPTIONAL[name](row[name]) if row[name] else None
+            if set(row) - set(OPTIONAL) != set(COLUMNS):
                 raise ValueError(f"columns {sorted(map(str, row))}")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"{path} is no table of volumes ({error!r}): expected columns {', '.join(COLUMNS)}") from error

@@ -28,7 +28,7 @@ from mapseg_components.configs import parser_of
 from mapseg_components.data import check_training_data, load_datalist
 from mapseg_components.data.audit import Audit
 from mapseg_components.data.datalist import open_datalist
-from mapseg_components.errors import FederationError, MAPSegError
+from mapseg_components.errors import ConfigError, FederationError, MAPSegError
 from mapseg_components.federated.core import Broadcast, Update, local_names, site_seed, validate_weights
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.privacy import Privacy, PrivacyAccountant, protect
@@ -167,6 +167,12 @@ class Site:
             },
             "@teacher",
         ]
+        if getattr(parser.get_parsed_content("method"), "of_target_alone", False):
+            raise ConfigError(
+                f"method {type(parser.get_parsed_content('method')).__name__} learns from the target alone, and in a "
+                "federation one side learns from the source by the same method: choose MAPSeg, MeanTeacher or "
+                "MaskedConsistency, or hand a source model over and run mapseg adapt --package at each site"
+            )
         self.trainer = parser.get_parsed_content("train#trainer")
         self.network = parser.get_parsed_content("network_def")
         self.teacher = parser.get_parsed_content("teacher")

@@ -12,7 +12,8 @@ A folder and not an archive: a person can read ``handover.json`` before it is se
 takes ``weights.pt`` as it is.
 """
 
+from mapseg_components.handover.from_bundle import package_of_bundle
 from mapseg_components.handover.package import HandoverPackage, SourceOnlyWeights
 from mapseg_components.handover.writing import volume_priors, write_handover
 
-__all__ = ["HandoverPackage", "SourceOnlyWeights", "volume_priors", "write_handover"]
+__all__ = ["HandoverPackage", "SourceOnlyWeights", "package_of_bundle", "volume_priors", "write_handover"]

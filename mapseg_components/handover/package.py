@@ -67,9 +67,10 @@ class HandoverPackage:
             raise ConfigError(f"{path} is no valid JSON ({reason}): {COPY_AGAIN}") from error
         check_content(content, path)
         dice = content["source_validation"]
+        validated = f"{dice['mean']} on {dice['scans']} scans" if dice["scans"] else "unknown"
         logger.info(
             f"Hand-over package {self.folder}: {len(content['labels'])} structures, source validation Dice "
-            f"{dice['mean']} on {dice['scans']} scans, sha256 of {MANIFEST} {sha256_of(path)}."
+            f"{validated}, sha256 of {MANIFEST} {sha256_of(path)}."
         )
         return content
 
@@ -172,7 +173,7 @@ class HandoverPackage:
     def compare_spacing(self, cases: Sequence[Mapping[str, Any]]) -> None:
         """Warn if the target's median voxel size is far from the source's, unless scans are resampled to one."""
         working = self.settings["preprocessing"].get("working_spacing")
-        if working and all(working):
+        if (working and all(working)) or self.content["spacing_mm"] is None:
             return
         found, expected = median_spacing([case[IMAGE] for case in cases]), self.content["spacing_mm"]
         if any(max(own, other) > FAR * min(own, other) for own, other in zip(found, expected)):
@@ -246,11 +247,12 @@ def check_content(content: Any, path: Path) -> None:
         wrong += [f"weights#{name}" for name in ("sha256", "fingerprint") if not is_hex(content["weights"].get(name))]
         spacing = content.get("spacing_mm")
         is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(map(is_number(0.001, 1000), spacing))
-        wrong += [] if is_spacing else ["spacing_mm"]
+        unknown = "spacing_mm" in content and spacing is None  # of a bundle
+        wrong += [] if is_spacing or unknown else ["spacing_mm"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
         dice = content["source_validation"]
         wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]
-        wrong += [] if is_whole(1, 10**6)(dice.get("scans")) else ["source_validation#scans"]
+        wrong += [] if is_whole(0, 10**6)(dice.get("scans")) else ["source_validation#scans"]
     if wrong:
         found = "; ".join(f"{name} is {shown(content, name)}" for name in wrong[:5])
         raise ConfigError(f"{path} has missing or impossible values ({found}): {COPY_AGAIN}")

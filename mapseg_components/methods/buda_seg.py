@@ -52,6 +52,7 @@ class BUDASeg:
     """
 
     selection = ("target",)
+    of_target_alone = True
 
     def __init__(
         self,

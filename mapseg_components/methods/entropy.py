@@ -33,6 +33,7 @@ class EntropyMinimization:
     """
 
     selection = ("target_entropy",)
+    of_target_alone = True
 
     def __init__(self) -> None:
         self.weights = {"target_entropy": 1.0}

@@ -56,7 +56,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     write_json(train, configs / "train.json")
     inference = settled(origin, "inference.json", recipe, plan, request) | {"dataset_dir": scans}
     write_json(inference, configs / "inference.json")
-    for name in {PRETRAINING, *bundles_of(recipe)} - {ADAPTATION}:
+    beside = () if "package" in plan else (PRETRAINING,)
+    for name in {*beside, *bundles_of(recipe)} - {ADAPTATION}:
         other = bundles_folder() / name
         known = ConfigParser.load_config_file(other / "configs" / "train.json")
         wanted = settled(other, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
@@ -64,6 +65,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
     write_json(asked, configs / "settings.json")
     bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
+    bound = {} if "package" in plan else bound  # what may be asked for of a package that was given was checked before
     write_json({key: value for key, value in asked.items() if key not in bound}, configs / "settings_of_target.json")
     metadata = ConfigParser.load_config_file(origin / "configs" / "metadata.json")
     write_json(described(metadata, plan, train), configs / "metadata.json")
@@ -73,8 +75,10 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         else "The scans were prepared by `mapseg prepare` with the options "
         f"`{json.dumps(request['prepare'])}`: prepare others alike.\n\n"
     )
+    of_package = "Adapted from a hand-over package, without its source; no labelled scan judged it.\n"
+    of_package = of_package if "package" in plan else ""
     readme = (
-        f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Method: {recipe.title}.\n"
+        f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Method: {recipe.title}.\n{of_package}"
         f"Structures: {', '.join(plan['labels'])}.\n\n"
         "`models/model.pt` is what inference uses; `source_only.pt` and `adapted.pt` are both kept. Read\n"
         f"`report.html` before you trust it. {prepared}Research only, not for clinical use.\n"
@@ -112,6 +116,8 @@ def settled(
     if request["device"] != "auto":
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}
+    if "package" in plan:
+        return config | {"network_def": plan["network"]}
     if is_planned(config):
         own = str(config["network_def"]["_target_"]).endswith(UNETS)
         deep = config["network_def"].get("deep_supervision", False)
@@ -180,6 +186,8 @@ def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> No
 
 def check_network(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     """Refuse sizes of MAPSeg's network where preset or method have a planned one. Raises `ConfigError`."""
+    if "package" in plan:
+        return
     config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
     others = [name for name in bundles_of(recipe) if name not in (ADAPTATION, PRETRAINING)]
     theirs = {key for name in others for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}

@@ -66,13 +66,17 @@ def count_windows(shape: Sequence[int], patch: Sequence[int], stride: Sequence[i
     return math.prod(max(math.ceil((side - window) / step), 0) + 1 for side, window, step in zip(shape, patch, stride))
 
 
-def judged_images(targets: int, affordable: int | None) -> tuple[int, int]:
+def judged_images(targets: int, affordable: int | None, labelled: bool = True) -> tuple[int, int]:
     """Versions of validation scans and number of target scans that are segmented.
 
     Args:
         targets: number of target scans that may be judged.
         affordable: images that may be segmented per model, or ``None``.
+        labelled: whether there are validation scans.
     """
+    if not labelled:
+        most = MOST_TARGETS if affordable is None else max(affordable, FEWEST_TARGETS)
+        return 0, min(most, MOST_TARGETS, targets)
     versions, most = MOST_VERSIONS, min(MOST_TARGETS, targets)
     if affordable is not None and affordable < versions + most:
         versions = min(max(affordable // 2, affordable - most, FEWEST_VERSIONS), MOST_VERSIONS)

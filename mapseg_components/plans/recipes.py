@@ -15,13 +15,15 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.plans.sizes import SHORT
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["Recipe", "Stage", "read_recipe", "recipe_for", "recipe_names", "scaled"]
+__all__ = ["PACKAGE", "Recipe", "Stage", "read_recipe", "recipe_for", "recipe_names", "scaled"]
 
 ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
-TRAINING, PSEUDO_LABELS, PACKAGE = "training", "pseudo_labels", "package"  # kinds of stages
+TRAINING, PSEUDO_LABELS, PACKAGE = "training", "pseudo_labels", "package"  # kinds of stages; folder of a given package
 INVERTS = "any_contrast.yaml"
 LABEL_MAPS = "label_maps.yaml"
+HANDOVER = "handover.yaml"  # of a stage that has a package alone of the source
+METHOD, METHOD_OF_LABEL_MAPS, METHOD_OF_PACKAGE = "mapseg", "label_maps", "test_time"  # unless the user names one
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,26 @@ class Recipe:
         )
         return replace(self, stages=tuple(stages))
 
+    def without_source(self) -> Recipe:
+        """The same method from a hand-over package in the folder `PACKAGE`: stages that learn the source are left out.
+
+        Raises:
+            ConfigError: the method needs the source's scans while it learns from the target.
+        """
+        if self.source:
+            others = ", ".join(name for name in recipe_names() if not read_recipe(name).source)
+            raise ConfigError(
+                f"method {self.name} needs the source's scans while it learns from the target, and a package has none: "
+                f"methods without them are {others}; or give the source in the place of the package"
+            )
+        stages = (
+            replace(stage, paths={**stage.paths, "handover_dir": PACKAGE}, contrasts=None)
+            for stage in self.stages
+            if HANDOVER in stage.overlays
+        )
+        weights = f"{PACKAGE}/weights.pt"
+        return replace(self, stages=tuple(stages), order=weights, models={**self.models, "source_only": weights})
+
     def without_contrasts(self) -> Recipe:
         """Without the stages that are for a target as it is alone; their weights are those of the stage before."""
         kept: list[Stage] = []
@@ -179,13 +201,14 @@ def recipe_names() -> list[str]:
     return sorted((path.stem for path in recipes_folder().glob("*.yaml")), key=lambda name: (name != "mapseg", name))
 
 
-def read_recipe(name: str) -> Recipe:
-    """The recipe of a method.
+def read_recipe(name: str | None) -> Recipe:
+    """The recipe of a method, of MAPSeg for ``None``.
 
     Raises:
         ConfigError: there is none of that name, or its file is not a recipe.
     """
     known = recipe_names()
+    name = METHOD if name is None else name
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -205,11 +228,18 @@ def read_recipe(name: str) -> Recipe:
         raise ConfigError(f"{path} is no recipe ({error}): see the others beside it") from error
 
 
-def recipe_for(method: str, label_maps: bool = False) -> Recipe:
-    """The recipe of a method, for a source of label maps alone if there are no images.
+def recipe_for(method: str | None, label_maps: bool = False, package: bool = False) -> Recipe:
+    """The recipe of a method, as the source allows it.
+
+    Args:
+        method: ``None`` for the one that suits: MAPSeg, of label maps ``label_maps``, of a package ``test_time``.
+        label_maps: the source is label maps alone.
+        package: the source is a hand-over package alone.
 
     Raises:
         ConfigError: there is none of that name, or it needs images of the source.
     """
-    recipe = read_recipe("label_maps" if label_maps and method == "mapseg" else method)
+    if package:
+        return read_recipe(method or METHOD_OF_PACKAGE).without_source()
+    recipe = read_recipe(METHOD_OF_LABEL_MAPS if label_maps and method in (None, METHOD) else method)
     return recipe.from_label_maps() if label_maps else recipe

@@ -213,10 +213,12 @@ def gpu_gib(device: str) -> float:
 def describe(plan: Mapping[str, Any]) -> str:
     """The plan in words, for the terminal."""
     sizes = ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
+    source = f"Source {plan['source_training']} + {plan['source_validation']} for validation"
+    if "package" in plan:
+        source = f"Network ({plan['network']['_target_']}) and sizes of the package, no source"
     return (
-        f"Preset {plan['preset']} ({plan['reason']}). Source {plan['source_training']} + "
-        f"{plan['source_validation']} for validation, target {plan['target']}; median scan {plan['median_shape']} "
-        f"voxels of {plan['median_spacing_mm']} mm, worked on as {plan['working_shape']} of "
+        f"Preset {plan['preset']} ({plan['reason']}). {source}, target {plan['target']}; median scan "
+        f"{plan['median_shape']} voxels of {plan['median_spacing_mm']} mm, worked on as {plan['working_shape']} of "
         f"{plan['working_spacing_mm']} mm. "
         f"Structures: {', '.join(plan['labels'])}. {sizes}. "
         f"{describe_after(plan['after_network'])}"

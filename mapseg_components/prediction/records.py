@@ -40,6 +40,8 @@ class Prediction:
         stamp: size in bytes and time of change in ns when the run began; of a series, their sum and the latest.
         notes: what was done to the values of a DICOM series beyond rescaling.
         claimed: the files of this scan in the output are, or may be, this command's, whatever became of the scan.
+        adaptation: of a scan that the weights were adapted to, whether they were ``used``, the ``gain`` in consistency,
+            and the steps; in no file without.
         kind: class of the error; in no file.
         place: folder of a series below the input; in no file.
     """
@@ -58,12 +60,22 @@ class Prediction:
     stamp: list[int] | None = None
     notes: list[str] = field(default_factory=list)
     claimed: bool = False
+    adaptation: dict[str, Any] | None = None
     kind: type[BaseException] = field(default=Exception, repr=False)
     place: str = field(default="", repr=False)
 
     def record(self) -> dict[str, Any]:
         """As plain values, for the manifest."""
-        return {name: value for name, value in asdict(self).items() if name not in ("kind", "place")}
+        hidden = ("kind", "place", *(() if self.adaptation else ("adaptation",)))
+        return {name: value for name, value in asdict(self).items() if name not in hidden}
+
+    @property
+    def adapted(self) -> str:
+        """What became of its adaptation, for the screen; empty without."""
+        if not self.adaptation:
+            return ""
+        gain = self.adaptation["gain"]
+        return self.adaptation["used"] + ("" if gain is None else f" ({gain:+.3f})")
 
 
 @dataclass
@@ -98,11 +110,14 @@ class Predictions:
 
     def __str__(self) -> str:
         placed = any(one.place for one in self.predictions)
-        head = ("scan", *(("found in",) if placed else ()), "status", "seconds", "result")
+        adapts = any(one.adaptation for one in self.predictions)
+        added = (*(("found in",) if placed else ()), *(("adaptation",) if adapts else ()))
+        head = ("scan", *added, "status", "seconds", "result")
         rows = [
             (
                 one.case,
                 *((one.place,) if placed else ()),
+                *((one.adapted,) if adapts else ()),
                 *(one.status, one.seconds, str(one.label_map) if one.status == "done" else one.message),
             )
             for one in self.predictions

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
+Around = Callable[[Todo, Mapping[str, Any]], contextlib.AbstractContextManager[None]]
 # Bytes per voxel while one scan is read, one segmented and one written; measured in docs/reference/command_line.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
 
@@ -46,6 +47,7 @@ class Run:
         todo: what is to be segmented, each with its case; at least one.
         quiet: no progress bars.
         overlap: read the next scan and write the one before while the network works on one.
+        around: context in which a scan, of which it gets the batch, is segmented; by default none.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Run:
         todo: Sequence[Todo],
         quiet: bool = False,
         overlap: bool = True,
+        around: Around | None = None,
     ) -> None:
+        self.around = around or no_context
         self.bundle, self.journal, self.writer, self.todo = bundle, journal, writer, todo
         self.quiet, self.overlap = quiet, overlap
         self.output: dict[str, Any] = {}  # of the evaluator's last iteration
@@ -116,7 +120,7 @@ class Run:
         if batch is None:
             return None
         loader, engine, output = [batch], self.evaluator, None
-        with self.stage(todo):
+        with self.stage(todo), self.around(todo, batch):
             engine.data_loader, engine.state.epoch_length = loader, 1
             engine.run()
             output = self.output
@@ -143,6 +147,11 @@ class Run:
                 self.journal.save()
         if one.series is not None:
             Path(case[IMAGE]).unlink(missing_ok=True)
+
+
+def no_context(todo: Todo, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """A scan is segmented as it is."""
+    return contextlib.nullcontext()
 
 
 def voxels_of(scan: str) -> int:

@@ -95,7 +95,9 @@ class Writer:
             raise ResourceError(f"{place.label_map} was not written ({error}): choose another output folder") from error
         one.label_map = str(place.label_map)
         self.keep_picture(one, picture, place.preview)
-        return [{"case": one.case, **row} for row in rows]
+        adaptation = {} if one.adaptation is None else {"adaptation": one.adaptation["used"]}
+        adaptation |= {} if one.adaptation is None else {"gain": one.adaptation["gain"]}
+        return [{"case": one.case, **row, **adaptation} for row in rows]
 
     def remove_derived(self, one: Prediction, place: Place) -> None:
         """Remove what was made of an earlier label map and is not written now; `keep_picture` sees to the picture."""

@@ -178,6 +178,18 @@ def test_a_teacher_that_hardly_follows_in_a_round_is_reported_once(tmp_path, cap
     assert {line.split(":")[0] for line in found} == ({"server", "site-1"} if shares else set())
 
 
+@pytest.mark.parametrize("method", ["EntropyMinimization", "BUDASeg"])
+def test_a_method_of_the_target_alone_is_refused_before_a_step(tmp_path, method):
+    """The server could learn nothing by it, and what travels is a teacher that may stand still."""
+    datalist, _ = make_federation(tmp_path, 1)
+    own = {"labels": "@pseudo_labels"} if method == "BUDASeg" else {}
+    settings = small_settings(method={"_target_": f"mapseg_components.methods.{method}", **own})
+    server = Site("server", "source", small_plan(), settings, datalist, tmp_path / "s")
+    coordinator = Coordinator(small_plan(), initial_weights(settings, 0), list(LABELS), tmp_path / "m", tmp_path / "o")
+    with pytest.raises(ConfigError, match=f"server: method {method} learns from the target alone.*--package"):
+        server.train(coordinator.start())
+
+
 def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
     datalist, sites = make_federation(tmp_path, 3)
     plan = small_plan(rounds=1, server_steps=None, client_steps=None, participation=0.5)
