@@ -51,6 +51,7 @@ class BUDASeg:
         1.0
     """
 
+    alone = (TARGET,)
     selection = ("target",)
 
     def __init__(
