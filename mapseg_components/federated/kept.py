@@ -60,12 +60,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
         >>> optimizer.state[weight]["momentum_buffer"].item()
         2.0
     """
-
-    def copied(value: Any) -> Any:
-        return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
-
-    state = optimizer.state_dict()["state"]
-    return {number: {name: copied(value) for name, value in entry.items()} for number, entry in state.items()}
+    return {number: copied(entry) for number, entry in optimizer.state_dict()["state"].items()}
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, Any]]) -> None:
@@ -85,4 +80,13 @@ def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapp
                     "optimizer; move the file away to start with new moments"
                 )
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(moments), "param_groups": groups})
+    own = {number: copied(entry) for number, entry in moments.items()}  # the optimizer changes them in place
+    optimizer.load_state_dict({"state": own, "param_groups": groups})
+
+
+def copied(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy on the CPU of an optimizer's entries of a parameter."""
+    return {
+        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in entry.items()
+    }

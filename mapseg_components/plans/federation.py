@@ -163,4 +163,12 @@ def check_federation(
             sites_of(cases, asked[SITES], seed, held_out)
         config = ConfigParser.load_config_files([config_path("train.json"), config_path(CONFIG)])
         own = {name: value for name, value in {**stage.settings, **asked}.items() if name in config}
-        parser_of(config | own).get_parsed_content("federation")
+        try:
+            parser_of(config | own).get_parsed_content("federation")
+        except Exception as error:  # MONAI wraps what a component refuses
+            cause = error.__cause__ or error
+            if isinstance(cause, ConfigError):
+                raise cause from error
+            raise ConfigError(
+                f"the federation's settings cannot be used ({type(cause).__name__}: {cause}): correct {sorted(own)}"
+            ) from error
