@@ -249,8 +249,9 @@ class Site:
             )
 
     def _check_method(self) -> None:
+        """Refuse a method that cannot learn from this side by itself, or takes its labels from elsewhere."""
         method = self.settings["method"]
-        target = method["_target_"]
+        target = method.get("_target_") if isinstance(method, Mapping) else None  # an expression shows in a round
         if self.side not in getattr(locate(target), "alone", (SOURCE, TARGET)):
             name = str(target).rpartition(".")[2]
             raise ConfigError(
@@ -259,7 +260,8 @@ class Site:
                 else f"{name} needs patches of the source beside those of the target, and a site has none: choose "
                 "another method, such as MAPSeg (docs/how-to/federated.md lists them)"
             )
-        if self.plan.labels_by == BROADCAST and self.side == TARGET and "@pseudo_labels" not in json.dumps(method):
+        asks = "@pseudo_labels" in json.dumps(method, default=str)
+        if self.plan.labels_by == BROADCAST and self.side == TARGET and not asks:
             raise ConfigError("labels_by is broadcast, and this method has no '@pseudo_labels': set it to teacher")
 
     def _check_label_table(self, labels: Mapping[str, int], dropped: list[int] | str) -> None:
