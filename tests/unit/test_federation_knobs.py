@@ -234,6 +234,10 @@ def test_settings_of_the_federation_are_checked_before_any_training_of_the_sourc
     check_federation(recipe, {"rounds": 30, "sites": 2}, CASES, [], 0)
     with pytest.raises(ConfigError, match="ship is 'mean'"):
         check_federation(recipe, {"ship": "mean"}, CASES, [], 0)
+    check_federation(recipe, {"aggregation": "$mapseg_components.federated.CoordinateMedian"}, CASES, [], 0)
+    check_federation(recipe, {"aggregation": "$lambda: mapseg_components.federated.TrimmedMean(0.3)"}, CASES, [], 0)
+    with pytest.raises(ConfigError, match="the federation's settings cannot be used .*Median"):
+        check_federation(recipe, {"aggregation": "$mapseg_components.federated.Median"}, CASES, [], 0)
     check_federation(read_recipe("mapseg"), {"ship": "mean"}, CASES, [], 0)  # no setting of that method
 
 
