@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from mapseg_components.checkpoints import read_checked
+from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.errors import ConfigError, FederationError
-from mapseg_components.federated import Broadcast, CoordinateMedian, Coordinator, Site, TrimmedMean, Update
+from mapseg_components.federated import (
+    Broadcast,
+    CoordinateMedian,
+    Coordinator,
+    Site,
+    TrimmedMean,
+    Update,
+    simulate,
+)
 from mapseg_components.federated.kept import moments_of, restore_moments
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.site import initial_weights
@@ -164,6 +172,37 @@ def test_without_a_source_the_sites_get_the_average_itself_and_weights_must_be_g
 
 
 @pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"server_steps": 0, "select": "last"}, ["a0", "b0", "a1", "b1"]),
+        ({"ship": "broadcast", "select": "last"}, ["server0", "a0", "b0", "server1", "a1", "b1", "server2"]),
+    ],
+)
+def test_the_simulation_asks_the_server_as_often_as_the_plan_has_it(tmp_path, monkeypatch, changes, asked):
+    called = []
+
+    def train(self, broadcast):
+        called.append(f"{self.name}{broadcast.round}")
+        weights = {name: value + 1 for name, value in broadcast.weights.items()}
+        return Update(self.name, broadcast.round, weights, 1, 1, self.labels, {"target_loss": 0.5})
+
+    monkeypatch.setattr(Site, "check", lambda self: None)
+    monkeypatch.setattr(Site, "train", train)
+    start = initial_weights(small_settings(), 0)
+    write_atomic(start, tmp_path / "start.pt")
+    settings = small_settings(initial_weights=str(tmp_path / "start.pt"))
+    for _ in range(2):  # the same call again has nothing to do
+        sites, plan = {"a": "none", "b": "none"}, small_plan(**changes)
+        found = simulate(plan, "none", sites, tmp_path / "m", tmp_path / "o", settings=settings)
+        assert called == asked
+    averaged = 2 if "server_steps" in changes else 4
+    assert distance(found, {name: value + averaged for name, value in start.items()}) < 1e-5
+    further = len(asked) % 2  # the last pass of the server
+    shipped = read_checked(tmp_path / "m" / "model.pt")
+    assert distance(shipped, {name: value + averaged + further for name, value in start.items()}) < 1e-5
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"upload": "both"}, "upload is 'both', expected student or teacher"),
@@ -236,7 +275,7 @@ def test_settings_of_the_federation_are_checked_before_any_training_of_the_sourc
         check_federation(recipe, {"ship": "mean"}, CASES, [], 0)
     check_federation(recipe, {"aggregation": "$mapseg_components.federated.CoordinateMedian"}, CASES, [], 0)
     check_federation(recipe, {"aggregation": "$lambda: mapseg_components.federated.TrimmedMean(0.3)"}, CASES, [], 0)
-    with pytest.raises(ConfigError, match="the federation's settings cannot be used .*Median"):
+    with pytest.raises(ConfigError, match=r"the federation's settings cannot be used .*Median"):
         check_federation(recipe, {"aggregation": "$mapseg_components.federated.Median"}, CASES, [], 0)
     check_federation(read_recipe("mapseg"), {"ship": "mean"}, CASES, [], 0)  # no setting of that method
 
