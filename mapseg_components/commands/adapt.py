@@ -26,6 +26,7 @@ from mapseg_components.files import lock_folder, require_writable, sha256_of, un
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
+from mapseg_components.plans.federation import check_federation
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
 from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, refuse_of_source
@@ -329,6 +330,7 @@ class Adaptation(Run):
         if request["symmetric"]:
             refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
+        check_federation(self.recipe, self.asked, adapted_on, held_out, request["seed"])
         plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
         plan["settings"] |= own
         content = {

@@ -21,9 +21,19 @@ from mapseg_components.data.datalist import all_targets, read_json, stem
 from mapseg_components.data.results import result_path
 from mapseg_components.files import write_json
 from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
+from mapseg_components.plans.federation import federation_settings
 from mapseg_components.plans.length import of_length, planned_length
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
-from mapseg_components.plans.recipes import ADAPTATION, PACKAGE, PSEUDO_LABELS, TRANSLATION, Stage, recipe_for, scaled
+from mapseg_components.plans.recipes import (
+    ADAPTATION,
+    FEDERATION,
+    PACKAGE,
+    PSEUDO_LABELS,
+    TRANSLATION,
+    Stage,
+    recipe_for,
+    scaled,
+)
 from mapseg_components.plans.rounds import REQUIRED, divided, require_engine, written_out
 from mapseg_components.session import versions
 from mapseg_components.shipped_files import bundles_folder
@@ -152,13 +162,16 @@ class Run:
             content = divided(read_json(self.datalist_of(stage)), stage.fold, self.request["seed"])
             write_json(content, earlier["datalist"])
             own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
+        if stage.kind == FEDERATION:
+            content, seed = read_json(self.datalist_of(stage)), self.request["seed"]
+            own |= federation_settings(content, merged | own, self.asked, seed, output)
         self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)
         own |= of_length(merged | own, self.length_of(stage))
         epochs = 0 if stage.kind == PACKAGE else own.get("max_epochs", merged.get("max_epochs"))
         files = {name: str(path.relative_to(self.stages)) for name, path in earlier.items()}
         cases = [case for name, part in read_json(self.datalist_of(stage)).items() if name in SECTIONS for case in part]
-        identity = None  # a translation writes where its scans lie
-        if stage.bundle != TRANSLATION:
+        identity = None  # a translation writes where its scans lie; which scan is at which site is no setting
+        if stage.bundle != TRANSLATION and stage.kind != FEDERATION:
             identity = identity_of(stage.name, self.folder, self.record, merged | own, files, cases)
         found = take_over(stage.name, identity, output, self.reuse)
         self.record.setdefault("identities", {})[stage.name] = identity

@@ -6,7 +6,20 @@ from mapseg_components.federated.coordinator import Coordinator
 from mapseg_components.federated.core import Aggregation, Broadcast, Update, WeightedMean
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.privacy import Privacy
+from mapseg_components.federated.robust import CoordinateMedian, TrimmedMean
 from mapseg_components.federated.simulation import simulate
 from mapseg_components.federated.site import Site
 
-__all__ = ["Aggregation", "Broadcast", "Coordinator", "Plan", "Privacy", "Site", "Update", "WeightedMean", "simulate"]
+__all__ = [
+    "Aggregation",
+    "Broadcast",
+    "CoordinateMedian",
+    "Coordinator",
+    "Plan",
+    "Privacy",
+    "Site",
+    "TrimmedMean",
+    "Update",
+    "WeightedMean",
+    "simulate",
+]

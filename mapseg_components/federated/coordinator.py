@@ -27,7 +27,7 @@ from mapseg_components.federated.core import (
     payload_bytes,
     validate_update,
 )
-from mapseg_components.federated.plan import Plan
+from mapseg_components.federated.plan import BROADCAST, LAST, Plan
 from mapseg_components.files import write_json, write_text
 from mapseg_components.keys import TARGET_LOSS
 
@@ -44,8 +44,10 @@ class Coordinator:
 
     Files: ``federation.pt`` in ``ckpt_dir``, the state after the last closed round (the one before it beside it as
     ``federation.previous.pt``); ``model.pt``, global weights of the round with the best Score (minus the sites' mean
-    target loss, weighted by their scans), with ``model_selection.json``; in ``output_dir``, ``rounds.jsonl``, a
-    line per round. Each is written whole or not at all; nothing changes on disk before a round is closed.
+    target loss, weighted by their scans), or of the last one, with ``model_selection.json``; in ``output_dir``,
+    ``rounds.jsonl``, a line per round, and its main figures as ``history.jsonl``, as of any training. Each is written
+    whole or not at all; nothing changes on disk before a round is closed. Where the plan ships what the server sends
+    next, `unfinished` says after the last round whether it is still to be made, for `finish`.
 
     Args:
         plan: settings of the federation.
@@ -72,11 +74,12 @@ class Coordinator:
         resume: bool = True,
     ) -> None:
         self.plan, self.weights, self.labels = plan, dict(weights), labels
-        self.ckpt_dir, self.log_path = Path(ckpt_dir), Path(output_dir) / "rounds.jsonl"
+        self.ckpt_dir, self.output_dir = Path(ckpt_dir), Path(output_dir)
         self.settings = json.loads(json.dumps(dict(settings or {}), default=repr))
         self.local = local_names(weights, plan.local_layers)
         self.round, self.ema_steps, self.best_score = 0, 0, -math.inf
         self.history: list[dict[str, Any]] = []
+        self._pending: dict[str, Any] | None = None  # a round that is shipped as the server sends it next
         if resume:
             self._load()
 
@@ -99,6 +102,10 @@ class Coordinator:
         self._shared = {name: value for name, value in update.weights.items() if name not in self.local}
         self._source_line = {"movement": moved, "seconds": round(update.seconds, 2), "losses": dict(update.losses)}
         return Broadcast(self.round, update.ema_steps, update.weights)
+
+    def skip_source(self) -> Broadcast:
+        """Where nobody has a source: the task of the sites is the average of the round before."""
+        return self.accept_source(Update("server", self.round, self.weights, 1, self.ema_steps, self.labels))
 
     def participants(self, sites: Iterable[str]) -> list[str]:
         """The sites to ask in this round."""
@@ -150,35 +157,74 @@ class Coordinator:
             )
         weights = {**self._source.weights, **self._mean.result()}
         line = self._line(weights)
-        history = [*self.history, line]
-        best_score = self.best_score
+        best_score, better, pending = self.best_score, self.plan.select == LAST, None
+        if self._pending is not None:
+            self._ship(self._source.weights, self._pending)
         if line["score"] is not None and line["score"] > best_score:
-            best_score = line["score"]
-            write_atomic(weights, self.ckpt_dir / "model.pt")
-            selection = {"weights": "global", "round": self.round, "score": best_score}
-            write_json({"model.pt": selection}, self.ckpt_dir / "model_selection.json")
-        write_atomic(
-            {
-                "format": FORMAT,
-                "fingerprint": shapes_of(weights),
-                "settings": json.dumps(self.settings),
-                "round": self.round + 1,
-                "ema_steps": self._steps,
-                "best_score": best_score,
-                "history": json.dumps(history),
-                "weights": weights,
-            },
-            self.ckpt_dir / STATE,
-            keep_previous=self.ckpt_dir / PREVIOUS,
-        )
-        self.weights, self.ema_steps, self.best_score = weights, self._steps, best_score
-        self.round, self.history = self.round + 1, history
+            best_score, better = line["score"], True
+        if better:
+            selection = {"round": self.round, "score": line["score"]}
+            if self.plan.ship == BROADCAST:
+                pending = {"weights": BROADCAST, **selection}
+            else:
+                self._ship(weights, {"weights": "global", **selection})
+        self._save(weights, self.round + 1, self._steps, best_score, [*self.history, line], pending)
         self._write_log()
         logger.info(
             f"Round {line['round']} closed: {len(self._accepted)} sites, the teacher moved by {line['movement']:.3g}, "
             f"Score {line['score']}."
         )
         return line
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether all rounds are closed, and ``model.pt`` waits for what the server makes of the last one."""
+        return self.round >= self.plan.rounds and self._pending is not None
+
+    def finish(self, update: Update) -> None:
+        """Ship what the server has made of the last round; `start` gives its task.
+
+        Raises:
+            FederationError: it is refused, see `validate_update`.
+            ResourceError: the disk is full; the state on disk is that of the last closed round.
+        """
+        assert self._pending is not None
+        validate_update(update, self.weights, self.round, self.labels)
+        self._ship(update.weights, self._pending)
+        self._save(self.weights, self.round, self.ema_steps, self.best_score, self.history, None)
+        logger.info("The server's labelled steps on the last average are shipped as model.pt.")
+
+    def _ship(self, weights: Mapping[str, torch.Tensor], selection: Mapping[str, Any]) -> None:
+        write_atomic(weights, self.ckpt_dir / "model.pt")
+        write_json({"model.pt": dict(selection)}, self.ckpt_dir / "model_selection.json")
+
+    def _save(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        number: int,
+        ema_steps: int,
+        best_score: float,
+        history: list[dict[str, Any]],
+        pending: dict[str, Any] | None,
+    ) -> None:
+        """Write the state, and take it once it is on disk."""
+        write_atomic(
+            {
+                "format": FORMAT,
+                "fingerprint": shapes_of(weights),
+                "settings": json.dumps(self.settings),
+                "round": number,
+                "ema_steps": ema_steps,
+                "best_score": best_score,
+                "history": json.dumps(history),
+                "pending": json.dumps(pending),
+                "weights": weights,
+            },
+            self.ckpt_dir / STATE,
+            keep_previous=self.ckpt_dir / PREVIOUS,
+        )
+        self.weights, self.round, self.ema_steps, self.best_score = dict(weights), number, ema_steps, best_score
+        self.history, self._pending = history, pending
 
     def _line(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         total = self._mean.total
@@ -204,7 +250,8 @@ class Coordinator:
         }
 
     def _write_log(self) -> None:
-        write_text("".join(json.dumps(line) + "\n" for line in self.history), self.log_path)
+        write_text(jsonl(self.history), self.output_dir / "rounds.jsonl")
+        write_text(jsonl(map(as_epoch, self.history)), self.output_dir / "history.jsonl")
 
     def _load(self) -> None:
         path = self.ckpt_dir / STATE
@@ -232,8 +279,21 @@ class Coordinator:
         require_same_settings(json.loads(state["settings"]), self.settings, path)
         self.weights, self.round, self.ema_steps = state["weights"], state["round"], state["ema_steps"]
         self.best_score, self.history = state["best_score"], json.loads(state["history"])
+        self._pending = json.loads(state.get("pending", "null"))  # since a later version
         self._write_log()
         logger.info(f"Resumed from {path}: {self.round} of {self.plan.rounds} rounds are closed.")
+
+
+def jsonl(lines: Iterable[Mapping[str, Any]]) -> str:
+    """A JSON object a line."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def as_epoch(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A round in the words of `mapseg_components.handlers.EpochHistory`; rounds are epochs, counted from 1."""
+    score = line["score"]
+    figures = {"learning_rate": line["learning_rate"], "score": score, TARGET_LOSS: None if score is None else -score}
+    return {"epoch": line["round"] + 1, "seconds": line["seconds"], **figures}
 
 
 def shapes_of(weights: Mapping[str, torch.Tensor]) -> str:

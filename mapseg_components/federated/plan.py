@@ -11,7 +11,10 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate
 from mapseg_components.federated.privacy import Privacy
 
-__all__ = ["Plan"]
+__all__ = ["AVERAGE", "BEST", "BROADCAST", "LAST", "STUDENT", "TEACHER", "Plan"]
+
+STUDENT, TEACHER, BROADCAST, AVERAGE = "student", "teacher", "broadcast", "average"  # weights
+BEST, LAST = "best", "last"  # rounds
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Plan:
     Args:
         rounds: R (100 in the paper).
         server_steps: T_s, optimizer iterations on the labelled source in a round; ``None`` for as many as it has scans
-            (over the batch size).
+            (over the batch size); 0 for none: there is no source, and the server passes the average on.
         client_steps: T_t, likewise at each site.
         first_learning_rate: start of the cosine over the rounds (1e-4 in the paper).
         last_learning_rate: its end (1e-6 in the paper).
@@ -32,6 +35,15 @@ class Plan:
         spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
         local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``.
         aggregation: makes the `Aggregation` of a round.
+        upload: what a party, server or site, sends after its steps: its ``"teacher"`` (Algorithm 1) or its
+            ``"student"``.
+        keep_moments: a party keeps the moments of its optimizer, and its teacher, from round to round. By default a
+            round depends on nothing before it.
+        labels_by: pseudo labels at a site are those of its ``"teacher"``, or of the weights that arrived, which stand
+            still for the round (``"broadcast"``).
+        ship: weights of a round that become ``model.pt``: the sites' ``"average"``, or what the server sends next,
+            after its labelled steps on it (``"broadcast"``).
+        select: the round whose weights these are: the ``"best"`` by the Score, or the ``"last"``.
         privacy: what a site does to its update before it leaves; the server's value is ignored.
         seed: of draws of participants, and with its name of the draws of a site.
 
@@ -51,13 +63,18 @@ class Plan:
     spacing_range_mm: Sequence[float] | None = None
     local_layers: Sequence[str] = ()
     aggregation: Callable[[], Aggregation] = WeightedMean
+    upload: str = TEACHER
+    keep_moments: bool = False
+    labels_by: str = TEACHER
+    ship: str = AVERAGE
+    select: str = BEST
     privacy: Privacy = field(default_factory=Privacy)
     seed: int = 0
 
     def __post_init__(self) -> None:
         rules = [
             ("rounds", self.rounds >= 1, "1 or more"),
-            ("server_steps", self.server_steps is None or self.server_steps >= 1, "1 or more, or null"),
+            ("server_steps", self.server_steps is None or self.server_steps >= 0, "0 or more, or null"),
             ("client_steps", self.client_steps is None or self.client_steps >= 1, "1 or more, or null"),
             ("first_learning_rate", self.first_learning_rate > 0, "more than 0"),
             ("last_learning_rate", 0 < self.last_learning_rate, "more than 0"),
@@ -71,11 +88,18 @@ class Plan:
                 or (len(self.spacing_range_mm) == 2 and 0 < self.spacing_range_mm[0] <= self.spacing_range_mm[1]),
                 "two lengths such as [0.5, 1.5], or null",
             ),
+            ("aggregation", callable(self.aggregation), "a class, '$mapseg_components.federated.CoordinateMedian'"),
+            ("upload", self.upload in (STUDENT, TEACHER), "student or teacher"),
+            ("keep_moments", isinstance(self.keep_moments, bool), "true or false"),
+            ("labels_by", self.labels_by in (TEACHER, BROADCAST), "teacher or broadcast"),
+            ("ship", self.ship in (AVERAGE, BROADCAST), "average or broadcast"),
+            ("ship", self.ship != BROADCAST or self.server_steps != 0, "average where server_steps is 0"),
+            ("select", self.select in (BEST, LAST), "best or last"),
         ]
         wrong = [f"{name} is {getattr(self, name)!r}, expected {what}" for name, good, what in rules if not good]
         if wrong:
             raise ConfigError(f"{'; '.join(wrong)}: correct it in federated.json or on the command line")
 
     def learning_rate(self, number: int) -> float:
-        """Learning rate of a round, counted from 0."""
-        return cosine_rate(number, self.rounds, self.first_learning_rate, self.last_learning_rate)
+        """Learning rate of a round, counted from 0; a pass of the server after the last round has that round's."""
+        return cosine_rate(min(number, self.rounds - 1), self.rounds, self.first_learning_rate, self.last_learning_rate)

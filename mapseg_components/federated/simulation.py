@@ -38,7 +38,7 @@ def simulate(
 
     Args:
         plan: settings of the federation.
-        datalist: the server's; its ``source_training`` is read.
+        datalist: the server's; its ``source_training`` is read, unless the server takes no step.
         sites: name to datalist; the ``target_training`` of each is read, without labels.
         ckpt_dir: see `Coordinator`.
         output_dir: see `Coordinator`; the files of each party are in ``output_dir/sites/<name>``.
@@ -59,14 +59,16 @@ def simulate(
             "give sites as {name: datalist, ...}"
         )
     folder = Path(output_dir) / "sites"
-    server = Site(SERVER, SOURCE, plan, settings, datalist, folder / SERVER)
+    server = None if plan.server_steps == 0 else Site(SERVER, SOURCE, plan, settings, datalist, folder / SERVER)
     clients = {name: Site(name, TARGET, plan, settings, path, folder / name) for name, path in sorted(sites.items())}
     for party in (server, *clients.values()):
-        party.check()
-    weights = initial_weights(settings, plan.seed)
+        if party is not None:
+            party.check()
+    weights = initial_weights(settings, plan.seed, trained=server is None)
     coordinator = Coordinator(plan, weights, class_names(settings), ckpt_dir, output_dir, settings, resume)
     while coordinator.round < plan.rounds:
-        task = coordinator.accept_source(server.train(coordinator.start()))
+        start = coordinator.start()
+        task = coordinator.skip_source() if server is None else coordinator.accept_source(server.train(start))
         for name in coordinator.participants(clients):
             try:
                 update = clients[name].train(task)
@@ -79,4 +81,6 @@ def simulate(
             except MAPSegError as error:
                 coordinator.exclude(name, error)
         coordinator.close()
+    if coordinator.unfinished and server is not None:
+        coordinator.finish(server.train(coordinator.start()))
     return coordinator.weights

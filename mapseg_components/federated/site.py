@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,17 @@ from monai.bundle import ConfigParser
 from mapseg_components.checkpoints import (
     load_weights,
     random_state,
-    read_checked,
     restore_random_state,
     weights_of,
-    write_atomic,
 )
-from mapseg_components.configs import parser_of
+from mapseg_components.configs import locate, parser_of
 from mapseg_components.data import check_training_data, load_datalist
 from mapseg_components.data.audit import Audit
 from mapseg_components.data.datalist import open_datalist
 from mapseg_components.errors import ConfigError, FederationError, MAPSegError
 from mapseg_components.federated.core import Broadcast, Update, local_names, site_seed, validate_weights
-from mapseg_components.federated.plan import Plan
+from mapseg_components.federated.kept import Kept, moments_of, restore_moments
+from mapseg_components.federated.plan import BROADCAST, STUDENT, TEACHER, Plan
 from mapseg_components.federated.privacy import Privacy, PrivacyAccountant, protect
 from mapseg_components.keys import IMAGE, SOURCE, TARGET
 from mapseg_components.structures import structures_of
@@ -49,11 +50,12 @@ class Site:
     A round depends on the broadcast, the round's number, the plan and the site's scans, name and settings, and on
     nothing that happened before (but for `Plan.local_layers`): optimizer moments start from zero, student and teacher
     from the broadcast, draws from (seed, site, round). So a site may miss rounds, or be started anew, at any time.
+    With `Plan.keep_moments` moments and teacher go on from the party's last round, whichever that was; a round that is
+    repeated starts from the same as before.
 
     Each side trains by the bundle's ``method`` with its half of the batch: MAPSeg by Eq. 9 at the source and Eq. 10
-    at the target (``target_clean`` true, ``beta`` 0.5).
-    The teacher follows from the first step. `Plan.privacy` acts on what a
-    target side sends back, alike in the simulation and between real sites.
+    at the target (``target_clean`` true, ``beta`` 0.5). The teacher follows from the first step. `Plan.privacy` acts on
+    what a target side sends back, alike in the simulation and between real sites.
 
     Args:
         name: of the site; names its seed and appears in messages.
@@ -61,7 +63,7 @@ class Site:
         plan: what all parties agreed on.
         settings: merged config of the bundle, as plain values: ``train.json``, overlays, ``federated.json``.
         datalist: file or folder; only ``source_training`` (source) or ``target_training`` (target) is looked at.
-        folder: where the site's history, audit and local weights are kept; nothing of it is sent.
+        folder: where the site's history, audit, local weights and moments are kept; nothing of it is sent.
 
     Raises:
         ConfigError: see `Plan` and the bundle's components.
@@ -77,7 +79,8 @@ class Site:
         self.seed = site_seed(plan.seed, SOURCE if side == SOURCE else name)  # whoever has the source draws alike
         self.privacy = plan.privacy if side == TARGET else Privacy()
         self._accountant = PrivacyAccountant(self.folder / "privacy.json", self.privacy)
-        self._local = LocalWeights(self.folder / "local.pt")
+        self._local = Kept(self.folder / "local.pt")
+        self._kept = Kept(self.folder / "kept.pt")
         self._parser: ConfigParser | None = None
         self._warned = False
 
@@ -86,11 +89,13 @@ class Site:
 
         Raises:
             FederationError: a site has no scans, another label table, or scans of another spacing.
-            ConfigError, DataError or ResourceError: as `check_training_data`. Every message names the site.
+            ConfigError: the method cannot learn from this side by itself.
+            DataError, ResourceError, ConfigError: as `check_training_data`. Every message names the site.
         """
         with self._named():
             parser = parser_of(self.settings)
             get = parser.get_parsed_content
+            self._check_method()
             cases = load_datalist(self.datalist, SECTION[self.side])
             self._check_label_table(get("labels"), get("dropped_labels"))
             options = {key: get(key) for key in ("audit", "assume_orientation", "non_finite")}
@@ -109,7 +114,7 @@ class Site:
                 self._check_spacing(cases, audit_file)
 
     def train(self, broadcast: Broadcast) -> Update:
-        """One round: student and teacher start as the broadcast, train, and the teacher is what is sent back.
+        """One round: student and teacher start as the broadcast, train, and one of them is what is sent back.
 
         Raises:
             FederationError: the broadcast does not fit this network, or is not finite; the privacy budget is spent.
@@ -181,18 +186,29 @@ class Site:
         self.loader = parser.get_parsed_content("train#dataloader")
         self.history = parser.get_parsed_content("train#handlers")[0]
         self.local = local_names(self.network.state_dict(), self.plan.local_layers) if self.side == TARGET else set()
+        self._frozen: torch.nn.Module | None = None
+        if self.side == TARGET and self.plan.labels_by == BROADCAST:
+            self._frozen = copy.deepcopy(self.teacher.network)
+            parser.get_parsed_content("pseudo_labels").teacher = SimpleNamespace(network=self._frozen, active=True)
         self._scaler = copy.deepcopy(self.trainer.optimization.scaler.state_dict())
         self._parser = parser
 
     def _train(self, broadcast: Broadcast) -> dict[str, torch.Tensor]:
         number = broadcast.round
         validate_weights(broadcast.weights, self.network.state_dict(), f"{self.name}: what the server sent")
-        self.network.load_state_dict({**broadcast.weights, **self._local.before(number, self.local)})
+        self.network.load_state_dict({**broadcast.weights, **self._local_before(number)})
         student = self.teacher.student.state_dict()
-        self.teacher.load_state_dict({"network": student, "steps": broadcast.ema_steps, "active": True})
-        self._tell_the_pace()
+        kept = self._kept.before(number) if self.plan.keep_moments else {}
+        self.teacher.load_state_dict(
+            {"network": kept.get("teacher", student), "steps": broadcast.ema_steps, "active": True}
+        )
+        if self._frozen is not None:
+            self._frozen.load_state_dict(student)
+        self._check_the_pace()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.state.clear()
+        if kept:
+            restore_moments(self.optimizer, kept["moments"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate(number)
         self.trainer.optimization.scaler.load_state_dict(self._scaler)
@@ -206,20 +222,53 @@ class Site:
                 f"round {number} made {state.iteration - number * self.steps} of {self.steps} steps: "
                 "the loader ended early; lower server_steps or client_steps"
             )
-        weights = weights_of(self.teacher_network)
+        weights = weights_of(self.network if self.plan.upload == STUDENT else self.teacher_network)
+        if self.plan.keep_moments:
+            teacher = weights_of(self.teacher.network)
+            self._kept.keep(number, {"moments": moments_of(self.optimizer), "teacher": teacher})
         if self.local:
             self._local.keep(number, {name: weights.pop(name) for name in sorted(self.local)})
         return weights
 
-    def _tell_the_pace(self) -> None:
-        """Warn once if a round's work hardly reaches the teacher, which is all that is sent."""
+    def _local_before(self, number: int) -> dict[str, torch.Tensor]:
+        """The site's own values of local layers; empty in its first round, which starts from the broadcast."""
+        found = self._local.before(number) if self.local else {}
+        if found and set(found) != self.local:
+            raise FederationError(
+                f"{self._local.path} keeps {len(found)} tensors, local_layers names {len(self.local)}: "
+                "keep local_layers as it was, or move the file away to start from the server's values"
+            )
+        return found
+
+    def _check_the_pace(self) -> None:
+        """Refuse a teacher that stands still where it is sent; warn once if a round's work hardly reaches it."""
+        if self.plan.upload != TEACHER:
+            return
         followed = self.teacher.followed(self.steps)
+        if not followed:
+            raise ConfigError("upload is teacher, and the teacher stands still in a round: set upload to student")
         if followed < SLOW and not self._warned:
             self._warned = True
             logger.warning(
                 f"{self.name}: in a round of {self.steps} steps the teacher, which is what travels, takes "
                 f"{followed:.0%} of the way to its student: more steps or a faster ema_schedule keep more of its work."
             )
+
+    def _check_method(self) -> None:
+        """Refuse a method that cannot learn from this side by itself, or takes its labels from elsewhere."""
+        method = self.settings["method"]
+        target = method.get("_target_") if isinstance(method, Mapping) else None  # an expression shows in a round
+        if self.side not in getattr(locate(target), "alone", (SOURCE, TARGET)):
+            name = str(target).rpartition(".")[2]
+            raise ConfigError(
+                f"{name} learns nothing from the source, and server_steps is {self.plan.server_steps}: set it to 0"
+                if self.side == SOURCE
+                else f"{name} needs patches of the source beside those of the target, and a site has none: choose "
+                "another method, such as MAPSeg (docs/how-to/federated.md lists them)"
+            )
+        asks = "@pseudo_labels" in json.dumps(method, default=str)
+        if self.plan.labels_by == BROADCAST and self.side == TARGET and not asks:
+            raise ConfigError("labels_by is broadcast, and this method has no '@pseudo_labels': set it to teacher")
 
     def _check_label_table(self, labels: Mapping[str, int], dropped: list[int] | str) -> None:
         table = (open_datalist(self.datalist) or {}).get("labels")
@@ -263,51 +312,29 @@ class Site:
             raise named from error
 
 
-class LocalWeights:
-    """Tensors that never leave a site, before and after its last round, so that a round can be repeated."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._before: dict[str, torch.Tensor] = {}
-
-    def before(self, number: int, names: set[str]) -> dict[str, torch.Tensor]:
-        """The values of the site to start a round with; empty in its first round, which starts from the broadcast.
-
-        Raises:
-            FederationError: the file holds other tensors.
-        """
-        if not names or not self.path.is_file():
-            self._before = {}
-            return self._before
-        state = read_checked(self.path)
-        if number < state["round"]:
-            self._before = {}
-            return self._before
-        self._before = state["before"] if number == state["round"] else state["after"]
-        if self._before and set(self._before) != names:
-            raise FederationError(
-                f"{self.path} keeps {len(self._before)} tensors, local_layers names {len(names)}: "
-                "keep local_layers as it was, or move the file away to start from the server's values"
-            )
-        return self._before
-
-    def keep(self, number: int, after: dict[str, torch.Tensor]) -> None:
-        """Write them to the file."""
-        write_atomic({"round": number, "before": self._before, "after": after}, self.path)
-
-
 def class_names(settings: Mapping[str, Any]) -> list[str]:
     """Names of the classes in the order of their index, background left out."""
     return list(structures_of(parser_of(settings).get_parsed_content("labels")))
 
 
-def initial_weights(settings: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
+def initial_weights(settings: Mapping[str, Any], seed: int, trained: bool = False) -> dict[str, torch.Tensor]:
     """Weights before the first round: random by the seed, then ``encoder_weights`` and ``initial_weights`` if given.
+
+    Args:
+        settings: merged config.
+        seed: of random weights.
+        trained: refuse those, for a federation in which nobody has a source.
 
     Raises:
         CheckpointError: a weights file is missing, damaged or of another network.
+        ConfigError: there is none, and nobody would learn a label.
     """
     parser = parser_of(settings)
+    if trained and parser.get_parsed_content("initial_weights") is None:
+        raise ConfigError(
+            "server_steps is 0, and initial_weights null: nothing would know the structures; name weights of "
+            "source-only training"
+        )
     with drawing_from(np.random.SeedSequence(seed)):
         network = parser.get_parsed_content("network_def")
     for key, prefix in (("encoder_weights", "encoder."), ("initial_weights", "")):

@@ -50,6 +50,7 @@ class AdvEnt(Supervised):
         {'source': 1.0, 'target_adversarial': 0.001, 'target_entropy': 0.0}
     """
 
+    alone = (SOURCE,)
     selection = ("target_entropy",)
 
     def __init__(

@@ -28,7 +28,9 @@ class Method(Protocol):
 
     `mapseg_components.engines.AdaptationTrainer` runs it: it calls `passes` once per iteration, runs the passes (as one
     batch or one after the other), and steps along the gradient of the weighted sum of all terms. A method is any object
-    with these three members; ``examples/new_method.py`` is a complete one.
+    with these three members; ``examples/new_method.py`` is a complete one. A class that needs both sides in one batch,
+    or one side alone, says so by ``alone``, the sides it learns from by themselves: ``("source",)``, ``("target",)`` or
+    (without it) both. In a federation server and sites have one side each.
     """
 
     weights: Mapping[str, float]

@@ -51,6 +51,7 @@ class BUDASeg:
         1.0
     """
 
+    alone = (TARGET,)
     selection = ("target",)
     of_target_alone = True
 

@@ -55,6 +55,8 @@ class CopyPaste(Supervised):
 
     selection = ("target_around", "target_box")
 
+    alone = (SOURCE,)
+
     def __init__(
         self,
         loss: nn.Module,

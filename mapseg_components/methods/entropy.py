@@ -32,6 +32,7 @@ class EntropyMinimization:
         0.6931
     """
 
+    alone = (TARGET,)
     selection = ("target_entropy",)
     of_target_alone = True
 

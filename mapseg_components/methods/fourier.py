@@ -46,6 +46,8 @@ class FourierMixing(Supervised):
         (torch.Size([1, 1, 8, 9, 10]), False)
     """
 
+    alone = (SOURCE,)
+
     def __init__(self, loss: nn.Module, beta: float = 0.05) -> None:
         super().__init__(loss)
         if not 0.0 <= beta <= 0.5:

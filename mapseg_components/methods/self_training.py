@@ -45,6 +45,7 @@ class SelfTraining:
         (2, {'source': 1.0, 'target': 1.0})
     """
 
+    alone = (SOURCE,)  # a target without label maps teaches nothing
     selection = (TARGET,)
 
     def __init__(self, loss: nn.Module, pseudo_loss: nn.Module | None = None, target_weight: float = 1.0) -> None:

@@ -15,8 +15,9 @@ from monai.bundle.utils import merge_kv
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.plans.federation import federation_names
 from mapseg_components.plans.label_maps import add_synthetic_validation
-from mapseg_components.plans.recipes import ADAPTATION, Recipe, scaled
+from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, scaled
 from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
@@ -178,7 +179,9 @@ def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> No
     names = dict.fromkeys((ADAPTATION, PRETRAINING, *(bundles_of(recipe) if recipe is not None else ())))
     known = {key for name in names for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}
     known |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
-    known |= set(options_of(recipe)) if recipe is not None else set()
+    if recipe is not None:
+        known |= set(options_of(recipe))
+        known |= federation_names() if any(stage.kind == FEDERATION for stage in recipe.stages) else set()
     unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")

@@ -19,7 +19,8 @@ __all__ = ["PACKAGE", "Recipe", "Stage", "read_recipe", "recipe_for", "recipe_na
 
 ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
-TRAINING, PSEUDO_LABELS, PACKAGE = "training", "pseudo_labels", "package"  # kinds of stages; folder of a given package
+# kinds of stages; PACKAGE is the folder of a package that was given as well
+TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "package", "federation"
 INVERTS = "any_contrast.yaml"
 LABEL_MAPS = "label_maps.yaml"
 HANDOVER = "handover.yaml"  # of a stage that has a package alone of the source
@@ -45,7 +46,8 @@ class Stage:
         fixed: further settings that hold whatever the user asks for.
         kind: ``training``, or ``pseudo_labels``: the scans of ``target_training`` are segmented by `weights`, those
             that lack a structure are left out, and ``pseudo/datalist.json`` names the others with their label maps; or
-            ``package``: a hand-over package is written of weights that an earlier stage has trained.
+            ``package``: a hand-over package is written of weights that an earlier stage has trained; or ``federation``:
+            the target's scans are divided among simulated sites, see `mapseg_components.plans.federation`.
         weights: files below ``stages`` that make pseudo labels, together if there are several; of a stage of each round
             those of the first, the adapted model of the round before in later ones.
         each_round: whether it is repeated, see `mapseg_components.plans.rounds`.

@@ -121,6 +121,32 @@ def test_another_run_takes_over_the_source_only_model_and_trains_the_rest(finish
 
 
 @pytest.mark.slow
+def test_a_federation_takes_over_the_stages_of_the_centralized_run_and_deals_out_the_scans(
+    finished, folders, tmp_path, monkeypatch
+):
+    output, record = finished
+    trained = {}
+
+    def stage(name, bundle, configs, folder, settings, on_epoch=None):
+        trained[name] = (configs, settings)
+        return 1.0
+
+    monkeypatch.setattr("mapseg_components.commands.training.run_stage", stage)
+    with pytest.raises(ConfigError, match="no epoch was validated"):  # nothing is trained here
+        adapt(
+            **call(folders), method="federated", output=str(tmp_path / "out"), adaptation_length=0.5, reuse=str(output)
+        )
+    again = json.loads((tmp_path / "out" / "run.json").read_text())
+    taken = [name for name in record["done"] if name in ("source", "contrasts")]
+    ((name, (configs, settings)),) = trained.items()
+    assert again["reused"] == dict.fromkeys(taken, str(output)) and name == "federation"
+    assert configs[-2:] == ["configs/federated.json", "configs/settings.json"]
+    assert (settings["rounds"], settings["max_epochs"], settings["epoch_length"]) == ("@max_epochs", 2, 1)  # half of 4
+    scans = [load_datalist(path, "target_training") for path in settings["sites"].values()]
+    assert [len(part) for part in scans] == [1, 1] and settings["upload"] == "student"
+
+
+@pytest.mark.slow
 def test_the_report_needs_nothing_else(finished):
     output, record = finished
     page = (output / "report.html").read_text()

@@ -281,12 +281,15 @@ def test_a_client_of_a_job_has_one_side():
 @pytest.mark.slow
 def test_nvflare_gives_the_weights_of_the_simulation(tmp_path):
     datalist, sites = make_federation(tmp_path, 2)
-    found = nvflare_run(tmp_path, datalist, sites, "--sites", *sites)
+    changes = {"upload": "student", "keep_moments": True, "ship": "broadcast", "select": "last"}
+    found = nvflare_run(tmp_path, datalist, sites, "--sites", *sites, **changes)
     assert found["round"] == 2
-    assert_close(
-        found["weights"],
-        simulate(small_plan(), datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings()),
-    )
+    plan = small_plan(**changes)
+    expected = simulate(plan, datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings(**changes))
+    assert_close(found["weights"], expected)
+    shipped = [read_checked(folder / "model.pt") for folder in (tmp_path / "own" / "server" / "models", tmp_path / "m")]
+    assert_close(*shipped)
+    assert movement(expected, shipped[0]) > 1e-3  # one more pass of the server
     exported = "".join(path.read_text() for path in (tmp_path / "job").rglob("*.json"))
     assert "SiteExecutor" in exported and str(tmp_path) not in exported  # no path and no setting travels
     assert not list((tmp_path / "job").rglob("*.py"))  # and no code

@@ -58,21 +58,27 @@ class MAPSegController(ModelController):
             lock_folder(folder)
             sweep_temporaries(folder)
         source = None
-        if self.source_site is None:
+        if self.source_site is None and plan.server_steps != 0:
             source = party.site(SOURCE)
             source.check()
-        weights = initial_weights(party.settings, plan.seed)
+        weights = initial_weights(party.settings, plan.seed, trained=plan.server_steps == 0)
         self.coordinator = Coordinator(
             plan, weights, class_names(party.settings), *folders, party.settings, party.resume
         )
         self._wait_for_sites(plan.min_sites)
         while self.coordinator.round < plan.rounds and not self.abort_signal.triggered:
             self._round(source)
+        if self.coordinator.unfinished and not self.abort_signal.triggered:
+            self.coordinator.finish(self._source_update(source, self.coordinator.start()))
         unlock_folders(folders)
 
     def _round(self, source: Site | None) -> None:
         coordinator = self.coordinator
-        task = coordinator.accept_source(self._source_update(source, coordinator.start()))
+        start = coordinator.start()
+        if coordinator.plan.server_steps == 0:
+            task = coordinator.skip_source()
+        else:
+            task = coordinator.accept_source(self._source_update(source, start))
         asked = coordinator.participants(self._targets())
         waiting = set(asked)
 
