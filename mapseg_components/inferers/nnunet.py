@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from monai.utils.module import version_geq
+from monai.utils.module import optional_import, version_geq
 
 from mapseg_components.checkpoints import load_weights, read_checked
 from mapseg_components.errors import CheckpointError, ConfigError
@@ -104,7 +103,9 @@ class NNUNetInferer(Inferer):
 
         Args:
             inputs: (1, C, X, Y, Z), one scan with its affine.
-            network: not asked; `args` and `kwargs` neither.
+            network: not asked.
+            args: not asked either.
+            kwargs: nor these.
 
         Returns:
             (1, classes, X, Y, Z), float32, on the CPU.
@@ -155,7 +156,7 @@ class NNUNetInferer(Inferer):
 
 def part(module: str, name: str) -> Any:
     """A class or function of nnU-Net, which is loaded where it is first needed: it is an extra, and takes seconds."""
-    return getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
+    return optional_import(f"{PACKAGE}.{module}", name=name)[0]
 
 
 def read_plans(weights: Path) -> dict[str, Any]:
