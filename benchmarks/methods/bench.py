@@ -277,8 +277,11 @@ class Bench:
 
     def _runs(self) -> list[Path]:
         """Folders of all runs so far, whose stages may be the same as those of another one."""
-        kept = ["runs"] if self.source_length is None else ["runs", "calibration"]
-        return sorted(path.parent for name in kept for path in (self.folder / name).glob("*/run.json"))
+        runs = [path.parent for path in (self.folder / "runs").glob("*/run.json")]
+        measured = [] if self.source_length is None else (self.folder / "calibration").glob("*.json")
+        # its file is written when it is finished; one that is not may be made anew by another job
+        folders = [path.with_name(path.stem) for path in measured]
+        return sorted([*runs, *(folder for folder in folders if (folder / "run.json").is_file())])
 
     def _adapt(self, variant: Variant, seed: int, folder: Path, record: dict[str, Any], core: int | None) -> None:
         """Train, unless that is done; what was used before a stop counts. Raises `CommandError` and `StoppedError`."""
@@ -313,7 +316,7 @@ class Bench:
             )
 
     def _length(self, variant: Variant, seed: int, core: int | None) -> float:
-        """Factor of all epochs by which a run takes the budget; measured once per variant, by its shortest run.
+        """Factor of the epochs by which a run takes the budget; measured once per variant, by its shortest run.
 
         Raises:
             CommandError: the shortest run failed, or does not fit.

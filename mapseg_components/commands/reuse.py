@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.files import sha256_of
+from mapseg_components.session import choose_device
 
-__all__ = ["identity_of", "runs_to_reuse", "take_over"]
+__all__ = ["copy_stage", "finished_in", "identity_of", "record_of", "runs_to_reuse"]
 
 OWN_FOLDER = "RUN"  # stands for the run's folder in what is compared
 
@@ -42,9 +44,11 @@ def identity_of(
     record: Mapping[str, Any],
     config: Mapping[str, Any],
     files: Mapping[str, str],
-    cases: Iterable[Mapping[str, Any]],
+    sections: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> str | None:
     """Checksum of all that decides what a training gives.
+
+    Files that the run has made itself count by their content, others by size and time of change.
 
     Args:
         stage: name.
@@ -52,7 +56,7 @@ def identity_of(
         record: content of its ``run.json``, with the identities of the stages before in ``identities``.
         config: settings of the stage, all overlays applied, without those of `files`.
         files: settings that are files of earlier stages or of this one, relative to the folder of stages.
-        cases: of the datalist that it reads.
+        sections: of the datalist that it reads: name to cases.
 
     Returns:
         ``None`` where an earlier stage that it builds on has none, such as one of pseudo labels.
@@ -61,46 +65,69 @@ def identity_of(
     before = {name: (known.get(Path(path).parts[0]), path) for name, path in files.items()}
     if any(identity is None for identity, _ in before.values()):
         return None
-    images = []
-    for case in cases:
-        for path in (value for value in case.values() if isinstance(value, str) and Path(value).is_file()):
-            state = Path(path).stat()
-            images.append([path, state.st_size, state.st_mtime_ns])
     request = record["request"]
     content = {
         "config": config,
         "before": before,
-        "cases": images,
+        "sections": sections,
+        "files": [state_of(Path(path), folder) for path in texts_of(sections) if Path(path).is_file()],
         "versions": record["versions"],
-        "threads": request["num_threads"],
-        "device": request["device"],
+        "threads": request["num_threads"] or os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
+        "device": str(choose_device(request["device"])),
     }
-    text = json.dumps(content, sort_keys=True, default=str).replace(str(folder), OWN_FOLDER)
+    text = json.dumps(content, sort_keys=True, default=str)
+    for mark in '/"':  # a folder beside it may begin with the same name
+        text = text.replace(f"{folder}{mark}", f"{OWN_FOLDER}{mark}")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def take_over(stage: str, identity: str | None, output: Path, runs: Sequence[Path]) -> tuple[Path, dict] | None:
-    """Copy a finished stage of another run, if one of them has the same.
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts in nested mappings and lists, in their order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from texts_of(one)
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from texts_of(one)
+
+
+def state_of(path: Path, folder: Path) -> list[Any]:
+    """What tells a file from another one of its name."""
+    if path.is_relative_to(folder):
+        return [sha256_of(path)]
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
+
+
+def record_of(run: Path) -> dict[str, Any]:
+    """``run.json`` of a run; empty where it cannot be read."""
+    try:
+        return dict(json.loads((run / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def finished_in(stage: str, identity: str | None, runs: Sequence[Path]) -> Path | None:
+    """The first of some runs that has finished a stage with an identity; ``None`` if there is none."""
+    for run in runs:
+        record = record_of(run)
+        same = identity is not None and record.get("identities", {}).get(stage) == identity
+        if same and stage in record.get("done", ()) and (run / "stages" / stage).is_dir():
+            return run
+    return None
+
+
+def copy_stage(run: Path, output: Path) -> None:
+    """Copy a stage's folder of another run, all of it or nothing.
 
     Args:
-        stage: name.
-        identity: see `identity_of`.
-        output: folder of the stage here; nothing is taken over where there is one already.
-        runs: folders of other runs.
-
-    Returns:
-        the run it is from, and its record; ``None`` if there is none.
+        run: the other one.
+        output: folder of the stage here, which is not there yet.
     """
-    if identity is None or output.exists():
-        return None
-    for run in runs:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        if stage not in record.get("done", ()) or record.get("identities", {}).get(stage) != identity:
-            continue
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{stage}.", dir=output.parent) as unfinished:
-            copy = Path(unfinished) / stage
-            shutil.copytree(run / "stages" / stage, copy)
-            copy.rename(output)
-        return run, record
-    return None
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(run / "stages" / output.name, unfinished)
+    unfinished.rename(output)

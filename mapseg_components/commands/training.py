@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import rounded
 from mapseg_components.commands.restore import restore
-from mapseg_components.commands.reuse import identity_of, take_over
+from mapseg_components.commands.reuse import copy_stage, finished_in, identity_of, record_of
 from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, training_samples
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets, read_json, stem
@@ -156,33 +156,29 @@ class Run:
         factors = stage.factors(self.record["plan"]["preset"])
         own = {name: scaled(merged[name], factor) for name, factor in factors.items()} | dict(stage.settings)
         own = {name: value for name, value in own.items() if name not in self.asked} | dict(stage.fixed)
+        listed = read_json(self.datalist_of(stage))
         if stage.fold is not None:
-            output.mkdir(parents=True, exist_ok=True)
             earlier["datalist"] = output / DATALIST
-            content = divided(read_json(self.datalist_of(stage)), stage.fold, self.request["seed"])
-            write_json(content, earlier["datalist"])
+            listed = divided(listed, stage.fold, self.request["seed"])
             own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
         if stage.kind == FEDERATION:
-            content, seed = read_json(self.datalist_of(stage)), self.request["seed"]
-            own |= federation_settings(content, merged | own, self.asked, seed, output)
+            own |= federation_settings(listed, merged | own, self.asked, self.request["seed"], output)
         self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)
         own |= of_length(merged | own, self.length_of(stage))
         epochs = 0 if stage.kind == PACKAGE else own.get("max_epochs", merged.get("max_epochs"))
         files = {name: str(path.relative_to(self.stages)) for name, path in earlier.items()}
-        cases = [case for name, part in read_json(self.datalist_of(stage)).items() if name in SECTIONS for case in part]
         identity = None  # a translation writes where its scans lie; which scan is at which site is no setting
         if stage.bundle != TRANSLATION and stage.kind != FEDERATION:
-            identity = identity_of(stage.name, self.folder, self.record, merged | own, files, cases)
-        found = take_over(stage.name, identity, output, self.reuse)
+            sections = {name: listed[name] for name in SECTIONS if name in listed}
+            identity = identity_of(stage.name, self.folder, self.record, merged | own, files, sections)
         self.record.setdefault("identities", {})[stage.name] = identity
-        if found is not None:
-            run, other = found
-            logger.info(f"Stage {stage.name}: taken over from {run}, where it was trained with the same settings.")
-            self.record.setdefault("reused", {})[stage.name] = str(run)
-            times = self.record.setdefault("processor_seconds", {})
-            times[stage.name] = other.get("processor_seconds", {}).get(stage.name, 0)
+        taken = self._take_over(stage.name, identity)
+        if taken is not None:
             self.record["samples"] = training_samples(merged | own, finished_epochs(output))
-            return float(other["seconds"][stage.name])
+            return taken
+        if stage.fold is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(listed, earlier["datalist"])
         length = f"{epochs} epochs; " if epochs else ""
         logger.info(f"Stage {stage.name}: {length}what it does stands in {output / 'log.txt'}.")
         with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
@@ -195,6 +191,26 @@ class Run:
         # of the last stage, the adaptation
         self.record["samples"] = training_samples(merged | own, finished_epochs(output))
         return seconds
+
+    def _take_over(self, stage: str, identity: str | None) -> float | None:
+        """Copy a stage that another run has trained alike, with the seconds that it took; ``None`` if none has."""
+        output, reused = self.stages / stage, self.record.setdefault("reused", {})
+        if not output.exists():
+            run = finished_in(stage, identity, self.reuse)
+            if run is None:
+                if self.reuse and identity is not None:
+                    logger.info(f"Stage {stage}: none of the runs to reuse has trained it with the same settings.")
+                return None
+            reused[stage] = str(run)
+            self.save()
+            logger.info(f"Stage {stage}: taken over from {run}, where it was trained with the same settings.")
+            copy_stage(run, output)
+        elif stage not in reused:
+            return None  # begun here
+        other = record_of(Path(reused[stage]))
+        times = self.record.setdefault("processor_seconds", {})
+        times[stage] = other.get("processor_seconds", {}).get(stage, 0)
+        return float(other.get("seconds", {}).get(stage, 0.0))
 
     def _comes(self, path: str) -> bool:
         """Whether what lies there is made at all: not by a stage that is left out."""
