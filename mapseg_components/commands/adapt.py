@@ -215,6 +215,9 @@ class Adaptation(Run):
         self._resume()
         if "plan" not in self.record:
             self._plan()
+            plan = self.record.pop("plan")
+            self.save()  # a call that is killed before the bundle is written plans again
+            self.record["plan"] = plan
             write_bundle(self.folder, self.recipe, self.record["plan"], self.request, self._scans("target"))
             self.save()
         logger.info(describe(self.record["plan"]))

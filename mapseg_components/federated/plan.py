@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate
@@ -73,9 +74,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         rules = [
-            ("rounds", self.rounds >= 1, "1 or more"),
-            ("server_steps", self.server_steps is None or self.server_steps >= 0, "0 or more, or null"),
-            ("client_steps", self.client_steps is None or self.client_steps >= 1, "1 or more, or null"),
+            ("rounds", is_whole(self.rounds, 1), "1 or more, a whole number"),
+            ("server_steps", self.server_steps is None or is_whole(self.server_steps, 0), "0 or more, or null"),
+            ("client_steps", self.client_steps is None or is_whole(self.client_steps, 1), "1 or more, or null"),
             ("first_learning_rate", self.first_learning_rate > 0, "more than 0"),
             ("last_learning_rate", 0 < self.last_learning_rate, "more than 0"),
             ("min_sites", self.min_sites >= 1, "1 or more"),
@@ -103,3 +104,8 @@ class Plan:
     def learning_rate(self, number: int) -> float:
         """Learning rate of a round, counted from 0; a pass of the server after the last round has that round's."""
         return cosine_rate(min(number, self.rounds - 1), self.rounds, self.first_learning_rate, self.last_learning_rate)
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether a value is a whole number of so much at least."""
+    return type(value) is int and value >= least

@@ -172,12 +172,6 @@ class Site:
             },
             "@teacher",
         ]
-        if getattr(parser.get_parsed_content("method"), "of_target_alone", False):
-            raise ConfigError(
-                f"method {type(parser.get_parsed_content('method')).__name__} learns from the target alone, and in a "
-                "federation one side learns from the source by the same method: choose MAPSeg, MeanTeacher or "
-                "MaskedConsistency, or hand a source model over and run mapseg adapt --package at each site"
-            )
         self.trainer = parser.get_parsed_content("train#trainer")
         self.network = parser.get_parsed_content("network_def")
         self.teacher = parser.get_parsed_content("teacher")

@@ -90,8 +90,9 @@ def package_of_bundle(
         "versions": {"mapseg_components": __version__},
     }
     if content["spacing_mm"] is None:
-        spacing = content["settings"]["preprocessing"]["working_spacing"]
-        content["spacing_mm"] = spacing if spacing and all(spacing) else None
+        known = content["settings"]["preprocessing"]
+        spacing = known["working_spacing"]  # along the working axes, which are those of RAS unless it names others
+        content["spacing_mm"] = spacing if spacing and all(spacing) and not known["working_directions"] else None
     check_content(content, folder / MANIFEST)
     write_json(content, folder / MANIFEST)
     return HandoverPackage(folder)

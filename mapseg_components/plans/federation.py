@@ -22,6 +22,7 @@ __all__ = ["check_federation", "federation_names", "federation_settings", "sites
 
 CONFIG = "federated.json"
 WIRING = {"imports", "run", "federation", "privacy"}
+WIRING |= {"share_statistics", "statistics_min_scans"}  # of a job between real sites
 SITES, SERVER = "sites", "server"
 NAME = re.compile(r"\w[\w.-]*")  # of a folder
 
@@ -159,12 +160,13 @@ def check_federation(
     for stage in recipe.stages:
         if stage.kind != FEDERATION:
             continue
-        if SITES in asked:
-            sites_of(cases, asked[SITES], seed, held_out)
+        number = len(sites_of(cases, asked[SITES], seed, held_out)) if SITES in asked else stage.settings[SITES]
+        if asked.get("min_sites", 1) > number:
+            raise ConfigError(f"min_sites is {asked['min_sites']}, and there are {number} sites: lower it")
         config = ConfigParser.load_config_files([config_path("train.json"), config_path(CONFIG)])
         own = {name: value for name, value in {**stage.settings, **asked}.items() if name in config}
         try:
-            parser_of(config | own).get_parsed_content("federation")
+            parser_of(config | own).get_parsed_content("federation").aggregation()
         except Exception as error:  # MONAI wraps what a component refuses
             cause = error.__cause__ or error
             if isinstance(cause, ConfigError):

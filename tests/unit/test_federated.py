@@ -179,15 +179,21 @@ def test_a_teacher_that_hardly_follows_in_a_round_is_reported_once(tmp_path, cap
 
 
 @pytest.mark.parametrize("method", ["EntropyMinimization", "BUDASeg"])
-def test_a_method_of_the_target_alone_is_refused_before_a_step(tmp_path, method):
-    """The server could learn nothing by it, and what travels is a teacher that may stand still."""
-    datalist, _ = make_federation(tmp_path, 1)
+def test_a_method_of_the_target_alone_needs_a_federation_without_a_source(tmp_path, method):
+    datalist, sites = make_federation(tmp_path, 1)
     own = {"labels": "@pseudo_labels"} if method == "BUDASeg" else {}
-    settings = small_settings(method={"_target_": f"mapseg_components.methods.{method}", **own})
+    network = {"global_view": False, "uncertainty": method == "BUDASeg"}
+    settings = small_settings(method={"_target_": f"mapseg_components.methods.{method}", **own}, **network)
     server = Site("server", "source", small_plan(), settings, datalist, tmp_path / "s")
-    coordinator = Coordinator(small_plan(), initial_weights(settings, 0), list(LABELS), tmp_path / "m", tmp_path / "o")
-    with pytest.raises(ConfigError, match=f"server: method {method} learns from the target alone.*--package"):
-        server.train(coordinator.start())
+    with pytest.raises(ConfigError, match=f"server: {method} learns nothing from the source.*set it to 0"):
+        server.check()
+    plan = small_plan(server_steps=0, upload="student", select="last", min_sites=1)
+    site = Site("site-1", "target", plan, settings, sites["site-1"], tmp_path / "t")
+    site.check()
+    coordinator = Coordinator(plan, initial_weights(settings, 0), list(LABELS), tmp_path / "m", tmp_path / "o")
+    start = coordinator.start()
+    found = site.train(start).weights
+    assert any(not torch.equal(value, found[name]) for name, value in start.weights.items())
 
 
 def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
