@@ -53,7 +53,6 @@ class BUDASeg:
 
     alone = (TARGET,)
     selection = ("target",)
-    of_target_alone = True
 
     def __init__(
         self,

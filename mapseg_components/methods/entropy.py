@@ -34,7 +34,6 @@ class EntropyMinimization:
 
     alone = (TARGET,)
     selection = ("target_entropy",)
-    of_target_alone = True
 
     def __init__(self) -> None:
         self.weights = {"target_entropy": 1.0}
