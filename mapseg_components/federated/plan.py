@@ -92,6 +92,7 @@ class Plan:
             ("aggregation", callable(self.aggregation), "a class, '$mapseg_components.federated.CoordinateMedian'"),
             ("upload", self.upload in (STUDENT, TEACHER), "student or teacher"),
             ("keep_moments", isinstance(self.keep_moments, bool), "true or false"),
+            ("keep_moments", self.keep_moments is not True or self.upload == STUDENT, "false where upload is teacher"),
             ("labels_by", self.labels_by in (TEACHER, BROADCAST), "teacher or broadcast"),
             ("ship", self.ship in (AVERAGE, BROADCAST), "average or broadcast"),
             ("ship", self.ship != BROADCAST or self.server_steps != 0, "average where server_steps is 0"),

@@ -207,6 +207,8 @@ def test_the_simulation_asks_the_server_as_often_as_the_plan_has_it(tmp_path, mo
     [
         ({"upload": "both"}, "upload is 'both', expected student or teacher"),
         ({"keep_moments": "yes"}, "keep_moments is 'yes', expected true or false"),
+        ({"keep_moments": True}, "keep_moments is True, expected false where upload is teacher"),
+        ({"rounds": 2.5}, "rounds is 2.5, expected 1 or more, a whole number"),
         ({"labels_by": "server"}, "labels_by is 'server', expected teacher or broadcast"),
         ({"ship": "mean"}, "ship is 'mean', expected average or broadcast"),
         ({"ship": "broadcast", "server_steps": 0}, "ship is 'broadcast', expected average where server_steps is 0"),
