@@ -10,7 +10,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -304,9 +304,8 @@ class Bench:
         used = self._call(words, key, core, limit=limit, on_used=keep)
         found = {} if used.over else finished(folder)
         trained = found.get("processor_seconds", {})
-        reused = sum(trained.get(name, 0.0) for name in found.get("reused", {}))  # counts as if it were trained again
         # a command that outlived a killed benchmark has written what its stages used
-        seconds = max(used.processor_seconds + reused, sum(trained.values()) - before["seconds"])
+        seconds = max(used.processor_seconds + reused_seconds(found), sum(trained.values()) - before["seconds"])
         keep(seconds, used.peak_bytes, not used.over)
         if used.over:
             raise CommandError(
@@ -343,9 +342,8 @@ class Bench:
                 if used.over:
                     found: dict[str, Any] = {"length": None, "shortest": seconds}
                 else:
-                    record = finished(folder)
-                    reused = [record.get("processor_seconds", {}).get(name, 0.0) for name in record.get("reused", {})]
-                    costs = costs_of(folder, seconds + sum(reused), self.source_length)
+                    whole = seconds + reused_seconds(finished(folder))
+                    costs = costs_of(folder, whole, self.source_length)
                     length = costs.length_for(self.budget_minutes * 60)
                     found = {"length": length, "shortest": costs.predicted(SHORTEST), "costs": asdict(costs)}
                 write_json({**found, "processor_seconds": seconds}, path)
@@ -359,6 +357,11 @@ class Bench:
                 ConfigError.exit_code,
             )
         return max(int(found["length"] * 10**DECIMALS) / 10**DECIMALS, SHORTEST)
+
+
+def reused_seconds(record: Mapping[str, Any]) -> float:
+    """Processor seconds of the stages that a run took over, which count as if it had trained them."""
+    return float(sum(record.get("processor_seconds", {}).get(name, 0.0) for name in record.get("reused", {})))
 
 
 def text_of(value: Any) -> str:

@@ -424,7 +424,10 @@ def test_a_damaged_scan_is_named_with_its_site(tmp_path):
     [
         ({"min_sites": 0}, "min_sites is 0"),
         ({"participation": 0.0}, "participation is 0.0"),
-        ({"rounds": 0, "round_timeout_s": -1}, "rounds is 0, expected 1 or more, a whole number; round_timeout_s is -1"),
+        (
+            {"rounds": 0, "round_timeout_s": -1},
+            "rounds is 0, expected 1 or more, a whole number; round_timeout_s is -1",
+        ),
         ({"spacing_range_mm": [2.0, 1.0]}, "spacing_range_mm"),
     ],
 )
