@@ -39,7 +39,7 @@ class AdaptationTrainer(SupervisedTrainer):
         batched_passes: run passes of equal shapes as one batch; otherwise one after the other, each with its own
             backward pass: the same gradients in a fraction of the memory. Layers with batch statistics see source and
             target together in the first case and apart in the second.
-        amp: ``"bf16"``, ``"fp16"`` or ``None``.
+        amp: ``"auto"``, ``"bf16"``, ``"fp16"`` or ``None``.
         max_grad_norm: gradient clipping or ``None``.
         accumulate_steps: iterations per optimizer step.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 
 from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.memory import naming_memory_errors
-from mapseg_components.precision import autocast
+from mapseg_components.precision import autocast, resolved_amp
 
 __all__ = ["OptimizationStep"]
+
+logger = logging.getLogger(__name__)
 
 SMALLEST_SCALE = 2.0**-10
 SMALLER = "patch_size, batch_size or width for a new run, or set batched_passes to false and go on with this one"
@@ -29,7 +32,8 @@ class OptimizationStep:
             the last backward pass before a step.
         optimizer: its parameters are clipped and stepped; it may have some of the network's only.
         device: where the network runs.
-        amp: ``"bf16"``, ``"fp16"`` (with loss scaling) or ``None`` for float32.
+        amp: ``"bf16"``, ``"fp16"`` (with loss scaling), ``"auto"`` for the faster of bf16 and float32 on ``device``, or
+            ``None`` for float32.
         max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
         accumulate_steps: iterations whose gradients are averaged into one step.
 
@@ -60,7 +64,9 @@ class OptimizationStep:
         max_grad_norm: float | None,
         accumulate_steps: int,
     ) -> None:
-        autocast(device, amp)  # refuses an unknown one
+        self.amp = resolved_amp(device, amp)
+        if amp != self.amp:
+            logger.info("amp %s on this %s: %s.", amp, device.type, self.amp or "float32")
         if accumulate_steps < 1:
             raise ConfigError(f"accumulate_steps is {accumulate_steps}, expected 1 or more")
         self.network = network
@@ -69,8 +75,7 @@ class OptimizationStep:
         self.device = device
         self.max_grad_norm = max_grad_norm
         self.accumulate_steps = accumulate_steps
-        self.amp = amp
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
         self.pending = False
         """Whether gradients are accumulated but not applied; such a state can be neither saved nor resumed."""
 

@@ -38,7 +38,7 @@ class MAETrainer(SupervisedTrainer):
         epoch_length: iterations per epoch, by default the loader's length.
         batched_passes: encode both scales as one batch (needs equal sizes); otherwise one after the other, in
             about half the memory.
-        amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+        amp: ``"auto"``, ``"bf16"``, ``"fp16"`` or ``None`` for float32.
         max_grad_norm: clip the gradient's norm to this value, ``None`` for no clipping.
         accumulate_steps: iterations per optimizer step.
         compile: run the network through ``torch.compile``: a slow first iteration; on a CPU no gain

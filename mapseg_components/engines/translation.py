@@ -114,7 +114,7 @@ class TranslationTrainer(SupervisedTrainer):
         translated_segmentation_after: epochs after which translated source slices are segmented too (5 in the paper).
         criterion: adversarial loss, ``"least_squares"`` or ``"bce"`` (of the paper's Eq. 3).
         epoch_length: iterations per epoch, by default the loader's length.
-        amp: ``"bf16"``, ``"fp16"`` or ``None``.
+        amp: ``"auto"``, ``"bf16"``, ``"fp16"`` or ``None``.
         max_grad_norm: gradient clipping, of generators and of discriminators each, or ``None``.
         train_handlers: handlers with ``attach``.
 

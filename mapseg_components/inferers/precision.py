@@ -12,7 +12,7 @@ from monai.inferers import Inferer
 from torch import nn
 
 from mapseg_components.errors import NonFiniteError
-from mapseg_components.precision import autocast
+from mapseg_components.precision import autocast, resolved_amp
 
 __all__ = ["AutocastInferer"]
 
@@ -24,7 +24,7 @@ class AutocastInferer(Inferer):
 
     Args:
         inferer: any inferer of MONAI.
-        amp: ``"bf16"``, ``"fp16"`` or ``None`` for float32.
+        amp: ``"auto"``, ``"bf16"``, ``"fp16"`` or ``None`` for float32.
 
     Raises:
         ConfigError: ``amp`` is unknown.
@@ -41,7 +41,7 @@ class AutocastInferer(Inferer):
 
     def __init__(self, inferer: Inferer, amp: str | None) -> None:
         super().__init__()
-        autocast("cpu", amp)  # refuses an unknown one
+        resolved_amp("cpu", amp)  # refuses an unknown one
         self.inferer = inferer
         self.amp = amp
 
