@@ -42,8 +42,8 @@ def autocast(device: torch.device | str, amp: str | None) -> torch.autocast:
 def resolved_amp(device: torch.device | str, amp: str | None) -> str | None:
     """The precision that a value of ``amp`` means on a device.
 
-    ``"auto"`` is the fastest that trains as well as float32: on a GPU bf16, or fp16 before bf16 existed; on a CPU bf16 if
-    it multiplies bf16 matrices by AMX, else float32. It depends on the hardware alone, so that a run that goes on
+    ``"auto"`` is the fastest that trains as well as float32: on a GPU bf16, or fp16 before bf16 existed; on a CPU bf16
+    if it multiplies bf16 matrices by AMX, else float32. It depends on the hardware alone, so that a run that goes on
     computes as before. Without AMX bf16 is slower than float32 on a CPU, without any bf16 instructions 30 times.
 
     Args:

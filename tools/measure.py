@@ -141,7 +141,7 @@ class Experiment:
         settings = ConfigParser.load_config_files([str(ADAPTATION / "configs" / file) for file in self.task])
         folder = self.output / "evaluation" / name
         configs = ["inference.json", "evaluate.json", *self.overlays, *self.last]
-        extra = {"weights": weights, "datalist": self.datalist, "labels": settings["labels"], "amp": "bf16", **self.amp}
+        extra = {"weights": weights, "datalist": self.datalist, "labels": settings["labels"], "amp": "auto", **self.amp}
         extra["overwrite"] = True  # run again, it goes on where it stopped
         run_bundle(f"evaluation of {name}", ADAPTATION, configs, folder, **extra)
 
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--experiment", required=True, help="name of an overlay in both bundles")
     parser.add_argument("--more", action="append", default=[], help="a further overlay, such as fine.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the models that go on")
-    parser.add_argument("--amp", help="of every stage: bf16, fp16 or None; else bf16, as in small_data.yaml")
+    parser.add_argument("--amp", help="of every stage: auto, bf16, fp16 or None; else auto, as in small_data.yaml")
     parser.add_argument("--epochs", type=int, help="epochs of the models that go on; else from_source.yaml's")
     parser.add_argument("--sites", type=int, default=3, help="of the federation")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="make and score these models")

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True, help="the --output of measure.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=COMPARED, default=COMPARED, help="judge these models")
-    parser.add_argument("--amp", help="bf16, fp16 or None; else bf16, as in small_data.yaml")
+    parser.add_argument("--amp", help="auto, bf16, fp16 or None; else auto, as in small_data.yaml")
     parser.add_argument("--symmetric", action="store_true", help="as of mapseg adapt: mirrored scans are compared too")
     parser.add_argument("--tiny", action="store_true", help="if measure.py had it")
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mapseg_components.handlers import EMATeacher
 from mapseg_components.losses import MaskedReconstructionLoss
 from mapseg_components.methods import ArgmaxLabels, MAPSeg, Pass
 from mapseg_components.networks import GlobalLocalPass, MultiScaleMAE, PlainPass
+from mapseg_components.precision import _warn_of_emulation, bf16_instructions, resolved_amp
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
@@ -168,6 +170,32 @@ def test_mixed_precision_keeps_float32_weights(tiny_network, amp):
 def test_unknown_amp_is_refused(tiny_network):
     with pytest.raises(ConfigError, match="amp is 'half'"):
         adaptation(tiny_network, [], amp="half")
+
+
+@pytest.mark.parametrize(
+    "facts, expected",
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, None),
+        ({"avx512_bf16": True, "amx_bf16": False}, None),
+        ({"avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"neon": True, "bf16": True}, None),
+    ],
+)
+def test_auto_is_the_precision_that_a_processor_multiplies_fast(tiny_network, monkeypatch, facts, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts)
+    bf16_instructions.cache_clear()
+    _warn_of_emulation.cache_clear()
+    try:
+        run = adaptation(tiny_network, [{"source": pair()}], amp="auto", teacher=False)
+        assert run.optimization.amp == expected and not run.optimization.scaler.is_enabled()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert resolved_amp("cpu", "bf16") == "bf16"  # what is asked for by name is done
+        emulated = not any(found for name, found in facts.items() if "bf16" in name)
+        assert ["Set amp to auto" in str(one.message) for one in warned] == [True] * emulated
+    finally:
+        bf16_instructions.cache_clear()
+        _warn_of_emulation.cache_clear()
 
 
 def test_sixty_steps_fit_one_pair(tiny_network):
