@@ -31,15 +31,16 @@ class Plan:
         last_learning_rate: its end (1e-6 in the paper).
         min_sites: sites whose update a round needs to be closed.
         participation: share of the sites asked in a round, in (0, 1].
-        round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).
+        round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only). Who is
+            left out is decided by the clock: then a run is not repeatable.
         max_movement: updates that moved further, as a share of the weights' norm, are refused; ``None`` for none.
         spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
         local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``.
         aggregation: makes the `Aggregation` of a round.
         upload: what a party, server or site, sends after its steps: its ``"teacher"`` (Algorithm 1) or its
             ``"student"``.
-        keep_moments: a party keeps the moments of its optimizer, and its teacher, from round to round. By default a
-            round depends on nothing before it.
+        keep_moments: a party keeps the moments of its optimizer, and its teacher, from round to round of a federation.
+            By default a round depends on nothing before it.
         labels_by: pseudo labels at a site are those of its ``"teacher"``, or of the weights that arrived, which stand
             still for the round (``"broadcast"``).
         ship: weights of a round that become ``model.pt``: the sites' ``"average"``, or what the server sends next,

@@ -190,9 +190,9 @@ class Site:
     def _train(self, broadcast: Broadcast) -> dict[str, torch.Tensor]:
         number = broadcast.round
         validate_weights(broadcast.weights, self.network.state_dict(), f"{self.name}: what the server sent")
-        self.network.load_state_dict({**broadcast.weights, **self._local_before(number)})
+        self.network.load_state_dict({**broadcast.weights, **self._local_before(broadcast)})
         student = self.teacher.student.state_dict()
-        kept = self._kept.before(number) if self.plan.keep_moments else {}
+        kept = self._kept.before(broadcast.federation, number) if self.plan.keep_moments else {}
         self.teacher.load_state_dict(
             {"network": kept.get("teacher", student), "steps": broadcast.ema_steps, "active": True}
         )
@@ -219,14 +219,16 @@ class Site:
         weights = weights_of(self.network if self.plan.upload == STUDENT else self.teacher_network)
         if self.plan.keep_moments:
             teacher = weights_of(self.teacher.network)
-            self._kept.keep(number, {"moments": moments_of(self.optimizer), "teacher": teacher})
+            after = {"moments": moments_of(self.optimizer), "teacher": teacher}
+            self._kept.keep(broadcast.federation, number, after)
         if self.local:
-            self._local.keep(number, {name: weights.pop(name) for name in sorted(self.local)})
+            after = {name: weights.pop(name) for name in sorted(self.local)}
+            self._local.keep(broadcast.federation, number, after)
         return weights
 
-    def _local_before(self, number: int) -> dict[str, torch.Tensor]:
+    def _local_before(self, broadcast: Broadcast) -> dict[str, torch.Tensor]:
         """The site's own values of local layers; empty in its first round, which starts from the broadcast."""
-        found = self._local.before(number) if self.local else {}
+        found = self._local.before(broadcast.federation, broadcast.round) if self.local else {}
         if found and set(found) != self.local:
             raise FederationError(
                 f"{self._local.path} keeps {len(found)} tensors, local_layers names {len(self.local)}: "
