@@ -22,7 +22,6 @@ from mapseg_components.errors import CheckpointError, FederationError
 from mapseg_components.federated.core import (
     Broadcast,
     Update,
-    local_names,
     movement,
     participants,
     payload_bytes,
@@ -77,7 +76,7 @@ class Coordinator:
         self.plan, self.weights, self.labels = plan, dict(weights), labels
         self.ckpt_dir, self.output_dir = Path(ckpt_dir), Path(output_dir)
         self.settings = json.loads(json.dumps(dict(settings or {}), default=repr))
-        self.local = local_names(weights, plan.local_layers)
+        self.local = plan.local_names(weights)
         self.federation = secrets.token_hex(8)  # of no seed: a federation that is started anew is another one
         self.round, self.ema_steps, self.best_score = 0, 0, -math.inf
         self.history: list[dict[str, Any]] = []
@@ -273,8 +272,8 @@ class Coordinator:
             raise CheckpointError(f"{error}{hint}") from error
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} is no state of a federation that this version reads: choose another ckpt_dir, or set resume to "
-                "false"
+                f"{path} is no state of a federation that this version reads: choose another ckpt_dir, or set resume "
+                "to false"
             )
         if state["fingerprint"] != shapes_of(self.weights):
             raise CheckpointError(

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mapseg_components.configs import locate
 from mapseg_components.errors import ConfigError
-from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate
+from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate, local_names
 from mapseg_components.federated.privacy import Privacy
+from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["AVERAGE", "BEST", "BROADCAST", "LAST", "STUDENT", "TEACHER", "Plan"]
 
@@ -106,6 +109,33 @@ class Plan:
     def learning_rate(self, number: int) -> float:
         """Learning rate of a round, counted from 0; a pass of the server after the last round has that round's."""
         return cosine_rate(min(number, self.rounds - 1), self.rounds, self.first_learning_rate, self.last_learning_rate)
+
+    def local_names(self, names: Iterable[str]) -> set[str]:
+        """Those of a network's tensors that never leave a site. Raises `ConfigError`, see `core.local_names`."""
+        return local_names(names, self.local_layers)
+
+    def check_method(self, method: Any, side: str) -> None:
+        """Refuse a method that cannot learn from a side by itself, or takes its labels from elsewhere.
+
+        Args:
+            method: its config, as MONAI merges it.
+            side: ``"source"`` or ``"target"``.
+
+        Raises:
+            ConfigError: says which, and the remedy.
+        """
+        target = method.get("_target_") if isinstance(method, Mapping) else None  # an expression shows in a round
+        if side not in getattr(locate(target), "alone", (SOURCE, TARGET)):
+            name = str(target).rpartition(".")[2]
+            raise ConfigError(
+                f"{name} learns nothing from the source, and server_steps is {self.server_steps}: set it to 0"
+                if side == SOURCE
+                else f"{name} needs patches of the source beside those of the target, and a site has none: choose "
+                "another method, such as MAPSeg (docs/how-to/federated.md lists them)"
+            )
+        asks = "@pseudo_labels" in json.dumps(method, default=str)
+        if self.labels_by == BROADCAST and side == TARGET and not asks:
+            raise ConfigError("labels_by is broadcast, and this method has no '@pseudo_labels': set it to teacher")
 
 
 def is_whole(value: Any, least: int) -> bool:

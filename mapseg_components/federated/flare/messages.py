@@ -64,8 +64,8 @@ def to_broadcast(model: FLModel, side: str) -> Broadcast:
     identity = meta.get(FEDERATION)
     if not isinstance(identity, str) or not IDENTITY.fullmatch(identity):
         raise FederationError(
-            f"the server sent {str(identity)[:40]!r} as identity of the federation, expected 16 hexadecimal digits: use "
-            "the same version everywhere"
+            f"the server sent {str(identity)[:40]!r} as identity of the federation, expected 16 hexadecimal digits: "
+            "use the same version everywhere"
         )
     return Broadcast(counts[ROUND], counts[STEPS], tensors(model.params), identity)  # type: ignore[arg-type]
 
