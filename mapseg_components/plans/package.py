@@ -95,7 +95,8 @@ def refuse_of_source(**given: Any) -> None:
     named = [name for name, value in given.items() if value not in (None, False)]
     if named:
         raise ConfigError(
-            f"arguments {' and '.join(named)} are of a source, and the package's model has learnt its own: leave them out"
+            f"arguments {' and '.join(named)} are of a source, and the package's model has learnt its own: leave them "
+            "out"
         )
 
 
@@ -117,8 +118,8 @@ def check_method(recipe: Recipe, package: HandoverPackage, settings: Mapping[str
     taken = sorted(name for name in settings if name.startswith(OF_SOURCE) or name in OF_LABEL_MAPS)
     if taken:
         raise ConfigError(
-            f"settings {taken} are of the source's scans and label maps, and a package has none: leave them out, for its "
-            "weights were trained with its own, or give the source in the place of the package"
+            f"settings {taken} are of the source's scans and label maps, and a package has none: leave them out, or "
+            "give the source in the place of the package"
         )
     if UNCERTAIN in recipe.overlays and package.variance is None:
         raise ConfigError(

@@ -269,7 +269,7 @@ SUPERVISED = "mapseg_components.methods.Supervised"
             r"\['beta', 'constant_epochs'\] have.*\(beta: mapseg, federated, .*constant_epochs: mapseg_masked\)",
         ),
         ({**FEDERATED, "settings": {"local_layers": ["*batchnorm*"]}}, "local_layers: '.batchnorm.' fits no tensor"),
-        ({**FEDERATED, "settings": {"method": ADVENT}}, "AdvEnt needs patches of the source beside those of the target"),
+        ({**FEDERATED, "settings": {"method": ADVENT}}, "AdvEnt needs patches of the source beside those of"),
         (
             {**FEDERATED, "settings": {"labels_by": "broadcast", "method": {**ADVENT, "_target_": SUPERVISED}}},
             "labels_by is broadcast, and this method has no '@pseudo_labels'",

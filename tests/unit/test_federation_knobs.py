@@ -159,9 +159,11 @@ def test_the_last_round_is_shipped_after_one_more_pass_of_the_server_also_if_it_
     first = opened()
     play(first, [0.1, 0.9])
     again = opened()
-    assert first.start().federation == again.start().federation != Coordinator(
-        plan, first.weights, ["a"], tmp_path, tmp_path / "o", resume=False
-    ).start().federation
+    assert (
+        first.start().federation
+        == again.start().federation
+        != Coordinator(plan, first.weights, ["a"], tmp_path, tmp_path / "o", resume=False).start().federation
+    )
     assert again.unfinished and again.start().weights["w"].unique().tolist() == [2.0]
     assert read_checked(tmp_path / "model.pt")["w"].unique().tolist() == [20.0]  # of the round before
     assert plan.learning_rate(2) == plan.learning_rate(1)
