@@ -38,7 +38,7 @@ NOT_IN_THE_SDIST = (".ci/", ".github/", ".pre-commit-config.yaml")  # of the hos
 LITTER = ("eval/volumes.csv", "data/scan.nii.gz", "models/last.pt", "configs/.hidden.yaml")
 TINY = {
     **{"patch_size": [16, 16, 16], "window_stride": [12, 12, 12], "max_epochs": 1, "epoch_length": 1},
-    **{"constant_epochs": 1, "local_block_size": 4, "val_interval": 1},
+    **{"local_block_size": 4, "val_interval": 1},
 }
 
 

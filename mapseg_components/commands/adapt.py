@@ -24,8 +24,9 @@ from mapseg_components.commands.training import Run
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
-from mapseg_components.plans.bundle import check_epochs, check_names, check_network, write_bundle
+from mapseg_components.plans.bundle import check_names, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
+from mapseg_components.plans.effects import check_plan
 from mapseg_components.plans.federation import check_federation
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
@@ -79,7 +80,7 @@ def adapt(
     prepare: str | Mapping[str, Any] | None = None,
     pretraining: bool = True,
     random_contrasts: bool = True,
-    validation_share: float = 0.2,
+    validation_share: float | None = None,
     held_out: float = 0.2,
     symmetric: bool = False,
     any_position: bool = False,
@@ -121,7 +122,7 @@ def adapt(
         pretraining: masked autoencoding on all images first, where the method has such a stage.
         random_contrasts: show the source in random contrasts, and find out by the source-only model whether the target
             is bright where the source is dark; turn it off if both have the same contrast.
-        validation_share: of the source's cases, one at least, where it names none.
+        validation_share: of the source's cases, one at least, where it names none; by default 0.2.
         held_out: share of the target's scans, two at least, that adaptation does not see and both models are judged
             on; 0 for none. Below five target scans none is held out.
         symmetric: structures are alike on both sides and not named by side: then scans are mirrored as well to see how
@@ -156,15 +157,15 @@ def adapt(
     for name, path in (("source", source), ("target", target)):
         if path is not None and not Path(path).exists():
             raise ConfigError(f"{name} {Path(path).absolute()} does not exist: correct the path")
-    if not 0 < validation_share < 1:
+    if package is not None:
+        refuse_of_source(labels=labels, source_label_maps=source_label_maps, validation_share=validation_share)
+    if validation_share is not None and not 0 < validation_share < 1:
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
     check_length(length)
     check_length(length if adaptation_length is None else adaptation_length)
     choose_device(device)
-    if package is not None:
-        refuse_of_source(labels=labels, source_label_maps=source_label_maps)
     recipe = recipe_for(method, source_label_maps, package is not None)
     request = {
         "source": None if source is None else str(Path(source).absolute()),
@@ -177,7 +178,7 @@ def adapt(
         "prepare": preparation(prepare, recipe.of_label_maps),
         "pretraining": pretraining and not recipe.of_label_maps and package is None,
         "random_contrasts": random_contrasts and not recipe.of_label_maps,
-        "validation_share": validation_share,
+        "validation_share": 0.2 if validation_share is None else validation_share,
         "held_out": held_out,
         "symmetric": symmetric,
         "any_position": any_position,
@@ -345,8 +346,7 @@ class Adaptation(Run):
             **({"target_heldout": held_out} if held_out else {}),
         }
         # while the folder is not this run's yet: it stays free for the corrected command
-        check_network(self.recipe, self.record["plan"], request)
-        check_epochs(self.recipe, self.record["plan"], request)
+        check_plan(self.recipe, plan, request)
         write_json(content, self.folder / "datalist.json")
 
     def _plan_of_package(self, target: Cases, adapted_on: Cases, held_out: Cases) -> None:
@@ -356,7 +356,7 @@ class Adaptation(Run):
         if self.request["symmetric"]:
             refuse_sides("symmetric", package.labels)
         plan = self.record["plan"] = plan_of_package(package, target, held_out, self.request)
-        check_epochs(self.recipe, plan, self.request)
+        check_plan(self.recipe, plan, self.request)
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in package.labels.items()}},
             "target_training": adapted_on,

@@ -282,10 +282,11 @@ def case_figures(
 
 
 def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
-    """Mean Dice over cases, per structure and over structures."""
+    """Mean Dice over cases, per structure and over structures, and how many cases they are."""
     means = [rounded(float(np.nanmean(column))) if np.isfinite(column).any() else None for column in np.array(dice).T]
     known = [value for value in means if value is not None]
-    return {"structures": dict(zip(names, means)), "mean": rounded(float(np.mean(known))) if known else None}
+    mean = rounded(float(np.mean(known))) if known else None
+    return {"scans": len(dice), "structures": dict(zip(names, means)), "mean": mean}
 
 
 def verdict_of(

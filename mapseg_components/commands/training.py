@@ -172,22 +172,20 @@ class Run:
             sections = {name: listed[name] for name in SECTIONS if name in listed}
             identity = identity_of(stage.name, self.folder, self.record, merged | own, files, sections)
         self.record.setdefault("identities", {})[stage.name] = identity
-        taken = self._take_over(stage.name, identity)
-        if taken is not None:
-            self.record["samples"] = training_samples(merged | own, finished_epochs(output))
-            return taken
-        if stage.fold is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(listed, earlier["datalist"])
-        length = f"{epochs} epochs; " if epochs else ""
-        logger.info(f"Stage {stage.name}: {length}what it does stands in {output / 'log.txt'}.")
-        with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
-            bar.update(finished_epochs(output))
+        seconds = self._take_over(stage.name, identity)
+        if seconds is None:
+            if stage.fold is not None:
+                output.mkdir(parents=True, exist_ok=True)
+                write_json(listed, earlier["datalist"])
+            length = f"{epochs} epochs; " if epochs else ""
+            logger.info(f"Stage {stage.name}: {length}what it does stands in {output / 'log.txt'}.")
+            with tqdm(total=epochs, desc=stage.name, unit="epoch", disable=True if self.quiet else None) as bar:
+                bar.update(finished_epochs(output))
 
-            def on_epoch(done: int) -> None:
-                bar.update(done - bar.n)
+                def on_epoch(done: int) -> None:
+                    bar.update(done - bar.n)
 
-            seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
+                seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         # of the last stage, the adaptation
         self.record["samples"] = training_samples(merged | own, finished_epochs(output))
         return seconds

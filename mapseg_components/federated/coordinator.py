@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +22,6 @@ from mapseg_components.errors import CheckpointError, FederationError
 from mapseg_components.federated.core import (
     Broadcast,
     Update,
-    local_names,
     movement,
     participants,
     payload_bytes,
@@ -35,7 +35,7 @@ __all__ = ["Coordinator"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 STATE, PREVIOUS = "federation.pt", "federation.previous.pt"
 
 
@@ -76,7 +76,8 @@ class Coordinator:
         self.plan, self.weights, self.labels = plan, dict(weights), labels
         self.ckpt_dir, self.output_dir = Path(ckpt_dir), Path(output_dir)
         self.settings = json.loads(json.dumps(dict(settings or {}), default=repr))
-        self.local = local_names(weights, plan.local_layers)
+        self.local = plan.local_names(weights)
+        self.federation = secrets.token_hex(8)  # of no seed: a federation that is started anew is another one
         self.round, self.ema_steps, self.best_score = 0, 0, -math.inf
         self.history: list[dict[str, Any]] = []
         self._pending: dict[str, Any] | None = None  # a round that is shipped as the server sends it next
@@ -89,10 +90,10 @@ class Coordinator:
         self._mean, self._steps, self._bytes = self.plan.aggregation(), self.ema_steps, 0
         self._accepted: dict[str, dict[str, Any]] = {}
         self._excluded: dict[str, str] = {}
-        return Broadcast(self.round, self.ema_steps, self.weights)
+        return Broadcast(self.round, self.ema_steps, self.weights, self.federation)
 
     def accept_source(self, update: Update) -> Broadcast:
-        """Take the source side's teacher; the task of the sites.
+        """Take what the source side sends, its teacher or its student; the task of the sites.
 
         Raises:
             FederationError: it is refused, see `validate_update`; a round cannot go on without it.
@@ -101,7 +102,7 @@ class Coordinator:
         self._source, self._steps = update, update.ema_steps
         self._shared = {name: value for name, value in update.weights.items() if name not in self.local}
         self._source_line = {"movement": moved, "seconds": round(update.seconds, 2), "losses": dict(update.losses)}
-        return Broadcast(self.round, update.ema_steps, update.weights)
+        return Broadcast(self.round, update.ema_steps, update.weights, self.federation)
 
     def skip_source(self) -> Broadcast:
         """Where nobody has a source: the task of the sites is the average of the round before."""
@@ -171,7 +172,7 @@ class Coordinator:
         self._save(weights, self.round + 1, self._steps, best_score, [*self.history, line], pending)
         self._write_log()
         logger.info(
-            f"Round {line['round']} closed: {len(self._accepted)} sites, the teacher moved by {line['movement']:.3g}, "
+            f"Round {line['round']} closed: {len(self._accepted)} sites, the weights moved by {line['movement']:.3g}, "
             f"Score {line['score']}."
         )
         return line
@@ -191,7 +192,7 @@ class Coordinator:
         assert self._pending is not None
         validate_update(update, self.weights, self.round, self.labels)
         self._ship(update.weights, self._pending)
-        self._save(self.weights, self.round, self.ema_steps, self.best_score, self.history, None)
+        self._save(self.weights, self.round, self.ema_steps, self.best_score, self.history, None, closes=False)
         logger.info("The server's labelled steps on the last average are shipped as model.pt.")
 
     def _ship(self, weights: Mapping[str, torch.Tensor], selection: Mapping[str, Any]) -> None:
@@ -206,11 +207,13 @@ class Coordinator:
         best_score: float,
         history: list[dict[str, Any]],
         pending: dict[str, Any] | None,
+        closes: bool = True,
     ) -> None:
-        """Write the state, and take it once it is on disk."""
+        """Write the state, and take it once it is on disk; that of the round before is kept where it closes a round."""
         write_atomic(
             {
                 "format": FORMAT,
+                "federation": self.federation,
                 "fingerprint": shapes_of(weights),
                 "settings": json.dumps(self.settings),
                 "round": number,
@@ -221,7 +224,7 @@ class Coordinator:
                 "weights": weights,
             },
             self.ckpt_dir / STATE,
-            keep_previous=self.ckpt_dir / PREVIOUS,
+            keep_previous=self.ckpt_dir / PREVIOUS if closes else None,
         )
         self.weights, self.round, self.ema_steps, self.best_score = dict(weights), number, ema_steps, best_score
         self.history, self._pending = history, pending
@@ -269,7 +272,8 @@ class Coordinator:
             raise CheckpointError(f"{error}{hint}") from error
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise CheckpointError(
-                f"{path} is no state of a federation: choose another ckpt_dir, or set resume to false"
+                f"{path} is no state of a federation that this version reads: choose another ckpt_dir, or set resume "
+                "to false"
             )
         if state["fingerprint"] != shapes_of(self.weights):
             raise CheckpointError(
@@ -279,7 +283,7 @@ class Coordinator:
         require_same_settings(json.loads(state["settings"]), self.settings, path)
         self.weights, self.round, self.ema_steps = state["weights"], state["round"], state["ema_steps"]
         self.best_score, self.history = state["best_score"], json.loads(state["history"])
-        self._pending = json.loads(state.get("pending", "null"))  # since a later version
+        self._pending, self.federation = json.loads(state["pending"]), state["federation"]
         self._write_log()
         logger.info(f"Resumed from {path}: {self.round} of {self.plan.rounds} rounds are closed.")
 

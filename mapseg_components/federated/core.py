@@ -40,27 +40,31 @@ LISTED = 3  # keys that a message names
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What a server sends: tensors and two counts, nothing else.
+    """What a server sends: tensors, two counts and the federation's identity, nothing else.
 
     Args:
         round: number of the round, from 0.
         ema_steps: teacher updates that led to these weights, over all rounds so far.
         weights: name to tensor, of the whole network.
+        federation: identity, drawn when it began and the same in all its rounds: what a party keeps from round to round
+            is of this federation alone.
     """
 
     round: int
     ema_steps: int
     weights: Weights
+    federation: str = ""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a site sends back: its teacher's weights and a few numbers. No image, no label, no name of a case.
+    """What a party sends back: weights and a few numbers. No image, no label, no name of a case.
 
     Args:
         site: name of the site, as the server knows it.
         round: the round of the broadcast that it answers.
-        weights: name to tensor; names that stay at the site are absent.
+        weights: name to tensor, of its teacher or its student (`mapseg_components.federated.Plan.upload`); names that
+            stay at the site are absent.
         scans: |D_k|, number of scans it trained on.
         ema_steps: teacher updates that led to these weights.
         labels: names of its classes in the order of their index, background left out.

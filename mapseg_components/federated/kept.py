@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from mapseg_components.errors import FederationError
 
 __all__ = ["Kept", "moments_of", "restore_moments"]
 
+logger = logging.getLogger(__name__)
+
 
 class Kept:
     """A party's state before and after its last round, so that a round can be repeated and gives the same again.
 
-    Rounds may be missing between two of them. A round before the kept one starts from nothing, as the first does: that
-    federation was started anew.
+    Rounds may be missing between two of them. A state of another federation is left aside, and so is one of a later
+    round of the same federation, which went back to an earlier round: the round starts from nothing, as the first does.
 
     Args:
         path: of the file. Nothing of it is sent.
@@ -30,18 +33,28 @@ class Kept:
         self.path = path
         self._before: dict[str, Any] = {}
 
-    def before(self, number: int) -> dict[str, Any]:
-        """The state to start a round with; empty in the first one."""
+    def before(self, federation: str, number: int) -> dict[str, Any]:
+        """The state to start a round with; empty in the first one.
+
+        Args:
+            federation: identity of the federation, see `mapseg_components.federated.core.Broadcast`.
+            number: of the round, from 0.
+        """
         self._before = {}
         if self.path.is_file():
             state = read_checked(self.path)
-            if number >= state["round"]:
+            if state.get("federation") != federation:
+                logger.warning(
+                    f"{self.path} is of another federation: round {number} starts without it, and its end replaces it."
+                )
+            elif number >= state["round"]:
                 self._before = state["before"] if number == state["round"] else state["after"]
         return self._before
 
-    def keep(self, number: int, after: dict[str, Any]) -> None:
-        """Write the state after a round."""
-        write_atomic({"round": number, "before": self._before, "after": after}, self.path)
+    def keep(self, federation: str, number: int, after: dict[str, Any]) -> None:
+        """Write the state after a round; arguments as `before`."""
+        state = {"federation": federation, "round": number, "before": self._before, "after": after}
+        write_atomic(state, self.path)
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

@@ -4,13 +4,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mapseg_components.configs import locate
 from mapseg_components.errors import ConfigError
-from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate
+from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate, local_names
 from mapseg_components.federated.privacy import Privacy
+from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["AVERAGE", "BEST", "BROADCAST", "LAST", "STUDENT", "TEACHER", "Plan"]
 
@@ -31,15 +34,16 @@ class Plan:
         last_learning_rate: its end (1e-6 in the paper).
         min_sites: sites whose update a round needs to be closed.
         participation: share of the sites asked in a round, in (0, 1].
-        round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only).
+        round_timeout_s: seconds that a site may take for a round; ``None`` waits without end (simulation only). Who is
+            left out is decided by the clock: then a run is not repeatable.
         max_movement: updates that moved further, as a share of the weights' norm, are refused; ``None`` for none.
         spacing_range_mm: least and greatest voxel side that scans of any site may have; ``None`` for any.
         local_layers: shell patterns of tensors that never leave a site, e.g. ``["*norm*"]``.
         aggregation: makes the `Aggregation` of a round.
         upload: what a party, server or site, sends after its steps: its ``"teacher"`` (Algorithm 1) or its
             ``"student"``.
-        keep_moments: a party keeps the moments of its optimizer, and its teacher, from round to round. By default a
-            round depends on nothing before it.
+        keep_moments: a party keeps the moments of its optimizer, and its teacher, from round to round of a federation.
+            By default a round depends on nothing before it.
         labels_by: pseudo labels at a site are those of its ``"teacher"``, or of the weights that arrived, which stand
             still for the round (``"broadcast"``).
         ship: weights of a round that become ``model.pt``: the sites' ``"average"``, or what the server sends next,
@@ -105,6 +109,33 @@ class Plan:
     def learning_rate(self, number: int) -> float:
         """Learning rate of a round, counted from 0; a pass of the server after the last round has that round's."""
         return cosine_rate(min(number, self.rounds - 1), self.rounds, self.first_learning_rate, self.last_learning_rate)
+
+    def local_names(self, names: Iterable[str]) -> set[str]:
+        """Those of a network's tensors that never leave a site. Raises `ConfigError`, see `core.local_names`."""
+        return local_names(names, self.local_layers)
+
+    def check_method(self, method: Any, side: str) -> None:
+        """Refuse a method that cannot learn from a side by itself, or takes its labels from elsewhere.
+
+        Args:
+            method: its config, as MONAI merges it.
+            side: ``"source"`` or ``"target"``.
+
+        Raises:
+            ConfigError: says which, and the remedy.
+        """
+        target = method.get("_target_") if isinstance(method, Mapping) else None  # an expression shows in a round
+        if side not in getattr(locate(target), "alone", (SOURCE, TARGET)):
+            name = str(target).rpartition(".")[2]
+            raise ConfigError(
+                f"{name} learns nothing from the source, and server_steps is {self.server_steps}: set it to 0"
+                if side == SOURCE
+                else f"{name} needs patches of the source beside those of the target, and a site has none: choose "
+                "another method, such as MAPSeg (docs/how-to/federated.md lists them)"
+            )
+        asks = "@pseudo_labels" in json.dumps(method, default=str)
+        if self.labels_by == BROADCAST and side == TARGET and not asks:
+            raise ConfigError("labels_by is broadcast, and this method has no '@pseudo_labels': set it to teacher")
 
 
 def is_whole(value: Any, least: int) -> bool:

@@ -34,7 +34,10 @@ def simulate(
     resume: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Run all rounds, site after site; the same call goes on after the last closed round, bit for bit on a CPU.
+    """Run all rounds, site after site; the same call goes on after the last closed round.
+
+    On a CPU its weights are then those of a run without a stop, bit for bit, unless `Plan.round_timeout_s` leaves out a
+    site: that is by the clock; or `Plan.privacy` adds noise, which is drawn anew.
 
     Args:
         plan: settings of the federation.

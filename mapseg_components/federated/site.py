@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -24,12 +23,12 @@ from mapseg_components.checkpoints import (
     restore_random_state,
     weights_of,
 )
-from mapseg_components.configs import locate, parser_of
+from mapseg_components.configs import parser_of
 from mapseg_components.data import check_training_data, load_datalist
 from mapseg_components.data.audit import Audit
 from mapseg_components.data.datalist import open_datalist
 from mapseg_components.errors import ConfigError, FederationError, MAPSegError
-from mapseg_components.federated.core import Broadcast, Update, local_names, site_seed, validate_weights
+from mapseg_components.federated.core import Broadcast, Update, site_seed, validate_weights
 from mapseg_components.federated.kept import Kept, moments_of, restore_moments
 from mapseg_components.federated.plan import BROADCAST, STUDENT, TEACHER, Plan
 from mapseg_components.federated.privacy import Privacy, PrivacyAccountant, protect
@@ -95,7 +94,7 @@ class Site:
         with self._named():
             parser = parser_of(self.settings)
             get = parser.get_parsed_content
-            self._check_method()
+            self.plan.check_method(self.settings["method"], self.side)
             cases = load_datalist(self.datalist, SECTION[self.side])
             self._check_label_table(get("labels"), get("dropped_labels"))
             options = {key: get(key) for key in ("audit", "assume_orientation", "non_finite")}
@@ -179,7 +178,7 @@ class Site:
         self.optimizer = parser.get_parsed_content("optimizer")
         self.loader = parser.get_parsed_content("train#dataloader")
         self.history = parser.get_parsed_content("train#handlers")[0]
-        self.local = local_names(self.network.state_dict(), self.plan.local_layers) if self.side == TARGET else set()
+        self.local = self.plan.local_names(self.network.state_dict()) if self.side == TARGET else set()
         self._frozen: torch.nn.Module | None = None
         if self.side == TARGET and self.plan.labels_by == BROADCAST:
             self._frozen = copy.deepcopy(self.teacher.network)
@@ -190,9 +189,9 @@ class Site:
     def _train(self, broadcast: Broadcast) -> dict[str, torch.Tensor]:
         number = broadcast.round
         validate_weights(broadcast.weights, self.network.state_dict(), f"{self.name}: what the server sent")
-        self.network.load_state_dict({**broadcast.weights, **self._local_before(number)})
+        self.network.load_state_dict({**broadcast.weights, **self._local_before(broadcast)})
         student = self.teacher.student.state_dict()
-        kept = self._kept.before(number) if self.plan.keep_moments else {}
+        kept = self._kept.before(broadcast.federation, number) if self.plan.keep_moments else {}
         self.teacher.load_state_dict(
             {"network": kept.get("teacher", student), "steps": broadcast.ema_steps, "active": True}
         )
@@ -219,14 +218,16 @@ class Site:
         weights = weights_of(self.network if self.plan.upload == STUDENT else self.teacher_network)
         if self.plan.keep_moments:
             teacher = weights_of(self.teacher.network)
-            self._kept.keep(number, {"moments": moments_of(self.optimizer), "teacher": teacher})
+            after = {"moments": moments_of(self.optimizer), "teacher": teacher}
+            self._kept.keep(broadcast.federation, number, after)
         if self.local:
-            self._local.keep(number, {name: weights.pop(name) for name in sorted(self.local)})
+            after = {name: weights.pop(name) for name in sorted(self.local)}
+            self._local.keep(broadcast.federation, number, after)
         return weights
 
-    def _local_before(self, number: int) -> dict[str, torch.Tensor]:
+    def _local_before(self, broadcast: Broadcast) -> dict[str, torch.Tensor]:
         """The site's own values of local layers; empty in its first round, which starts from the broadcast."""
-        found = self._local.before(number) if self.local else {}
+        found = self._local.before(broadcast.federation, broadcast.round) if self.local else {}
         if found and set(found) != self.local:
             raise FederationError(
                 f"{self._local.path} keeps {len(found)} tensors, local_layers names {len(self.local)}: "
@@ -247,22 +248,6 @@ class Site:
                 f"{self.name}: in a round of {self.steps} steps the teacher, which is what travels, takes "
                 f"{followed:.0%} of the way to its student: more steps or a faster ema_schedule keep more of its work."
             )
-
-    def _check_method(self) -> None:
-        """Refuse a method that cannot learn from this side by itself, or takes its labels from elsewhere."""
-        method = self.settings["method"]
-        target = method.get("_target_") if isinstance(method, Mapping) else None  # an expression shows in a round
-        if self.side not in getattr(locate(target), "alone", (SOURCE, TARGET)):
-            name = str(target).rpartition(".")[2]
-            raise ConfigError(
-                f"{name} learns nothing from the source, and server_steps is {self.plan.server_steps}: set it to 0"
-                if self.side == SOURCE
-                else f"{name} needs patches of the source beside those of the target, and a site has none: choose "
-                "another method, such as MAPSeg (docs/how-to/federated.md lists them)"
-            )
-        asks = "@pseudo_labels" in json.dumps(method, default=str)
-        if self.plan.labels_by == BROADCAST and self.side == TARGET and not asks:
-            raise ConfigError("labels_by is broadcast, and this method has no '@pseudo_labels': set it to teacher")
 
     def _check_label_table(self, labels: Mapping[str, int], dropped: list[int] | str) -> None:
         table = (open_datalist(self.datalist) or {}).get("labels")

@@ -135,9 +135,8 @@ def figures_of(bundle: Path, labels: Mapping[str, int], digest: str) -> Figures:
     run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     assessment = run.get("assessment", {})
     dice = assessment.get("models", {}).get(assessment.get("verdict", {}).get("ship"), {}).get("validation_dice", {})
-    scans = run.get("plan", {}).get("source_validation", 0)
-    if dice.get("mean") is not None and scans and set(dice["structures"]) == set(labels):
-        found["source_validation"] = {"metric": "Dice", "scans": scans, **dice}
+    if dice.get("mean") is not None and dice.get("scans") and set(dice["structures"]) == set(labels):
+        found["source_validation"] = {"metric": "Dice", **dice}
     if not found["volumes"]["structures"] and set(assessment.get("prior_ml", {})) == set(labels):
         found["volumes"]["structures"] = {
             name: volumes_of([ml for ml in ml_of_scans if ml > 0])

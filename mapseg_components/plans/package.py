@@ -32,6 +32,7 @@ MANIFEST = "handover.json"
 METADATA = "configs/metadata.json"
 AS_IT_IS, RESAMPLED = 3.0, 8.0  # ratio of voxel sides beyond which a target does not fit, by whether it is mended
 OF_NETWORK = ("width", "depth", "stride", "dilations", "head_channels", "dropout", "uncertainty", "variance")
+OF_SOURCE, OF_LABEL_MAPS = "source_", ("dropped_labels",)  # settings: how they begin, and others
 UNCERTAIN, WITHOUT_VIEW = "uncertainty.yaml", "supervised.yaml"  # overlays of recipes: two heads; no global view
 
 
@@ -91,15 +92,16 @@ def open_package(place: Path, folder: Path) -> HandoverPackage:
 
 def refuse_of_source(**given: Any) -> None:
     """Refuse arguments that a package answers itself. Raises `ConfigError`."""
-    named = [name for name, value in given.items() if value]
+    named = [name for name, value in given.items() if value not in (None, False)]
     if named:
         raise ConfigError(
-            f"{' and '.join(named)} are of a source, and the package's model has learnt its own: leave them out"
+            f"arguments {' and '.join(named)} are of a source, and the package's model has learnt its own: leave them "
+            "out"
         )
 
 
 def check_method(recipe: Recipe, package: HandoverPackage, settings: Mapping[str, Any]) -> None:
-    """Refuse a method that cannot go on from a package, and settings that are the package's.
+    """Refuse a method that cannot go on from a package, and settings that are the package's or its source's.
 
     Args:
         recipe: of the method.
@@ -113,6 +115,12 @@ def check_method(recipe: Recipe, package: HandoverPackage, settings: Mapping[str
     taken = sorted(set(settings) & bound)
     if taken:
         raise ConfigError(f"settings {taken} are the package's, which its weights were trained with: leave them out")
+    taken = sorted(name for name in settings if name.startswith(OF_SOURCE) or name in OF_LABEL_MAPS)
+    if taken:
+        raise ConfigError(
+            f"settings {taken} are of the source's scans and label maps, and a package has none: leave them out, or "
+            "give the source in the place of the package"
+        )
     if UNCERTAIN in recipe.overlays and package.variance is None:
         raise ConfigError(
             f"method {recipe.name} learns from the uncertainty of a network with two heads, and that of the package "

@@ -35,7 +35,6 @@ TINY = {
     "window_stride": [12, 12, 12],
     "max_epochs": 2,
     "epoch_length": 2,
-    "constant_epochs": 1,
     "local_block_size": 4,
     "val_interval": 1,
 }
@@ -242,6 +241,11 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+FEDERATED = {"method": "federated"}
+ADVENT = {"_target_": "mapseg_components.methods.AdvEnt", "loss": "@loss"}
+SUPERVISED = "mapseg_components.methods.Supervised"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -259,6 +263,17 @@ def test_a_folder_of_something_else_is_not_touched(folders, tmp_path):
         ({"settings": {"widht": 3}, "prepare": {}}, "settings \\['widht'\\] are in no bundle"),
         ({"symmetric": True, "labels": {"Lung_Lt": 1, "liver": 2}}, "symmetric mirrors left and right.*Lung_Lt"),
         ({"labels": {"background": 0, "all": [1, 2], "inner": [2]}}, "labels: .inner. or its value 2 occurs twice"),
+        ({"settings": {"label_rounds": 3}}, r"\['label_rounds'\] have no effect, .* mapseg .*: leave .*: buda_seg\)"),
+        (
+            {"settings": {"beta": 1, "constant_epochs": 3}, "method": "mean_teacher"},
+            r"\['beta', 'constant_epochs'\] have.*\(beta: mapseg, federated, .*constant_epochs: mapseg_masked\)",
+        ),
+        ({**FEDERATED, "settings": {"local_layers": ["*batchnorm*"]}}, "local_layers: '.batchnorm.' fits no tensor"),
+        ({**FEDERATED, "settings": {"method": ADVENT}}, "AdvEnt needs patches of the source beside those of"),
+        (
+            {**FEDERATED, "settings": {"labels_by": "broadcast", "method": {**ADVENT, "_target_": SUPERVISED}}},
+            "labels_by is broadcast, and this method has no '@pseudo_labels'",
+        ),
         ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )

@@ -90,13 +90,13 @@ def test_a_package_of_a_bundle_is_one_that_a_source_site_could_have_written(bund
 def test_figures_of_the_run_that_made_a_bundle_go_into_its_package(bundle, tmp_path):
     made = tmp_path / "made"
     shutil.copytree(bundle, made)
-    dice = {"structures": {"first": 0.75, "second": 0.5}, "mean": 0.625}
-    run = {"plan": {"source_validation": 3}, "assessment": {"verdict": {"ship": "adapted"}}}
+    dice = {"scans": 5, "structures": {"first": 0.75, "second": 0.5}, "mean": 0.625}
+    run = {"plan": {"source_validation": 17}, "assessment": {"verdict": {"ship": "adapted"}}}
     run["assessment"] |= {"models": {"adapted": {"validation_dice": dice}}}
     run["assessment"] |= {"prior_ml": {"first": [1.04, 2.06], "second": [0.0, 4.0]}}
     (made / "run.json").write_text(json.dumps(run))
     content = package_of_bundle(made, tmp_path / "package").content
-    assert content["source_validation"] == {"metric": "Dice", "scans": 3, **dice}
+    assert content["source_validation"] == {"metric": "Dice", **dice}, "of those that were segmented"
     assert content["volumes"]["structures"]["first"]["volume_mm3"]["range"] == [1000.0, 2100.0], "rounded outward"
     assert content["volumes"]["structures"]["second"] is None, "of a single scan nothing is said"
 
@@ -109,6 +109,8 @@ def test_either_the_source_or_a_package_is_given(bundle, scans, tmp_path):
         adapt(**both, source=str(scans), package=str(bundle))
     with pytest.raises(ConfigError, match="labels are of a source"):
         adapt(**both, package=str(bundle), labels={"first": 1})
+    with pytest.raises(ConfigError, match="validation_share are of a source"):
+        adapt(**both, package=str(bundle), validation_share=0.2)
     with pytest.raises(ConfigError, match=r"neither handover\.json.*nor configs/metadata\.json"):
         adapt(**both, package=str(scans))
     with pytest.raises(ConfigError, match=r"is no folder: .*\['buda_seg', "):
@@ -141,6 +143,9 @@ def test_what_a_package_cannot_do_is_said_before_any_work(package):
     for name in ("labels", "patch_size", "width", "working_spacing", "network_def"):
         with pytest.raises(ConfigError, match=rf"settings \['{name}'\] are the package's"):
             check_method(recipe_for(None, package=True), package, {name: 3})
+    asked = {"source_negative_values": "clip", "dropped_labels": [3], "max_epochs": 3}
+    with pytest.raises(ConfigError, match=r"\['dropped_labels', 'source_negative_values'\] are of the source's"):
+        check_method(recipe_for(None, package=True), package, asked)
     check_method(recipe_for(None, package=True), package, {"max_epochs": 3, "target_negative_values": "clip"})
 
 
@@ -262,6 +267,9 @@ def test_the_whole_way_from_a_package(bundle, scans, tmp_path, monkeypatch):
     assert again["assessment"] == found, "the same command goes on where it was"
     with pytest.raises(ConfigError, match="holds a run with other arguments"):
         adapt(**{**call, "package": "shipped"}, output=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"\['foreground_fraction', 'restart_epochs'\] have no effect.*no method"):
+        settings = {**settings, "foreground_fraction": 0.5, "restart_epochs": 2}
+        adapt(**{**call, "settings": settings}, output=str(tmp_path / "refused"))
     second = place_of(str(tmp_path / "out"))  # its bundle is a package for the next target
     assert open_package(second, tmp_path / "next").labels == LABELS
 

@@ -332,6 +332,16 @@ def test_a_site_takes_no_weights_that_do_not_fit_or_are_not_finite(tmp_path):
     assert same(good, site.network.state_dict())
 
 
+def test_a_task_without_the_identity_of_its_federation_is_refused():
+    messages = pytest.importorskip("mapseg_components.federated.flare.messages", reason="nvflare is not installed")
+    task = messages.from_broadcast(Broadcast(1, 3, weights(), "0123456789abcdef"), 2, "target")
+    assert messages.to_broadcast(task, "target").federation == "0123456789abcdef"
+    for wrong in (None, "", 7, "$import os", "0123456789abcdef\n"):
+        task.meta[messages.FEDERATION] = wrong
+        with pytest.raises(FederationError, match="as identity of the federation, expected 16 hexadecimal digits"):
+            messages.to_broadcast(task, "target")
+
+
 # data of a site
 
 
@@ -345,7 +355,7 @@ def test_a_site_whose_scans_are_refused_is_refused_in_every_round(tmp_path, monk
     monkeypatch.setenv("MAPSEG_PARTY_DIR", str(tmp_path / "parties"))
     monkeypatch.setattr("sys.argv", ["client"])
     start = initial_weights(small_settings(), 0)
-    tasks = [messages.from_broadcast(Broadcast(number, 0, start), 2, "target") for number in range(2)]
+    tasks = [messages.from_broadcast(Broadcast(number, 0, start, "0" * 16), 2, "target") for number in range(2)]
     answers = []
     flare = SimpleNamespace(
         init=lambda: None,

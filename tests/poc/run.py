@@ -4,7 +4,8 @@
 
 NVFlare's POC mode: a server and three clients on localhost, each a process with its own start-up kit, talking by mutual
 TLS. After the first round a client is killed (SIGKILL) and the rounds must go on; then the server is killed in a round
-and started again with that client, the same job is submitted again, and the rounds must go on from the last closed one.
+and started again with that client, the same job is submitted again, and the rounds must go on from the last closed one,
+with the moments that each site has kept of this federation.
 Exit code 0 if all of that was seen.
 """
 
@@ -53,6 +54,10 @@ class Federation:
         self.running: dict[str, subprocess.Popen] = {}
         self.began = time.monotonic()
 
+    def kept_file(self, site: str) -> Path:
+        """What a site keeps from round to round."""
+        return self.folder / "own" / site / "eval" / "sites" / site / "kept.pt"
+
     def say(self, text: str) -> None:
         sys.stdout.write(f"{time.monotonic() - self.began:6.0f} s  {text}\n")
         sys.stdout.flush()
@@ -61,6 +66,7 @@ class Federation:
         """Scans, settings of each party, start-up kits, and what each party allows."""
         datalist, sites = make_federation(self.folder / "scans", len(SITES))
         changes = {"rounds": ROUNDS, "min_sites": 2, "round_timeout_s": TIMEOUT_S}
+        changes |= {"upload": "student", "keep_moments": True}
         write_parties(self.folder / "parties", self.folder / "own", datalist, sites, **changes)
         command = [sys.executable, "-m", "nvflare.cli", "poc", "prepare", "-c", *SITES]
         subprocess.run(command, env=self.environment, check=True, stdout=subprocess.DEVNULL, cwd=self.folder)
@@ -153,6 +159,12 @@ def main() -> None:
         require(after[: len(before)] == before, "closed rounds stay as they were")
         require([line["round"] for line in after] == list(range(ROUNDS)), "no round is missing or repeated")
         require(sorted(after[-1]["sites"]) == SITES, "site-3 is back")
+        state = torch.load(federation.state_file, weights_only=True)
+        for site in SITES:
+            kept = torch.load(federation.kept_file(site), weights_only=True)
+            require(kept["federation"] == state["federation"], f"{site} keeps the moments of this federation")
+            steps = {int(entry["step"]) for entry in kept["after"]["moments"].values()}
+            require(max(steps) > max(int(entry["step"]) for entry in kept["before"]["moments"].values()), "they go on")
     finally:
         for name in list(federation.running):
             federation.kill(name)

@@ -76,7 +76,7 @@ def party(tmp_path_factory):
     return make, initial_weights(small_settings(), 0)
 
 
-def test_a_student_that_is_sent_is_what_the_teacher_follows_and_moments_and_teacher_are_kept(party):
+def test_a_student_that_is_sent_is_what_the_teacher_follows_and_moments_and_teacher_are_kept(party, caplog):
     """Teacher = decay x before + (1 - decay) x student after one step; over rounds too, also where some are missed."""
     make, start = party
     kept = make("kept", upload="student", keep_moments=True)
@@ -95,6 +95,10 @@ def test_a_student_that_is_sent_is_what_the_teacher_follows_and_moments_and_teac
     assert distance(tail, mixed(teacher, later)) < 1e-6
     again = make("kept", upload="student", keep_moments=True).train(Broadcast(4, 9, start)).weights
     assert distance(again, later) == 0  # a round that is repeated, by a process that is started anew
+    assert "another federation" not in caplog.text
+    anew = make("kept", upload="student", keep_moments=True).train(Broadcast(5, 9, start, "of another")).weights
+    assert distance(anew, make("student", upload="student").train(Broadcast(5, 9, start)).weights) == 0
+    assert "kept.pt is of another federation: round 5 starts without it" in caplog.text
 
 
 def test_labels_of_the_broadcast_stand_still_while_the_teacher_moves(party):
@@ -152,14 +156,22 @@ def test_the_last_round_is_shipped_after_one_more_pass_of_the_server_also_if_it_
     def opened():
         return Coordinator(plan, {"w": torch.zeros(2, 3)}, ["a"], tmp_path, tmp_path / "o")
 
-    play(opened(), [0.1, 0.9])
+    first = opened()
+    play(first, [0.1, 0.9])
     again = opened()
+    assert (
+        first.start().federation
+        == again.start().federation
+        != Coordinator(plan, first.weights, ["a"], tmp_path, tmp_path / "o", resume=False).start().federation
+    )
     assert again.unfinished and again.start().weights["w"].unique().tolist() == [2.0]
     assert read_checked(tmp_path / "model.pt")["w"].unique().tolist() == [20.0]  # of the round before
     assert plan.learning_rate(2) == plan.learning_rate(1)
     again.finish(update("server", 2, 30.0))
     assert read_checked(tmp_path / "model.pt")["w"].unique().tolist() == [30.0]
     assert not opened().unfinished and opened().round == 2
+    states = [read_checked(tmp_path / name) for name in ("federation.pt", "federation.previous.pt")]
+    assert [state["round"] for state in states] == [2, 1]
 
 
 def test_without_a_source_the_sites_get_the_average_itself_and_weights_must_be_given(tmp_path):

@@ -15,6 +15,7 @@ from monai.networks.nets import DynUNet
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.plans.bundle import check_epochs, check_names, settled
+from mapseg_components.plans.effects import check_effects, read_by
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
 from mapseg_components.plans.recipes import PSEUDO_LABELS, read_recipe
 from mapseg_components.plans.rounds import check_options, divided, options_of, written_out
@@ -208,6 +209,40 @@ def test_the_shortest_stage_must_reach_a_validation():
     with pytest.raises(ConfigError, match="max_epochs is 14, val_interval 15"):
         check_epochs(COSMOS, plan, request_of(val_interval=15))
     check_epochs(COSMOS, plan, request_of(val_interval=15, max_epochs=15))
+
+
+@pytest.mark.parametrize(
+    "method, read, unread",
+    [
+        ("mapseg", ["beta", "ema_schedule", "teacher_views"], ["label_rounds", "synthesis_alike", "constant_epochs"]),
+        ("mapseg_masked", ["constant_epochs", "samples"], ["variance_penalty"]),
+        ("buda_seg", ["label_rounds", "variance_penalty", "handover_min_scans"], ["mask_ratio", "prior_weight"]),
+        ("entropy", ["val_interval", "diagnostics_scans"], ["teacher_views", "samples"]),
+        ("cosmos", ["rounds", "engine", "slice_size", "fill_holes"], ["teacher_views"]),
+        ("label_maps", ["synthesis_alike", "synthesis_optional"], ["handover_dir"]),
+        ("federated", ["local_layers", "privacy_noise", "max_epochs", "weight_decay"], ["reinitialise"]),
+    ],
+)
+def test_a_setting_is_refused_where_no_stage_of_the_method_refers_to_it(method, read, unread):
+    recipe, plan = written_out(read_recipe(method), {}), plan_of("single-gpu")
+    request = {"random_contrasts": True, "pretraining": True}
+    check_effects(recipe, plan, {**request_of(**dict.fromkeys(read, 1)), **request})
+    for name in unread:
+        with pytest.raises(
+            ConfigError, match=rf"settings \['{name}'\] have no effect, .* {method} in preset single-gpu"
+        ):
+            check_effects(recipe, plan, {**request_of(**{name: 1}), **request})
+
+
+def test_what_is_read_is_followed_through_lists_macros_and_parts_but_not_what_is_disabled():
+    config = {
+        "run": ["$@train#steps[0] + len(@names)"],
+        "train": {"steps": ["%a#inner", 2], "other": "@never"},
+        "a": {"inner": {"x": "@deep"}, "outer": "@never"},
+        "names": [{"_target_": "A", "_disabled_": True, "x": "@never"}, {"_target_": "A", "_disabled_": "$@off"}],
+        **dict.fromkeys(("deep", "never", "off"), 1),
+    }
+    assert read_by(config) == {"initialize", "run", "train", "a", "names", "deep", "off"}
 
 
 @pytest.mark.parametrize("shape", [(20, 300, 90), (120, 97, 8), (50, 40, 1)])

@@ -3,7 +3,8 @@
 """A site's process in an NVFlare federation: ``python -m mapseg_components.federated.flare.client --side target``.
 
 NVFlare starts it, by the job's command, in the site's environment. It reads the site's settings (`Party`), and
-takes weights and two counts from each task; a config, code or a path that a server might send is not looked at.
+takes weights, two counts and an identity from each task; a config, code or a path that a server might send is not
+looked at.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ is what those filters are made for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from mapseg_components.federated.core import Broadcast, Update
 
 __all__ = ["from_broadcast", "from_update", "refusal", "to_broadcast", "to_update"]
 
-STEPS, SCANS, LABELS, LOSSES, SECONDS, PRIVACY, ROUND, SIDE, FAILED = (
+STEPS, SCANS, LABELS, LOSSES, SECONDS, PRIVACY, ROUND, SIDE, FAILED, FEDERATION = (
     "mapseg_ema_steps",
     "mapseg_scans",
     "mapseg_labels",
@@ -30,7 +31,9 @@ STEPS, SCANS, LABELS, LOSSES, SECONDS, PRIVACY, ROUND, SIDE, FAILED = (
     "mapseg_round",
     "mapseg_side",
     "mapseg_failed",
+    "mapseg_federation",
 )
+IDENTITY = re.compile(r"[0-9a-f]{16}")
 
 
 def from_broadcast(broadcast: Broadcast, rounds: int, side: str) -> FLModel:
@@ -40,15 +43,15 @@ def from_broadcast(broadcast: Broadcast, rounds: int, side: str) -> FLModel:
         params=arrays(broadcast.weights),
         current_round=broadcast.round,
         total_rounds=rounds,
-        meta={STEPS: broadcast.ema_steps, ROUND: broadcast.round, SIDE: side},
+        meta={STEPS: broadcast.ema_steps, ROUND: broadcast.round, SIDE: side, FEDERATION: broadcast.federation},
     )
 
 
 def to_broadcast(model: FLModel, side: str) -> Broadcast:
-    """What a site takes from a task: tensors and two counts; whatever else came along is not looked at.
+    """What a site takes from a task: tensors, two counts and an identity; whatever else came along is not looked at.
 
     Raises:
-        FederationError: the task is for the other side, or its counts are no counts.
+        FederationError: the task is for the other side, its counts are no counts, or its identity is none.
     """
     meta = model.meta or {}
     if meta.get(SIDE) != side:
@@ -58,7 +61,13 @@ def to_broadcast(model: FLModel, side: str) -> Broadcast:
     counts = {key: meta.get(key) for key in (ROUND, STEPS)}
     if not all(type(value) is int and value >= 0 for value in counts.values()):
         raise FederationError(f"the server sent {counts}, expected whole numbers: use the same version everywhere")
-    return Broadcast(counts[ROUND], counts[STEPS], tensors(model.params))  # type: ignore[arg-type]
+    identity = meta.get(FEDERATION)
+    if not isinstance(identity, str) or not IDENTITY.fullmatch(identity):
+        raise FederationError(
+            f"the server sent {str(identity)[:40]!r} as identity of the federation, expected 16 hexadecimal digits: "
+            "use the same version everywhere"
+        )
+    return Broadcast(counts[ROUND], counts[STEPS], tensors(model.params), identity)  # type: ignore[arg-type]
 
 
 def from_update(update: Update, base: Mapping[str, torch.Tensor] | None = None) -> FLModel:

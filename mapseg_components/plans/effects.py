@@ -1,0 +1,170 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages of a method read of a user's settings, as their merged configs say before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
+
+from mapseg_components.configs import parser_of
+from mapseg_components.errors import ConfigError
+from mapseg_components.keys import SOURCE, TARGET
+from mapseg_components.plans.bundle import check_epochs, check_network, configs_of, settled
+from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, Stage, recipe_for, recipe_names
+from mapseg_components.plans.rounds import options_of, written_out
+
+__all__ = ["check_effects", "check_parties", "check_plan", "merged_config", "read_by"]
+
+ROOTS = ("initialize", "run")  # of a config: what MONAI evaluates
+PLACES = ("ckpt_dir", "output_dir")  # of a stage, whatever a user sets
+NAME = re.compile(r"[@%](\w+(?:#\w+)*)")  # a reference or a macro
+Plan = Mapping[str, Any]
+
+
+def check_plan(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
+    """Refuse what the stages of a method could not do, or would not look at, before the first of them.
+
+    Args:
+        recipe: the method.
+        plan: see `mapseg_components.plans.bundle.write_bundle`; request likewise.
+
+    Raises:
+        ConfigError: see `check_effects`, `check_parties`, and `check_network` and `check_epochs` of
+            `mapseg_components.plans.bundle`.
+    """
+    for check in (check_network, check_epochs, check_effects, check_parties):
+        check(recipe, plan, request)
+
+
+def read_by(config: Mapping[str, Any], roots: Sequence[str] = ROOTS) -> set[str]:
+    """Settings of a merged config that are reached from its roots by references and macros, one after the other.
+
+    Args:
+        config: as MONAI merges it, nothing in it evaluated.
+        roots: names in it.
+
+    Examples:
+        >>> from mapseg_components.plans.effects import read_by
+        >>> config = {"run": ["$@trainer.run()"], "trainer": {"steps": "@steps"}, "steps": 3, "views": 2}
+        >>> sorted(read_by(config))
+        ['initialize', 'run', 'steps', 'trainer']
+    """
+    seen: set[str] = set()
+    left = [*roots]
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left += names_in(part_of(config, name))
+    return {name.partition("#")[0] for name in seen}
+
+
+def names_in(value: Any) -> Iterator[str]:
+    """Names that a part of a config refers to; none where it is disabled."""
+    if isinstance(value, str):
+        yield from NAME.findall(value)
+    elif isinstance(value, Mapping) and value.get("_disabled_") is not True:
+        for one in value.values():
+            yield from names_in(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from names_in(one)
+
+
+def part_of(config: Any, name: str) -> Any:
+    """The part of a config of that name (``a#b#0``); ``None`` if there is none."""
+    for key in name.split("#"):
+        if isinstance(config, Mapping):
+            config = config.get(key)
+        elif isinstance(config, (list, tuple)) and key.isdecimal() and int(key) < len(config):
+            config = config[int(key)]
+        else:
+            return None
+    return config
+
+
+def merged_config(stage: Stage, recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that a stage will run: bundle, preset, method, plan, overlays and the user's settings.
+
+    Args:
+        stage: a training, a package or a federation.
+        recipe: its method.
+        plan: see `mapseg_components.plans.bundle.write_bundle`; request likewise.
+    """
+    folder = configs_of(stage.bundle)
+    merged = ConfigParser(settled(folder.parent, "train.json", recipe, plan, request))
+    contrasts = [stage.contrasts] if stage.bundle == ADAPTATION and request["random_contrasts"] else []
+    for overlay in filter(None, (*contrasts, *stage.overlays)):
+        for key, value in ConfigParser.load_config_file(folder / overlay).items():
+            merge_kv(merged, key, value)
+    config, asked = merged.get(), request["settings"] or {}
+    own = {name: value for name, value in stage.settings.items() if "#" not in name}
+    return {**config, **own, **{name: value for name, value in asked.items() if name in config}, **stage.fixed}
+
+
+def settings_read(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> set[str]:
+    """Settings that some stage of a method reads, or the method itself; of inference all, for other commands use it."""
+    read = {*options_of(recipe), "val_interval"}  # of the plan
+    read |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
+    stages = {(stage.bundle, stage.overlays, stage.kind): stage for stage in recipe.stages if not stage.weights}
+    for stage in stages.values():
+        if request["pretraining"] or not stage.optional:
+            roots = (*ROOTS, "train") if stage.kind == FEDERATION else ROOTS  # a site runs the trainer itself
+            found = read_by(merged_config(stage, recipe, plan, request), roots)
+            read |= found - {*stage.paths, *stage.fixed, *PLACES}
+    return read
+
+
+def check_effects(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
+    """Refuse settings of a user that nothing of the method reads.
+
+    Args:
+        recipe: see `merged_config`; plan and request likewise.
+
+    Raises:
+        ConfigError: names the settings, and the methods that read them.
+    """
+    asked = set(request["settings"] or {})
+    without = asked - settings_read(recipe, plan, request) if asked else set()
+    if not without:
+        return
+    readers: dict[str, list[str]] = {name: [] for name in sorted(without)}
+    for method in recipe_names():
+        with contextlib.suppress(ConfigError):  # not for this source, or not with these settings
+            kinds = bool(request.get("source_label_maps")), request.get("package") is not None
+            other = written_out(recipe_for(method, *kinds), request["settings"])
+            for name in without & settings_read(other, plan, request):
+                readers[name].append(method)
+    found = "; ".join(f"{name}: {', '.join(methods) or 'no method'}" for name, methods in readers.items())
+    raise ConfigError(
+        f"settings {sorted(readers)} have no effect, for nothing of method {recipe.name} in preset {plan['preset']} "
+        f"reads them: leave them out, or take a method that does ({found})"
+    )
+
+
+def check_parties(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
+    """Refuse what no party of a federation could do with its method and network; nothing where there is none.
+
+    Args:
+        recipe: see `merged_config`; plan and request likewise.
+
+    Raises:
+        ConfigError: see `check_method` and `local_names` of `mapseg_components.federated.Plan`.
+    """
+    for stage in recipe.stages:
+        if stage.kind == FEDERATION:
+            config = merged_config(stage, recipe, plan, request)
+            parser = parser_of(config)
+            federation = parser.get_parsed_content("federation")
+            for side in [TARGET, *([] if federation.server_steps == 0 else [SOURCE])]:
+                federation.check_method(config["method"], side)
+            if federation.local_layers:
+                with torch.device("meta"):  # names are all that is asked for
+                    federation.local_names(parser.get_parsed_content("network_def").state_dict())
