@@ -13,6 +13,7 @@ from monai.networks.nets import DynUNet
 from torch import nn
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.slices import as_slices
 
 __all__ = ["TwoHeadDynUNet", "TwoHeads", "both_heads", "has_uncertainty"]
 
@@ -119,6 +120,7 @@ class TwoHeadDynUNet(TwoHeads, DynUNet):
         super().__init__(spatial_dims, in_channels, self.channels(out_channels, variance), *args, **kwargs)
         deep = self.deep_supervision_heads if self.deep_supervision else []
         self.set_heads(variance, self.output_block, *deep, spatial_dims=spatial_dims)
+        as_slices(self)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """See `TwoHeads`; DynUNet's own, written out since TorchScript knows no ``super()``."""

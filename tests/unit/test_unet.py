@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from monai.bundle import ConfigParser
@@ -11,6 +13,7 @@ from monai.inferers import SlidingWindowInferer
 
 from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
 from mapseg_components.networks import GlobalLocalPass, GlobalLocalUNet, UNetMAE, training_pass
+from mapseg_components.networks.slices import SliceConv3d, as_slices
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "bundles" / "mapseg_adaptation" / "configs"
@@ -66,6 +69,45 @@ def test_windows_collaborate_with_the_whole_scan(network):
 def test_images_that_the_strides_do_not_divide_are_refused(network):
     with pytest.raises(ValueError, match=r"not divisible by the network's strides, together \[8, 8, 2\]"):
         network(torch.rand(1, 1, 12, 16, 4))
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, dilation", [((3, 3, 1), 1, 1), (3, (2, 2, 1), 2), (1, 1, 1), ((3, 3, 5), 2, 1)]
+)
+@pytest.mark.parametrize("slices", [1, 4])
+def test_a_single_slice_is_convolved_as_the_volume_it_is(kernel, stride, dilation, slices):
+    torch.manual_seed(0)
+    sides = [kernel] * 3 if isinstance(kernel, int) else kernel
+    plain = torch.nn.Conv3d(2, 3, kernel, stride, [side // 2 * dilation for side in sides], dilation)
+    own = as_slices(torch.nn.Sequential(copy.deepcopy(plain)))
+    assert type(own[0]) is SliceConv3d
+    image = torch.rand(2, 2, 12, 10, slices, requires_grad=True)
+    expected, found = (one(image) for one in (plain, own))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.jit.script(own)(image), expected)
+    weights = torch.rand_like(expected)
+    for one, other in zip(
+        *(
+            torch.autograd.grad((y * weights).sum(), [image, *layer.parameters()], retain_graph=True)
+            for y, layer in ((expected, plain), (found, own))
+        )
+    ):
+        torch.testing.assert_close(other, one)
+
+
+def test_convolutions_that_would_not_keep_a_slice_stay_as_they_are():
+    layers = torch.nn.Sequential(torch.nn.Conv3d(1, 1, 3), torch.nn.Conv3d(1, 1, 2, padding=1))
+    assert all(type(layer) is torch.nn.Conv3d for layer in as_slices(layers))
+
+
+def test_a_level_may_have_a_single_convolution():
+    lighter = GlobalLocalUNet(1, 3, **SIZES, convolutions=[1, 2, 2])
+    whole = GlobalLocalUNet(1, 3, **SIZES)
+    counts = [sum(isinstance(one, torch.nn.Conv3d) for one in network.modules()) for network in (lighter, whole)]
+    assert counts[0] == counts[1] - 2  # on its way down and up
+    assert lighter(torch.rand(1, 1, 16, 16, 4)).shape == (1, 3, 16, 16, 4)
+    with pytest.raises(ValueError, match="convolutions of a level are 3, expected 1 or 2"):
+        GlobalLocalUNet(1, 3, **SIZES, convolutions=[3, 2, 2])
 
 
 def test_half_of_the_collaboration_is_refused(network):
