@@ -44,7 +44,7 @@ def resolved_amp(device: torch.device | str, amp: str | None) -> str | None:
 
     ``"auto"`` is the fastest that trains as well as float32: on a GPU bf16, or fp16 before bf16 existed; on a CPU bf16
     if it multiplies bf16 matrices by AMX, else float32. It depends on the hardware alone, so that a run that goes on
-    computes as before. Without AMX bf16 is slower than float32 on a CPU, without any bf16 instructions 30 times.
+    computes as before. Without AMX bf16 is slower than float32 on a CPU, without any bf16 instructions 25 times.
 
     Args:
         device: where the network runs.
@@ -83,7 +83,7 @@ def bf16_instructions() -> frozenset[str]:
 @functools.cache
 def _warn_of_emulation() -> None:
     warnings.warn(
-        "amp is bf16, which this processor has no instructions for: steps take about 30 times as long as in float32. "
+        "amp is bf16, which this processor has no instructions for: steps take about 25 times as long as in float32. "
         "Set amp to auto or null.",
         stacklevel=2,
     )

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetUpBlock, get_conv_layer
+from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetUpBlock
 from torch import nn
 
 from mapseg_components.boxes import resample_box
@@ -21,7 +20,6 @@ from mapseg_components.networks.slices import as_slices
 __all__ = ["GlobalLocalUNet", "UNetEncoder", "UNetMAE"]
 
 Sides = Sequence[Sequence[int] | int]
-LEAKY = ("leakyrelu", {"inplace": True, "negative_slope": 0.01})  # as of MONAI's blocks
 
 
 def group_norm_of(channels: int, groups: int) -> tuple[str, dict[str, int | bool]]:
@@ -29,18 +27,8 @@ def group_norm_of(channels: int, groups: int) -> tuple[str, dict[str, int | bool
     return "group", {"num_groups": math.gcd(channels, groups), "affine": True}
 
 
-def block(before: int, channels: int, kernel: Any, stride: Any, groups: int, convolutions: int) -> nn.Module:
-    """One or two convolutions of a level, each with its norm and activation; the first of them strides."""
-    norm = group_norm_of(channels, groups)
-    if convolutions == 2:
-        return UnetBasicBlock(3, before, channels, kernel, stride, norm)
-    if convolutions != 1:
-        raise ValueError(f"convolutions of a level are {convolutions}, expected 1 or 2")
-    return get_conv_layer(3, before, channels, kernel, stride, act=LEAKY, norm=norm, conv_only=False)
-
-
 class UNetEncoder(nn.Module):
-    """One or two convolutions a level; the first one may reduce the grid as well, which makes the network cheap.
+    """One `UnetBasicBlock` a level; the first one may reduce the grid as well, which makes the network cheap.
 
     Args:
         in_channels: image channels.
@@ -48,7 +36,6 @@ class UNetEncoder(nn.Module):
         kernel_size: of each level, one number or one per axis.
         strides: of each level; the first is that of the image.
         norm_groups: groups of each GroupNorm.
-        convolutions: of each level, 1 or 2; by default 2.
 
     Shape:
         (B, in_channels, X, Y, Z) to features of all levels, the deepest first.
@@ -65,22 +52,14 @@ class UNetEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        filters: Sequence[int],
-        kernel_size: Sides,
-        strides: Sides,
-        norm_groups: int = 8,
-        convolutions: Sequence[int] | None = None,
+        self, in_channels: int, filters: Sequence[int], kernel_size: Sides, strides: Sides, norm_groups: int = 8
     ) -> None:
         super().__init__()
         steps = [(step,) * 3 if isinstance(step, int) else tuple(step) for step in strides]
         self.stride = [math.prod(step[axis] for step in steps) for axis in range(3)]
         self.levels = nn.ModuleList(
-            block(before, channels, kernel, step, norm_groups, number)
-            for before, channels, kernel, step, number in zip(
-                [in_channels, *filters], filters, kernel_size, steps, convolutions or [2] * len(filters)
-            )
+            UnetBasicBlock(3, before, channels, kernel, step, group_norm_of(channels, norm_groups))
+            for before, channels, kernel, step in zip([in_channels, *filters], filters, kernel_size, steps)
         )
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -111,8 +90,6 @@ class GlobalLocalUNet(TwoHeads):
         strides: of each level; the first is that of the image, undone by the last layer.
         norm_groups: groups of each GroupNorm.
         variance: of an uncertainty of each logit, see `TwoHeads`; ``None`` for none.
-        convolutions: of each level, 1 or 2, on its way down and up; by default 2. One at full resolution, where most
-            operations are, makes a step faster by half and more.
 
     Shape:
         image (B, in_channels, X, Y, Z) to logits (B, num_classes, X, Y, Z).
@@ -136,17 +113,14 @@ class GlobalLocalUNet(TwoHeads):
         strides: Sides,
         norm_groups: int = 8,
         variance: str | None = None,
-        convolutions: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = UNetEncoder(in_channels, filters, kernel_size, strides, norm_groups, convolutions)
+        self.encoder = UNetEncoder(in_channels, filters, kernel_size, strides, norm_groups)
         self.fusion = conv_norm_relu(2 * filters[-1], filters[-1], 1, norm_groups)
         self.levels = nn.ModuleList(
             UnetUpBlock(3, below, channels, kernel, 1, step, group_norm_of(channels, norm_groups))
             for channels, below, kernel, step in zip(filters, filters[1:], kernel_size, list(strides)[1:])
         )
-        for level, channels, kernel, number in zip(self.levels, filters, kernel_size, convolutions or ()):
-            level.conv_block = block(2 * channels, channels, kernel, 1, norm_groups, number)
         first = [strides[0]] * 3 if isinstance(strides[0], int) else list(strides[0])
         channels = self.channels(num_classes, variance)
         self.head: nn.Module = UnetOutBlock(3, filters[0], channels)
@@ -200,7 +174,6 @@ class UNetMAE(GlobalLocalUNet):
         kernel_size: of each level.
         strides: of each level.
         norm_groups: groups of each GroupNorm.
-        convolutions: of each level, 1 or 2; by default 2.
 
     Shape:
         (B, in_channels, X, Y, Z) to the same, in [0, 1].
@@ -214,17 +187,9 @@ class UNetMAE(GlobalLocalUNet):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        filters: Sequence[int],
-        kernel_size: Sides,
-        strides: Sides,
-        norm_groups: int = 8,
-        convolutions: Sequence[int] | None = None,
+        self, in_channels: int, filters: Sequence[int], kernel_size: Sides, strides: Sides, norm_groups: int = 8
     ) -> None:
-        super().__init__(
-            in_channels, in_channels, filters, kernel_size, strides, norm_groups, convolutions=convolutions
-        )
+        super().__init__(in_channels, in_channels, filters, kernel_size, strides, norm_groups)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Reconstruction of an image whose hidden blocks are replaced."""

@@ -100,16 +100,6 @@ def test_convolutions_that_would_not_keep_a_slice_stay_as_they_are():
     assert all(type(layer) is torch.nn.Conv3d for layer in as_slices(layers))
 
 
-def test_a_level_may_have_a_single_convolution():
-    lighter = GlobalLocalUNet(1, 3, **SIZES, convolutions=[1, 2, 2])
-    whole = GlobalLocalUNet(1, 3, **SIZES)
-    counts = [sum(isinstance(one, torch.nn.Conv3d) for one in network.modules()) for network in (lighter, whole)]
-    assert counts[0] == counts[1] - 2  # on its way down and up
-    assert lighter(torch.rand(1, 1, 16, 16, 4)).shape == (1, 3, 16, 16, 4)
-    with pytest.raises(ValueError, match="convolutions of a level are 3, expected 1 or 2"):
-        GlobalLocalUNet(1, 3, **SIZES, convolutions=[3, 2, 2])
-
-
 def test_half_of_the_collaboration_is_refused(network):
     with pytest.raises(ValueError, match="global_image and box belong together"):
         network(torch.rand(1, 1, 16, 16, 4), torch.rand(1, 1, 16, 16, 4))

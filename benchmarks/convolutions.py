@@ -1,0 +1,96 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a choice about convolutions brings on this processor, in turns, one thread; the ratio is the median over turns.
+
+python -m benchmarks.convolutions slices            a planned 2D U-Net, volumes of one slice against images
+python -m benchmarks.convolutions precision         four layers of a U-Net in float32 against bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from statistics import median
+from time import process_time
+
+import torch
+from torch import nn
+
+from benchmarks.timing import machine
+from mapseg_components.networks import GlobalLocalUNet
+from mapseg_components.networks.slices import SliceConv3d
+from mapseg_components.plans.sizes import plan_unet
+from mapseg_components.precision import autocast
+
+LAYERS = 4
+
+
+def as_volumes(network: nn.Module) -> nn.Module:
+    """A copy whose convolutions are PyTorch's own."""
+    plain = copy.deepcopy(network)
+    for module in plain.modules():
+        if type(module) is SliceConv3d:
+            module.__class__ = nn.Conv3d
+    return plain
+
+
+def step(network: nn.Module, image: torch.Tensor, amp: str | None = None) -> Callable[[], None]:
+    """A forward and a backward pass."""
+
+    def run() -> None:
+        with autocast("cpu", amp):
+            output = network(image)
+        output.float().square().mean().backward()
+
+    return run
+
+
+def slices_sides() -> dict[str, Callable[[], None]]:
+    image = torch.rand(4, 1, 192, 192, 1)
+    sizes = plan_unet(image.shape[2:], [1, 1, 1], reduced=True)  # as of `mapseg adapt` without a GPU
+    del sizes["upsample_kernel_size"]
+    network = GlobalLocalUNet(1, 4, **sizes)
+    return {"volumes of one slice": step(as_volumes(network), image), "images": step(network, image)}
+
+
+def precision_sides() -> dict[str, Callable[[], None]]:
+    layers = [(nn.Conv3d(16, 16, 3, padding=1), nn.InstanceNorm3d(16, affine=True), nn.LeakyReLU())] * LAYERS
+    network, image = (
+        nn.Sequential(*(one for layer in layers for one in copy.deepcopy(layer))),
+        torch.rand(2, 16, *[48] * 3),
+    )
+    return {"bf16": step(network, image, "bf16"), "float32": step(network, image)}
+
+
+SIDES: Mapping[str, Callable[[], dict[str, Callable[[], None]]]] = {
+    "slices": slices_sides,
+    "precision": precision_sides,
+}
+
+
+def main() -> None:
+    """Print a line of Markdown for each side, and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=SIDES)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sides = SIDES[arguments.what]()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(arguments.repeats + 1):
+        for name, run in sides.items():
+            before = process_time()
+            run()
+            if turn:  # the first one warms up
+                seconds[name].append(process_time() - before)
+    first, second = seconds.values()
+    print(machine(torch.device("cpu"))["processor"])
+    for name, times in seconds.items():
+        print(f"| {name} | {arguments.repeats} | {median(times):.2f} s | {min(times):.2f} s .. {max(times):.2f} s |")
+    print(f"times as fast: {median(a / b for a, b in zip(first, second)):.2f}")
+
+
+if __name__ == "__main__":
+    main()
