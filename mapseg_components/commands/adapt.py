@@ -178,7 +178,7 @@ def adapt(
         "prepare": preparation(prepare, recipe.of_label_maps),
         "pretraining": pretraining and not recipe.of_label_maps and package is None,
         "random_contrasts": random_contrasts and not recipe.of_label_maps,
-        "validation_share": 0.2 if validation_share is None else validation_share,
+        "validation_share": validation_share,
         "held_out": held_out,
         "symmetric": symmetric,
         "any_position": any_position,

@@ -41,7 +41,7 @@ class AutocastInferer(Inferer):
 
     def __init__(self, inferer: Inferer, amp: str | None) -> None:
         super().__init__()
-        resolved_amp("cpu", amp)  # refuses an unknown one
+        resolved_amp("meta", amp)  # refuses an unknown one, wherever the network will be
         self.inferer = inferer
         self.amp = amp
 

@@ -111,7 +111,7 @@ def merged_config(stage: Stage, recipe: Recipe, plan: Plan, request: Mapping[str
 
 def settings_read(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> set[str]:
     """Settings that some stage of a method reads, or the method itself; of inference all, for other commands use it."""
-    read = {*options_of(recipe), "val_interval"}  # of the plan
+    read = {*options_of(recipe), "val_interval", *plan["settings"]}  # of the plan, whose sizes fit any method
     read |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
     stages = {(stage.bundle, stage.overlays, stage.kind): stage for stage in recipe.stages if not stage.weights}
     for stage in stages.values():

@@ -40,6 +40,7 @@ __all__ = ["FOLDER", "add_synthetic_validation", "label_map_cases", "labelled_ca
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
+VALIDATION_SHARE = 0.2  # unless a user says otherwise
 FOLDER = "label_maps"  # in the output folder: merged label maps, and synthetic scans
 Cases = list[dict[str, Any]]
 
@@ -64,7 +65,8 @@ def labelled_cases(
         DataError: a label map cannot be used.
     """
     from_maps, labels = bool(request.get("source_label_maps")), request["labels"]
-    share, seed = request["validation_share"], request["seed"]
+    share = VALIDATION_SHARE if request["validation_share"] is None else request["validation_share"]
+    seed = request["seed"]
     training, validation = (label_map_cases if from_maps else source_cases)(source, share, seed)
     cases = [*training, *validation]
     parts = several_values(labels, request["source"])

@@ -238,7 +238,7 @@ def planned(tmp_path, settings):
     request = {
         **{"source": str(tmp_path / "t1"), "target": str(tmp_path / "t2"), "labels": {"one": 1, "two": 2}},
         **{"method": "mapseg", "preset": "small-data-cpu", "prepare": None, "validation_share": 0.2, "seed": 0},
-        "held_out": 0.2,
+        **{"held_out": 0.2, "pretraining": True, "random_contrasts": True},
         **{"symmetric": False, "device": "cpu", "settings": settings},
     }
     folder = tmp_path / "out"

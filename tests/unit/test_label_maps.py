@@ -49,7 +49,14 @@ def maps(tmp_path):
 def request_of(folder, **changes):
     named = {"source": str(folder / "maps"), "target": str(folder / "t2"), "labels": PARTS, "source_label_maps": True}
     plain = {"method": "label_maps", "preset": "small-data-cpu", "prepare": None, "validation_share": 0.2, "seed": 0}
-    more = {"held_out": 0.2, "symmetric": False, "device": "cpu", "settings": None, "random_contrasts": False}
+    more = {
+        "held_out": 0.2,
+        "symmetric": False,
+        "device": "cpu",
+        "settings": None,
+        "random_contrasts": False,
+        "pretraining": False,
+    }
     return {**named, **plain, **more, **changes}
 
 
