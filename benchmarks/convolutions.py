@@ -12,12 +12,11 @@ import argparse
 import copy
 from collections.abc import Callable, Mapping
 from statistics import median
-from time import process_time
 
 import torch
 from torch import nn
 
-from benchmarks.timing import machine
+from benchmarks.timing import CLOCKS, interleaved, machine
 from mapseg_components.networks import GlobalLocalUNet
 from mapseg_components.networks.slices import SliceConv3d
 from mapseg_components.plans.sizes import plan_unet
@@ -78,13 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sides = SIDES[arguments.what]()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(arguments.repeats + 1):
-        for name, run in sides.items():
-            before = process_time()
-            run()
-            if turn:  # the first one warms up
-                seconds[name].append(process_time() - before)
+    seconds = interleaved(sides, arguments.repeats, torch.device("cpu"), clock=CLOCKS["cpu"])
     first, second = seconds.values()
     print(machine(torch.device("cpu"))["processor"])
     for name, times in seconds.items():
