@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, SpatialResample
+from monai.transforms import MapTransform
 
 from mapseg_components.memory import naming_memory_errors, require_memory
 from mapseg_components.transforms.inputs import MASK_FILE
 from mapseg_components.transforms.probabilities import beside, plain
+from mapseg_components.transforms.resampling import linear_resampling
 
 __all__ = ["ArgmaxOnScand"]
 
@@ -85,12 +86,11 @@ def label_map_of(logits: MetaTensor, meta: Mapping[str, Any]) -> MetaTensor:
     require_memory(voxels * BYTES_PER_VOXEL, "cpu", what, "use a larger machine")
     with naming_memory_errors(what, "processes"):
         scores = torch.softmax(plain(logits).float().cpu(), dim=0)
-        move = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
+        move = linear_resampling(logits.affine, scores.shape[1:], affine, shape)
         best = torch.full(shape, -1.0)
         found = torch.zeros(shape, dtype=kept_type(len(scores)))
         for number, score in enumerate(scores):
-            one = move(MetaTensor(score[None], affine=logits.affine), dst_affine=affine, spatial_size=shape)
-            one = one.as_subclass(torch.Tensor)[0]
+            one = move(score)
             higher = one > best
             found[higher] = number
             best = torch.maximum(best, one)

@@ -17,9 +17,18 @@ from monai.transforms import Spacingd, SpatialResample
 
 from mapseg_components.memory import naming_memory_errors, require_memory
 
-__all__ = ["canonical_grid", "nearest_only", "resample", "spaced_grid", "spacing_of", "to_canonical"]
+__all__ = [
+    "canonical_grid",
+    "linear_resampling",
+    "nearest_only",
+    "resample",
+    "spaced_grid",
+    "spacing_of",
+    "to_canonical",
+]
 
 SAME_SPACING = 1e-3  # relative; headers keep spacings as float32, and some writers round them to three digits
+PARALLEL = 1e-3  # voxels that an axis may leave the other grid's by, over its whole length
 MODES = {"linear": "bilinear", "nearest": "nearest"}  # torch's names
 # float64 copies of input and output, and three coordinates of each voxel of the output with their copy
 BYTES_PER_INPUT, BYTES_PER_OUTPUT = 12, 64
@@ -46,6 +55,65 @@ def nearest_only(transforms: Sequence[Callable[..., Any]]) -> list[Callable[...,
             step.mode = ("nearest",) * len(step.keys)
         result.append(step)
     return result
+
+
+def linear_resampling(
+    affine: Any, shape: Sequence[int], new_affine: Any, new_shape: Sequence[int]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Function from a volume (X, Y, Z), float32, to linear interpolation at the voxel centres of another grid.
+
+    Where each axis of one grid is parallel to one of the other, it is a matrix product along each axis, several times
+    faster than MONAI's ``SpatialResample``, which does the rest. Outside of the old grid its border value is taken.
+
+    Args:
+        affine: (4, 4) of the volume.
+        shape: its (X, Y, Z).
+        new_affine: (4, 4) of the new grid.
+        new_shape: (3,) of the new grid.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms.resampling import linear_resampling
+        >>> wider = torch.diag(torch.tensor([2.0, 1, 1, 1]))
+        >>> linear_resampling(wider, (2, 1, 1), torch.eye(4), (3, 1, 1))(torch.tensor([0.0, 1]).view(2, 1, 1)).flatten()
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    old, new = (torch.as_tensor(one, dtype=torch.float64) for one in (affine, new_affine))
+    indices = torch.linalg.solve(old, new)  # from a voxel of the new grid to one of the old
+    turn = indices[:3, :3]
+    order = turn.abs().argmax(dim=1).tolist()
+    beside = turn.clone()
+    beside[range(3), order] = 0
+    if len({*order}) < 3 or bool((beside.abs() * torch.tensor(new_shape)).max() > PARALLEL):
+        move = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
+
+        def anyhow(volume: torch.Tensor) -> torch.Tensor:
+            moved = move(MetaTensor(volume[None], affine=old), dst_affine=new, spatial_size=tuple(new_shape))
+            return moved.as_subclass(torch.Tensor)[0]
+
+        return anyhow
+    x, y, z = (
+        weights_along(turn[axis, along] * torch.arange(new_shape[along]) + indices[axis, 3], shape[axis])
+        for axis, along in enumerate(order)
+    )
+
+    def by_axes(volume: torch.Tensor) -> torch.Tensor:
+        moved = (x @ volume.reshape(len(volume), -1)).view(len(x), *volume.shape[1:])
+        return torch.matmul(y, moved @ z.T).permute([order.index(axis) for axis in range(3)])
+
+    return by_axes
+
+
+def weights_along(places: torch.Tensor, side: int) -> torch.Tensor:
+    """Linear weights (new side, side) of an axis for places on it in voxels, float32."""
+    places = places.clamp(0, side - 1)
+    low = places.floor().long().clamp(max=max(side - 2, 0))
+    share = (places - low).float()
+    weights = torch.zeros(len(places), side)
+    rows = torch.arange(len(places))
+    weights[rows, low] = 1 - share
+    weights[rows, (low + 1).clamp(max=side - 1)] += share
+    return weights
 
 
 def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:

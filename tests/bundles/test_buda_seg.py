@@ -104,7 +104,9 @@ def test_maps_of_uncertainty_lie_beside_label_maps_that_they_do_not_change(datas
         size = nib.load(tmp_path / "maps" / name.replace("_seg", "_uncertainty"))
         label_map = nib.load(tmp_path / "maps" / name)
         assert size.shape == label_map.shape and np.allclose(size.affine, label_map.affine)
-        assert size.get_data_dtype() == np.float32 and np.allclose(size.get_fdata(), 1, atol=0.01)  # as it began
+        shown = np.asarray(nib.load(scans / name.replace("_seg", "")).dataobj) > 0
+        assert size.get_data_dtype() == np.float32 and np.allclose(size.get_fdata()[shown], 1, atol=0.01)  # as it began
+        assert set(np.unique(size.get_fdata().round(1))) <= {0, 1}  # 0 where no window of foreground lies
     sizes = {"patch_size": [16, 16, 16], "window_stride": [12, 12, 12], "labels": {"first": 1, "second": 2}, **UNET}
     options = {"bundle": str(BUNDLE), "weights": str(model), "overlays": ",".join(NETWORK), "settings": sizes}
     options |= {"quiet": True, "no_preview": True}
