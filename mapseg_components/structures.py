@@ -21,6 +21,7 @@ __all__ = [
     "ignored_value",
     "listed_values",
     "number_text",
+    "numbered",
     "parts_of",
     "structures_of",
     "to_whole",
@@ -190,6 +191,31 @@ def are_whole(values: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         exact = values.astype(np.float64)
         return np.abs(exact - np.rint(exact)) <= np.maximum(FLOOR, ROUNDING * np.abs(exact))
+
+
+def numbered(values: np.ndarray, parts: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Numbers of the structures, from 1 in the order given, in the place of their values; 0 for all other values.
+
+    Args:
+        values: of a label map, any shape; whole numbers, as numbers of any type.
+        parts: structure to its values, as of `parts_of`.
+
+    Returns:
+        int32, of the same shape.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.structures import numbered
+        >>> numbered(np.array([0.0, 53, 17, 2, 16]), {"hippocampus": [17, 53], "brainstem": [16]}).tolist()
+        [0, 1, 1, 0, 2]
+    """
+    listed = [value for part in parts.values() for value in part]
+    low = min(listed) - 1  # the table's first and last place are for all that lies outside
+    table = np.zeros(max(listed) - low + 2, np.int32)
+    for number, part in enumerate(parts.values(), start=1):
+        table[np.asarray(part) - low] = number
+    wide = values if np.issubdtype(values.dtype, np.floating) else values.astype(np.int64)
+    return table[(np.clip(wide, low, low + len(table) - 1) - low).astype(np.int32)]
 
 
 def to_whole(values: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ import numpy as np
 from monai.utils import optional_import
 from scipy import ndimage
 
+from mapseg_components.boxes import box_of_mask
 from mapseg_components.scans.nifti import read_nifti
-from mapseg_components.structures import to_whole
+from mapseg_components.structures import numbered, to_whole
 from mapseg_components.transforms.components import holes_of, named_classes
 
 __all__ = ["Shape", "describe_after", "find_after", "plan_after", "shapes_in", "shapes_of"]
@@ -64,12 +65,18 @@ def shapes_of(label_maps: Sequence[str], labels: Mapping[str, int]) -> list[dict
     """
     shapes = []
     for path in label_maps:
-        values = to_whole(read_nifti(path).voxels)
-        classes = np.zeros(values.shape, np.int32)
-        for number, value in enumerate(labels.values(), start=1):
-            classes[values == value] = number
-        shapes.append(shapes_in(classes, len(labels)))
+        classes = numbered(to_whole(read_nifti(path).voxels), {name: [value] for name, value in labels.items()})
+        shapes.append(shapes_in(around_structures(classes), len(labels)))
     return shapes
+
+
+def around_structures(classes: np.ndarray) -> np.ndarray:
+    """The part of a label map (X, Y, Z) that holds structures, with a voxel of what is around them where there is any:
+    much less than a whole head to look through for each structure."""
+    if not classes.any():
+        return classes
+    box = box_of_mask(classes != 0)
+    return classes[tuple(slice(max(start - 1, 0), stop + 1) for start, stop in box)]
 
 
 def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> dict[str, Any]:

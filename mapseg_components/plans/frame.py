@@ -250,12 +250,12 @@ def sizes_of(
         spans = [high - low] if not flat else component_spans(voxels, labels.values())
         extents.append(np.max(spans, axis=0) * sides)
         # a 2D image has no end along its third axis
-        part = np.pad(np.squeeze(np.round(voxels[tuple(map(slice, low, high))]), axis=flat), 1)
+        part = np.squeeze(np.round(voxels[tuple(map(slice, low, high))]), axis=flat)
         across = sides * np.where(is_thick(sides) & (sides == sides.max()), 1e6, 1.0)  # slices have no say
         across = np.delete(across, flat)
         for name, value in labels.items():
-            inside = part == value
-            if inside.any():
+            for box in ndimage.find_objects((part == value).astype(np.uint8)):  # one, or none
+                inside = np.pad(part[box] == value, 1)
                 widths[name].append(2 * float(np.percentile(distance_transform_edt(inside, across)[inside], 95)))
     if not extents:
         return None

@@ -33,7 +33,7 @@ from mapseg_components.plans.cases import held_apart, source_cases, structure_na
 from mapseg_components.plans.recipes import LABEL_MAPS
 from mapseg_components.scans.findings import Finding, raise_findings
 from mapseg_components.scans.nifti import read_nifti
-from mapseg_components.structures import parts_of, to_whole
+from mapseg_components.structures import numbered, parts_of, to_whole
 from mapseg_components.transforms import SaveLabelMap
 
 __all__ = ["FOLDER", "add_synthetic_validation", "label_map_cases", "labelled_cases", "merged", "several_values"]
@@ -198,10 +198,7 @@ def merged(cases: Sequence[Mapping[str, Any]], parts: Mapping[str, Sequence[int]
     for case in cases:
         if audit.label(case[LABEL], known, case[LABEL], None) is not None and not errors_of(audit):
             scan = read_nifti(case[LABEL])
-            values = to_whole(scan.voxels)
-            numbers = np.zeros((1, *values.shape), np.int32)
-            for number, part in enumerate(parts.values(), start=1):
-                numbers[0][np.isin(values, part)] = number
+            numbers = numbered(to_whole(scan.voxels), parts)[None]
             save(torch.from_numpy(numbers), {"affine": torch.from_numpy(scan.affine)}, folder / case[CASE_ID])
         result.append({**case, LABEL: str(folder / f"{case[CASE_ID]}.nii.gz")})
     raise_findings(errors_of(audit))
