@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint docs soak fuzz nnunet mutants bench bench-quick benchmark weights clean
+.PHONY: help demo test lint docs soak fuzz nnunet mutants bench bench-quick bench-peers benchmark weights clean
 
 help:
 	@echo "make demo     T1w to T2w on shipped scans: source-only, in random contrasts, adapted; goes on where it stopped (DEMO='--seed 1')"
@@ -16,6 +16,7 @@ help:
 	@echo "make nnunet   install the extra [nnunet], train with nnU-Net itself at tiny size, killed in the middle (minutes)"
 	@echo "make mutants  plant bugs one by one, and print those that the closest tests miss (minutes; MUTANTS='--only mask')"
 	@echo "make bench    measure against the plain baseline: runs/bench/results.json and .md; BENCH='--width 64 128' for options"
+	@echo "make bench-peers   the same work by this package, nnU-Net v2 and MONAI alone: runs/bench-peers (half an hour)"
 	@echo "make benchmark TASK=FILE   methods of mapseg adapt side by side on a task: a table of Dice, distances, verdicts, minutes"
 	@echo "              (DATA= METHODS= SEEDS= BUDGET=MINUTES JOBS=2 KNOBS=FILE FROM=RUN OUTPUT=; docs/reference/benchmark.md)"
 	@echo "make weights  train the weights that the bundles ship, on the shipped fetal scans"
@@ -71,6 +72,10 @@ bench: $(STAMP)
 
 bench-quick: BENCH = --quick --output runs/bench-quick
 bench-quick: bench
+
+bench-peers: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nnunet]'
+	@$(BIN)/python -m benchmarks.peers.run $(BENCH)
 
 TASK ?= benchmarks/methods/tasks/adult_t1_to_t2.yaml
 benchmark: $(STAMP)

@@ -1,9 +1,10 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a choice about convolutions brings on this processor, in turns, one thread; the ratio is the median over turns.
+"""What a choice in the code brings on this processor, in turns, one thread; the ratio is the median over turns.
 
-python -m benchmarks.convolutions slices            a planned 2D U-Net, volumes of one slice against images
-python -m benchmarks.convolutions precision         four layers of a U-Net in float32 against bf16
+python -m benchmarks.choices slices            a planned 2D U-Net, volumes of one slice against images
+python -m benchmarks.choices precision         four layers of a U-Net in float32 against bf16
+python -m benchmarks.choices resampling        eight classes to the scan's grid, along its axes against MONAI's way
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
 from torch import nn
 
 from benchmarks.timing import CLOCKS, interleaved, machine
@@ -21,6 +24,7 @@ from mapseg_components.networks import GlobalLocalUNet
 from mapseg_components.networks.slices import SliceConv3d
 from mapseg_components.plans.sizes import plan_unet
 from mapseg_components.precision import autocast
+from mapseg_components.transforms.resampling import linear_resampling
 
 LAYERS = 4
 
@@ -62,9 +66,27 @@ def precision_sides() -> dict[str, Callable[[], None]]:
     return {"bf16": step(network, image, "bf16"), "float32": step(network, image)}
 
 
+def resampling_sides() -> dict[str, Callable[[], None]]:
+    old, new = torch.diag(torch.tensor([1.5, 1.5, 1.5, 1])), torch.eye(4)
+    scores, shape = torch.rand(8, 80, 96, 80), (120, 144, 120)
+    move = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False, dtype=torch.float32)
+    by_axes = linear_resampling(old, scores.shape[1:], new, shape)
+
+    def anyhow() -> None:
+        for score in scores:
+            move(MetaTensor(score[None], affine=old), dst_affine=new, spatial_size=shape)
+
+    def along_axes() -> None:
+        for score in scores:
+            by_axes(score)
+
+    return {"MONAI's SpatialResample": anyhow, "along axes": along_axes}
+
+
 SIDES: Mapping[str, Callable[[], dict[str, Callable[[], None]]]] = {
     "slices": slices_sides,
     "precision": precision_sides,
+    "resampling": resampling_sides,
 }
 
 
