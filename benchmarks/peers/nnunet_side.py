@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.plan import Plan, dynunet, nnunet_architecture, nnunet_weights
+from benchmarks.peers.plan import Plan, dynunet, nnunet_architecture, nnunet_weights, turned
 from benchmarks.peers.scans import DATASET
 from benchmarks.peers.side import serve
 
@@ -89,7 +89,7 @@ def calls(folder: Path, plan: Plan) -> Mapping[str, Callable[[], Any]]:
     def distance(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> float:
         other, image = dynunet(plan), torch.randn(1, 1, *[plan.patch] * 3)
         other.load_state_dict(weights)
-        found, expected = network.eval()(image), other.eval()(image)
+        found, expected = turned(network.eval()(turned(image))), other.eval()(image)
         return float((found - expected).abs().max() / expected.abs().max())
 
     def step_with_samples() -> None:

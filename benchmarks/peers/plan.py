@@ -14,7 +14,7 @@ import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
-__all__ = ["Plan", "dynunet", "nnunet_architecture", "nnunet_weights"]
+__all__ = ["Plan", "dynunet", "nnunet_architecture", "nnunet_weights", "turned"]
 
 FILE = "plan.json"
 KERNEL = 3
@@ -105,7 +105,7 @@ def nnunet_architecture(plan: Plan) -> dict[str, Any]:
 
 
 def nnunet_weights(weights: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of `dynunet` under the names that nnU-Net's network of the same plan has.
+    """Weights of `dynunet` under the names that nnU-Net's network of the same plan has, for its arrays (Z, Y, X).
 
     Args:
         weights: of `dynunet`.
@@ -125,7 +125,7 @@ def nnunet_weights(weights: Mapping[str, torch.Tensor], network: nn.Module) -> d
     last = f"decoder.seg_layers.{levels - 2}"
     renamed |= {f"output_block.conv.conv.{name}": f"{last}.{name}" for name in ("weight", "bias")}
     result = {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
-    used = {theirs: weights[ours] for ours, theirs in renamed.items()}
+    used = {theirs: turned(weights[ours]) for ours, theirs in renamed.items()}
     left = {name for name in weights if not name.startswith("skip_layers")} - set(renamed)
     if left or any(name not in result or result[name].shape != value.shape for name, value in used.items()):
         raise ValueError(f"nnU-Net's network is another one than MONAI's: {sorted(left)[:5]} are left over")
@@ -147,3 +147,8 @@ def convolutions(ours: str, theirs: str) -> dict[str, str]:
         for part, names in (("conv", ["weight"]), ("norm", ["weight", "bias"]))
         for name in names
     }
+
+
+def turned(volume: torch.Tensor) -> torch.Tensor:
+    """Kernels and images (A, B, X, Y, Z) as (A, B, Z, Y, X), which is how nnU-Net lays a scan; others as they are."""
+    return volume.permute(0, 1, 4, 3, 2) if volume.ndim == 5 else volume
