@@ -27,6 +27,7 @@ from benchmarks import (
     timing,
     volume,
 )
+from benchmarks.peers import report as peers_report
 from benchmarks.plain import data as plain_data
 from benchmarks.plain import inference as plain_inference
 from benchmarks.plain import training as plain_training
@@ -241,7 +242,7 @@ def test_text_goes_between_the_markers(tmp_path):
 
 def test_the_page_shows_the_results_file():
     page = (ROOT / "docs" / "reference" / "performance.md").read_text(encoding="utf-8")
-    own = {"overlap.json": overlap.table, "scaling.json": scaling.table}
+    own = {"overlap.json": overlap.table, "scaling.json": scaling.table, "peers.json": peers_report.table}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         assert own.get(path.name, report.tables)(content) in page, path.name
