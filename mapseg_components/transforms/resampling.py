@@ -62,8 +62,9 @@ def linear_resampling(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Function from a volume (X, Y, Z), float32, to linear interpolation at the voxel centres of another grid.
 
-    Where each axis of one grid is parallel to one of the other, it is a matrix product along each axis, several times
-    faster than MONAI's ``SpatialResample``, which does the rest. Outside of the old grid its border value is taken.
+    Where each axis of one grid is parallel to one of the other, it interpolates along one axis after the other, several
+    times faster than MONAI's ``SpatialResample``, which does the rest. Outside of the old grid its border value is
+    taken.
 
     Args:
         affine: (4, 4) of the volume.
@@ -92,28 +93,26 @@ def linear_resampling(
             return moved.as_subclass(torch.Tensor)[0]
 
         return anyhow
-    x, y, z = (
-        weights_along(turn[axis, along] * torch.arange(new_shape[along]) + indices[axis, 3], shape[axis])
+    neighbours = [
+        neighbours_along(turn[axis, along] * torch.arange(new_shape[along]) + indices[axis, 3], shape[axis])
         for axis, along in enumerate(order)
-    )
+    ]
 
     def by_axes(volume: torch.Tensor) -> torch.Tensor:
-        moved = (x @ volume.reshape(len(volume), -1)).view(len(x), *volume.shape[1:])
-        return torch.matmul(y, moved @ z.T).permute([order.index(axis) for axis in range(3)])
+        for axis in (2, 1, 0):
+            low, high, share = neighbours[axis]
+            weight = share.view([-1 if other == axis else 1 for other in range(3)])
+            volume = torch.lerp(volume.index_select(axis, low), volume.index_select(axis, high), weight)
+        return volume.permute([order.index(axis) for axis in range(3)])
 
     return by_axes
 
 
-def weights_along(places: torch.Tensor, side: int) -> torch.Tensor:
-    """Linear weights (new side, side) of an axis for places on it in voxels, float32."""
+def neighbours_along(places: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of places on an axis in voxels: the voxel before, the one after, and the share of the latter, float32."""
     places = places.clamp(0, side - 1)
     low = places.floor().long().clamp(max=max(side - 2, 0))
-    share = (places - low).float()
-    weights = torch.zeros(len(places), side)
-    rows = torch.arange(len(places))
-    weights[rows, low] = 1 - share
-    weights[rows, (low + 1).clamp(max=side - 1)] += share
-    return weights
+    return low, (low + 1).clamp(max=side - 1), (places - low).float()
 
 
 def canonical_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
