@@ -31,7 +31,7 @@ from monai.transforms import (
     Spacingd,
 )
 
-from benchmarks.peers.plan import Plan, dynunet
+from benchmarks.peers.plan import Plan, dynunet, dynunet_options
 from benchmarks.peers.scans import CHANNEL, cases
 from benchmarks.peers.side import serve
 from mapseg_components.checkpoints import weights_of
@@ -98,16 +98,11 @@ def calls(folder: Path, plan: Plan) -> Mapping[str, Callable[[], Any]]:
 
 def write_config(folder: Path, plan: Plan) -> None:
     """``inference.json`` of MONAI's parts alone."""
-    levels = len(plan.filters)
     content = {
         "imports": ["$import glob", "$import torch"],
         "scans": "",
         "output": "",
-        "network": {
-            "_target_": "DynUNet", "spatial_dims": 3, "in_channels": 1, "out_channels": plan.classes,
-            "kernel_size": [3] * levels, "strides": plan.strides, "upsample_kernel_size": [2] * (levels - 1),
-            "filters": list(plan.filters), "norm_name": ["INSTANCE", {"affine": True}],
-        },
+        "network": {"_target_": "DynUNet", **dynunet_options(plan)},
         "preprocessing": {
             "_target_": "Compose",
             "transforms": [

@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.package import BUNDLES, part, step_of
-from benchmarks.peers.plan import Plan
+from benchmarks.peers.plan import Plan, dynunet_options
 from benchmarks.peers.scans import datalist
 from benchmarks.peers.side import serve
 from mapseg_components.memory import keep_freed_memory
@@ -34,10 +34,7 @@ def sizes(plan: Plan) -> dict[str, Any]:
         "window_stride": [plan.patch // 2] * 3,
         "window_weighting": "gaussian",
         "working_spacing": [plan.spacing] * 3,
-        "network_def#filters": list(plan.filters),
-        "network_def#strides": plan.strides,
-        "network_def#kernel_size": [3] * len(plan.filters),
-        "network_def#upsample_kernel_size": [2] * (len(plan.filters) - 1),
+        **{f"network_def#{name}": value for name, value in dynunet_options(plan).items()},
         "keep_freed_memory": True,
     }
 

@@ -14,7 +14,7 @@ import torch
 from monai.networks.nets import DynUNet
 from torch import nn
 
-__all__ = ["Plan", "dynunet", "nnunet_architecture", "nnunet_weights", "turned"]
+__all__ = ["Plan", "dynunet", "dynunet_options", "nnunet_architecture", "nnunet_weights", "turned"]
 
 FILE = "plan.json"
 KERNEL = 3
@@ -63,19 +63,24 @@ class Plan:
         return [1] + [2] * (len(self.filters) - 1)
 
 
-def dynunet(plan: Plan) -> nn.Module:
-    """MONAI's network of the plan, one input channel."""
+def dynunet_options(plan: Plan) -> dict[str, Any]:
+    """Arguments of MONAI's ``DynUNet``, as a config has them too; one input channel."""
     levels = len(plan.filters)
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=plan.classes,
-        kernel_size=[KERNEL] * levels,
-        strides=plan.strides,
-        upsample_kernel_size=[2] * (levels - 1),
-        filters=list(plan.filters),
-        norm_name=("INSTANCE", {"affine": True}),
-    )
+    return {
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": plan.classes,
+        "kernel_size": [KERNEL] * levels,
+        "strides": plan.strides,
+        "upsample_kernel_size": [2] * (levels - 1),
+        "filters": list(plan.filters),
+        "norm_name": ["INSTANCE", {"affine": True}],
+    }
+
+
+def dynunet(plan: Plan) -> nn.Module:
+    """MONAI's network of the plan."""
+    return DynUNet(**dynunet_options(plan))
 
 
 def nnunet_architecture(plan: Plan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from benchmarks.package import write_datalist
 from benchmarks.peers.plan import Plan
 from benchmarks.volume import write_brain
 
@@ -40,11 +41,10 @@ def write_scans(folder: Path, plan: Plan) -> None:
         (raw / name).mkdir(parents=True)
     for number in range(plan.training):
         image, label = write_brain(folder / "labelled", plan.shape, seed=number)
-        listed.append({"image": str(image), "label": str(label)})
+        listed.append((image, label))
         shutil.copyfile(image, raw / "imagesTr" / f"brain_{number}{CHANNEL}")
         shutil.copyfile(label, raw / "labelsTr" / f"brain_{number}.nii.gz")
-    content = {"source_training": listed, "source_validation": listed[:1], "target_training": listed[:1]}
-    datalist(folder).write_text(json.dumps(content), encoding="utf-8")
+    write_datalist(datalist(folder), listed)
     dataset = {
         "channel_names": {"0": "MR"},
         "labels": {"background": 0, **plan.labels},
