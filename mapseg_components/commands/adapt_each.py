@@ -177,7 +177,7 @@ class ScanAdaptation:
         @torch.no_grad()
         def segment(shown: torch.Tensor) -> torch.Tensor:
             logits = self.inferer(shown[None].to(self.device), self.plain)[0]
-            return logits.as_subclass(torch.Tensor).argmax(dim=0).cpu()
+            return logits.as_subclass(torch.Tensor).max(dim=0).indices.cpu()
 
         label_map = segment(image)
         inside = within_shares(label_map, self.ranges)

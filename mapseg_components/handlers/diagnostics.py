@@ -146,7 +146,7 @@ class TargetDiagnostics:
             scan = torch.as_tensor(self.scans[number][IMAGE])
             image = scan.to(self.device)[None]
             probability, label_map = self._segment(image, self.teacher_network).softmax(dim=0).max(dim=0)
-            other = self._segment(image, self.student).argmax(dim=0)
+            other = self._segment(image, self.student).max(dim=0).indices
             both.append(label_agreement(label_map, other, classes))
             if number < len(self._previous):
                 moved.append(label_agreement(label_map, self._previous[number].to(self.device), classes))

@@ -13,11 +13,20 @@ from monai.transforms import GaussianSmooth
 
 from mapseg_components.contrast import contrast_view
 
-__all__ = ["DEGRADATIONS", "affordable_images", "count_windows", "evenly", "judged_images", "versions_of"]
+__all__ = [
+    "DEGRADATIONS",
+    "affordable_images",
+    "count_windows",
+    "evenly",
+    "judged_images",
+    "judged_region",
+    "versions_of",
+]
 
 # the bound of the cost: (MOST_VERSIONS + MOST_TARGETS) images per model, each segmented once and once per view
 MOST_VALIDATION, MOST_VERSIONS, MOST_TARGETS = 5, 12, 10
 FEWEST_VERSIONS, FEWEST_TARGETS = 4, 2
+MOST_WINDOWS_OF_AXIS = 4  # of an image of one slice
 COST = 0.1  # of the adaptation's
 PASSES_OF_A_SAMPLE = 3  # forward passes that a training sample is worth, at least: one forward and one backward
 
@@ -64,6 +73,28 @@ def affordable_images(windows: int, samples: int) -> int:
 def count_windows(shape: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> int:
     """Sliding windows over a scan."""
     return math.prod(max(math.ceil((side - window) / step), 0) + 1 for side, window, step in zip(shape, patch, stride))
+
+
+def judged_region(shape: Sequence[int], patch: Sequence[int], stride: Sequence[int]) -> tuple[slice, ...]:
+    """The middle of an image of one slice, of 4 sliding windows per axis at most; all of a volume or smaller image.
+
+    Args:
+        shape: (X, Y, Z).
+        patch: sliding window.
+        stride: from one window to the next.
+
+    Returns:
+        slices of X, Y, Z.
+
+    Examples:
+        >>> from mapseg_components.plans.judging import judged_region
+        >>> judged_region((2000, 600, 1), (192, 192, 1), (160, 160, 1))
+        (slice(664, 1336, None), slice(0, 600, None), slice(0, 1, None))
+    """
+    most = [window + (MOST_WINDOWS_OF_AXIS - 1) * step for window, step in zip(patch, stride)]
+    sides = [min(side, limit) if shape[2] == 1 else side for side, limit in zip(shape, most)]
+    starts = [(side - part) // 2 for side, part in zip(shape, sides)]
+    return tuple(slice(start, start + part) for start, part in zip(starts, sides))
 
 
 def judged_images(targets: int, affordable: int | None, labelled: bool = True) -> tuple[int, int]:

@@ -67,7 +67,7 @@ class ArgmaxOnScand(MapTransform):
             if isinstance(logits, MetaTensor) and known:
                 case[key] = label_map_of(logits, scan.meta)
             else:
-                classes = plain(logits).argmax(dim=0, keepdim=True)
+                classes = plain(logits).max(dim=0, keepdim=True).indices
                 case[key] = beside(classes.to(kept_type(len(logits))), logits)
         return case
 

@@ -16,6 +16,7 @@ from mapseg_components.plans.judging import (
     count_windows,
     evenly,
     judged_images,
+    judged_region,
     versions_of,
 )
 
@@ -62,3 +63,15 @@ def test_evenly_spaced_cases_are_different_and_all_if_there_are_no_more():
     for length, number in ((1, 1), (7, 7), (25, 10), (11, 10), (5, 2)):
         chosen = evenly(list(range(length)), number)
         assert len(set(chosen)) == number and chosen == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"), [((6500, 5700, 1), (672, 672, 1)), ((672, 100, 1), (672, 100, 1)), ((6500, 5700, 2), None)]
+)
+def test_of_a_large_image_the_middle_is_judged(
+    shape: tuple[int, int, int], sides: tuple[int, int, int] | None
+) -> None:
+    region = judged_region(shape, (192, 192, 1), (160, 160, 1))
+    assert tuple(part.stop - part.start for part in region) == (sides or shape)
+    assert all(abs(part.start - (side - part.stop)) <= 1 for part, side in zip(region, shape))
+    assert count_windows(sides or shape, (192, 192, 1), (160, 160, 1)) <= 16 or sides is None
