@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["SAMPLES", "SEGMENTS", "SHIPPED", "bundle_of", "bundles_folder", "sample_folder"]
+__all__ = ["SAMPLES", "SEGMENTS", "SHIPPED", "bundle_of", "bundles_folder", "sample_folder", "shipped_bundles"]
 
 SHIPPED = "shipped"  # the word for the adaptation bundle that comes with the package
 SAMPLES = ("adult_t1_to_t2", "fetal_age")
 SEGMENTS = "T2w MRI of the fetal brain at 1.6 mm"  # and nothing else
+METADATA = "configs/metadata.json"
 PACKAGE = Path(__file__).parent
 PLACES = (PACKAGE / "shipped", PACKAGE.parent)  # of an installation (setup.py puts it there), of a clone
 
@@ -38,10 +39,27 @@ def find(folder: str, content: str) -> Path:
     raise ConfigError(f"{content} is in neither of {[str(c) for c in candidates]}: install mapseg-monai again")
 
 
+def shipped_bundles() -> list[str]:
+    """Names of the bundles that come with the package. Raises `ConfigError` if it is installed without them."""
+    return sorted(path.parents[1].name for path in bundles_folder().glob(f"*/{METADATA}"))
+
+
 def bundle_of(name: str) -> Path:
-    """Folder of a bundle: as given, or for the word ``shipped`` the one of the package (``./shipped`` is a folder).
+    """Folder of a bundle: as given, the one of the package that has this name, or its adaptation bundle for ``shipped``.
+
+    A folder of that name goes first; ``./shipped`` is always a folder.
 
     Raises:
         ConfigError: the package is installed without its bundles.
+
+    Examples:
+        >>> from mapseg_components.shipped_files import bundle_of
+        >>> bundle_of("buda_seg").parts[-2:]
+        ('bundles', 'buda_seg')
     """
-    return bundles_folder() / "mapseg_adaptation" if name == SHIPPED else Path(name)
+    path = Path(name)
+    if name == SHIPPED:
+        return bundles_folder() / "mapseg_adaptation"
+    if path.name == name and name in shipped_bundles() and not path.exists():
+        return bundles_folder() / name
+    return path

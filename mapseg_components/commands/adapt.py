@@ -107,8 +107,8 @@ def adapt(
             ``images`` and ``labels``, or a dataset of nnU-Net or the Medical Segmentation Decathlon (folder or
             ``dataset.json``). Without a section of validation, some cases are held out (`validation_share`).
         package: in the place of source: a hand-over package of a source site (a folder with ``handover.json``), or a
-            bundle with weights: the folder of one that mapseg adapt wrote, or shipped, buda_seg, cosmos_selftraining.
-            Network, structures, patch and spacing are those of the package.
+            bundle with weights: the folder of one that mapseg adapt wrote, or the name of one that comes with the
+            package, such as brain_any_contrast. Network, structures, patch and spacing are those of the package.
         labels: structures and their values, as a mapping such as {"caudate": [11, 50]}, JSON text or a JSON file. By
             default those of the datalist or ``dataset.json``; without, the values found in the source's label maps.
         source_label_maps: the source is label maps without images: images of any contrast are made of all their values

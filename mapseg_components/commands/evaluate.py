@@ -30,7 +30,7 @@ from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.scans.masks import mask_beside
 from mapseg_components.scans.pictures import LOSSY
 from mapseg_components.session import progress, working
-from mapseg_components.shipped_files import SHIPPED, bundle_of
+from mapseg_components.shipped_files import SHIPPED, bundle_of, shipped_bundles
 from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
 
 __all__ = ["Evaluation", "evaluate"]
@@ -113,7 +113,7 @@ def evaluate(
         pred: a label map, or a folder of them (also a BIDS derivative).
         truth: the same for the true label maps.
         labels: a JSON object of structure name to value, as text or a file (also a datalist, or dataset.json of nnU-Net
-            or the Decathlon), or a bundle (a folder, or shipped, as in mapseg predict); by default the dataset.json
+            or the Decathlon), or a bundle (a folder or a name, as in mapseg predict); by default the dataset.json
             beside labelsTr, or every value of the truth is a structure. Background is none; voxels of nnU-Net's ignore
             are left out of the comparison. With a bundle, predictions hold class indices and the truth the values.
         versus: other predictions of the same scans, for a paired comparison (Wilcoxon signed rank test).
@@ -134,7 +134,7 @@ def evaluate(
     """
     with working(num_threads, quiet, verbose):
         require_scipy()
-        if labels == SHIPPED:
+        if labels in (SHIPPED, *shipped_bundles()):
             labels = str(bundle_of(labels))
         if not tolerance_mm >= 0:
             raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected 0 or more")

@@ -79,8 +79,9 @@ def predict(
         input: a .nii or .nii.gz file, a folder of them, a BIDS dataset (it has dataset_description.json), or a folder
             with DICOM series at any depth.
         output: folder of the results.
-        bundle: folder of the bundle, such as mapseg adapt writes; or shipped, the one that comes with the package: it
-            segments T2w MRI of the fetal brain at 1.6 mm, nothing else.
+        bundle: folder of the bundle, such as mapseg adapt writes; or the name of one that comes with the package, such
+            as brain_any_contrast. shipped is mapseg_adaptation: it segments T2w MRI of the fetal brain at 1.6 mm,
+            nothing else.
         weights: file of weights, by default what the bundle names; several, with commas between them, are averaged.
         overlays: config files on top of inference.json, with commas between them; names without a folder are the
             bundle's.
@@ -122,7 +123,7 @@ def predict(
     """
     with working(num_threads, quiet, verbose), stoppable():
         call, home = Call(Path(input), Path(output)), bundle_of(bundle)
-        if bundle == SHIPPED:
+        if bundle == SHIPPED or (home != Path(bundle) and home == bundle_of(SHIPPED)):
             logger.warning(f"the shipped weights segment {SEGMENTS}; of other scans their label maps mean nothing.")
         dataset = call.source if is_bids(call.source) else None
         inputs = inputs_of(call.source, modality, call.folder, dataset is not None)

@@ -22,14 +22,13 @@ from mapseg_components.plans.frame import Frame, Grid, laid
 from mapseg_components.plans.recipes import Recipe
 from mapseg_components.plans.sizes import choose_preset, gpu_gib
 from mapseg_components.scans.nifti import read_geometry
-from mapseg_components.shipped_files import SHIPPED, bundle_of, bundles_folder
+from mapseg_components.shipped_files import METADATA, bundle_of, bundles_folder, shipped_bundles
 
 __all__ = ["check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
 MANIFEST = "handover.json"
-METADATA = "configs/metadata.json"
 AS_IT_IS, RESAMPLED = 3.0, 8.0  # ratio of voxel sides beyond which a target does not fit, by whether it is mended
 OF_NETWORK = ("width", "depth", "stride", "dilations", "head_channels", "dropout", "uncertainty", "variance")
 OF_SOURCE, OF_LABEL_MAPS = "source_", ("dropped_labels",)  # settings: how they begin, and others
@@ -48,13 +47,10 @@ def place_of(package: str) -> Path:
         ('bundles', 'buda_seg')
     """
     path = bundle_of(package)
-    if package != SHIPPED and not path.exists() and path.name == package:
-        path = bundles_folder() / package
     if not path.is_dir():
-        shipped = sorted(one.parents[1].name for one in bundles_folder().glob(f"*/{METADATA}"))
         raise ConfigError(
             f"package {Path(package).absolute()} is no folder: name a hand-over package, the folder of a bundle, or "
-            f"one of the bundles {shipped}"
+            f"one of the bundles {shipped_bundles()}"
         )
     if not ((path / MANIFEST).is_file() or (path / METADATA).is_file()):
         raise ConfigError(

@@ -20,6 +20,7 @@ from mapseg_components.files import sha256_of
 from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.networks import has_uncertainty
 from mapseg_components.scans.segmentation import Algorithm
+from mapseg_components.shipped_files import shipped_bundles
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms import named_classes
@@ -166,7 +167,8 @@ def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, An
     for file in files:
         if not file.is_file():
             raise ConfigError(
-                f"no config at {file}: set bundle to the folder of a bundle, overlays to its config files"
+                f"no config at {file}: set bundle to the folder of a bundle or one of {shipped_bundles()}, overlays to "
+                "its config files"
             )
     parser = ConfigParser()
     parser.read_config([str(file) for file in files])

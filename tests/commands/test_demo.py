@@ -147,7 +147,10 @@ def test_the_shipped_bundle_is_taken_by_name_and_never_unasked(finished, tmp_pat
     name = "GA24_notoperated_seg.nii.gz"
     assert (tmp_path / "out" / name).read_bytes() == (finished[0] / "predictions" / name).read_bytes()
     truth = str(SAMPLE / "test" / "labels" / "GA24_notoperated.nii.gz")
-    by_word, by_folder = (evaluate(f"out/{name}", truth, labels=str(b)).rows for b in ("shipped", ADAPTATION))
-    assert by_word == by_folder and by_word[0]["structure"] == "white matter"
+    bundles = ("shipped", "mapseg_adaptation", ADAPTATION)
+    by_word, by_name, by_folder = (evaluate(f"out/{name}", truth, labels=str(b)).rows for b in bundles)
+    assert by_word == by_name == by_folder and by_word[0]["structure"] == "white matter"
     with pytest.raises(ConfigError, match=r"no config at shipped/configs/inference\.json"):
         predict(str(scan), "other", bundle="./shipped")
+    with pytest.raises(ConfigError, match=r"one of \[.*'buda_seg'.*\], overlays"):
+        predict(str(scan), "other", bundle="buda")

@@ -113,7 +113,7 @@ def test_either_the_source_or_a_package_is_given(bundle, scans, tmp_path):
         adapt(**both, package=str(bundle), validation_share=0.2)
     with pytest.raises(ConfigError, match=r"neither handover\.json.*nor configs/metadata\.json"):
         adapt(**both, package=str(scans))
-    with pytest.raises(ConfigError, match=r"is no folder: .*\['buda_seg', "):
+    with pytest.raises(ConfigError, match=r"is no folder: .*\[.*'buda_seg', "):
         adapt(**both, package="buda_sag")
     assert not (tmp_path / "out").exists()
 
