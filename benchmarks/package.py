@@ -17,12 +17,19 @@ import torch
 from monai.bundle import ConfigParser
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.precision import bf16_instructions
 
-__all__ = ["AMP", "bundle", "inference_of", "samples_of", "settings_of", "step_of", "write_datalist"]
+__all__ = ["AMP", "bundle", "inference_of", "samples_of", "settings_of", "step_of", "variants_on", "write_datalist"]
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 AMP = {"package": None, "package_bf16": "bf16"}
 """Variants of the package by the setting ``amp``."""
+
+
+def variants_on(device: torch.device) -> dict[str, str | None]:
+    """Those of `AMP` that people use on a device: a processor that emulates bf16 takes 25 times as long in it."""
+    emulated = device.type == "cpu" and not bf16_instructions()
+    return {name: amp for name, amp in AMP.items() if not (emulated and amp == "bf16")}
 
 
 def settings_of(

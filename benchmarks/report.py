@@ -94,6 +94,8 @@ def case_lines(results: Mapping[str, Any]) -> list[str]:
     missing = list(dict.fromkeys(name for name, _ in GOALS if name not in {case["case"] for case in results["cases"]}))
     if missing:
         lines += ["", f"Not measured in this run: {', '.join(missing)}."]
+    if not any("package_bf16" in case["seconds"] for case in results["cases"]):
+        lines += ["", "bf16 is not measured: this processor has no instructions for it and would emulate it."]
     lines += ["", "| the same results? | width | difference | allowed | |", "|---|---|---|---|---|"]
     for case in results["cases"]:
         for one in case["equality"]:

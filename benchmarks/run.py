@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import cases
 from benchmarks.memory import measure
-from benchmarks.package import require_known, settings_of, write_datalist
+from benchmarks.package import require_known, settings_of, variants_on, write_datalist
 from benchmarks.report import tables
 from benchmarks.startup import startup
 from benchmarks.timing import CLOCKS, machine, product_rates
@@ -135,6 +135,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 sample_repeats=arguments.sample_repeats,
                 warmup=arguments.warmup,
                 clock=CLOCKS[arguments.clock],
+                amps=variants_on(device),
             )
             for key, (case, call) in CASES.items():
                 again = key.endswith("sample") and width != arguments.width[0]  # samples have no width

@@ -45,7 +45,7 @@ def shipped_bundles() -> list[str]:
 
 
 def bundle_of(name: str) -> Path:
-    """Folder of a bundle: as given, the one of the package that has this name, or its adaptation bundle for ``shipped``.
+    """Folder of a bundle: as given, or that of the package which has this name; ``shipped`` is its adaptation bundle.
 
     A folder of that name goes first; ``./shipped`` is always a folder.
 
