@@ -68,9 +68,7 @@ def test_evenly_spaced_cases_are_different_and_all_if_there_are_no_more():
 @pytest.mark.parametrize(
     ("shape", "sides"), [((6500, 5700, 1), (672, 672, 1)), ((672, 100, 1), (672, 100, 1)), ((6500, 5700, 2), None)]
 )
-def test_of_a_large_image_the_middle_is_judged(
-    shape: tuple[int, int, int], sides: tuple[int, int, int] | None
-) -> None:
+def test_of_a_large_image_the_middle_is_judged(shape: tuple[int, int, int], sides: tuple[int, int, int] | None) -> None:
     region = judged_region(shape, (192, 192, 1), (160, 160, 1))
     assert tuple(part.stop - part.start for part in region) == (sides or shape)
     assert all(abs(part.start - (side - part.stop)) <= 1 for part, side in zip(region, shape))
