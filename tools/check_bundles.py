@@ -22,7 +22,7 @@ EQUAL = [
     *(
         (f"{bundle}/configs/train.json", f"{bundle}/configs/inference.json", f"network_def {NETWORK} {names}".split())
         for bundle, names in (
-            ("mapseg_adaptation", "labels dilations head_channels dropout window_stride window_weighting"),
+            ("mapseg_adaptation", "labels dilations head_channels dropout window_size window_stride window_weighting"),
             ("mapseg_pretraining", "decoder_channels mask_ratio local_block_size"),
         )
     ),

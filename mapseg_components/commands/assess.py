@@ -122,12 +122,13 @@ def assess(
     labelled = {name: load_datalist(path, "source_validation") for name, path in own_scans.items() if has_source}
     ranges = [] if package is None else [package["share_ranges"].get(name) for name in names]
     classes = len(names) + 1
+    window, window_stride = (parser.get_parsed_content(name) for name in ("window_size", "window_stride"))
 
     def segment(image: torch.Tensor) -> torch.Tensor:
         return probabilities(image).max(dim=0).indices  # several times as fast as argmax across a volume's first axis
 
     def region_of(shape: torch.Size) -> tuple[slice, ...]:
-        return judged_region(shape[-3:], parser["patch_size"], parser["window_stride"])
+        return judged_region(shape[-3:], window, window_stride)
 
     prior, places = [], []
     for case in load_datalist(datalist, "source_training") if has_source else ():
@@ -146,7 +147,7 @@ def assess(
     if samples is not None:
         scan = trial.scan(target[0]["image"])
         shape = scan[(slice(None), *region_of(scan.shape))].shape[1:]
-        windows = len(weights) * passes_of_image * count_windows(shape, parser["patch_size"], parser["window_stride"])
+        windows = len(weights) * passes_of_image * count_windows(shape, window, window_stride)
         affordable = affordable_images(windows, samples)
     number_of_versions, number_of_targets = judged_images(len(target), affordable, has_source)
     versions = versions_of(min(map(len, labelled.values()), default=0), number_of_versions)
