@@ -28,11 +28,14 @@ __all__ = [
 
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
-    # measured on newborns, docs/reference/results.md: with random contrasts the finer features carry over
-    # and cubes of 32 voxels teach as much as those of 48 in a third of the time, where windows have 48
+    # measured, docs/reference/results.md: with random contrasts the finer features carry over, and cubes of 32 voxels
+    # teach as much as those of 48 in less than half of the time, where windows have 48
     "small-data-cpu": {
-        **{"overlays": ["small_data.yaml", "unet.yaml"], "patch": 64, "stride": 2},
-        **{"fine_patch": 48, "fine_trained": 32},
+        "overlays": ["small_data.yaml", "unet.yaml"],
+        "patch": 64,
+        "fine_patch": 48,
+        "fine_trained": 32,
+        "stride": 2,
     },
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
@@ -76,8 +79,8 @@ def plan_sizes(
         fine: a planned U-Net works at full resolution, on smaller patches: for structures a few voxels wide.
 
     Returns:
-        ``patch_size``, ``window_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``, ``global_block_size``, and
-        for thick slices ``rotation_deg``, about the axis across them alone.
+        ``patch_size``, ``window_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``,
+        ``global_block_size``, and for thick slices ``rotation_deg``, about the axis across them alone.
 
     Raises:
         ConfigError: the preset is unknown, or a patch would be smaller than 8 voxels.
