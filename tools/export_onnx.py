@@ -4,8 +4,8 @@
 """Export a bundle's segmenter to ONNX: python tools/export_onnx.py bundles/mapseg_adaptation --output DIR.
 
 Two graphs, because ONNX has no optional input that changes what is computed: ``one_image.onnx`` (image) and
-``collaborative.onnx`` (image, global_image, box). Batch size is free, the spatial shape is the bundle's patch. Each
-graph is run by ONNX Runtime on inputs that the export did not see, and refused where its logits leave the tolerance.
+``collaborative.onnx`` (image, global_image, box). Batch size is free; the image is a window of the bundle's inference,
+the global view has the size of its patches. Each graph is run by ONNX Runtime on inputs that the export did not see, and refused where its logits leave the tolerance.
 (TorchScript needs no tool of ours: ``python -m monai.bundle ckpt_export`` makes one file that takes both calls.)
 """
 
@@ -33,24 +33,27 @@ TOLERANCE = 1e-4
 
 
 def examples(
-    names: Sequence[str], channels: int, patch_size: Sequence[int], batch: int, seed: int
+    names: Sequence[str], channels: int, window: Sequence[int], view: Sequence[int], batch: int, seed: int
 ) -> list[torch.Tensor]:
-    """Random inputs of a graph: images (batch, channels, *patch_size) in [0, 1], boxes (batch, 3, 2) inside them."""
+    """Random inputs of a graph: images (batch, channels, X, Y, Z) in [0, 1], boxes (batch, 3, 2) inside the view."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.tensor(patch_size, dtype=torch.float32)
+    size = torch.tensor(view, dtype=torch.float32)
     ends = torch.rand(batch, 3, 2, generator=generator).sort(dim=2).values * size[:, None]
-    images = [torch.rand(batch, channels, *patch_size, generator=generator) for _ in range(2)]
+    images = [torch.rand(batch, channels, *sides, generator=generator) for sides in (window, view)]
     known = {"image": images[0], "global_image": images[1], "box": ends}
     return [known[name] for name in names]
 
 
-def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder: Path) -> dict[str, float]:
+def export(
+    network: nn.Module, channels: int, window: Sequence[int], view: Sequence[int] | None, folder: Path
+) -> dict[str, float]:
     """Write the graphs of a segmenter, each verified before it takes its name.
 
     Args:
         network: a `GlobalLocalDeepLabV3`, or any segmenter of one image, which has the first graph alone.
         channels: of its image.
-        patch_size: voxels per axis of image and global view.
+        window: voxels per axis of the image.
+        view: voxels per axis of the global view; ``None`` without one, and then without its graph.
         folder: where the graphs go.
 
     Returns:
@@ -63,21 +66,21 @@ def export(network: nn.Module, channels: int, patch_size: Sequence[int], folder:
     network = network.float().cpu().eval()
     batch, differences = torch.export.Dim("batch"), {}
     for graph, names in GRAPHS.items():
-        if len(names) > 1 and not collaborates(network):
+        if len(names) > 1 and (view is None or not collaborates(network)):
             continue
         with replacing(folder / f"{graph}.onnx") as temporary:
             convert_to_onnx(
                 network,
-                examples(names, channels, patch_size, batch=2, seed=0),
+                examples(names, channels, window, view or window, batch=2, seed=0),
                 input_names=names,
                 output_names=["logits"],
                 filename=str(temporary),
-                dynamic_shapes={name: {0: batch} for name in names},
+                dynamic_shapes=tuple({0: batch} for _ in names),
                 external_data=False,
                 verbose=False,
             )
             session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-            inputs = examples(names, channels, patch_size, batch=3, seed=1)
+            inputs = examples(names, channels, window, view or window, batch=3, seed=1)
             with torch.no_grad():
                 expected = network(*inputs)
             found = session.run(None, {name: value.numpy() for name, value in zip(names, inputs)})[0]
@@ -102,10 +105,11 @@ def main() -> None:
     configs = arguments.bundle / "configs"
     config = ConfigParser()
     config.read_config([str(configs / name) for name in ("inference.json", *arguments.overlay)])
-    network, channels, patch_size = map(config.get_parsed_content, ("network_def", "in_channels", "patch_size"))
+    names = ("network_def", "in_channels", "window_size", "patch_size", "global_view")
+    network, channels, window, view, seen = map(config.get_parsed_content, names)
     try:
         load_weights(network, arguments.weights or arguments.bundle / "models" / "model.pt")
-        for graph, difference in export(network, channels, patch_size, arguments.output).items():
+        for graph, difference in export(network, channels, window, view if seen else None, arguments.output).items():
             print(f"{arguments.output / graph}.onnx  differs by {difference:.1e} of the largest logit")
     except MAPSegError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
