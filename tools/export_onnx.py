@@ -5,8 +5,9 @@
 
 Two graphs, because ONNX has no optional input that changes what is computed: ``one_image.onnx`` (image) and
 ``collaborative.onnx`` (image, global_image, box). Batch size is free; the image is a window of the bundle's inference,
-the global view has the size of its patches. Each graph is run by ONNX Runtime on inputs that the export did not see, and refused where its logits leave the tolerance.
-(TorchScript needs no tool of ours: ``python -m monai.bundle ckpt_export`` makes one file that takes both calls.)
+the global view has the size of its patches. Each graph is run by ONNX Runtime on inputs that the export did not see,
+and refused where its logits leave the tolerance. (TorchScript needs no tool of ours: ``python -m monai.bundle
+ckpt_export`` makes one file that takes both calls.)
 """
 
 from __future__ import annotations

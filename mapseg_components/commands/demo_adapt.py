@@ -35,7 +35,13 @@ Steps = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def adapt_and_compare(
-    folder: Path, sample: Path, steps: Steps, seed: int, options: Mapping[str, Any], say: Callable[[str], None]
+    folder: Path,
+    sample: Path,
+    steps: Steps,
+    sizes: Mapping[str, Any],
+    seed: int,
+    options: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
     """Train a source-only model in random contrasts, run ``mapseg adapt``, and measure three models on the test scans.
 
@@ -46,6 +52,7 @@ def adapt_and_compare(
         folder: of the results, locked by this process.
         sample: folder with ``datalist.json``.
         steps: settings of each stage, of the runs ``random_contrasts`` and ``adapted``.
+        sizes: settings of both runs.
         seed: of everything random.
         options: device, num_threads, quiet, verbose.
         say: prints a line of progress.
@@ -58,8 +65,8 @@ def adapt_and_compare(
     """
     recipe = read_recipe(inspect.signature(adapt).parameters["method"].default)
     alone = source_alone(recipe)
-    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], seed, options)
-    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], seed, options)
+    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, options)
+    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], sizes, seed, options)
     for run in (contrasts, whole):
         run.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
@@ -107,10 +114,11 @@ def run_of(
     sample: Path,
     recipe: Recipe,
     steps: Mapping[str, Mapping[str, Any]],
+    sizes: Mapping[str, Any],
     seed: int,
     options: Mapping[str, Any],
 ) -> Adaptation:
-    """``mapseg adapt`` with its defaults on a sample, but for the length of each stage."""
+    """``mapseg adapt`` with its defaults on a sample, but for the length of each stage and sizes."""
     request = {
         name: one.default
         for name, one in inspect.signature(adapt).parameters.items()
@@ -120,6 +128,7 @@ def run_of(
         "source": str(sample / "datalist.json"),
         "target": str(sample / "target"),
         "pretraining": False,
+        "settings": dict(sizes),
         "seed": seed,
         "device": options["device"],
         "num_threads": options["num_threads"],

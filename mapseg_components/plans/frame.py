@@ -153,7 +153,7 @@ def find_frame(
         spacing = checked_spacing(settings["working_spacing"])
     else:
         unworked = Frame(directions, None, grids)
-        patch = plan_sizes(unworked.shapes, unworked.spacings, preset)["window_size"]
+        patch = plan_sizes(unworked.shapes, unworked.spacings, preset)["patch_size"]
         spacing = plan_frame(grids[: len(labelled)], grids[len(labelled) :], sizes, patch)
     return Frame(directions, spacing, grids, min(sizes.widths.values()) if sizes and sizes.widths else None)
 

@@ -50,10 +50,8 @@ def make_plan(
         preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
     frame = find_frame(labelled, target, structures, preset, asked)
     planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine)
-    if not frame.needs_view(planned["window_size"]):
+    if not frame.needs_view(planned["patch_size"]):
         planned["global_view"] = False
-    if "patch_size" in asked and "window_size" not in asked:
-        del planned["window_size"]  # it is the patch then
     return {
         "preset": preset,
         "reason": reason,

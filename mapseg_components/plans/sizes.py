@@ -28,15 +28,8 @@ __all__ = [
 
 # overlays of the adaptation bundle (and of pretraining, where it has one of that name); side of the patch; stride
 PRESETS: dict[str, dict[str, Any]] = {
-    # measured, docs/reference/results.md: with random contrasts the finer features carry over, and cubes of 32 voxels
-    # teach as much as those of 48 in less than half of the time, where windows have 48
-    "small-data-cpu": {
-        "overlays": ["small_data.yaml", "unet.yaml"],
-        "patch": 64,
-        "fine_patch": 48,
-        "fine_trained": 32,
-        "stride": 2,
-    },
+    # measured on newborns, docs/reference/results.md: with random contrasts the finer features carry over
+    "small-data-cpu": {"overlays": ["small_data.yaml", "unet.yaml"], "patch": 64, "fine_patch": 48, "stride": 2},
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
@@ -70,7 +63,7 @@ def plan_sizes(
 
     Axes with larger voxels get smaller patches (about the same millimetres), less stride and smaller blocks: slices
     four times as thick are not reduced at all. A patch is at most two thirds of the median scan, where that leaves 32
-    voxels. Windows of inference have its size, or are larger where few steps are made on cubes of fine voxels.
+    voxels.
 
     Args:
         shapes: voxels per axis of each scan.
@@ -79,8 +72,8 @@ def plan_sizes(
         fine: a planned U-Net works at full resolution, on smaller patches: for structures a few voxels wide.
 
     Returns:
-        ``patch_size``, ``window_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``,
-        ``global_block_size``, and for thick slices ``rotation_deg``, about the axis across them alone.
+        ``patch_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``, ``global_block_size``, and
+        for thick slices ``rotation_deg``, about the axis across them alone.
 
     Raises:
         ConfigError: the preset is unknown, or a patch would be smaller than 8 voxels.
@@ -112,16 +105,12 @@ def plan_sizes(
         else:
             side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
         patch.append(max(math.ceil(side / step - 0.5), 2) * step)
-    window = patch
-    if fine and "fine_trained" in PRESETS[preset] and ratio.max() < THICK and not flat.any():
-        patch = [min(side, PRESETS[preset]["fine_trained"]) for side in window]
     if min(side for side in patch if side > 1) == 32:  # few blocks are left to hide
         local_block = [min(block, 4) for block in local_block]
     features = [side // s for side, s in zip(patch, stride)]
     settings: dict[str, Any] = {
         "patch_size": patch,
-        "window_size": window,
-        "window_stride": [max(side * 5 // 6 // s * s, s) for side, s in zip(window, stride)],
+        "window_stride": [max(side * 5 // 6 // s * s, s) for side, s in zip(patch, stride)],
         "stride": stride,
         "local_block_size": local_block,
         "global_block_size": global_block,

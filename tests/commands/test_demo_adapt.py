@@ -16,7 +16,7 @@ import pytest
 
 from mapseg_components.commands import demo as demo_command
 from mapseg_components.commands.adapt import Adaptation, adapt
-from mapseg_components.commands.demo import STEPS
+from mapseg_components.commands.demo import SIZES, STEPS
 from mapseg_components.commands.demo_adapt import ADAPTED, CONTRASTS, MODELS, dice_table, run_of, source_alone
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.recipes import Stage, read_recipe
@@ -46,13 +46,14 @@ def test_the_model_of_random_contrasts_is_the_first_stage_alone_whatever_comes_b
     assert alone.models == {"source_only": f"{first.name}/source_only.pt"}
 
 
-def test_the_adapted_run_is_mapseg_adapt_as_it_comes_but_for_the_length_of_stages(tmp_path):
+def test_the_adapted_run_is_mapseg_adapt_as_it_comes_but_for_length_and_sizes(tmp_path):
     sample = sample_folder("adult_t1_to_t2")
     steps = {"adaptation": {"max_epochs": 7}}
-    run = run_of(tmp_path, sample, RECIPE, steps, 5, OPTIONS)
+    run = run_of(tmp_path, sample, RECIPE, steps, SIZES, 5, OPTIONS)
     defaults = {name: one.default for name, one in inspect.signature(adapt).parameters.items()}
     changed = {name for name, value in run.request.items() if value != defaults[name]}
-    assert changed == {"source", "target", "pretraining", "seed", "device", "num_threads"}
+    assert changed == {"source", "target", "pretraining", "settings", "seed", "device", "num_threads"}
+    assert run.request["settings"] == SIZES
     assert set(run.request) == set(defaults) - {"output", "quiet", "verbose"}
     assert Path(run.request["target"]).name == "target", "no label and no test scan is given"
     for own, given in zip(run.recipe.stages, RECIPE.stages):

@@ -31,11 +31,10 @@ from tests.pictures import cells, write_picture
 def test_sizes_fit_each_other(shape, spacing, preset):
     plan = plan_sizes([shape], [spacing], preset)
     for axis in range(3):
-        side, window, stride = plan["patch_size"][axis], plan["window_size"][axis], plan["stride"][axis]
+        side, stride = plan["patch_size"][axis], plan["stride"][axis]
         assert side % stride == 0 and side % plan["local_block_size"][axis] == 0 and side >= 8
         assert side % plan["global_block_size"][axis] == 0
-        assert window == side
-        assert plan["window_stride"][axis] % stride == 0 and 0 < plan["window_stride"][axis] <= window
+        assert plan["window_stride"][axis] % stride == 0 and 0 < plan["window_stride"][axis] <= side
         features = side // stride
         assert all(1 <= dilation[axis] <= features for dilation in plan["dilations"] if isinstance(dilation, list))
 
@@ -49,16 +48,6 @@ def test_thick_slices_get_flat_patches_that_are_not_reduced_along_them():
     plan = plan_sizes([(256, 256, 12)], [(1.25, 1.25, 8)], "single-gpu")
     assert plan["patch_size"][:2] == [96, 96] and plan["patch_size"][2] <= 16
     assert plan["stride"] == [4, 4, 1] and plan["rotation_deg"] == [0, 0, 15]
-
-
-def test_cubes_of_fine_voxels_are_smaller_in_training_than_in_inference():
-    scan, flat = ((117, 159, 126), (0.86, 0.86, 0.86)), ((87, 87, 12), (1.6, 1.6, 8))
-    plan = plan_sizes([scan[0]], [scan[1]], "small-data-cpu", fine=True)
-    assert plan["patch_size"] == [32, 32, 32] and plan["window_size"] == [48, 48, 48]
-    others = [(scan, "small-data-cpu", False), (flat, "small-data-cpu", True), (scan, "single-gpu", True)]
-    for (shape, spacing), preset, fine in others:
-        plan = plan_sizes([shape], [spacing], preset, fine)
-        assert plan["patch_size"] == plan["window_size"]
 
 
 def test_the_median_decides():
@@ -104,7 +93,7 @@ def test_unknown_preset_is_named():
         plan_sizes([(9, 9, 9)], [(1, 1, 1)], "huge")
 
 
-def planned(folder, pixel_um, settings=None):
+def planned(folder, pixel_um):
     """Plan for six images of cells, the first three labelled, with pixel sizes of both sides in um."""
     cases = []
     for number in range(6):
@@ -114,7 +103,7 @@ def planned(folder, pixel_um, settings=None):
         cases.append(
             {"image": path, "label": write_picture(folder / f"{number}_label.png", label), "case_id": str(number)}
         )
-    request = {"settings": settings, "preset": "small-data-cpu", "device": "cpu"}
+    request = {"settings": None, "preset": "small-data-cpu", "device": "cpu"}
     return make_plan(cases[:2], cases[2:3], cases[3:], [], {"ring": 1, "core": 2}, request)
 
 
@@ -126,13 +115,6 @@ def test_images_are_planned_by_what_lies_in_their_plane(tmp_path):
     plan_unet(plan["settings"]["patch_size"], plan["working_spacing_mm"])
     coarser = planned(tmp_path / "two", (0.5, 1.0))["settings"]["working_spacing"]
     assert coarser == pytest.approx([1.0, 1.0, 0.0])
-
-
-def test_a_patch_of_the_users_own_is_the_window_too(tmp_path):
-    asked = {"patch_size": [64, 64, 1]}
-    assert "window_size" not in planned(tmp_path / "one", (0.5, 0.5), asked)["settings"]
-    asked["window_size"] = [96, 96, 1]
-    assert planned(tmp_path / "two", (0.5, 0.5), asked)["settings"]["window_size"][2] == 1
 
 
 def test_a_structure_of_an_image_is_as_wide_as_it_is_there(tmp_path):
