@@ -83,7 +83,11 @@ def files_of(name: str, asked: Mapping[str, Any]) -> dict[str, str]:
             ConfigParser.load_config_file(configs / base), [configs / overlay for overlay in asked["overlays"]]
         )
         merged |= {key: value for key, value in asked.get("settings", {}).items() if key in merged}
-        kept = needed(merged, {*ROOTS, *offered}) if base == "train.json" else set(merged)
+        kept = set(merged)
+        if base == "train.json":
+            loaded_too = [ConfigParser.load_config_file(configs / overlay) for overlay in asked["overlays"]]
+            merged = {k: v for own in loaded_too for k, v in own.items() if k.startswith("_")} | merged
+            kept = needed(merged, {*ROOTS, *offered})
         files[f"configs/{base}"] = formatted(json.dumps({k: v for k, v in merged.items() if k in kept}))
     metadata = ConfigParser.load_config_file(configs / "metadata.json") | asked["metadata"]
     files["configs/metadata.json"] = formatted(json.dumps(metadata, ensure_ascii=False))

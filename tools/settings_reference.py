@@ -40,8 +40,8 @@ ROWS = re.compile(r"^\|((?: `\w+`,?)+) \|", re.MULTILINE)
 INTRODUCTION = """# Settings
 
 Every setting of the bundles. `python tools/settings_reference.py` writes this page from the bundles' configs and
-from the meanings in `bundles/*/docs/settings.yaml`. `buda_seg` and
-`cosmos_selftraining` are made from `mapseg_adaptation`, and have its settings as far as they need them.
+from the meanings in `bundles/*/docs/settings.yaml`. `buda_seg`, `cosmos_selftraining` and `brain_any_contrast` are made
+from `mapseg_adaptation`, and have its settings as far as they need them.
 
 A setting is changed in an overlay (`name: value`) or on the command line (`--name value`; null is `--name '$None'`).
 *Used in* says which config has it: `train`, `inference`, or one that goes on top of them. *Paper* is its value with
