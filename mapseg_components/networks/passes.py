@@ -114,7 +114,7 @@ class GlobalLocalPass(PlainPass):
         else:
             local_features, global_features = network.encode(image), network.encode(global_image)
         deep = deepest(local_features)
-        context = network.context(global_features, box, list(global_image.shape[2:]), list(deep.shape[2:]))
+        context = network.context(deepest(global_features), box, list(global_image.shape[2:]), list(deep.shape[2:]))
         logits = {
             "logits": network.decode(local_features, context),
             "global_logits": network.decode(global_features),

@@ -13,7 +13,6 @@ from torch import nn
 
 from mapseg_components.boxes import resample_box
 from mapseg_components.networks.decoders import PatchUpsample, conv_norm_relu
-from mapseg_components.networks.encoder import Features, deepest
 from mapseg_components.networks.heads import TwoHeads
 from mapseg_components.networks.slices import as_slices
 
@@ -134,20 +133,22 @@ class GlobalLocalUNet(TwoHeads):
         return self.encoder(image)
 
     def context(
-        self, global_features: Features, box: torch.Tensor, global_size: list[int], feature_size: list[int]
+        self, global_features: torch.Tensor, box: torch.Tensor, global_size: list[int], feature_size: list[int]
     ) -> torch.Tensor:
-        """See `GlobalLocalDeepLabV3.context`; of the deepest level."""
-        deep = deepest(global_features)
-        per_voxel = [deep.shape[2 + axis] / global_size[axis] for axis in range(3)]
+        """See `GlobalLocalDeepLabV3.context`; of features of the deepest level."""
+        per_voxel = [global_features.shape[2 + axis] / global_size[axis] for axis in range(3)]
         scale = torch.tensor(per_voxel, device=box.device, dtype=torch.float32)
-        return resample_box(deep, box.to(torch.float32) * scale[:, None], feature_size)
+        return resample_box(global_features, box.to(torch.float32) * scale[:, None], feature_size)
 
-    def decode(self, features: Sequence[torch.Tensor], context: torch.Tensor | None = None) -> torch.Tensor:
+    def decode(self, features: list[torch.Tensor], context: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, num_classes, X, Y, Z) from features of all levels and context of the deepest."""
         deep = features[0]
         result = self.fusion(deep if context is None else torch.cat([deep, context], dim=1))
-        for level, skip in zip(reversed(self.levels), features[1:]):
-            result = level(result, skip)
+        last = len(self.levels) - 1
+        for step in range(len(self.levels)):
+            for number, level in enumerate(self.levels):  # the deepest first: TorchScript has no reversed
+                if number == last - step:
+                    result = level(result, features[1 + step])
         return self.shown(self.head(result))
 
     def forward(
@@ -160,7 +161,7 @@ class GlobalLocalUNet(TwoHeads):
         if global_image is None or box is None:
             raise ValueError("global_image and box belong together: give both for collaboration, none for one image")
         context = self.context(
-            self.encode(global_image), box, list(global_image.shape[2:]), list(deepest(features).shape[2:])
+            self.encode(global_image)[0], box, list(global_image.shape[2:]), list(features[0].shape[2:])
         )
         return self.decode(features, context)
 

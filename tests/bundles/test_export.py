@@ -10,7 +10,7 @@ from monai.bundle import ckpt_export
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.inferers import GlobalLocalSlidingWindowInferer
-from mapseg_components.networks import GlobalLocalDeepLabV3
+from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalUNet
 from tests.conftest import ROOT, make_scan
 
 ADAPTATION = ROOT / "bundles" / "mapseg_adaptation"
@@ -42,6 +42,21 @@ def test_torchscript_of_the_bundle_takes_both_calls_and_the_inferer(tmp_path):
     scan = torch.from_numpy(make_scan((20, 24, 28))[0] / 200)[None, None]
     inferer = GlobalLocalSlidingWindowInferer(roi_size=(16, 12, 20))
     torch.testing.assert_close(inferer(scan, scripted), inferer(scan, network), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variance", [None, "free"])
+def test_torchscript_of_a_planned_network_is_the_same_function(variance):
+    kernels, strides = (
+        [[3, 3, 1], [3, 3, 3], [3, 3, 3]],
+        [[1, 1, 1], [2, 2, 1], [2, 2, 2]],
+    )  # as mapseg adapt plans them
+    network = GlobalLocalUNet(1, 3, [4, 8, 16], kernels, strides, variance=variance).eval()
+    scripted, scan = torch.jit.script(network), torch.rand(1, 1, 20, 24, 12)
+    for sides in ((16, 16, 8), (16, 16, 4)):
+        inferer = GlobalLocalSlidingWindowInferer(roi_size=sides, global_size=(16, 16, 8))
+        torch.testing.assert_close(inferer(scan, scripted), inferer(scan, network), rtol=0, atol=1e-5)
+    flat = torch.rand(1, 1, 16, 16, 8)
+    torch.testing.assert_close(scripted(flat), network(flat), rtol=0, atol=1e-5)
 
 
 def test_onnx_graphs_agree_with_the_network_or_are_not_written(tiny_network, tmp_path, monkeypatch):
