@@ -8,7 +8,7 @@ from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMask
 from mapseg_components.transforms.components import FillEnclosed, FillEnclosedd, named_classes
 from mapseg_components.transforms.contrast import RandGlobalLocalAdjustContrastd, RandGlobalLocalHistogramShiftd
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
-from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed
+from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed, WorkingSpacingd
 from mapseg_components.transforms.intensity import FillNonFinite, FillNonFinited, NegativeValues, NegativeValuesd
 from mapseg_components.transforms.labels import SelectLabels, SelectLabelsd
 from mapseg_components.transforms.native import ArgmaxOnScand
@@ -72,4 +72,5 @@ __all__ = [
     "WithoutIgnoredd",
     "WorkingFrame",
     "WorkingFramed",
+    "WorkingSpacingd",
 ]

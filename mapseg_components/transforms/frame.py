@@ -5,19 +5,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Orientation, Orientationd
+from monai.transforms import Orientation, Orientationd, Spacingd
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.transforms.inputs import as_volume
 
-__all__ = ["WorkingFrame", "WorkingFramed", "axes_in_frame"]
+__all__ = ["WorkingFrame", "WorkingFramed", "WorkingSpacingd", "axes_in_frame"]
 
 RAS = np.eye(3)
 THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
@@ -117,6 +118,34 @@ class WorkingFramed(Orientationd):
     ) -> None:
         super().__init__(keys, axcodes="RAS", labels=None, allow_missing_keys=allow_missing_keys)
         self.ornt_transform = WorkingFrame(directions)
+
+
+class WorkingSpacingd(Spacingd):
+    """MONAI's ``Spacingd``, beside entries of any kind: that takes every entry named ``image_...`` for metadata of
+    ``image``, and fails on the ``image_path`` of MONAI Label.
+
+    Args:
+        keys: scans and label maps (C, X, Y, Z).
+        pixdim: wanted spacing in mm, one per axis, 0 for an axis that stays as it is.
+        options: others of ``Spacingd``.
+
+    Examples:
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> from mapseg_components.transforms import WorkingSpacingd
+        >>> scan = MetaTensor(torch.zeros(1, 5, 7, 9), meta={"filename_or_obj": "scan.nii.gz"})
+        >>> case = WorkingSpacingd("image", pixdim=(2, 2, 2))({"image": scan, "image_path": "scan.nii.gz"})
+        >>> case["image"].shape, case["image_path"]
+        (torch.Size([1, 3, 4, 5]), 'scan.nii.gz')
+    """
+
+    def __init__(self, keys: KeysCollection, pixdim: Sequence[float], **options: Any) -> None:
+        super().__init__(keys, pixdim, **options)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """Case whose volumes have the spacing; all other entries are as they were."""
+        own = {key: data[key] for key in self.keys if key in data}
+        return {**data, **super().__call__(own, lazy)}
 
 
 def frame_of(directions: Sequence[Sequence[float]] | None) -> np.ndarray:
