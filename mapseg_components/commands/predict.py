@@ -123,7 +123,7 @@ def predict(
     """
     with working(num_threads, quiet, verbose), stoppable():
         call, home = Call(Path(input), Path(output)), bundle_of(bundle)
-        if bundle == SHIPPED or (home != Path(bundle) and home == bundle_of(SHIPPED)):
+        if home != Path(bundle) and home == bundle_of(SHIPPED):  # by a name, not by its path
             logger.warning(f"the shipped weights segment {SEGMENTS}; of other scans their label maps mean nothing.")
         dataset = call.source if is_bids(call.source) else None
         inputs = inputs_of(call.source, modality, call.folder, dataset is not None)
