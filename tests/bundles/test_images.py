@@ -7,7 +7,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.bundle import run
+from monai.bundle import ConfigParser, run
+from monai.transforms import Compose
 from PIL import Image
 
 from mapseg_components.commands import evaluate, predict
@@ -72,3 +73,22 @@ def test_label_maps_are_images_on_the_scans_pixels_and_0_under_a_mask(runs):
     assert sorted(path.name for path in (out / "previews").iterdir()) == ["t.png", "u.png"]
     figures = evaluate(str(out), str(out), quiet=True)
     assert figures.cases == 2 and "in pixels of 2 without a pixel size" in str(figures)
+
+
+@pytest.mark.parametrize(
+    ("patch", "global_view", "shape", "validated"),
+    [
+        ([16, 16, 1], False, (200, 40, 1), (52, 40, 1)),  # 16 + 3 * 12
+        ([16, 16, 1], True, (200, 40, 1), (200, 40, 1)),  # a view of a part is none of the scan
+        ([16, 16, 16], False, (200, 80, 70), (200, 80, 70)),
+    ],
+)
+def test_training_validates_the_middle_of_large_images_alone(patch, global_view, shape, validated):
+    parser = ConfigParser.load_config_files([config("train.json"), config("tiny.yaml")])
+    stride = [12 if side > 1 else 1 for side in patch]
+    parser = ConfigParser({**parser, "patch_size": patch, "window_stride": stride, "global_view": global_view})
+    scan = torch.arange(float(np.prod(shape))).reshape(1, *shape)
+    seen = Compose(parser.get_parsed_content("validate#middle"))({"image": scan, "label": scan})
+    assert seen["image"].shape[1:] == seen["label"].shape[1:] == validated
+    start = [(side - part) // 2 for side, part in zip(shape, validated)]
+    assert torch.equal(seen["image"], scan[(slice(None), *(slice(a, a + n) for a, n in zip(start, validated)))])
