@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
@@ -12,7 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mapseg_components.commands.adapt import Adaptation, adapt
+from mapseg_components.commands.beside import training_beside
 from mapseg_components.commands.evaluate import MEAN, evaluate
 from mapseg_components.commands.order import TARGET_INVERTED, describe_order
 from mapseg_components.commands.predict import predict
@@ -22,6 +26,7 @@ from mapseg_components.errors import DataError
 from mapseg_components.files import write_json
 from mapseg_components.plans.recipes import Recipe, read_recipe
 from mapseg_components.reports import ComparedScan, draw_comparison
+from mapseg_components.session import choose_device
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["MODELS", "adapt_and_compare", "dice_table", "draw"]
@@ -43,10 +48,11 @@ def adapt_and_compare(
     options: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
-    """Train a source-only model in random contrasts, run ``mapseg adapt``, and measure three models on the test scans.
+    """Run ``mapseg adapt``, train a source-only model in random contrasts, and measure three models on the test scans.
 
-    The third is the first source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the
-    folder is not done again.
+    One is the first source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the
+    folder is not done again. On a CPU both runs are trained at once, each with half of the threads: on such small
+    patches two processes of one thread do more than one of two.
 
     Args:
         folder: of the results, locked by this process.
@@ -65,15 +71,19 @@ def adapt_and_compare(
     """
     recipe = read_recipe(inspect.signature(adapt).parameters["method"].default)
     alone = source_alone(recipe)
-    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, options)
-    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], sizes, seed, options)
+    threads = options["num_threads"] or torch.get_num_threads()
+    at_once = choose_device(options["device"]).type == "cpu" and threads > 1
+    shared = {**options, "num_threads": threads // 2} if at_once else options
+    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, shared)
+    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], sizes, seed, shared)
     for run in (contrasts, whole):
         run.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
-    say("1/3 source-only training in random contrasts")
-    contrasts.train()
-    say("2/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
-    record = whole.run()
+    with training_beside(contrasts) if at_once else contextlib.nullcontext(contrasts.train) as train_contrasts:
+        say("1/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
+        record = whole.run()
+        say("2/3 source-only training in random contrasts" + ", beside it" * at_once)
+        train_contrasts()
     say("3/3 the three models on the test scans")
     as_they_are = {**options, "settings": {TARGET_INVERTED: False}}
     first, adapted = alone.models["source_only"], whole.recipe.models["adapted"]
