@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.trees import tree_seconds
+
 __all__ = ["StoppedError", "Usage", "run_mapseg"]
 
 POLL_SECONDS = 0.25
 USED_SECONDS = 5.0  # between two looks at what was used
 GRACE_SECONDS = 120.0  # a stage saves its state within
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class StoppedError(Exception):
@@ -104,23 +105,3 @@ def run_mapseg(
         raise StoppedError
     unit = 1 if sys.platform == "darwin" else 1024
     return Usage(code, spent, used.ru_maxrss * unit, over and code != 0)
-
-
-def tree_seconds(process: int) -> float:
-    """Processor seconds of a process, of those below it, and of those that they have waited for; 0 without /proc."""
-    parents: dict[int, int] = {}
-    seconds: dict[int, float] = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = place.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        number = int(place.parent.name)
-        parents[number] = int(fields[1])
-        seconds[number] = sum(map(int, fields[11:15])) / TICKS
-    tree = {process}
-    while True:
-        below = {number for number, parent in parents.items() if parent in tree} - tree
-        if not below:
-            return sum(seconds.get(number, 0.0) for number in tree)
-        tree |= below

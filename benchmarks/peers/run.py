@@ -34,6 +34,7 @@ from benchmarks.peers.report import table
 from benchmarks.peers.scans import CHANNEL, scan_folder, write_scans
 from benchmarks.peers.side import Side, environment
 from benchmarks.timing import machine, ratios, summary
+from benchmarks.trees import tree_bytes
 
 __all__ = ["run"]
 
@@ -137,25 +138,12 @@ def measured(
             stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            peak = max(peak, resident(process.pid))
+            peak = max(peak, tree_bytes(process.pid))
             time.sleep(POLL_SECONDS)
     seconds = time.perf_counter() - start
     if process.returncode != 0:
         raise RuntimeError(f"{' '.join(process.args)} ended with {process.returncode}, see {log}")
     return seconds, peak
-
-
-def resident(session: int) -> int:
-    """Bytes of all processes of a session; pages that they share are counted once for each."""
-    total = 0
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = place.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(fields[3]) == session:
-            total += int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    return total
 
 
 def dice(folder: Path, predicted: Path, plan: Plan) -> float:
