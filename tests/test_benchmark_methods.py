@@ -299,6 +299,13 @@ def test_a_budget_sets_one_length_and_what_cannot_fit_or_goes_over_is_said(scans
     assert lengths[1] == pytest.approx(cost.length_for(1200), abs=1e-4)
     assert json.loads(option(commands.called[0], "settings")) == {"target_inverted": False}
     assert not (tmp_path / "out" / "calibration" / "mapseg").exists()
+    rounds = Commands({"cosmos": (2, 1)})
+    results_of(bench_of(scans, tmp_path / "rounds", rounds, budget_minutes=20), [Variant("cosmos", "cosmos")], [0])
+    asked = [
+        option(words, "settings") for words in rounds.called if words[0] == "adapt" and "settings" in " ".join(words)
+    ]
+    # the pseudo labels of its shortest run may lack a structure, those of the run itself may not
+    assert [json.loads(one) for one in asked] == [{"target_inverted": False, "required_structures": []}]
     found = results_of(bench_of(scans, tmp_path / "small", commands, budget_minutes=2), THREE[:1], [0])
     error = found["summary"]["methods"]["mapseg"]["failed"][0]["error"]
     assert "the budget of 2 processor minutes is too small: the shortest run, two epochs of each stage, needs" in error

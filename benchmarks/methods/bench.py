@@ -28,7 +28,8 @@ from benchmarks.methods.variants import Variant, slug
 from benchmarks.timing import machine
 from mapseg_components.errors import ConfigError, MAPSegError, ResourceError
 from mapseg_components.files import lock_folder, readable, require_writable, unlock_folders, write_json, write_text
-from mapseg_components.plans.recipes import recipe_names
+from mapseg_components.plans.recipes import read_recipe, recipe_names
+from mapseg_components.plans.rounds import REQUIRED
 from mapseg_components.session import versions
 
 __all__ = ["Bench"]
@@ -333,7 +334,9 @@ class Bench:
                     shutil.rmtree(folder, ignore_errors=True)
                 # the stage for targets as they are is measured, too, unless the source-only model will be the same
                 order = {"target_inverted": False} if self.source_length is None else {}
-                words = self._words(variant, seed, folder, SHORTEST, {**order, **self.settings})
+                # pseudo labels of two epochs may lack a structure
+                all_kept = {} if read_recipe(variant.method).rounds is None else {REQUIRED: []}
+                words = self._words(variant, seed, folder, SHORTEST, {**order, **all_kept, **self.settings})
                 try:
                     used = self._call(words, f"{name}_calibration", core, limit=self.budget_minutes * 60 * STOP_AT)
                 except CommandError as error:
