@@ -6,21 +6,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from mapseg_components.errors import MAPSegError
+from mapseg_components.errors import MAPSegError, ResourceError
 from mapseg_components.session import stoppable, working
 
 if TYPE_CHECKING:
     from mapseg_components.commands.adapt import Adaptation
 
-__all__ = ["training_beside"]
+__all__ = ["main", "training_beside"]
+
+COMMAND = "from mapseg_components.commands.beside import main; main()"
 
 
 @contextlib.contextmanager
@@ -34,56 +37,52 @@ def training_beside(run: Adaptation) -> Iterator[Callable[[], None]]:
         run: not begun, or to go on; it has its record after the wait.
 
     Raises:
-        MAPSegError: by the function: of a stage, or the process was killed.
+        MAPSegError: by the function: of a stage; `ResourceError` if the process was killed.
+        OSError: by the function: a file cannot be read or written.
     """
-    spawn = multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
-    receiver, sender = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=train, args=(run, sender))
-    process.start()
-    sender.close()
+    command = [sys.executable, "-c", COMMAND]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    with (
+        stoppable(),
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        ) as process,
+    ):
+        given, answer = process.stdin, process.stdout
+        assert given is not None and answer is not None
+        pickle.dump(run, given)
+        given.flush()  # and left open: where it is closed, here or by the end of this process, the other stops
 
-    def wait() -> None:
-        try:
-            error = receiver.recv()
-        except EOFError:
-            process.join()
-            error = MAPSegError(f"the training in {run.folder} ended with exit code {process.exitcode}")
-        if error is not None:
-            raise error
-        process.join()
-        run.record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+        def wait() -> None:
+            sent = answer.read()
+            code = process.wait()
+            if code == -signal.SIGKILL:
+                raise ResourceError(f"the training in {run.folder} was killed, by the system if memory ran out")
+            error = pickle.loads(sent) if sent else MAPSegError(f"the training in {run.folder} ended with code {code}")
+            if error is not None:
+                raise error
+            run.record = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
 
-    try:
         yield wait
-    finally:
-        process.terminate()
-        process.join()
-        receiver.close()
 
 
-def train(run: Adaptation, sender: multiprocessing.connection.Connection) -> None:
-    """What the other process does; it sends the error of a stage, or ``None``."""
-    if hasattr(os, "setsid"):
-        os.setsid()
-    end_with_parent()
+def main() -> None:
+    """What the other process does: it reads the run, and writes the error of a stage, or ``None``."""
+    answer, sys.stdout = sys.stdout.buffer, sys.stderr
+    run = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=stop_when_left, daemon=True).start()
+    run.quiet = True
     error: Any = None
     with stoppable(), working(run.request["num_threads"], quiet=True):
         try:
             run.train()
-        except MAPSegError as raised:
+        except (MAPSegError, OSError, MemoryError) as raised:
             error = raised
-        sender.send(error)
+    answer.write(pickle.dumps(error))
+    answer.flush()
 
 
-def end_with_parent() -> None:
-    """Let SIGTERM reach this process when the one that started it is gone."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        multiprocessing.connection.wait([sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+def stop_when_left() -> None:
+    """Let SIGTERM reach this process when the one that started it waits no longer, or is gone."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -8,7 +8,8 @@ import contextlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ MODELS = {"source-only": "source_only", "source-only, random contrasts": "random
 CONTRASTS, ADAPTED = "random_contrasts", "adapted"  # folders of the two runs
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 
+THREADS = "OMP_NUM_THREADS"  # of stages, see `mapseg_components.commands.stages.threads`
+
 Steps = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
@@ -51,8 +54,8 @@ def adapt_and_compare(
     """Run ``mapseg adapt``, train a source-only model in random contrasts, and measure three models on the test scans.
 
     One is the first source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the
-    folder is not done again. On a CPU both runs are trained at once, each with half of the threads: on such small
-    patches two processes of one thread do more than one of two.
+    folder is not done again. On a CPU both runs are trained at once, each with half of the threads: two trainings
+    use the processor better than one does on such small patches.
 
     Args:
         folder: of the results, locked by this process.
@@ -79,7 +82,8 @@ def adapt_and_compare(
     for run in (contrasts, whole):
         run.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
-    with training_beside(contrasts) if at_once else contextlib.nullcontext(contrasts.train) as train_contrasts:
+    beside = training_beside(contrasts) if at_once else contextlib.nullcontext(contrasts.train)
+    with own_threads(), beside as train_contrasts:
         say("1/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
         record = whole.run()
         say("2/3 source-only training in random contrasts" + ", beside it" * at_once)
@@ -117,6 +121,18 @@ def adapt_and_compare(
         "For your own scans: mapseg check SCANS, then mapseg adapt --source LABELLED --target SCANS --output RUN.",
     ]
     return "\n".join(text), figures
+
+
+@contextlib.contextmanager
+def own_threads() -> Iterator[None]:
+    """Context at whose end later stages of this process have the number of threads that they had before."""
+    before = os.environ.get(THREADS)
+    try:
+        yield
+    finally:
+        os.environ.pop(THREADS, None)
+        if before is not None:
+            os.environ[THREADS] = before
 
 
 def run_of(

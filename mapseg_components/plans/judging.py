@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
-from monai.transforms import GaussianSmooth
+from monai.transforms import GaussianSmooth, SpatialCropd
 
 from mapseg_components.contrast import contrast_view
 
@@ -20,6 +20,7 @@ __all__ = [
     "evenly",
     "judged_images",
     "judged_region",
+    "middle_of_image",
     "versions_of",
 ]
 
@@ -95,6 +96,36 @@ def judged_region(shape: Sequence[int], patch: Sequence[int], stride: Sequence[i
     sides = [min(side, limit) if shape[2] == 1 else side for side, limit in zip(shape, most)]
     starts = [(side - part) // 2 for side, part in zip(shape, sides)]
     return tuple(slice(start, start + part) for start, part in zip(starts, sides))
+
+
+def middle_of_image(
+    data: Mapping[Hashable, torch.Tensor],
+    window: Sequence[int],
+    stride: Sequence[int],
+    image: str = "image",
+    label: str = "label",
+) -> dict[Hashable, torch.Tensor]:
+    """Image and label map of `judged_region`; all of them where a structure lies beyond it.
+
+    Args:
+        data: sample with both, (C, X, Y, Z).
+        window: see `judged_region`; stride likewise.
+        image: its key.
+        label: its key.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.plans.judging import middle_of_image
+        >>> sample = {"image": torch.rand(1, 90, 90, 1), "label": torch.ones(1, 90, 90, 1)}
+        >>> middle_of_image(sample, (16, 16, 1), (12, 12, 1))["image"].shape
+        torch.Size([1, 52, 52, 1])
+        >>> sample["label"][0, 0, 0] = 2
+        >>> middle_of_image(sample, (16, 16, 1), (12, 12, 1))["image"].shape
+        torch.Size([1, 90, 90, 1])
+    """
+    region = judged_region(data[image].shape[1:], window, stride)
+    lost = set(data[label].unique().tolist()) - set(data[label][(slice(None), *region)].unique().tolist())
+    return dict(data) if lost else SpatialCropd([image, label], roi_slices=list(region))(data)
 
 
 def judged_images(targets: int, affordable: int | None, labelled: bool = True) -> tuple[int, int]:

@@ -76,19 +76,22 @@ def test_label_maps_are_images_on_the_scans_pixels_and_0_under_a_mask(runs):
 
 
 @pytest.mark.parametrize(
-    ("patch", "global_view", "shape", "validated"),
+    ("global_view", "shape", "beyond", "validated"),
     [
-        ([16, 16, 1], False, (200, 40, 1), (52, 40, 1)),  # 16 + 3 * 12
-        ([16, 16, 1], True, (200, 40, 1), (200, 40, 1)),  # a view of a part is none of the scan
-        ([16, 16, 16], False, (200, 80, 70), (200, 80, 70)),
+        (False, (200, 40, 1), 1, (52, 40, 1)),  # 16 + 3 * 12
+        (False, (200, 40, 1), 2, (200, 40, 1)),  # a structure of the label map lies elsewhere
+        (True, (200, 40, 1), 1, (200, 40, 1)),  # a view of a part is none of the scan
+        (False, (200, 80, 70), 1, (200, 80, 70)),
     ],
 )
-def test_training_validates_the_middle_of_large_images_alone(patch, global_view, shape, validated):
+def test_training_validates_the_middle_of_large_images_alone(global_view, shape, beyond, validated):
     parser = ConfigParser.load_config_files([config("train.json"), config("tiny.yaml")])
-    stride = [12 if side > 1 else 1 for side in patch]
-    parser = ConfigParser({**parser, "patch_size": patch, "window_stride": stride, "global_view": global_view})
+    sizes = {"patch_size": [16, 16, 1], "window_stride": [12, 12, 1], "global_view": global_view}
+    parser = ConfigParser({**parser, **sizes})
     scan = torch.arange(float(np.prod(shape))).reshape(1, *shape)
-    seen = Compose(parser.get_parsed_content("validate#middle"))({"image": scan, "label": scan})
+    label = torch.ones(1, *shape)
+    label[0, 0, 0] = beyond
+    seen = Compose(parser.get_parsed_content("validate#middle"))({"image": scan, "label": label})
     assert seen["image"].shape[1:] == seen["label"].shape[1:] == validated
     start = [(side - part) // 2 for side, part in zip(shape, validated)]
     assert torch.equal(seen["image"], scan[(slice(None), *(slice(a, a + n) for a, n in zip(start, validated)))])

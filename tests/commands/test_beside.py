@@ -16,8 +16,15 @@ from typing import Any
 import pytest
 
 from mapseg_components.commands.beside import training_beside
-from mapseg_components.errors import DataError, MAPSegError
+from mapseg_components.errors import DataError, ResourceError
 from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """This module, for the other process."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
 
 PARENT = """
 import os, sys
@@ -25,11 +32,10 @@ from pathlib import Path
 from mapseg_components.commands.beside import training_beside
 from tests.commands.test_beside import Endless, seen
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    with training_beside(Endless(folder)):
-        seen(folder / "begun")
-        os._exit(0)  # as if it were killed: nothing is cleaned up
+folder = Path(sys.argv[1])
+with training_beside(Endless(folder)):
+    seen(folder / "begun")
+    os._exit(0)  # as if it were killed: nothing is cleaned up
 """
 
 
@@ -44,6 +50,11 @@ class Run:
 class Failing(Run):
     def train(self):
         raise DataError("scan a is empty: remove it")
+
+
+class Full(Run):
+    def train(self):
+        raise OSError(28, "No space left on device")
 
 
 class Killed(Run):
@@ -72,7 +83,9 @@ def seen(path, seconds=60):
 def test_errors_are_those_of_the_stage(tmp_path):
     with pytest.raises(DataError, match="scan a is empty: remove it"), training_beside(Failing(tmp_path)) as wait:
         wait()
-    with pytest.raises(MAPSegError, match="ended with exit code -9"), training_beside(Killed(tmp_path)) as wait:
+    with pytest.raises(OSError, match="No space left"), training_beside(Full(tmp_path)) as wait:
+        wait()
+    with pytest.raises(ResourceError, match="was killed"), training_beside(Killed(tmp_path)) as wait:
         wait()
 
 
@@ -85,6 +98,5 @@ def test_an_error_here_stops_it_with_its_state_saved(tmp_path):
 
 def test_it_does_not_outlive_a_process_that_was_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, str(tmp_path / "parent.py"), str(tmp_path)], env=environment, check=True)
+    subprocess.run([sys.executable, str(tmp_path / "parent.py"), str(tmp_path)], check=True)
     seen(tmp_path / "saved")
