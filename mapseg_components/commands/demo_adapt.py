@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mapseg_components.commands.adapt import Adaptation, adapt
-from mapseg_components.commands.beside import training_beside
+from mapseg_components.commands.beside import train_beside, training_beside
 from mapseg_components.commands.evaluate import MEAN, evaluate
 from mapseg_components.commands.order import TARGET_INVERTED, describe_order
 from mapseg_components.commands.predict import predict
@@ -38,6 +38,9 @@ CONTRASTS, ADAPTED = "random_contrasts", "adapted"  # folders of the two runs
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
 
 THREADS = "OMP_NUM_THREADS"  # of stages, see `mapseg_components.commands.stages.threads`
+
+METHOD = inspect.signature(adapt).parameters["method"].default
+BESIDE = "from mapseg_components.commands.demo_adapt import train_contrasts_beside; train_contrasts_beside()"
 
 Steps = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -72,18 +75,26 @@ def adapt_and_compare(
     Raises:
         MAPSegError: of a stage.
     """
-    recipe = read_recipe(inspect.signature(adapt).parameters["method"].default)
+    recipe = read_recipe(METHOD)
     alone = source_alone(recipe)
     threads = options["num_threads"] or torch.get_num_threads()
     at_once = choose_device(options["device"]).type == "cpu" and threads > 1
     shared = {**options, "num_threads": threads // 2} if at_once else options
-    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, shared)
+    contrasts = contrasts_of(folder, sample, steps, sizes, seed, shared)
     whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], sizes, seed, shared)
     for run in (contrasts, whole):
         run.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
-    beside = training_beside(contrasts) if at_once else contextlib.nullcontext(contrasts.train)
-    with own_threads(), beside as train_contrasts:
+    given = {
+        "folder": str(folder),
+        "sample": str(sample),
+        "steps": steps,
+        "sizes": sizes,
+        "seed": seed,
+        "options": shared,
+    }
+    alone_at_last = contextlib.nullcontext(contrasts.train)
+    with own_threads(), training_beside(contrasts, BESIDE, given) if at_once else alone_at_last as train_contrasts:
         say("1/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
         record = whole.run()
         say("2/3 source-only training in random contrasts" + ", beside it" * at_once)
@@ -121,6 +132,19 @@ def adapt_and_compare(
         "For your own scans: mapseg check SCANS, then mapseg adapt --source LABELLED --target SCANS --output RUN.",
     ]
     return "\n".join(text), figures
+
+
+def contrasts_of(
+    folder: Path, sample: Path, steps: Steps, sizes: Mapping[str, Any], seed: int, options: Mapping[str, Any]
+) -> Adaptation:
+    """The source-only training in random contrasts."""
+    alone = source_alone(read_recipe(METHOD))
+    return run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, options)
+
+
+def train_contrasts_beside() -> None:
+    """Train it in a process of its own, see `train_beside`."""
+    train_beside(lambda given: contrasts_of(**{**given, **{name: Path(given[name]) for name in ("folder", "sample")}}))
 
 
 @contextlib.contextmanager

@@ -30,10 +30,10 @@ PARENT = """
 import os, sys
 from pathlib import Path
 from mapseg_components.commands.beside import training_beside
-from tests.commands.test_beside import Endless, seen
+from tests.commands.test_beside import Endless, beside, seen
 
 folder = Path(sys.argv[1])
-with training_beside(Endless(folder)):
+with training_beside(*beside(Endless, folder)):
     seen(folder / "begun")
     os._exit(0)  # as if it were killed: nothing is cleaned up
 """
@@ -72,6 +72,14 @@ class Endless(Run):
             raise
 
 
+def beside(kind, folder):
+    """Arguments of `training_beside` for a run of a kind above."""
+    make = f"lambda given: test_beside.{kind.__name__}(Path(given['folder']))"
+    modules = "from pathlib import Path; from mapseg_components.commands import beside; from tests.commands import "
+    code = f"{modules}test_beside; beside.train_beside({make})"
+    return kind(folder), code, {"folder": str(folder)}
+
+
 def seen(path, seconds=60):
     """Wait for a file."""
     end = time.monotonic() + seconds
@@ -81,16 +89,19 @@ def seen(path, seconds=60):
 
 
 def test_errors_are_those_of_the_stage(tmp_path):
-    with pytest.raises(DataError, match="scan a is empty: remove it"), training_beside(Failing(tmp_path)) as wait:
+    with (
+        pytest.raises(DataError, match="scan a is empty: remove it"),
+        training_beside(*beside(Failing, tmp_path)) as wait,
+    ):
         wait()
-    with pytest.raises(OSError, match="No space left"), training_beside(Full(tmp_path)) as wait:
+    with pytest.raises(ResourceError, match="No space left"), training_beside(*beside(Full, tmp_path)) as wait:
         wait()
-    with pytest.raises(ResourceError, match="was killed"), training_beside(Killed(tmp_path)) as wait:
+    with pytest.raises(ResourceError, match="was killed"), training_beside(*beside(Killed, tmp_path)) as wait:
         wait()
 
 
 def test_an_error_here_stops_it_with_its_state_saved(tmp_path):
-    with pytest.raises(KeyboardInterrupt), training_beside(Endless(tmp_path)):
+    with pytest.raises(KeyboardInterrupt), training_beside(*beside(Endless, tmp_path)):
         seen(tmp_path / "begun")
         raise KeyboardInterrupt
     assert (tmp_path / "saved").is_file()
