@@ -4,20 +4,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mapseg_components.commands.adapt import Adaptation, adapt
-from mapseg_components.commands.beside import train_beside, training_beside
 from mapseg_components.commands.evaluate import MEAN, evaluate
 from mapseg_components.commands.order import TARGET_INVERTED, describe_order
 from mapseg_components.commands.predict import predict
@@ -27,7 +22,6 @@ from mapseg_components.errors import DataError
 from mapseg_components.files import write_json
 from mapseg_components.plans.recipes import Recipe, read_recipe
 from mapseg_components.reports import ComparedScan, draw_comparison
-from mapseg_components.session import choose_device
 from mapseg_components.transforms.resampling import spacing_of, to_canonical
 
 __all__ = ["MODELS", "adapt_and_compare", "dice_table", "draw"]
@@ -36,11 +30,6 @@ __all__ = ["MODELS", "adapt_and_compare", "dice_table", "draw"]
 MODELS = {"source-only": "source_only", "source-only, random contrasts": "random_contrasts", "adapted": "adapted"}
 CONTRASTS, ADAPTED = "random_contrasts", "adapted"  # folders of the two runs
 PREDICTIONS, SCORES, FIGURES, PICTURE = "predictions", "scores", "metrics.json", "comparison.png"
-
-THREADS = "OMP_NUM_THREADS"  # of stages, see `mapseg_components.commands.stages.threads`
-
-METHOD = inspect.signature(adapt).parameters["method"].default
-BESIDE = "from mapseg_components.commands.demo_adapt import train_contrasts_beside; train_contrasts_beside()"
 
 Steps = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
@@ -54,11 +43,10 @@ def adapt_and_compare(
     options: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, Any]]:
-    """Run ``mapseg adapt``, train a source-only model in random contrasts, and measure three models on the test scans.
+    """Train a source-only model in random contrasts, run ``mapseg adapt``, and measure three models on the test scans.
 
-    One is the first source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the
-    folder is not done again. On a CPU both runs are trained at once, each with half of the threads: two trainings
-    use the processor better than one does on such small patches.
+    The third is the first source-only model of ``mapseg adapt``, on the scans as they are. What is done already in the
+    folder is not done again.
 
     Args:
         folder: of the results, locked by this process.
@@ -75,30 +63,17 @@ def adapt_and_compare(
     Raises:
         MAPSegError: of a stage.
     """
-    recipe = read_recipe(METHOD)
+    recipe = read_recipe(inspect.signature(adapt).parameters["method"].default)
     alone = source_alone(recipe)
-    threads = options["num_threads"] or torch.get_num_threads()
-    at_once = choose_device(options["device"]).type == "cpu" and threads > 1
-    shared = {**options, "num_threads": threads // 2} if at_once else options
-    contrasts = contrasts_of(folder, sample, steps, sizes, seed, shared)
-    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], sizes, seed, shared)
+    contrasts = run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, options)
+    whole = run_of(folder / ADAPTED, sample, recipe, steps[ADAPTED], sizes, seed, options)
     for run in (contrasts, whole):
         run.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger(Adaptation.__module__).setLevel(logging.ERROR if options["quiet"] else logging.INFO)
-    given = {
-        "folder": str(folder),
-        "sample": str(sample),
-        "steps": steps,
-        "sizes": sizes,
-        "seed": seed,
-        "options": shared,
-    }
-    alone_at_last = contextlib.nullcontext(contrasts.train)
-    with own_threads(), training_beside(contrasts, BESIDE, given) if at_once else alone_at_last as train_contrasts:
-        say("1/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
-        record = whole.run()
-        say("2/3 source-only training in random contrasts" + ", beside it" * at_once)
-        train_contrasts()
+    say("1/3 source-only training in random contrasts")
+    contrasts.train()
+    say("2/3 mapseg adapt: source-only training, adaptation to T2w without its labels")
+    record = whole.run()
     say("3/3 the three models on the test scans")
     as_they_are = {**options, "settings": {TARGET_INVERTED: False}}
     first, adapted = alone.models["source_only"], whole.recipe.models["adapted"]
@@ -132,31 +107,6 @@ def adapt_and_compare(
         "For your own scans: mapseg check SCANS, then mapseg adapt --source LABELLED --target SCANS --output RUN.",
     ]
     return "\n".join(text), figures
-
-
-def contrasts_of(
-    folder: Path, sample: Path, steps: Steps, sizes: Mapping[str, Any], seed: int, options: Mapping[str, Any]
-) -> Adaptation:
-    """The source-only training in random contrasts."""
-    alone = source_alone(read_recipe(METHOD))
-    return run_of(folder / CONTRASTS, sample, alone, steps[CONTRASTS], sizes, seed, options)
-
-
-def train_contrasts_beside() -> None:
-    """Train it in a process of its own, see `train_beside`."""
-    train_beside(lambda given: contrasts_of(**{**given, **{name: Path(given[name]) for name in ("folder", "sample")}}))
-
-
-@contextlib.contextmanager
-def own_threads() -> Iterator[None]:
-    """Context at whose end later stages of this process have the number of threads that they had before."""
-    before = os.environ.get(THREADS)
-    try:
-        yield
-    finally:
-        os.environ.pop(THREADS, None)
-        if before is not None:
-            os.environ[THREADS] = before
 
 
 def run_of(

@@ -107,7 +107,7 @@ def without_hours(monkeypatch):
 def test_three_models_are_measured_each_with_its_own_weights(without_hours, tmp_path, capsys):
     calls, predicted = without_hours
     report = demo_command(str(tmp_path / "out"), seed=4, num_threads=1)
-    assert [(name, request["seed"]) for name, _, request in calls] == [(ADAPTED, 4), (CONTRASTS, 4)]
+    assert [(name, request["seed"]) for name, _, request in calls] == [(CONTRASTS, 4), (ADAPTED, 4)]
     as_they_are = {"target_inverted": False}
     assert predicted == [
         ("source_only", f"{ADAPTED}/{source_alone(RECIPE).models['source_only']}", as_they_are),
@@ -185,11 +185,10 @@ def test_the_table_has_a_column_a_model_and_lines_of_one_length():
 @pytest.mark.slow
 def test_the_whole_way_with_the_shortest_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "STEPS", {run: dict.fromkeys(stages, SHORTEST) for run, stages in STEPS.items()})
-    report = demo_command(str(tmp_path / "out"), num_threads=2, quiet=True)
+    report = demo_command(str(tmp_path / "out"), num_threads=1, quiet=True)
     assert all(0 <= report.figures[name]["mean"] <= 1 for name in MODELS)
     done = {"source", "adaptation"}
     assert done <= set(report.figures["seconds"][ADAPTED])
-    assert report.figures["seconds"][CONTRASTS].keys() == STEPS[CONTRASTS].keys(), "trained by another process"
     for stage in done:
         history = (tmp_path / "out" / ADAPTED / "stages" / stage / "history.jsonl").read_text()
         assert history.count("\n") == SHORTEST["max_epochs"], stage

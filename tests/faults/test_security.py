@@ -348,7 +348,7 @@ DOORS = {
 }
 MODULES = {"subprocess", "marshal", "shelve", "dill", "joblib", "cloudpickle"}
 # a stage of mapseg adapt: this Python with a list of arguments, never a shell
-STARTS_PROCESSES = {"commands/beside.py", "commands/stages.py"}
+STARTS_PROCESSES = {"commands/stages.py"}
 
 
 def dotted(node):
