@@ -99,19 +99,13 @@ def judged_region(shape: Sequence[int], patch: Sequence[int], stride: Sequence[i
 
 
 def middle_of_image(
-    data: Mapping[Hashable, torch.Tensor],
-    window: Sequence[int],
-    stride: Sequence[int],
-    image: str = "image",
-    label: str = "label",
+    data: Mapping[Hashable, torch.Tensor], window: Sequence[int], stride: Sequence[int]
 ) -> dict[Hashable, torch.Tensor]:
     """Image and label map of `judged_region`; all of them where a structure lies beyond it.
 
     Args:
-        data: sample with both, (C, X, Y, Z).
+        data: sample with ``image`` and ``label``, (C, X, Y, Z).
         window: see `judged_region`; stride likewise.
-        image: its key.
-        label: its key.
 
     Examples:
         >>> import torch
@@ -123,9 +117,10 @@ def middle_of_image(
         >>> middle_of_image(sample, (16, 16, 1), (12, 12, 1))["image"].shape
         torch.Size([1, 90, 90, 1])
     """
-    region = judged_region(data[image].shape[1:], window, stride)
-    lost = set(data[label].unique().tolist()) - set(data[label][(slice(None), *region)].unique().tolist())
-    return dict(data) if lost else SpatialCropd([image, label], roi_slices=list(region))(data)
+    label = data["label"]
+    region = judged_region(label.shape[1:], window, stride)
+    lost = set(label.unique().tolist()) - set(label[(slice(None), *region)].unique().tolist())
+    return dict(data) if lost else SpatialCropd(["image", "label"], roi_slices=list(region))(data)
 
 
 def judged_images(targets: int, affordable: int | None, labelled: bool = True) -> tuple[int, int]:
