@@ -20,14 +20,15 @@ ADULTS = ROOT / "sample" / "adult_t1_to_t2"
 TISSUES = {"white matter": [[9], [3]], "grey matter": [[1, 2, 3, 4, 5, 6, 7, 10], [2]]}
 
 
-@pytest.mark.parametrize("section", ["validation", "test"])  # T1w of one person, T2w of another one
-def test_white_matter_is_found_in_both_contrasts(section, tmp_path):
+# T1w of one person, T2w of another one; the Dice of the weights is 0.71 and 0.61
+@pytest.mark.parametrize(("section", "least"), [("validation", 0.7), ("test", 0.6)])
+def test_white_matter_is_found_in_both_contrasts(section, least, tmp_path):
     for kind in ("images", "labels"):
         first = sorted((ADULTS / section / kind).iterdir())[0]
         (tmp_path / kind).mkdir()
         shutil.copy(first, tmp_path / kind)
     found = measured(str(tmp_path / "images"), str(tmp_path / "labels"), TISSUES, "brain_any_contrast", threads=1)
-    assert found.cases == 1 and found.summary["white matter"]["dice"]["mean"] > 0.5
+    assert found.cases == 1 and found.summary["white matter"]["dice"]["mean"] > least
 
 
 def test_a_package_of_it_names_structures_spacing_and_windows(tmp_path):
