@@ -596,14 +596,24 @@ def test_the_command_line_names_what_is_wrong_and_the_page_takes_several_results
         with pytest.raises(SystemExit):
             main([str(scans), *line])
     page = tmp_path / "page.md"
-    shutil.copyfile(ROOT / "docs" / "reference" / "benchmark.md", page)
+    page.write_text("<!-- benchmark other: begin -->stays<!-- benchmark other: end -->")
     files = []
-    for number in range(2):
-        results_of(bench_of(scans, tmp_path / f"r{number}", Commands({"mapseg": (2, number)})), THREE[:1], [0])
-        files.append(str(tmp_path / f"r{number}" / "results.json"))
+    for seed in range(2):
+        results_of(bench_of(scans, tmp_path / f"r{seed}", Commands({"mapseg": (2, seed)})), THREE[:1], [seed])
+        files.append(str(tmp_path / f"r{seed}" / "results.json"))
     monkeypatch.setattr(sys, "argv", ["report", *files, "--docs", str(page)])
+    with pytest.raises(ValueError, match="has no lines"):
+        report.main()
+    name = json.loads(Path(files[0]).read_text())["task"]["name"]
+    page.write_text(page.read_text() + f"<!-- benchmark {name}: begin --><!-- benchmark {name}: end -->")
     report.main()
-    assert page.read_text().count("### two boxes") == 2 and page.read_text().count("| mapseg |") >= 2
+    text = page.read_text()
+    assert "stays" in text and text.count("### two boxes") == 1 and "seeds 0, 1" in text
+    one = json.loads(Path(files[0]).read_text())
+    with pytest.raises(ValueError, match="hold mapseg, seed 0"):
+        report.joined([one, one])
+    with pytest.raises(ValueError, match="budget_minutes is None and 3"):
+        report.joined([one, {**one, "budget_minutes": 3}])
 
 
 def test_every_method_is_compared_by_default(scans, tmp_path):

@@ -3,6 +3,9 @@
 """The tables of a benchmark in Markdown, and their place in docs/reference/benchmark.md.
 
 python -m benchmarks.methods.report runs/benchmark/TASK/results.json ... --docs docs/reference/benchmark.md
+
+Results of one task are one table, such as one file for each seed. A task's place in a page is between the lines
+<!-- benchmark TASK: begin --> and <!-- benchmark TASK: end -->; the other tables of the page stay.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from benchmarks.methods.scoring import MODELS, mean_dice
 from benchmarks.report import replace_between
 from mapseg_components.metrics import MEAN, METRICS, case_means, paired_comparison, summarised
 
-__all__ = ["summary_of", "tables"]
+__all__ = ["joined", "summary_of", "tables"]
 
 ORACLE = "oracle"
 BASELINE = "source_only"  # names of methods that only learn the source begin with it
 SMALLEST_GAP = 0.01  # Dice: a share of less says nothing
 GIGABYTE, MEGABYTE = 1e9, 1e6
-MARKER = "benchmark"
+MARKER = "benchmark {}"  # of a task
+ALIKE = ("budget_minutes", "source_length", "settings", "knobs")  # of results that may share a table
 Record = Mapping[str, Any]
 
 
@@ -174,6 +178,34 @@ def tables(results: Mapping[str, Any], brief: bool = False) -> str:
     return "\n".join(lines)
 
 
+def joined(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results of the same task as one.
+
+    Args:
+        results: contents of ``results.json``, such as one for each seed of a task.
+
+    Returns:
+        one for each task, in the order of their first.
+
+    Raises:
+        ValueError: two of a task have other budgets or settings, or hold the same run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for one in results:
+        name = one["task"]["name"]
+        first = found.setdefault(name, {**one, "runs": []})
+        other = [key for key in ALIKE if first[key] != one[key]]
+        if other:
+            said = "; ".join(f"{key} is {first[key]} and {one[key]}" for key in other)
+            raise ValueError(f"two results of the task {name} are no one table: {said}")
+        runs = {(run["name"], run["seed"]) for run in first["runs"]}
+        twice = [run for run in one["runs"] if (run["name"], run["seed"]) in runs]
+        if twice:
+            raise ValueError(f"two results of the task {name} hold {twice[0]['name']}, seed {twice[0]['seed']}")
+        first["runs"] = [*first["runs"], *one["runs"]]
+    return [{**one, "summary": summary_of(one["runs"])} for one in found.values()]
+
+
 def count_text(figures: Mapping[str, Any]) -> str:
     """Seeds that ended well, and those that failed."""
     failed = len(figures["failed"])
@@ -303,17 +335,16 @@ def notes(summary: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
 def main() -> None:
     """Print the tables of results files, or write them into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks, in the order of the page")
-    parser.add_argument("--docs", type=Path, help="page whose tables are replaced")
-    parser.add_argument("--marker", default=MARKER, help="name in the page's markers")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks")
+    parser.add_argument("--docs", type=Path, help="page whose tables of these tasks are replaced")
     parser.add_argument("--brief", action="store_true", help="leave single structures out")
     arguments = parser.parse_args()
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
-    text = "\n\n".join(f"### {one['task']['title']}\n\n{tables(one, arguments.brief)}" for one in found)
-    if arguments.docs:
-        replace_between(arguments.docs, arguments.marker, text)
-    else:
-        print(text)
+    for one in joined([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]):
+        text = f"### {one['task']['title']}\n\n{tables(one, arguments.brief)}"
+        if arguments.docs:
+            replace_between(arguments.docs, MARKER.format(one["task"]["name"]), text)
+        else:
+            print(f"{text}\n")
 
 
 if __name__ == "__main__":
