@@ -20,11 +20,19 @@ __all__ = [
     "corner_distance",
     "expand_box",
     "index_affine",
+    "is_thick",
     "interpolation_matrices",
     "relative_box",
     "resample_box",
     "transformed_box",
 ]
+
+THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
+
+
+def is_thick(spacing: np.ndarray) -> bool:
+    """Whether voxels of these sides (3,) are those of thick slices."""
+    return bool(spacing.max() >= THICK * np.median(spacing))
 
 
 def axis_extremes(mask: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mapseg_components.boxes import is_thick
 from mapseg_components.data.scan_statistics import ScanStatistics
 from mapseg_components.scans.facts import Facts
 from mapseg_components.scans.files import is_picture
@@ -31,6 +32,7 @@ TURN_MARGIN = 0.02  # by which another orientation must fit better, as a correla
 MIRROR_SHARE = 0.25  # of the reference's usual preference for its side
 FAR, FAR_RATIO = 0.1, 4.0  # a histogram that far from its set's median, and so many times the usual distance
 HIGHEST_OF_8_BITS = 255
+RESAMPLED = "`mapseg adapt` resamples to its working spacing, `python -m monai.bundle` only with `working_spacing` set"
 AXES = ("left-right", "back-front", "bottom-top")
 StatisticsByFile = Mapping[str, ScanStatistics]
 
@@ -79,22 +81,28 @@ def numbers(values: Sequence[float]) -> str:
     return " x ".join(f"{value:.3g}" for value in values)
 
 
+def slices_last(spacing: Sequence[float], values: Sequence[float]) -> list[float]:
+    """One value per axis, that of a stack's thick slices last: oblique stacks of one kind have it on any axis."""
+    order = np.argsort(spacing) if is_thick(np.array(spacing)) else range(len(values))
+    return [values[axis] for axis in order]
+
+
 def grids(name: str, files: Sequence[str], statistics: StatisticsByFile) -> Iterator[Finding]:
     """Voxel sides, fields of view and orientations by the header."""
     for what, attribute, limit in (
         ("voxels", "spacing_mm", SPACING_RATIO),
         ("field of view", "extent_mm", EXTENT_RATIO),
     ):
-        middle = np.median([getattr(statistics[file], attribute) for file in files], axis=0)
-        for file in files:
+        sides = {file: slices_last(statistics[file].spacing_mm, getattr(statistics[file], attribute)) for file in files}
+        middle = np.median(list(sides.values()), axis=0)
+        for file, found in sides.items():
             if attribute == "extent_mm" and is_picture(file):
                 continue  # cut as it suits
-            found = getattr(statistics[file], attribute)
             if max(np.maximum(np.array(found) / middle, middle / np.array(found))) > limit:
                 text = (
                     f"{what} of {numbers(found)} mm, the median of {len(files)} scans of {name} is {numbers(middle)} mm"
                 )
-                yield warning(file, text, "look at it; nothing is resampled by itself")
+                yield warning(file, text, f"look at it; {RESAMPLED}")
     codes = Counter(statistics[file].axcodes for file in files)
     if len(codes) > 1:
         listed = ", ".join(f"{code} ({count})" for code, count in codes.most_common())
@@ -207,10 +215,11 @@ def domains(source: Sequence[str], target: Sequence[str], statistics: Statistics
     scale = f"Wasserstein distance, 0 to 1; within the source {within:.3f}"
     text = f"intensities are {far:.3f} away from the source's ({scale})"
     yield note("target", text)
-    spacing = [np.median([statistics[file].spacing_mm for file in files], axis=0) for files in (source, target)]
+    sides = [[slices_last(*[statistics[file].spacing_mm] * 2) for file in files] for files in (source, target)]
+    spacing = [np.median(one, axis=0) for one in sides]
     if max(np.maximum(spacing[0] / spacing[1], spacing[1] / spacing[0])) > DOMAIN_SPACING_RATIO:
         text = f"median voxels of {numbers(spacing[1])} mm, the source's are {numbers(spacing[0])} mm"
-        yield warning("target", text, "resample both to one spacing; nothing is resampled by itself")
+        yield warning("target", text, f"bring both to one spacing; {RESAMPLED}")
     masked = [sum(is_masked(statistics[file]) for file in files) / len(files) for files in (source, target)]
     if (masked[0] >= 0.5) != (masked[1] >= 0.5):
         text = f"{masked[1]:.0%} of its scans are skull-stripped or masked, of the source {masked[0]:.0%}"

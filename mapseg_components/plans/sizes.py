@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mapseg_components.boxes import THICK
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.components import describe_after
-from mapseg_components.transforms.frame import THICK
 
 __all__ = [
     "PRESETS",

@@ -15,19 +15,14 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Orientationd, Spacingd
 
+from mapseg_components.boxes import is_thick
 from mapseg_components.errors import ConfigError
 from mapseg_components.transforms.inputs import as_volume
 
 __all__ = ["WorkingFrame", "WorkingFramed", "WorkingSpacingd", "axes_in_frame"]
 
 RAS = np.eye(3)
-THICK = 2.5  # slices this many times thicker than the voxels in the plane are wide
 TILTED = 0.5  # cosine of 60 degrees between a scan's slices and the frame's: beyond, they are other slices
-
-
-def is_thick(spacing: np.ndarray) -> bool:
-    """Whether voxels of these sides (3,) are those of thick slices."""
-    return bool(spacing.max() >= THICK * np.median(spacing))
 
 
 def axes_in_frame(affine: np.ndarray, directions: np.ndarray) -> list[tuple[int, int]]:

@@ -158,6 +158,18 @@ def test_voxels_that_are_smaller_or_larger_than_the_others_are_reported(scans, f
     assert any(name == path.name and "voxels of" in what for name, what in warnings_of(check(scans, quiet=True)))
 
 
+def test_stacks_may_have_their_slices_along_any_axis(tmp_path):
+    """Oblique stacks of one kind: the nearest axis of the slices differs, their voxels do not."""
+    shape, sides = np.array([12, 40, 42]), np.array([8.0, 0.75, 0.75])
+    for number in range(4):
+        turn = np.roll(np.arange(3), number % 3)
+        voxels = np.random.default_rng(number).integers(1, 100, shape[turn]).astype(np.int16)
+        thickness = np.where(sides == 8, 8 if number < 3 else 13, sides)
+        write_nifti(tmp_path / f"{number}.nii.gz", voxels, np.diag([*thickness[turn], 1]))
+    found = [what for _, what in warnings_of(check(tmp_path, quiet=True)) if "voxels of" in what]
+    assert len(found) == 1 and "voxels of 0.75 x 0.75 x 13 mm" in found[0] and "median" in found[0]
+
+
 def ct(shift=0, seed=0):
     """Air, soft tissue and some bone in HU, or shifted."""
     generator = np.random.default_rng(seed)
