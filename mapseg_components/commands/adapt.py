@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import shutil
@@ -15,10 +14,18 @@ from typing import Any
 
 from mapseg_components.commands.assess import assess
 from mapseg_components.commands.check import check
-from mapseg_components.commands.order import asks_for_order, describe_order, recipe_of, settle_order
+from mapseg_components.commands.order import CHOICE, asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import report, require_matplotlib, verdict_line
+from mapseg_components.commands.request import comparable, preparation
 from mapseg_components.commands.reuse import runs_to_reuse
+from mapseg_components.commands.source_choice import (
+    check_number,
+    choose_source,
+    chosen_of,
+    describe_choice,
+    is_choice_due,
+)
 from mapseg_components.commands.stages import threads
 from mapseg_components.commands.training import Run
 from mapseg_components.errors import ConfigError, DataError
@@ -33,7 +40,7 @@ from mapseg_components.plans.length import check_length
 from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, refuse_of_source
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import PACKAGE, Stage, recipe_for
-from mapseg_components.plans.rounds import REQUIRED, check_options
+from mapseg_components.plans.rounds import check_options
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, working
 from mapseg_components.sides import refuse_sides
@@ -43,8 +50,6 @@ __all__ = ["adapt"]
 logger = logging.getLogger(__name__)
 
 Cases = list[dict[str, Any]]
-
-NOT_ASKED = {"input", "output", "labels", "series", "overwrite", "quiet", "verbose"}  # of mapseg prepare
 
 
 @dataclass
@@ -85,6 +90,7 @@ def adapt(
     symmetric: bool = False,
     any_position: bool = False,
     settings: str | Mapping[str, Any] | None = None,
+    source_models: int = 1,
     length: float = 1.0,
     adaptation_length: float | None = None,
     reuse: str | Sequence[str] | None = None,
@@ -131,6 +137,8 @@ def adapt(
             nothing about whether it is right.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
+        source_models: train so many models of the source, alike but for the seed, and go on with the one that is surest
+            on the target's scans, without labels. Each takes as long as the one that is trained by default.
         length: factor of the epochs of every stage, such as 0.5 for half of them; two epochs at least.
         adaptation_length: the same for the stages after the source-only model alone, by default as `length`.
         reuse: other runs of this command, with commas between them: a stage that one of them has trained with the same
@@ -163,6 +171,7 @@ def adapt(
         raise ConfigError(f"validation_share is {validation_share}, expected a share between 0 and 1")
     if not 0 <= held_out < 1:
         raise ConfigError(f"held_out is {held_out}, expected a share from 0 to below 1")
+    check_number(source_models, package)
     check_length(length)
     check_length(length if adaptation_length is None else adaptation_length)
     choose_device(device)
@@ -183,6 +192,7 @@ def adapt(
         "symmetric": symmetric,
         "any_position": any_position,
         "settings": read_mapping("settings", settings),
+        "source_models": source_models,
         "length": length,
         "adaptation_length": adaptation_length,
         "seed": seed,
@@ -225,14 +235,23 @@ class Adaptation(Run):
         if "check" not in self.record:
             self._check()
             self.save()
-        self.recipe = recipe_of(self.recipe, self.record, self.request)
+        self.recipe = recipe_of(chosen_of(self.recipe, self.record), self.record, self.request)
         self._find_order(Stage(PACKAGE))
-        number = 0
-        while number < len(self.recipe.stages):
-            stage, number = self.recipe.stages[number], number + 1
+        seen: set[str] = set()
+        while stage := next((stage for stage in self.recipe.stages if stage.name not in seen), None):
+            seen.add(stage.name)
             if self.request["pretraining"] or not stage.optional:
                 self.do(stage)
+            self._choose_source(stage)
             self._find_order(stage)
+
+    def _choose_source(self, done: Stage) -> None:
+        """Choose one of several source models once the last of them is trained."""
+        if is_choice_due(self.recipe, done, self.record):
+            self.record[CHOICE] = choose_source(self.folder, self.recipe, self.record, self.request)
+            self.save()
+            logger.info(describe_choice(self.record[CHOICE]))
+            self.recipe = chosen_of(self.recipe, self.record)
 
     def _find_order(self, done: Stage) -> None:
         """Find out whether the target is bright for dark, where that follows a stage, or the package."""
@@ -288,7 +307,7 @@ class Adaptation(Run):
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
         added = {"held_out": 0, "length": 1.0, "adaptation_length": None}  # since earlier versions
-        added |= {"source_label_maps": False, "package": None}
+        added |= {"source_label_maps": False, "package": None, "source_models": 1}
         saved["request"] = added | saved["request"]
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
@@ -379,22 +398,3 @@ class Adaptation(Run):
         )
         self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
         logger.info(f"Check of all scans: {found.verdict()}")
-
-
-def comparable(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the result of a run so far, of its arguments: pseudo labels to come may be kept by another rule."""
-    settings = {name: value for name, value in (request["settings"] or {}).items() if name != REQUIRED}
-    kept = {name: value for name, value in request.items() if name not in ("device", "num_threads")}
-    return kept | {"settings": settings or None}
-
-
-def preparation(given: str | Mapping[str, Any] | None, label_maps: bool = False) -> dict[str, Any] | None:
-    """Options of ``mapseg prepare`` that decide its results. Raises `ConfigError` for others, and for label maps."""
-    if label_maps and given is not None:
-        raise ConfigError("prepare is for scans, and the source is label maps alone: run mapseg prepare on the target")
-    options = read_mapping("prepare", given)
-    known = set(inspect.signature(prepare_scans).parameters) - NOT_ASKED
-    unknown = sorted(set(options or {}) - known)
-    if unknown:
-        raise ConfigError(f"prepare has {unknown}, expected options among {sorted(known)}")
-    return options

@@ -24,6 +24,7 @@ __all__ = ["TARGET_INVERTED", "asks_for_order", "describe_order", "find_order", 
 MOST_SCANS = 8
 MOST_OF_THEM = 0.8  # share of the scans that must agree
 LEAST_GAIN = 0.01  # of the mean confidence
+CHOICE = "source_choice"  # in run.json: among several source models, see `mapseg_components.commands.source_choice`
 
 
 def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
@@ -95,8 +96,10 @@ def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], requ
         record: content of ``run.json``.
         request: arguments of ``mapseg adapt``.
     """
-    after = (recipe.order or "").startswith(f"{stage.name}/") and record["done"][-1:] == [stage.name]
-    return after and bool(request["random_contrasts"]) and known_order(record, request) is None
+    sources = {stage.name, *record.get(CHOICE, {}).get("confidence", ())}
+    after = (recipe.order or "").partition("/")[0] in sources and record["done"][-1:] in [[name] for name in sources]
+    chosen = len(recipe.first) == 1
+    return after and chosen and bool(request["random_contrasts"]) and known_order(record, request) is None
 
 
 def recipe_of(recipe: Recipe, record: Mapping[str, Any], request: Mapping[str, Any]) -> Recipe:

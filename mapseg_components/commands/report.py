@@ -14,7 +14,7 @@ import numpy as np
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands.check import findings_table
-from mapseg_components.commands.order import describe_order
+from mapseg_components.commands.order import CHOICE, describe_order
 from mapseg_components.commands.report_package import (
     CONSISTENCY,
     CONSISTENCY_NOTE,
@@ -30,6 +30,7 @@ from mapseg_components.commands.report_rounds import (
     rounds_section,
     translation_section,
 )
+from mapseg_components.commands.source_choice import describe_choice
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import read_nifti
 from mapseg_components.data.datalist import all_targets
@@ -194,6 +195,7 @@ def report(directory: str, output: str | None = None) -> str:
         method_note(run),
         f'<p class="quiet">{PACKAGE_NOTE}</p>' if "package" in plan else "",
         f'<p class="quiet">{SYNTHETIC_NOTE}</p>' if run["request"].get("source_label_maps") else "",
+        f'<p class="quiet">{escape(describe_choice(run[CHOICE]))}</p>' if CHOICE in run else "",
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",

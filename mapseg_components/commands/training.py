@@ -44,6 +44,7 @@ logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's,
 
 DATALIST = "datalist.json"
 SECTIONS = ("source_training", "source_validation", "target_training", "target_labelled")
+MEMBER_SEEDS = 1000  # between the seeds of several source models, so that those of runs with other seeds differ
 PSEUDO = "pseudo"  # folder of the pseudo labels that are kept, in that of their stage
 
 
@@ -68,6 +69,7 @@ class Run:
         self.record: dict[str, Any] = {"request": request, "versions": versions(), "seconds": {}, "done": []}
         kinds = bool(request.get("source_label_maps")), request.get("package") is not None
         self.recipe = written_out(recipe_for(request["method"], *kinds), self.asked)
+        self.recipe = self.recipe.with_source_models(request.get("source_models", 1))
         require_engine(self.recipe, self.asked)
 
     @property
@@ -120,7 +122,8 @@ class Run:
         """Factor of a stage's epochs: those after the source-only model may have one of their own."""
         names = [one.name for one in self.recipe.stages]
         first = self.recipe.models["source_only"].partition("/")[0]
-        last = names.index(first) if first in names else -1  # of a package that was given no stage is run
+        of_source = {first, *(one.name for one in self.recipe.first if len(self.recipe.first) > 1)}
+        last = max((names.index(name) for name in of_source if name in names), default=-1)  # none of a package's
         own = self.request.get("adaptation_length") if names.index(stage.name) > last else None
         return float(self.request["length"] if own is None else own)
 
@@ -161,6 +164,8 @@ class Run:
             earlier["datalist"] = output / DATALIST
             listed = divided(listed, stage.fold, self.request["seed"])
             own["seed"] = self.request["seed"] + stage.fold[0]  # members of an ensemble differ
+        if stage.member:
+            own["seed"] = self.request["seed"] + MEMBER_SEEDS * stage.member
         if stage.kind == FEDERATION:
             own |= federation_settings(listed, merged | own, self.asked, self.request["seed"], output)
         self.record.setdefault("epochs", {})[stage.name] = planned_length(merged | own)

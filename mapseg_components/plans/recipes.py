@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class Stage:
         each_round: whether it is repeated, see `mapseg_components.plans.rounds`.
         fold: number of its part of the source's cases, which it is validated on, and how many parts there are; ``None``
             for the run's own division.
+        member: number among several trainings of one kind, the first is 0; others begin with another seed.
     """
 
     name: str
@@ -70,6 +73,7 @@ class Stage:
     weights: tuple[str, ...] = ()
     each_round: bool = False
     fold: tuple[int, int] | None = None
+    member: int = 0
 
     def factors(self, preset: str) -> dict[str, float]:
         """Factors of settings in a preset."""
@@ -167,25 +171,49 @@ class Recipe:
         weights = f"{PACKAGE}/weights.pt"
         return replace(self, stages=tuple(stages), order=weights, models={**self.models, "source_only": weights})
 
-    def without_contrasts(self) -> Recipe:
-        """Without the stages that are for a target as it is alone; their weights are those of the stage before."""
-        kept: list[Stage] = []
-        instead: dict[str, str] = {}
-        for stage in self.stages:
-            if stage.only_as_is:
-                instead[stage.name] = kept[-1].name
-            else:
-                kept.append(stage)
+    @property
+    def first(self) -> tuple[Stage, ...]:
+        """The stage that learns the source from the start; several where one of them is to be chosen."""
+        first, *others = [stage for stage in self.stages if not stage.optional]
+        return (first, *itertools.takewhile(lambda stage: stage.member > 0, others))
 
-        def moved(paths: dict[str, str]) -> dict[str, str]:
-            parts = {name: path.partition("/") for name, path in paths.items()}
-            return {name: "".join([instead.get(first, first), *rest]) for name, (first, *rest) in parts.items()}
+    def with_source_models(self, number: int) -> Recipe:
+        """With so many source models to choose from, in the place of the first one."""
+        (origin,) = self.first
+        place = self.stages.index(origin)
+        members = [replace(origin, name=f"{origin.name}_{one + 1}", member=one) for one in range(1, number)]
+        return replace(self, stages=(*self.stages[: place + 1], *members, *self.stages[place + 1 :]))
+
+    def with_source_model(self, name: str) -> Recipe:
+        """With one of several source models, by the name of its stage: the others are left out."""
+        others = {stage.name for stage in self.first} - {name}
+        return self.moved(dict.fromkeys(others, name))
+
+    def moved(self, instead: Mapping[str, str]) -> Recipe:
+        """Without some stages; what they would have made is another one's, by name."""
+
+        def of_paths(paths: dict[str, str]) -> dict[str, str]:
+            parts = {key: path.partition("/") for key, path in paths.items()}
+            return {key: "".join([instead.get(first, first), *rest]) for key, (first, *rest) in parts.items()}
 
         def of(stage: Stage) -> Stage:
-            weights = moved(dict(zip(stage.weights, stage.weights)))
-            return replace(stage, paths=moved(stage.paths), weights=tuple(weights.values()))
+            weights = of_paths(dict(zip(stage.weights, stage.weights)))
+            return replace(stage, paths=of_paths(stage.paths), weights=tuple(weights.values()))
 
-        return replace(self, stages=tuple(map(of, kept)), models=moved(self.models))
+        order = None if self.order is None else of_paths({"order": self.order})["order"]
+        kept = tuple(of(stage) for stage in self.stages if stage.name not in instead)
+        return replace(self, stages=kept, models=of_paths(self.models), order=order)
+
+    def without_contrasts(self) -> Recipe:
+        """Without the stages that are for a target as it is alone; their weights are those of the stage before."""
+        instead: dict[str, str] = {}
+        last = ""
+        for stage in self.stages:
+            if stage.only_as_is:
+                instead[stage.name] = last
+            else:
+                last = stage.name
+        return self.moved(instead)
 
 
 def scaled(value: float, factor: float) -> float:
