@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality of a segmentation, estimated without labels of the scan.
 
-`consistency` is the agreement of the label maps of one scan under changed intensities. `Calibration` maps it to a Dice,
-by a line fitted on labelled source scans. A model can be consistent and wrong, so `Positions` bounds the Dice of a
-structure that lies where no labelled scan has it, and `reconciled` the difference of two models that agree.
+`consistency` is the agreement of the label maps of one scan under changed intensities, `expected_dice` that of a label
+map with its own probabilities. `Calibration` maps them to a Dice, by lines fitted on labelled source scans. A model can
+be consistent and wrong, so `Positions` bounds the Dice of a structure that lies where no labelled scan has it, and
+`reconciled` the difference of two models that agree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "Calibration",
     "Positions",
     "consistency",
+    "expected_dice",
     "label_agreement",
     "mean_consistencies",
     "positions_of",
@@ -81,6 +83,31 @@ def consistency(
     if flip_axis is not None:
         others.append(segment(image.flip(1 + flip_axis)).flip(flip_axis))
     return torch.stack([label_agreement(label_map, other, classes) for other in others]).nanmean(dim=0)
+
+
+def expected_dice(probabilities: torch.Tensor, label_map: torch.Tensor) -> torch.Tensor:
+    """Dice between a label map and the probabilities that it is made of: what these expect of it.
+
+    Args:
+        probabilities: (classes, X, Y, Z).
+        label_map: (X, Y, Z), their largest.
+
+    Returns:
+        (classes - 1,) between 0 and 1; NaN for a structure that the label map lacks.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.quality import expected_dice
+        >>> probabilities = torch.tensor([[0.2, 0.4, 1.0], [0.8, 0.6, 0.0]])[..., None, None]
+        >>> expected_dice(probabilities, probabilities.argmax(dim=0))
+        tensor([0.8235])
+    """
+    found = []
+    for number in range(1, len(probabilities)):
+        inside, own = label_map == number, probabilities[number]
+        size = inside.sum()
+        found.append(2 * own[inside].sum() / (size + own.sum()) if size else torch.tensor(torch.nan))
+    return torch.stack(found)
 
 
 def mean_consistencies(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
@@ -157,22 +184,23 @@ def reconciled(first: np.ndarray, second: np.ndarray, agreement: np.ndarray) -> 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A straight line from `consistency` to Dice, fitted to labelled scans of the source.
+    """From signs of a good segmentation to its Dice, by labelled scans of the source.
+
+    A sign is a number between 0 and 1 of each structure, such as `consistency` and `expected_dice`. Each has a straight
+    line from it to Dice. The estimate is the lowest of theirs: a sign misses errors more easily than it makes them up.
 
     Args:
-        slope: slope of the line, never negative.
-        intercept: intercept of the line.
+        lines: of each sign slope, never negative, and intercept.
         points: number of structures times scans it was fitted to.
         error: root mean square error on points of scans that were left out, one at a time; on the fitted points if
             there is only one scan.
-        lowest: lowest consistency seen. An estimate below it is a guess.
-        highest: highest consistency seen. An estimate above it is a guess.
+        lowest: lowest value of the first sign seen. An estimate below it is a guess.
+        highest: highest value of the first sign seen. An estimate above it is a guess.
         half_width: of the interval of the mean Dice of a segmentation, see `interval`; ``None`` with too few
             segmentations or a single scan.
     """
 
-    slope: float
-    intercept: float
+    lines: dict[str, tuple[float, float]]
     points: int
     error: float
     lowest: float
@@ -182,45 +210,47 @@ class Calibration:
     @classmethod
     def fit(
         cls,
-        consistencies: Sequence[Sequence[float]],
+        signs: Mapping[str, Sequence[Sequence[float]]],
         dice: Sequence[Sequence[float]],
         scans: Sequence[int] | None = None,
     ) -> Calibration | None:
-        """Fit to segmentations, each a list of structures; pairs with a NaN are left out. ``None`` below three points.
+        """Fit to segmentations, each a list of structures. ``None`` below three points.
+
+        A structure whose Dice or first sign is NaN is left out; of another sign that is NaN there, its line does.
 
         Args:
-            consistencies: one list per segmentation.
+            signs: of each sign one list per segmentation.
             dice: likewise.
             scans: the scan that each segmentation is of; by default, each of another one. All segmentations of a scan
                 are left out together.
         """
-        pairs = [
-            np.array([(c, d) for c, d in zip(*one) if np.isfinite(c) and np.isfinite(d)]).reshape(-1, 2)
-            for one in zip(consistencies, dice)
-        ]
-        points = np.concatenate(pairs) if pairs else np.zeros((0, 2))
+        parts = []  # of each segmentation (structures, signs and Dice)
+        for values in zip(*signs.values(), dice):
+            columns = np.array(values, dtype=float).T
+            parts.append(columns[np.isfinite(columns[:, [0, -1]]).all(axis=1)])
+        points = np.concatenate(parts) if parts else np.zeros((0, len(signs) + 1))
         if len(points) < 3:
             return None
-        slope, intercept = line(points)
-        residuals = points[:, 1] - (slope * points[:, 0] + intercept)
-        groups = range(len(pairs)) if scans is None else scans
+        lines = lines_of(points)
+        residuals = points[:, -1] - along(lines, points[:, :-1])
+        groups = range(len(parts)) if scans is None else scans
         half_width = None
         if len({*groups}) > 1:
             left_out, means = [], []
-            for group, own in zip(groups, pairs):
-                a, b = line(np.concatenate([one for other, one in zip(groups, pairs) if other != group]))
-                left_out.append(own[:, 1] - (a * own[:, 0] + b))
+            for group, own in zip(groups, parts):
+                others = lines_of(np.concatenate([one for other, one in zip(groups, parts) if other != group]))
+                left_out.append(own[:, -1] - along(others, own[:, :-1]))
                 if len(own):
-                    means.append(abs(float(np.mean(own[:, 1] - np.clip(a * own[:, 0] + b, 0.0, 1.0)))))
+                    means.append(abs(float(np.mean(left_out[-1]))))
             residuals = np.concatenate(left_out)
             half_width = conformal_quantile(means, COVERAGE)
         error = float(np.sqrt(np.mean(residuals**2)))
         lowest, highest = float(points[:, 0].min()), float(points[:, 0].max())
-        return cls(slope, intercept, len(points), error, lowest, highest, half_width)
+        return cls(dict(zip(signs, lines)), len(points), error, lowest, highest, half_width)
 
-    def dice(self, consistency: float) -> float:
-        """Expected Dice, between 0 and 1; NaN for NaN."""
-        return float(np.clip(self.slope * consistency + self.intercept, 0.0, 1.0))
+    def dice(self, **signs: float) -> float:
+        """Expected Dice of a structure, between 0 and 1, from its signs by name, by those that are not NaN."""
+        return float(along(list(self.lines.values()), np.array([[signs[name] for name in self.lines]]))[0])
 
     def interval(self, dice: float) -> tuple[float, float] | None:
         """Interval around an estimated mean Dice over structures, with the nominal coverage `COVERAGE`.
@@ -230,9 +260,9 @@ class Calibration:
         """
         return None if self.half_width is None else (max(dice - self.half_width, 0.0), min(dice + self.half_width, 1.0))
 
-    def covers(self, consistency: float) -> bool:
-        """Whether the labelled scans had such a consistency."""
-        return self.lowest <= consistency <= self.highest
+    def covers(self, value: float) -> bool:
+        """Whether the labelled scans had such a value of the first sign."""
+        return self.lowest <= value <= self.highest
 
 
 def positions_of(image: torch.Tensor, label_map: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,9 +350,20 @@ def conformal_quantile(errors: Sequence[float], coverage: float) -> float | None
     return sorted(errors)[rank - 1] if 0 < rank <= len(errors) else None
 
 
-def line(points: np.ndarray) -> tuple[float, float]:
-    """Slope (0 or more) and intercept of the least-squares line through points (N, 2)."""
-    x, y = points.T
-    spread = float(np.var(x)) if len(x) else 0.0
-    slope = max(float(np.mean((x - x.mean()) * (y - y.mean()))) / spread, 0.0) if spread > 1e-12 else 0.0
-    return slope, float(y.mean() - slope * x.mean()) if len(y) else 0.0
+def lines_of(points: np.ndarray) -> list[tuple[float, float]]:
+    """Slope (0 or more) and intercept of the least-squares line from each sign to Dice, of points (N, signs + 1)."""
+    found = []
+    for sign in points[:, :-1].T:
+        known = np.isfinite(sign)
+        x, y = sign[known], points[known, -1]
+        spread = float(np.var(x)) if len(x) else 0.0
+        slope = max(float(np.mean((x - x.mean()) * (y - y.mean()))) / spread, 0.0) if spread > 1e-12 else 0.0
+        found.append((slope, float(y.mean() - slope * x.mean()) if len(y) else 1.0))
+    return found
+
+
+def along(lines: Sequence[tuple[float, float]], signs: np.ndarray) -> np.ndarray:
+    """The lowest Dice (N,) of the lines of signs (N, signs), between 0 and 1; NaN where all signs are."""
+    slopes, intercepts = np.array(lines, dtype=float).T
+    found = np.clip(signs * slopes + intercepts, 0.0, 1.0)
+    return np.where(np.isnan(found).all(axis=1), np.nan, np.fmin.reduce(found, axis=1))

@@ -39,6 +39,8 @@ DICE = {0: 1.0, 1: (3 / 4 + 1 / 2) / 2, 2: 2 / 4 / 2, 3: 1 / 4 / 2}  # of both, 
 VALUES = {"first": 5, "second": 10}
 EVALUATED: dict[tuple[str, bytes], str] = {}
 
+KEPT = ROOT / "benchmarks" / "results" / "methods"
+
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
@@ -609,11 +611,21 @@ def test_the_command_line_names_what_is_wrong_and_the_page_takes_several_results
     report.main()
     text = page.read_text()
     assert "stays" in text and text.count("### two boxes") == 1 and "seeds 0, 1" in text
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--keep", str(tmp_path / "kept")])
+    report.main()
+    (again,) = report.joined([json.loads((tmp_path / "kept" / f"{name}.json").read_text())])
+    assert report.tables(again) in page.read_text() == text, "what is kept is all that the table needs"
     one = json.loads(Path(files[0]).read_text())
     with pytest.raises(ValueError, match="hold mapseg, seed 0"):
         report.joined([one, one])
     with pytest.raises(ValueError, match="budget_minutes is None and 3"):
         report.joined([one, {**one, "budget_minutes": 3}])
+
+
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*.json")), ids=lambda path: path.stem)
+def test_the_page_shows_what_is_kept(path):
+    (result,) = report.joined([json.loads(path.read_text())])
+    assert report.tables(result, brief=True) in (ROOT / "docs" / "reference" / "benchmark.md").read_text()
 
 
 def test_every_method_is_compared_by_default(scans, tmp_path):

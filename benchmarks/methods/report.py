@@ -5,7 +5,8 @@
 python -m benchmarks.methods.report runs/benchmark/TASK/results.json ... --docs docs/reference/benchmark.md
 
 Results of one task are one table, such as one file for each seed. A task's place in a page is between the lines
-<!-- benchmark TASK: begin --> and <!-- benchmark TASK: end -->; the other tables of the page stay.
+<!-- benchmark TASK: begin --> and <!-- benchmark TASK: end -->; the other tables of the page stay. What was measured is
+kept in benchmarks/results/methods, by --keep, and joined with another seed's there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ BASELINE = "source_only"  # names of methods that only learn the source begin wi
 SMALLEST_GAP = 0.01  # Dice: a share of less says nothing
 GIGABYTE, MEGABYTE = 1e9, 1e6
 MARKER = "benchmark {}"  # of a task
+DIGITS = 5
 ALIKE = ("budget_minutes", "source_length", "settings", "knobs")  # of results that may share a table
 Record = Mapping[str, Any]
 
@@ -185,13 +187,14 @@ def joined(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         results: contents of ``results.json``, such as one for each seed of a task.
 
     Returns:
-        one for each task, in the order of their first.
+        one for each task, in the order of their first, numbers with five digits after the point.
 
     Raises:
         ValueError: two of a task have other budgets or settings, or hold the same run.
     """
     found: dict[str, dict[str, Any]] = {}
-    for one in results:
+    for result in results:
+        one = json.loads(json.dumps(result), parse_float=lambda text: round(float(text), DIGITS))
         name = one["task"]["name"]
         first = found.setdefault(name, {**one, "runs": []})
         other = [key for key in ALIKE if first[key] != one[key]]
@@ -338,8 +341,13 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks")
     parser.add_argument("--docs", type=Path, help="page whose tables of these tasks are replaced")
     parser.add_argument("--brief", action="store_true", help="leave single structures out")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="write what the tables are made of to DIR/TASK.json")
     arguments = parser.parse_args()
     for one in joined([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]):
+        if arguments.keep:
+            arguments.keep.mkdir(parents=True, exist_ok=True)
+            kept = {key: value for key, value in one.items() if key != "summary"}
+            (arguments.keep / f"{one['task']['name']}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
         text = f"### {one['task']['title']}\n\n{tables(one, arguments.brief)}"
         if arguments.docs:
             replace_between(arguments.docs, MARKER.format(one["task"]["name"]), text)

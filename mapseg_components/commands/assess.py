@@ -34,6 +34,7 @@ from mapseg_components.quality import (
     Calibration,
     Positions,
     consistency,
+    expected_dice,
     label_agreement,
     mean_consistencies,
     positions_of,
@@ -52,6 +53,7 @@ HELD_OUT = "target scans that were held out of adaptation"
 ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be less on others)"
 LEAST_LOSS = 0.01
 ESTIMATE, CONSISTENCY = "estimated_dice", "consistency"  # figures of a case by which models are compared
+EXPECTED = "expected_dice"
 TITLES = {ESTIMATE: "Estimated Dice", CONSISTENCY: "Consistency"}
 WITHOUT_LABELS = (
     "There is no labelled scan, so Dice is not estimated: consistency is how alike a model's label maps of one scan "
@@ -79,13 +81,13 @@ def assess(
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
     The scans are those of ``target_heldout``, or where there are none those of ``target_training``. For each model a
-    calibration from consistency to Dice is fitted to the labelled validation scans, as they are and degraded. At most
-    5 validation scans in 12 versions and 10 target scans are segmented, each once and once per view; fewer, down to 4
-    versions and 2 target scans, where that would cost more than a tenth of the adaptation. Of an image of one slice
-    the middle is taken for that, see `mapseg_components.plans.judging.judged_region`. On each target scan,
-    consistency gives an estimate of Dice, and the place of a structure in the scan's foreground an upper bound, by
-    where the source's training scans have it; two models' estimates differ by no more than their agreement allows.
-    None of it can know errors that all models make alike however a scan is shown, and at the right place.
+    calibration from consistency and expected Dice to Dice is fitted to labelled validation scans, as they are and
+    degraded. At most 5 of these in 12 versions and 10 target scans are segmented, each once and once per view; fewer,
+    down to 4 versions and 2 target scans, where that would cost more than a tenth of the adaptation. Of an image of one
+    slice the middle is taken, see `mapseg_components.plans.judging.judged_region`. On each target scan the lower of
+    both signs gives an estimate of Dice, and the place of a structure in the scan's foreground an upper bound, by where
+    the source's training scans have it; two models' estimates differ by no more than their agreement allows. None of it
+    can know errors that all models make alike, and surely, however a scan is shown, and at the right place.
 
     Without labelled scans no Dice can be estimated: then two models are compared by their consistency itself, in which
     a structure counts as 0 that only the other model has, or whose share of all structures leaves the range of
@@ -127,6 +129,12 @@ def assess(
     def segment(image: torch.Tensor) -> torch.Tensor:
         return probabilities(image).max(dim=0).indices  # several times as fast as argmax across a volume's first axis
 
+    def signs_of(image: torch.Tensor, found: torch.Tensor, label_map: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            CONSISTENCY: consistency(image, label_map, segment, classes, flip, views),
+            EXPECTED: expected_dice(found, label_map),
+        }
+
     def region_of(shape: torch.Size) -> tuple[slice, ...]:
         return judged_region(shape[-3:], window, window_stride)
 
@@ -160,15 +168,18 @@ def assess(
         for model, file in weights.items():
             trial.load(file)
             translated = own_scans[model] != str(datalist)  # its validation scans are shown as the target's are
-            seen, dice = [], []
+            seen: dict[str, Any] = {CONSISTENCY: [], EXPECTED: []}
+            dice = []
             for number, name in versions:
                 image = trial.scan(labelled[model][number]["image"], source=not translated).as_subclass(torch.Tensor)
                 truth, _ = load_labels(labelled[model][number]["label"])
                 region = region_of(image.shape)
                 image, truth = image[(slice(None), *region)], truth[region]
                 shown = image if name is None else DEGRADATIONS[name](image)
-                label_map = segment(shown)
-                seen.append(consistency(shown, label_map, segment, classes, flip, views).tolist())
+                found = probabilities(shown)
+                label_map = found.max(dim=0).indices
+                for sign, values in signs_of(shown, found, label_map).items():
+                    seen[sign].append(values.tolist())
                 dice.append(label_agreement(label_map, truth, classes).tolist())
                 bar.update()
             plain = [own for own, (_, name) in zip(dice, versions) if name is None]
@@ -181,13 +192,15 @@ def assess(
                 confidence, label_map = found.max(dim=0)
                 scan = image.as_subclass(torch.Tensor)
                 part = scan[(slice(None), *region_of(scan.shape))]
-                same = label_map if part.shape == scan.shape else segment(part)  # windows lie elsewhere in a part
-                stable = consistency(part, same, segment, classes, flip, views)
+                if part.shape == scan.shape:
+                    signs = signs_of(part, found, label_map)
+                else:  # windows lie elsewhere in a part
+                    signs = signs_of(part, inside := probabilities(part), inside.max(dim=0).indices)
                 if positions is not None:
                     bound = positions.highest_dice(positions_of(scan, label_map, classes)[0])
                 else:
                     bound = within_shares(label_map, ranges)
-                figures = case_figures(label_map, confidence, stable, bound, calibration, voxel_ml(image), names)
+                figures = case_figures(label_map, confidence, signs, bound, calibration, voxel_ml(image), names)
                 cases.append({"case": case["case_id"], **figures})
                 label_maps[model].append(label_map.to(torch.int16))
                 bar.update()
@@ -266,7 +279,7 @@ def volumes_ml(label_map: torch.Tensor, ml: float, names: Sequence[str]) -> dict
 def case_figures(
     label_map: torch.Tensor,
     confidence: torch.Tensor,
-    stable: torch.Tensor,
+    signs: Mapping[str, torch.Tensor],
     bound: torch.Tensor,
     calibration: Calibration | None,
     ml: float,
@@ -274,10 +287,13 @@ def case_figures(
 ) -> dict[str, Any]:
     """Figures of the segmentation of one scan."""
     structure = confidence[label_map > 0]
+    stable = signs[CONSISTENCY]
     mean = float(stable.nanmean()) if not stable.isnan().all() else 0.0
     estimates = np.full(len(names), np.nan)
     if calibration is not None:
-        estimates = np.fmin([calibration.dice(value) for value in stable.tolist()], bound.numpy())
+        of_structures = zip(*(values.tolist() for values in signs.values()))
+        lines = [calibration.dice(**dict(zip(signs, values))) for values in of_structures]
+        estimates = np.fmin(lines, bound.numpy())
     estimate = float(np.nanmean(estimates)) if np.isfinite(estimates).any() else np.nan
     return {
         "consistency": rounded(mean),
@@ -286,6 +302,7 @@ def case_figures(
         "estimated_by_structure": {name: rounded(value) for name, value in zip(names, estimates.tolist())},
         "misplaced": [name for name, value in zip(names, bound.tolist()) if value < MISPLACED_BELOW],
         "within_calibration": calibration is not None and calibration.covers(mean),
+        EXPECTED: rounded(float(signs[EXPECTED].nanmean())),
         "confidence": rounded(float(structure.mean())) if len(structure) else 0.0,
         "confident_share": rounded(float((structure > CONFIDENT).float().mean())) if len(structure) else 0.0,
         "volumes_ml": volumes_ml(label_map, ml, names),

@@ -86,7 +86,13 @@ def make_run(folder: Path, structures: int = 8, scans: int = 4, epochs: int = 12
         dice = {name: round(float(generator.uniform(0.7, 0.93)), 4) for name in names}
         models[model] = {
             "validation_dice": {"structures": dice, "mean": round(float(np.mean(list(dice.values()))), 4)},
-            "calibration": {"slope": 0.8, "intercept": 0.1, "points": 40, "error": 0.064, "lowest": 0.5, "highest": 1},
+            "calibration": {
+                "lines": {"consistency": [0.8, 0.1]},
+                "points": 40,
+                "error": 0.064,
+                "lowest": 0.5,
+                "highest": 1,
+            },
             "cases": figures,
         }
     findings = [

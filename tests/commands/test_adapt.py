@@ -372,18 +372,20 @@ def test_verdicts():
 
 def test_an_estimate_is_no_higher_than_the_places_of_the_structures_allow():
     label_map, confidence = torch.ones(2, 3, 4, dtype=torch.long), torch.ones(2, 3, 4)
-    line = Calibration(slope=0.5, intercept=0.4, points=9, error=0.1, lowest=0.0, highest=1.0)
+    lines = {"consistency": (0.5, 0.4), "expected_dice": (1.0, 0.0)}
+    line = Calibration(lines, points=9, error=0.1, lowest=0.0, highest=1.0)
 
-    def estimate(stable, bound, calibration=line):
-        found = case_figures(
-            label_map, confidence, torch.tensor(stable), torch.tensor(bound), calibration, 1.0, ["a", "b", "c"]
-        )
+    def estimate(stable, bound, calibration=line, expected=(0.95, 0.95, 0.95)):
+        signs = {"consistency": torch.tensor(stable), "expected_dice": torch.tensor(expected)}
+        found = case_figures(label_map, confidence, signs, torch.tensor(bound), calibration, 1.0, ["a", "b", "c"])
         return found["estimated_dice"], found["misplaced"]
 
     assert estimate([0.8, 0.6, 0.4], [1.0, 1.0, 1.0]) == (pytest.approx(0.7), [])
     assert estimate([0.8, 0.6, 0.4], [1.0, 0.1, 1.0]) == (pytest.approx((0.8 + 0.1 + 0.6) / 3), ["b"])
     assert estimate([0.8, torch.nan, torch.nan], [1.0, 0.0, torch.nan]) == (pytest.approx(0.4), ["b"])
     assert estimate([0.8, 0.6, 0.4], [1.0, 1.0, 1.0], None)[0] is None
+    unsure = estimate([0.8, 0.6, 0.4], [1.0, 1.0, 1.0], expected=(0.5, 0.95, 0.95))
+    assert unsure == (pytest.approx((0.5 + 0.7 + 0.6) / 3), []), "no higher than the probabilities expect"
 
 
 def test_the_verdict_counts_scans_with_structures_off_their_place():

@@ -65,6 +65,6 @@ def test_estimates_are_reconciled_and_intervals_follow_them():
     assert first["estimated_by_structure"]["b"] is None and second["estimated_by_structure"]["b"] == 0.4
     level = first["estimated_by_structure"]["a"]
     assert first["estimated_dice"] == pytest.approx((level + 0.5) / 2, abs=1e-4)
-    known = Calibration(1, 0, 9, 0.1, 0, 1, 0.25)
+    known = Calibration({"consistency": (1, 0)}, 9, 0.1, 0, 1, 0.25)
     assert interval_of(known, 0.9) == [0.65, 1.0]
     assert interval_of(None, 0.9) is None and interval_of(known, None) is None

@@ -19,6 +19,7 @@ from mapseg_components.quality import (
     Positions,
     conformal_quantile,
     consistency,
+    expected_dice,
     label_agreement,
     positions_of,
     reconciled,
@@ -119,8 +120,8 @@ def test_intervals_cover_as_often_as_they_say():
     for _ in range(400):
         seen = generator.uniform(0.3, 1, (13, 4))
         dice = np.clip(0.8 * seen + 0.05 * generator.standard_normal((13, 1)), 0, 1)
-        fitted = Calibration.fit(seen[:-1], dice[:-1])
-        low, high = fitted.interval(np.mean([fitted.dice(value) for value in seen[-1]]))
+        fitted = Calibration.fit({"sign": seen[:-1]}, dice[:-1])
+        low, high = fitted.interval(np.mean([fitted.dice(sign=value) for value in seen[-1]]))
         inside.append(low <= dice[-1].mean() <= high)
     assert COVERAGE - 0.06 < np.mean(inside) < COVERAGE + 0.12
 
@@ -129,25 +130,25 @@ def test_too_few_segmentations_make_no_interval():
     assert conformal_quantile([0.1, 0.2, 0.3], 0.8) is None and conformal_quantile([0.4, 0.2, 0.3, 0.1], 0.8) == 0.4
     assert conformal_quantile([], 0.8) is None
     versions = [[0.5, 0.7], [0.6, 0.9], [0.2, 0.3], [0.4, 0.5], [0.5, 0.6]]
-    assert Calibration.fit(versions, versions, [0, 0, 0, 0, 0]).interval(0.5) is None, "of one scan alone"
-    assert Calibration.fit(versions[:3], versions[:3], [0, 1, 2]).interval(0.5) is None
-    assert Calibration.fit(versions, versions, [0, 1, 0, 1, 0]).interval(0.5) == pytest.approx((0.5, 0.5))
+    assert Calibration.fit({"sign": versions}, versions, [0, 0, 0, 0, 0]).interval(0.5) is None, "of one scan alone"
+    assert Calibration.fit({"sign": versions[:3]}, versions[:3], [0, 1, 2]).interval(0.5) is None
+    assert Calibration.fit({"sign": versions}, versions, [0, 1, 0, 1, 0]).interval(0.5) == pytest.approx((0.5, 0.5))
 
 
 def test_versions_of_a_scan_are_left_out_together():
     seen = [[0.0, 0.5, 1.0]] * 4
     dice = [[0.0, 0.1, 0.2], [0.0, 0.1, 0.2], [0.4, 0.5, 0.6], [0.4, 0.5, 0.6]]
-    assert Calibration.fit(seen, dice, [0, 0, 1, 1]).error == pytest.approx(0.4)
-    assert Calibration.fit(seen, dice).error < 0.3
+    assert Calibration.fit({"sign": seen}, dice, [0, 0, 1, 1]).error == pytest.approx(0.4)
+    assert Calibration.fit({"sign": seen}, dice).error < 0.3
 
 
 def test_calibration_finds_the_line_and_says_where_it_was_seen():
     seen = [[0.5, 0.7, 0.9], [0.6, 0.8, math.nan]]
     dice = [[2 * c - 0.9 for c in one] for one in seen]
-    fitted = Calibration.fit(seen, dice)
-    assert fitted.slope == pytest.approx(2) and fitted.intercept == pytest.approx(-0.9)
+    fitted = Calibration.fit({"sign": seen}, dice)
+    assert fitted.lines == {"sign": (pytest.approx(2), pytest.approx(-0.9))}
     assert fitted.error == pytest.approx(0, abs=1e-9) and fitted.points == 5
-    assert fitted.dice(0.75) == pytest.approx(0.6) and fitted.dice(0.1) == 0 and fitted.dice(1.0) == 1
+    assert fitted.dice(sign=0.75) == pytest.approx(0.6) and fitted.dice(sign=0.1) == 0 and fitted.dice(sign=1.0) == 1
     assert fitted.covers(0.9) and not fitted.covers(0.4)
 
 
@@ -155,19 +156,51 @@ def test_error_is_that_of_scans_left_out():
     """Each scan alone is a perfect line, the other one's is far away."""
     seen = [[0.0, 0.5, 1.0], [0.0, 0.5, 1.0]]
     dice = [[0.0, 0.1, 0.2], [0.4, 0.5, 0.6]]
-    assert Calibration.fit(seen, dice).error == pytest.approx(0.4)
-    assert Calibration.fit(seen[:1], dice[:1]).error == pytest.approx(0, abs=1e-9)
+    assert Calibration.fit({"sign": seen}, dice).error == pytest.approx(0.4)
+    assert Calibration.fit({"sign": seen[:1]}, dice[:1]).error == pytest.approx(0, abs=1e-9)
 
 
 def test_consistency_that_speaks_against_dice_is_not_believed():
-    fitted = Calibration.fit([[0.2, 0.5, 0.9]], [[0.9, 0.5, 0.1]])
-    assert fitted.slope == 0 and fitted.dice(0.3) == pytest.approx(0.5)
+    fitted = Calibration.fit({"sign": [[0.2, 0.5, 0.9]]}, [[0.9, 0.5, 0.1]])
+    assert fitted.lines["sign"][0] == 0 and fitted.dice(sign=0.3) == pytest.approx(0.5)
+
+
+def test_the_estimate_is_that_of_the_sign_that_says_less():
+    """Each sign alone sees one half of the errors."""
+    dice = [[0.9, 0.5, 0.9], [0.5, 0.9, 0.5]]
+    signs = {"one": [[0.9, 0.5, 0.9], [0.9, 0.9, 0.9]], "other": [[0.8, 0.8, 0.8], [0.4, 0.8, 0.4]]}
+    fitted = Calibration.fit(signs, dice)
+    alone = {name: Calibration.fit({name: values}, dice) for name, values in signs.items()}
+    for one, other in ((0.9, 0.8), (0.5, 0.8), (0.9, 0.4)):
+        each = alone["one"].dice(one=one), alone["other"].dice(other=other)
+        assert fitted.dice(one=one, other=other) == pytest.approx(min(each))
+    assert fitted.highest == 0.9, "of the first sign"
+    assert fitted.dice(one=0.5, other=math.nan) == pytest.approx(alone["one"].dice(one=0.5))
+    assert np.isnan(fitted.dice(one=math.nan, other=math.nan))
+
+
+def test_the_expected_dice_is_that_of_the_probabilities_with_their_own_label_map():
+    """Counted voxel by voxel; of sure probabilities 1, of a structure that is nowhere none."""
+    torch.manual_seed(0)
+    probabilities = (3 * torch.rand(4, 5, 6, 7)).softmax(dim=0)
+    probabilities[3] = 0
+    label_map = probabilities.argmax(dim=0)
+    found = expected_dice(probabilities, label_map)
+    for number in (1, 2):
+        inside = [
+            value for value, label in zip(probabilities[number].flatten(), label_map.flatten()) if label == number
+        ]
+        expected = 2 * sum(inside) / (len(inside) + probabilities[number].sum())
+        assert found[number - 1] == pytest.approx(float(expected), abs=1e-5)
+    assert found[2].isnan()
+    sure = torch.nn.functional.one_hot(label_map, 4).movedim(-1, 0).float()
+    assert expected_dice(sure, label_map)[:2].tolist() == [1, 1]
 
 
 def test_too_few_points_make_no_calibration():
-    assert Calibration.fit([[0.5, math.nan]], [[0.5, 0.5]]) is None
-    assert Calibration.fit([], []) is None
-    assert np.isnan(Calibration(1, 0, 3, 0, 0, 1).dice(math.nan))
+    assert Calibration.fit({"sign": [[0.5, math.nan]]}, [[0.5, 0.5]]) is None
+    assert Calibration.fit({"sign": []}, []) is None
+    assert np.isnan(Calibration({"sign": (1, 0)}, 3, 0, 0, 1).dice(sign=math.nan))
 
 
 def head(size=20, at=(8, 10, 12), shape=(40, 44, 48), start=6, radius=3.0):
