@@ -118,10 +118,16 @@ def processor_time(record: dict[str, Any], name: str) -> Iterator[None]:
     times[name] = round(times.get(name, 0) + used, 1)
 
 
-def training_samples(config: Mapping[str, Any], epochs: int) -> int | None:
-    """Patches that a stage trained on, or ``None`` where its config has expressions in place of the numbers."""
+def training_samples(config: Mapping[str, Any], epochs: int, patches: int = 1) -> int | None:
+    """Patches that a stage trained on, or ``None`` where its config has expressions in place of the numbers.
+
+    Args:
+        config: of the stage.
+        epochs: that it ran.
+        patches: of a sample: two where one is the source's and one the target's, or where a teacher sees it as well.
+    """
     sizes = config.get("epoch_length"), config.get("batch_size")
-    return epochs * sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
+    return patches * epochs * sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
 
 
 def error_of(title: str, log: Path, code: int) -> MAPSegError:

@@ -45,6 +45,7 @@ logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's,
 DATALIST = "datalist.json"
 SECTIONS = ("source_training", "source_validation", "target_training", "target_labelled")
 MEMBER_SEEDS = 1000  # between the seeds of several source models, so that those of runs with other seeds differ
+SOURCE_ALONE = "source_only.yaml"  # overlay of stages whose samples are a patch each: others have the target's, too
 PSEUDO = "pseudo"  # folder of the pseudo labels that are kept, in that of their stage
 
 
@@ -192,7 +193,8 @@ class Run:
 
                 seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
         # of the last stage, the adaptation
-        self.record["samples"] = training_samples(merged | own, finished_epochs(output))
+        patches = 1 if SOURCE_ALONE in stage.overlays else 2
+        self.record["samples"] = training_samples(merged | own, finished_epochs(output), patches)
         return seconds
 
     def _take_over(self, stage: str, identity: str | None) -> float | None:
