@@ -31,7 +31,17 @@ THICK = 2.5  # slices this many times thicker than the voxels in the plane are w
 
 
 def is_thick(spacing: np.ndarray) -> bool:
-    """Whether voxels of these sides (3,) are those of thick slices."""
+    """Whether voxels are those of thick slices: at least 2.5 times as long along one axis as they mostly are.
+
+    Args:
+        spacing: (3,), mm.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.boxes import is_thick
+        >>> is_thick(np.array([0.75, 8, 0.75])), is_thick(np.array([1, 1, 2]))
+        (True, False)
+    """
     return bool(spacing.max() >= THICK * np.median(spacing))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -259,6 +260,10 @@ class Calibration:
         out of the fit. The coverage is nominal: it holds for scans like the labelled ones, not for another contrast.
         """
         return None if self.half_width is None else (max(dice - self.half_width, 0.0), min(dice + self.half_width, 1.0))
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {**vars(self), "lines": {name: list(line) for name, line in self.lines.items()}}
 
     def covers(self, value: float) -> bool:
         """Whether the labelled scans had such a value of the first sign."""

@@ -207,7 +207,7 @@ def assess(
             models[model] = {
                 "validation_dice": summary(plain, names),
                 "translated_validation": translated,
-                "calibration": None if calibration is None else vars(calibration),
+                "calibration": None if calibration is None else calibration.as_json(),
                 "cases": cases,
             }
     result: dict[str, Any] = {

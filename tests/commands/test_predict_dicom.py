@@ -31,7 +31,7 @@ from tests.commands.test_predict import BUNDLE, NAMES, SCAN
 PERSON = {"PatientName": "Quxley^Zöe", "PatientID": "PID-778899", "PatientBirthDate": "19470813"}
 STUDY = {"StudyDate": "20010203", "SeriesDescription": "Quxley knee", "SpecificCharacterSet": "ISO_IR 100"}
 TAGS = {**PERSON, **STUDY, "FrameOfReferenceUID": generate_uid(entropy_srcs=["frame"])}
-SECRETS = ("quxley", "zöe", "778899", "1947", "20010203", "knee", "smith")
+SECRETS = ("quxley", "zöe", "778899", "19470813", "20010203", "knee", "smith")
 ALGORITHM = Algorithm("a bundle", "1.2.3", "0.1.0", "0123456789abcdef")
 SPACING, STEP = (1.1, 1.2), 1.3
 TURN = np.deg2rad(17)
