@@ -34,6 +34,17 @@ def write_nifti(path: Path, voxels, affine=None) -> str:
     return str(path)
 
 
+def make_domains(folder: Path) -> Path:
+    """Three labelled scans in ``t1/images`` and ``t1/labels``, two unlabelled ones of another contrast in ``t2``."""
+    for seed in range(3):
+        image, label = make_scan(seed=seed)
+        write_nifti(folder / "t1" / "images" / f"{seed}.nii.gz", image)
+        write_nifti(folder / "t1" / "labels" / f"{seed}.nii.gz", label)
+    for seed in (7, 8):
+        write_nifti(folder / "t2" / f"{seed}.nii.gz", make_scan(seed=seed, contrast=-0.7)[0])
+    return folder
+
+
 def halve_sample(folder: Path) -> Path:
     """The shipped sample with every second voxel along each axis, an eighth of the work; returns the folder."""
     for path in SAMPLE.rglob("*.nii.gz"):

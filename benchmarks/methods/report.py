@@ -21,6 +21,7 @@ import numpy as np
 
 from benchmarks.methods.scoring import MODELS, mean_dice
 from benchmarks.report import replace_between
+from mapseg_components.files import write_text
 from mapseg_components.metrics import MEAN, METRICS, case_means, paired_comparison, summarised
 
 __all__ = ["joined", "summary_of", "tables"]
@@ -347,7 +348,7 @@ def main() -> None:
         if arguments.keep:
             arguments.keep.mkdir(parents=True, exist_ok=True)
             kept = {key: value for key, value in one.items() if key != "summary"}
-            (arguments.keep / f"{one['task']['name']}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+            write_text(json.dumps(kept) + "\n", arguments.keep / f"{one['task']['name']}.json")
         text = f"### {one['task']['title']}\n\n{tables(one, arguments.brief)}"
         if arguments.docs:
             replace_between(arguments.docs, MARKER.format(one["task"]["name"]), text)

@@ -97,7 +97,7 @@ def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], requ
         request: arguments of ``mapseg adapt``.
     """
     sources = {stage.name, *record.get(CHOICE, {}).get("confidence", ())}
-    after = (recipe.order or "").partition("/")[0] in sources and record["done"][-1:] in [[name] for name in sources]
+    after = (recipe.order or "").partition("/")[0] in sources and bool(sources.intersection(record["done"][-1:]))
     chosen = len(recipe.first) == 1
     return after and chosen and bool(request["random_contrasts"]) and known_order(record, request) is None
 

@@ -123,9 +123,9 @@ class Run:
         """Factor of a stage's epochs: those after the source-only model may have one of their own."""
         names = [one.name for one in self.recipe.stages]
         first = self.recipe.models["source_only"].partition("/")[0]
-        of_source = {first, *(one.name for one in self.recipe.first if len(self.recipe.first) > 1)}
-        last = max((names.index(name) for name in of_source if name in names), default=-1)  # none of a package's
-        own = self.request.get("adaptation_length") if names.index(stage.name) > last else None
+        last = names.index(first) if first in names else -1  # of a package that was given no stage is run
+        after = names.index(stage.name) > last and not stage.member  # one of several source models is not
+        own = self.request.get("adaptation_length") if after else None
         return float(self.request["length"] if own is None else own)
 
     def datalist_of(self, stage: Stage) -> Path:

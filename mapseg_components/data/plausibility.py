@@ -215,8 +215,8 @@ def domains(source: Sequence[str], target: Sequence[str], statistics: Statistics
     scale = f"Wasserstein distance, 0 to 1; within the source {within:.3f}"
     text = f"intensities are {far:.3f} away from the source's ({scale})"
     yield note("target", text)
-    sides = [[slices_last(*[statistics[file].spacing_mm] * 2) for file in files] for files in (source, target)]
-    spacing = [np.median(one, axis=0) for one in sides]
+    sides = ([statistics[file].spacing_mm for file in files] for files in (source, target))
+    spacing = [np.median([slices_last(side, side) for side in one], axis=0) for one in sides]
     if max(np.maximum(spacing[0] / spacing[1], spacing[1] / spacing[0])) > DOMAIN_SPACING_RATIO:
         text = f"median voxels of {numbers(spacing[1])} mm, the source's are {numbers(spacing[0])} mm"
         yield warning("target", text, f"bring both to one spacing; {RESAMPLED}")

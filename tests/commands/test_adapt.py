@@ -28,6 +28,7 @@ from mapseg_components.plans.cases import hold_out, source_cases, structure_name
 from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
+from tests.scans import make_domains
 from tests.warm import warm_processes
 
 TINY = {
@@ -43,14 +44,7 @@ TINY = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Three labelled scans in images/ and labels/, two unlabelled ones in a plain folder."""
-    root = tmp_path_factory.mktemp("scans")
-    for seed in range(3):
-        image, label = make_scan(seed=seed)
-        write_nifti(root / "t1" / "images" / f"{seed}.nii.gz", image)
-        write_nifti(root / "t1" / "labels" / f"{seed}.nii.gz", label)
-    for seed in (7, 8):
-        write_nifti(root / "t2" / f"{seed}.nii.gz", make_scan(seed=seed, contrast=-0.7)[0])
-    return root
+    return make_domains(tmp_path_factory.mktemp("scans"))
 
 
 def call(folders):

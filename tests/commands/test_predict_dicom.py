@@ -31,7 +31,7 @@ from tests.commands.test_predict import BUNDLE, NAMES, SCAN
 PERSON = {"PatientName": "Quxley^Zöe", "PatientID": "PID-778899", "PatientBirthDate": "19470813"}
 STUDY = {"StudyDate": "20010203", "SeriesDescription": "Quxley knee", "SpecificCharacterSet": "ISO_IR 100"}
 TAGS = {**PERSON, **STUDY, "FrameOfReferenceUID": generate_uid(entropy_srcs=["frame"])}
-SECRETS = ("quxley", "zöe", "778899", "19470813", "20010203", "knee", "smith")
+SECRETS = ("quxley", "zöe", "778899", "1947", "20010203", "knee", "smith")
 ALGORITHM = Algorithm("a bundle", "1.2.3", "0.1.0", "0123456789abcdef")
 SPACING, STEP = (1.1, 1.2), 1.3
 TURN = np.deg2rad(17)
@@ -124,6 +124,7 @@ def test_no_file_and_no_file_name_tells_who_it_was(results, tree):
         content = path.read_bytes()
         if path.name.endswith(".nii.gz"):
             content = nib.load(path).header.binaryblock
+        content = re.sub(rb"\b[0-9a-f]{64}\b", b"", content)  # a checksum may hold any four digits
         for secret in (*SECRETS, uid):
             assert secret not in path.name.lower() and secret.encode() not in content.lower(), (path.name, secret)
     manifest = json.loads((output / "manifest.json").read_text())

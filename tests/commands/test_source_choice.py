@@ -15,7 +15,7 @@ from mapseg_components.commands.adapt import adapt
 from mapseg_components.commands.source_choice import check_number, choose_source, chosen_of, describe_choice
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.recipes import read_recipe, recipe_names
-from tests.conftest import make_scan, write_nifti
+from tests.scans import make_domains
 
 # confidence as it is and bright for dark
 SURE = {"source": (0.7, 0.6), "source_2": (0.5, 0.9), "source_3": (0.8, 0.6)}
@@ -31,7 +31,6 @@ def sure(monkeypatch):
         asked.append(Path(weights).parent.name)
         return {"confidence_as_is": [as_is] * 2, "confidence_inverted": [inverted] * 2, "inverted": inverted > as_is}
 
-    monkeypatch.setattr("mapseg_components.commands.order.find_order", find)
     monkeypatch.setattr(source_choice, "find_order", find)
     return asked
 
@@ -72,12 +71,7 @@ def test_the_surest_is_chosen_in_the_order_that_it_will_see(sure, tmp_path, meth
 
 @pytest.fixture
 def folders(tmp_path):
-    for seed in range(3):
-        image, label = make_scan(seed=seed)
-        write_nifti(tmp_path / "t1" / "images" / f"{seed}.nii.gz", image)
-        write_nifti(tmp_path / "t1" / "labels" / f"{seed}.nii.gz", label)
-    for seed in (7, 8):
-        write_nifti(tmp_path / "t2" / f"{seed}.nii.gz", make_scan(seed=seed, contrast=-0.7)[0])
+    make_domains(tmp_path)
     return {"source": str(tmp_path / "t1"), "target": str(tmp_path / "t2"), "output": str(tmp_path / "run")}
 
 
