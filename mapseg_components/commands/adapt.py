@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.commands.assess import assess
-from mapseg_components.commands.check import check
 from mapseg_components.commands.order import CHOICE, asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import report, require_matplotlib, verdict_line
@@ -34,6 +33,7 @@ from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_names, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.effects import check_plan
+from mapseg_components.plans.extents import SIZED, describe_size, find_size, sized_cases
 from mapseg_components.plans.federation import check_federation
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
@@ -89,6 +89,7 @@ def adapt(
     held_out: float = 0.2,
     symmetric: bool = False,
     any_position: bool = False,
+    match_size: bool = True,
     settings: str | Mapping[str, Any] | None = None,
     source_models: int = 1,
     length: float = 1.0,
@@ -135,6 +136,8 @@ def adapt(
             sure a model is. Refused where a name has a side.
         any_position: source and target show different parts of the body: then the place of a structure in a scan says
             nothing about whether it is right.
+        match_size: where what the source's scans show is much larger or smaller than what the target's show, as adults'
+            brains beside newborns', train on source scans at the target's size. Copies of them are written.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
         source_models: train so many models of the source, alike but for the seed, and go on with the one that is surest
@@ -191,6 +194,7 @@ def adapt(
         "held_out": held_out,
         "symmetric": symmetric,
         "any_position": any_position,
+        "match_size": match_size and not recipe.of_label_maps and package is None,
         "settings": read_mapping("settings", settings),
         "source_models": source_models,
         "length": length,
@@ -233,7 +237,7 @@ class Adaptation(Run):
             self.save()
         logger.info(describe(self.record["plan"]))
         if "check" not in self.record:
-            self._check()
+            self.check_scans()
             self.save()
         self.recipe = recipe_of(chosen_of(self.recipe, self.record), self.record, self.request)
         self._find_order(Stage(PACKAGE))
@@ -296,7 +300,8 @@ class Adaptation(Run):
     def _resume(self) -> None:
         path = self.folder / "run.json"
         if not path.is_file():
-            own = {".run.lock", ".run.lock.json", FOLDER, "prepared" if self.request["prepare"] is not None else FOLDER}
+            own = {".run.lock", ".run.lock.json", FOLDER, SIZED}
+            own |= {"prepared"} if self.request["prepare"] is not None else set()
             if self.stages.is_dir() and {p.name for p in self.stages.iterdir()} <= {PACKAGE}:
                 own.add(self.stages.name)  # a call that was refused
             others = [p.name for p in self.folder.iterdir() if p.name not in own]
@@ -307,7 +312,7 @@ class Adaptation(Run):
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
         added = {"held_out": 0, "length": 1.0, "adaptation_length": None}  # since earlier versions
-        added |= {"source_label_maps": False, "package": None, "source_models": 1}
+        added |= {"source_label_maps": False, "package": None, "source_models": 1, "match_size": False}
         saved["request"] = added | saved["request"]
         before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
         changed = [
@@ -354,8 +359,16 @@ class Adaptation(Run):
             refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
         check_federation(self.recipe, self.asked, adapted_on, held_out, request["seed"])
+        size = find_size([*training, *validation], target) if request["match_size"] else None
+        if size is not None:
+            logger.info(describe_size(size))
+            training, validation = (
+                sized_cases(cases, size["factor"], self.folder / SIZED / name)
+                for name, cases in (("training", training), ("validation", validation))
+            )
         plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
         plan["settings"] |= own
+        plan |= {"size": size} if size is not None else {}
         content = {
             "source_label_maps": self.recipe.of_label_maps,
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
@@ -384,17 +397,3 @@ class Adaptation(Run):
         write_json(content, self.folder / "datalist.json")
         self.record["done"].append(PACKAGE)
         self.record["identities"] = {PACKAGE: sha256_of(package.folder / "handover.json")}  # for runs that are reused
-
-    def _check(self) -> None:
-        """Findings about all scans, for the report; what blocks a training ends the first stage."""
-        found = check(
-            str(self.folder / "datalist.json"),
-            dropped_labels=self.asked.get("dropped_labels"),
-            assume_orientation=self.asked.get("assume_orientation"),
-            non_finite=self.asked.get("non_finite"),
-            output=str(self.folder / "check"),
-            overwrite=True,
-            quiet=self.quiet,
-        )
-        self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
-        logger.info(f"Check of all scans: {found.verdict()}")

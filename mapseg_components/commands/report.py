@@ -37,6 +37,7 @@ from mapseg_components.data.datalist import all_targets
 from mapseg_components.data.results import result_path, uncertainty_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
+from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.recipes import Recipe, read_recipe, recipe_names
 from mapseg_components.reports import (
     FIGURES_STYLE,
@@ -196,6 +197,7 @@ def report(directory: str, output: str | None = None) -> str:
         f'<p class="quiet">{PACKAGE_NOTE}</p>' if "package" in plan else "",
         f'<p class="quiet">{SYNTHETIC_NOTE}</p>' if run["request"].get("source_label_maps") else "",
         f'<p class="quiet">{escape(describe_choice(run[CHOICE]))}</p>' if CHOICE in run else "",
+        f'<p class="quiet">{escape(describe_size(plan["size"]))}</p>' if "size" in plan else "",
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",

@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from mapseg_components.commands.assess import rounded
+from mapseg_components.commands.check import check
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.reuse import copy_stage, finished_in, identity_of, record_of
 from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, training_samples
@@ -86,6 +87,20 @@ class Run:
     def save(self) -> None:
         """Write the record."""
         write_json(self.record, self.folder / "run.json")
+
+    def check_scans(self) -> None:
+        """Findings about all scans, for the report; what blocks a training ends the first stage."""
+        found = check(
+            str(self.folder / DATALIST),
+            dropped_labels=self.asked.get("dropped_labels"),
+            assume_orientation=self.asked.get("assume_orientation"),
+            non_finite=self.asked.get("non_finite"),
+            output=str(self.folder / "check"),
+            overwrite=True,
+            quiet=self.quiet,
+        )
+        self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
+        logger.info(f"Check of all scans: {found.verdict()}")
 
     def do(self, stage: Stage) -> None:
         """Run a stage, unless it is done.

@@ -15,6 +15,7 @@ from monai.bundle.utils import merge_kv
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.federation import federation_names
 from mapseg_components.plans.label_maps import add_synthetic_validation
 from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, scaled
@@ -78,9 +79,10 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     )
     of_package = "Adapted from a hand-over package, without its source; no labelled scan judged it.\n"
     of_package = of_package if "package" in plan else ""
+    sized = f"{describe_size(plan['size'])}\n" if "size" in plan else ""
     readme = (
         f"# Adapted segmentation model\n\nMade by `mapseg adapt`. Method: {recipe.title}.\n{of_package}"
-        f"Structures: {', '.join(plan['labels'])}.\n\n"
+        f"Structures: {', '.join(plan['labels'])}.\n{sized}\n"
         "`models/model.pt` is what inference uses; `source_only.pt` and `adapted.pt` are both kept. Read\n"
         f"`report.html` before you trust it. {prepared}Research only, not for clinical use.\n"
     )

@@ -8,7 +8,9 @@ import gzip
 import os
 import shutil
 from pathlib import Path
+from typing import BinaryIO, cast
 
+import nibabel as nib
 import numpy as np
 
 from mapseg_components.errors import DataError, ResourceError
@@ -16,9 +18,9 @@ from mapseg_components.files import replacing
 from mapseg_components.scans.findings import fault
 from mapseg_components.scans.nifti import HEADERS, read_geometry, read_nifti
 
-__all__ = ["copy_packed", "write_with_header"]
+__all__ = ["copy_packed", "copy_scaled", "write_with_header"]
 
-LEVEL = 6  # of gzip
+LEVEL, FAST = 6, 1  # of gzip
 NO_EXTENSION = bytes(4)
 
 
@@ -39,17 +41,14 @@ def write_with_header(voxels: np.ndarray, scan: str | os.PathLike[str], path: st
     """
     scan, path = Path(scan), Path(path)
     geometry = read_geometry(scan)
-    with (gzip.open if is_packed(scan) else open)(scan, "rb") as stream:
-        start = stream.read(max(HEADERS))
+    with unpacked(scan) as stream:
+        header = header_of(stream.read(max(HEADERS)))
     if tuple(voxels.shape) != tuple(geometry.shape):
         raise fault(scan, f"shape {tuple(geometry.shape)}, the result has {tuple(voxels.shape)}", "prepare it anew")
-    order = "<" if int.from_bytes(start[:4], "little") in HEADERS else ">"
-    kind = HEADERS[int.from_bytes(start[:4], "little" if order == "<" else "big")][0]
-    header = kind(start[: kind.template_dtype.itemsize], order, check=False)
     header.set_data_dtype(np.float32)
     header["scl_slope"], header["scl_inter"], header["cal_max"], header["cal_min"] = 1, 0, 0, 0
     header["vox_offset"] = header.single_vox_offset
-    written = np.asarray(voxels, dtype=np.dtype(np.float32).newbyteorder(order))
+    written = np.asarray(voxels, dtype=np.dtype(np.float32).newbyteorder(header.endianness))
     content = header.binaryblock + NO_EXTENSION + written.tobytes(order="F")
     with replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(content, LEVEL, mtime=0))
@@ -80,6 +79,52 @@ def copy_packed(scan: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
                 shutil.copyfileobj(stream, copy)
         else:
             temporary.write_bytes(gzip.compress(stream.read(), LEVEL, mtime=0))
+
+
+def copy_scaled(scan: str | os.PathLike[str], path: str | os.PathLike[str], factor: float) -> None:
+    """Copy a NIfTI file with all lengths of its header, voxel sides and places, times a factor; voxels stay bit for bit.
+
+    The file is read back, as a scan is, before it gets its name.
+
+    Args:
+        scan: ``.nii`` or ``.nii.gz``.
+        path: of the copy, ``.nii.gz``.
+        factor: above 0.
+
+    Raises:
+        DataError: the scan cannot be read.
+        ResourceError: the disk is full, or does not give back what was written.
+    """
+    scan, path = Path(scan), Path(path)
+    original = read_nifti(scan)
+    with unpacked(scan) as stream:
+        content = stream.read()
+    header = header_of(content)
+    header["pixdim"][1:4] *= factor
+    for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+        header[name] = header[name] * factor
+    changed = header.binaryblock
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(changed + content[len(changed) :], FAST, mtime=0))
+        try:
+            found = read_nifti(temporary)
+        except DataError as error:
+            raise ResourceError(f"{path}: cannot be read back ({error}), nothing was kept: check the disk") from error
+        moved = np.diag([factor, factor, factor, 1.0]) @ original.affine
+        if found.digest != original.digest or not np.allclose(found.affine, moved, rtol=1e-5, atol=1e-3):
+            raise ResourceError(f"{path}: what was read back differs, nothing was kept: check the disk")
+
+
+def unpacked(scan: Path) -> BinaryIO:
+    """A file that was judged before, open for reading, without its compression."""
+    return cast(BinaryIO, gzip.open(scan, "rb") if is_packed(scan) else scan.open("rb"))
+
+
+def header_of(start: bytes) -> nib.Nifti1Header:
+    """Header, as it stands, of a file that was judged before and begins so."""
+    order = "<" if int.from_bytes(start[:4], "little") in HEADERS else ">"
+    kind = HEADERS[int.from_bytes(start[:4], "little" if order == "<" else "big")][0]
+    return kind(start[: kind.template_dtype.itemsize], order, check=False)
 
 
 def is_packed(scan: Path) -> bool:

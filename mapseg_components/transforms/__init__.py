@@ -6,7 +6,11 @@ from mapseg_components.transforms.background import RestoreBackgroundd
 from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
 from mapseg_components.transforms.components import FillEnclosed, FillEnclosedd, named_classes
-from mapseg_components.transforms.contrast import RandGlobalLocalAdjustContrastd, RandGlobalLocalHistogramShiftd
+from mapseg_components.transforms.contrast import (
+    RandGlobalLocalAdjustContrastd,
+    RandGlobalLocalHistogramShiftd,
+    RandGlobalLocalIntensityCurved,
+)
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed, WorkingSpacingd
 from mapseg_components.transforms.intensity import FillNonFinite, FillNonFinited, NegativeValues, NegativeValuesd
@@ -55,6 +59,7 @@ __all__ = [
     "RandGlobalLocalCrop",
     "RandGlobalLocalCropd",
     "RandGlobalLocalHistogramShiftd",
+    "RandGlobalLocalIntensityCurved",
     "RandGlobalLocalSynthesisd",
     "RandPercentileClip",
     "RandPercentileClipd",

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from monai.transforms import RandAdjustContrastd, RandHistogramShiftd
+from monai.config import KeysCollection
+from monai.transforms import RandAdjustContrastd, RandHistogramShift, RandHistogramShiftd
 from monai.utils import convert_to_dst_type
 
 from mapseg_components.transforms.inputs import as_volume
 
-__all__ = ["RandGlobalLocalAdjustContrastd", "RandGlobalLocalHistogramShiftd"]
+__all__ = ["RandGlobalLocalAdjustContrastd", "RandGlobalLocalHistogramShiftd", "RandGlobalLocalIntensityCurved"]
 
 
 class RandGlobalLocalAdjustContrastd(RandAdjustContrastd):
@@ -86,6 +88,52 @@ class RandGlobalLocalHistogramShiftd(RandHistogramShiftd):
             self.shifter.randomize(None)
             change_together(result, list(self.key_iterator(result)), self.shifter)
         return result
+
+
+class RandGlobalLocalIntensityCurved(RandGlobalLocalHistogramShiftd):
+    """A random curve of intensities that may fall as well as rise, one for all keys.
+
+    A monotone curve keeps the order of tissues, and bright for dark turns it round. Where a target has another order,
+    as T2w scans of newborns beside T1w scans of adults (white matter above grey in both, fluid above all in one), the
+    heights of the curve are drawn each for itself, as images made of label maps give each tissue any intensity (Billot
+    et al. 2023, SynthSeg). The lowest intensity, background, stays; tissues may come to look alike.
+
+    Args:
+        keys: the images of one scan.
+        num_control_points: of the curve, evenly spaced, one number or the range of a random one.
+        prob: probability of a curve.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import RandGlobalLocalIntensityCurved
+        >>> curve = RandGlobalLocalIntensityCurved(["image", "global_image"], prob=1.0).set_random_state(3)
+        >>> sample = {"image": torch.tensor([[0.0, 0.5]]), "global_image": torch.tensor([[0.0, 0.5, 1.0]])}
+        >>> changed = curve(sample)["global_image"][0]
+        >>> changed[0].item(), bool(changed[1] > changed[2])
+        (0.0, True)
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        num_control_points: tuple[int, int] | int = (4, 7),
+        prob: float = 0.1,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, num_control_points, prob, allow_missing_keys)
+        self.shifter = RandIntensityCurve(num_control_points, prob=1.0)
+
+
+class RandIntensityCurve(RandHistogramShift):
+    """MONAI's ``RandHistogramShift`` with heights between 0 and 1 that are drawn each for itself; the first is 0."""
+
+    def randomize(self, data: Any | None = None) -> None:
+        """Draw the number of points and their heights."""
+        super().randomize(data)
+        if self._do_transform:
+            points = len(self.reference_control_points)
+            self.floating_control_points = np.concatenate([[0.0], self.R.uniform(0.0, 1.0, points - 1)])
 
 
 def change_together(data: dict[Hashable, Any], keys: Sequence[Hashable], change: Callable[..., Any]) -> None:

@@ -64,6 +64,10 @@ DICTIONARY = {
         lambda **o: transforms.RandGlobalLocalHistogramShiftd(PAIR, prob=1.0, **o),
         PAIR,
     ),
+    "RandGlobalLocalIntensityCurved": (
+        lambda **o: transforms.RandGlobalLocalIntensityCurved(PAIR, prob=1.0, **o),
+        PAIR,
+    ),
     "RandGlobalLocalBiasFieldd": (lambda **o: RandGlobalLocalBiasFieldd(PAIR, prob=1.0, local_key="patch", **o), PAIR),
     "RandGlobalLocalCropd": (
         lambda **o: RandGlobalLocalCropd(

@@ -15,6 +15,7 @@ from mapseg_components.transforms import (
     RandGlobalLocalAdjustContrastd,
     RandGlobalLocalBiasFieldd,
     RandGlobalLocalHistogramShiftd,
+    RandGlobalLocalIntensityCurved,
 )
 
 KEYS = ["image", "global_image"]
@@ -79,6 +80,22 @@ def test_the_range_and_the_background_are_kept(name):
         after = ours(KEYS, prob=1.0, **settings).set_random_state(seed)(pair())
         assert all(0 <= after[key].min() and after[key].max() <= 1 for key in KEYS)
         assert after["global_image"][0, 0, 0, 0] == 0 and (after["image"] > 0).all()
+
+
+def test_a_curve_that_may_fall_gives_tissues_any_order_and_patch_and_view_the_same():
+    tissues = torch.tensor([0.0, 0.2, 0.55, 0.85, 1.0])  # background, then three tissues, then the brightest voxel
+    orders = set()
+    for seed in range(60):
+        curve = RandGlobalLocalIntensityCurved(KEYS, prob=1.0).set_random_state(seed)
+        after = curve(pair())
+        assert largest_difference(pair(), after) < 1e-5
+        assert all(0 <= after[key].min() and after[key].max() <= 1 for key in KEYS)
+        assert after["global_image"][0, 0, 0, 0] == 0 and (after["image"] > 0).all()
+        changed = curve.set_random_state(seed)({"image": tissues[None], "global_image": tissues[None]})["image"][0]
+        orders.add(tuple(changed[1:4].argsort().tolist()))
+    assert len(orders) == 6
+    same = RandGlobalLocalIntensityCurved(KEYS, prob=0.0)(pair())
+    assert torch.equal(same["global_image"], pair()["global_image"])
 
 
 @pytest.mark.parametrize("name", CURVES)
