@@ -82,7 +82,7 @@ def copy_packed(scan: str | os.PathLike[str], path: str | os.PathLike[str]) -> N
 
 
 def copy_scaled(scan: str | os.PathLike[str], path: str | os.PathLike[str], factor: float) -> None:
-    """Copy a NIfTI file with all lengths of its header, voxel sides and places, times a factor; voxels stay bit for bit.
+    """Copy a NIfTI file with all lengths of its header, voxel sides and places, times a factor; voxels stay.
 
     The file is read back, as a scan is, before it gets its name.
 
