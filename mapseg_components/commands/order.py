@@ -15,6 +15,7 @@ import torch
 from mapseg_components.commands.trial import TARGET_INVERTED, Trial
 from mapseg_components.contrast import inverted
 from mapseg_components.data import load_datalist
+from mapseg_components.data.datalist import has_section
 from mapseg_components.files import write_json
 from mapseg_components.plans.judging import evenly
 from mapseg_components.plans.recipes import Recipe, Stage
@@ -24,6 +25,8 @@ __all__ = ["TARGET_INVERTED", "asks_for_order", "describe_order", "find_order", 
 MOST_SCANS = 8
 MOST_OF_THEM = 0.8  # share of the scans that must agree
 LEAST_GAIN = 0.01  # of the mean confidence
+MOST_OF_SOURCE = 4  # of its validation scans
+FAR = 0.05  # below the confidence on them: the target has neither order, or differs in another way
 CHOICE = "source_choice"  # in run.json: among several source models, see `mapseg_components.commands.source_choice`
 
 
@@ -32,15 +35,16 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
 
     A model that saw the source in its own order of intensities is surer of its structures in a scan of that order: a
     T1w model in an inverted T2w scan. The target counts as inverted if the model is surer so in at least four of five
-    scans, and by 0.01 in the mean.
+    scans, and by 0.01 in the mean. Where it is less sure in the better order than on the source's own validation scans,
+    by more than 0.05 in the mean, the target is far from both orders.
 
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
         weights: of a model that was not trained on inverted scans.
 
     Returns:
-        ``inverted``; ``confidence_as_is`` and ``confidence_inverted``, mean largest probability of the voxels of
-        structures, a number for each scan.
+        ``inverted``, ``far``; ``confidence_as_is``, ``confidence_inverted`` and ``confidence_source``, mean largest
+        probability of the voxels of structures, a number for each scan; the last one is empty without a source.
 
     Raises:
         CheckpointError: the weights cannot be loaded.
@@ -60,10 +64,18 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
         as_is.append(confidence(image))
         opposite.append(confidence(inverted(image)))
     gains = np.subtract(opposite, as_is)
+    turned = bool((gains > 0).mean() >= MOST_OF_THEM and gains.mean() >= LEAST_GAIN)
+    known = has_section(bundle / "datalist.json", "source_validation")
+    own = load_datalist(bundle / "datalist.json", "source_validation") if known else []
+    own = evenly(own, min(MOST_OF_SOURCE, len(own)))
+    at_home = [confidence(trial.scan(case["image"], source=True).as_subclass(torch.Tensor)) for case in own]
+    surest = np.mean(opposite if turned else as_is)
     return {
-        "inverted": bool((gains > 0).mean() >= MOST_OF_THEM and gains.mean() >= LEAST_GAIN),
+        "inverted": turned,
+        "far": bool(at_home and np.mean(at_home) - surest > FAR),
         "confidence_as_is": as_is,
         "confidence_inverted": opposite,
+        "confidence_source": at_home,
     }
 
 
@@ -103,10 +115,14 @@ def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], requ
 
 
 def recipe_of(recipe: Recipe, record: Mapping[str, Any], request: Mapping[str, Any]) -> Recipe:
-    """The stages that a run needs as far as is known: random contrasts of either order are for a target as it is.
+    """The stages that a run needs as far as is known.
+
+    Random contrasts of either order are for a target as it is, and those of any order for one that is far from both.
 
     Args: see `asks_for_order`.
     """
+    if record.get("order", {}).get("far"):
+        return recipe.in_any_order()
     needless = known_order(record, request) or not request["random_contrasts"]
     return recipe.without_contrasts() if needless else recipe
 
@@ -118,7 +134,10 @@ def describe_order(found: Mapping[str, Any]) -> str:
         for name, title in (("as_is", "as they are"), ("inverted", "bright for dark"))
     )
     does = "are shown bright for dark" if found["inverted"] else "are shown as they are"
+    own = found.get("confidence_source") or ()
+    further = f", {np.mean(own):.3f} on the source's own" if own else ""
+    further += "; the source is learnt on in contrasts of any order, as neither is near" if found.get("far") else ""
     return (
         f"Target scans {does}: the source-only model's mean confidence in {len(found['confidence_as_is'])} of them is "
-        f"{sure} (another choice: the setting {TARGET_INVERTED})."
+        f"{sure}{further} (another choice: the setting {TARGET_INVERTED})."
     )

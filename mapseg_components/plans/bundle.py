@@ -18,7 +18,7 @@ from mapseg_components.files import write_json
 from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.federation import federation_names
 from mapseg_components.plans.label_maps import add_synthetic_validation
-from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, scaled
+from mapseg_components.plans.recipes import ADAPTATION, ANY_ORDER, FEDERATION, Recipe, scaled
 from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
@@ -49,6 +49,8 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     (folder / "docs").mkdir(exist_ok=True)
     own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
     stages = {overlay for stage in own for overlay in (*stage.overlays, stage.contrasts) if overlay}
+    if recipe.in_any_order() != recipe:
+        stages.add(ANY_ORDER)
     if any(stage.weights for stage in own):
         stages.add(LABELLING)
     for name in {*BESIDE, *stages}:

@@ -24,6 +24,7 @@ TRANSLATION = "cosmos_translation"
 # kinds of stages; PACKAGE is the folder of a package that was given as well
 TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "package", "federation"
 INVERTS = "any_contrast.yaml"
+ANY_ORDER = "any_order.yaml"
 LABEL_MAPS = "label_maps.yaml"
 HANDOVER = "handover.yaml"  # of a stage that has a package alone of the source
 METHOD, METHOD_OF_LABEL_MAPS, METHOD_OF_PACKAGE = "mapseg", "label_maps", "test_time"  # unless the user names one
@@ -203,6 +204,15 @@ class Recipe:
         order = None if self.order is None else of_paths({"order": self.order})["order"]
         kept = tuple(of(stage) for stage in self.stages if stage.name not in instead)
         return replace(self, stages=kept, models=of_paths(self.models), order=order)
+
+    def in_any_order(self) -> Recipe:
+        """With the source in contrasts of any order, from the stage on that is for a target as it is alone."""
+        first = next((number for number, stage in enumerate(self.stages) if stage.only_as_is), len(self.stages))
+        stages = (
+            replace(stage, contrasts=ANY_ORDER, only_as_is=False) if number >= first and stage.contrasts else stage
+            for number, stage in enumerate(self.stages)
+        )
+        return replace(self, stages=tuple(stages))
 
     def without_contrasts(self) -> Recipe:
         """Without the stages that are for a target as it is alone; their weights are those of the stage before."""

@@ -23,7 +23,7 @@ from mapseg_components.commands.order import (
 from mapseg_components.contrast import inverted
 from mapseg_components.data import SeededDataset
 from mapseg_components.inferers import AutocastInferer
-from mapseg_components.plans.recipes import read_recipe
+from mapseg_components.plans.recipes import read_recipe, recipe_names
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.test_verdict import measured
 from tools.verdict import weights_of
@@ -77,10 +77,58 @@ def test_scans_must_agree_and_the_mean_be_clear(bundle, monkeypatch, gains, foun
     logits = iter([logit for gain in gains for logit in (1.0, 1.0 + gain)])
 
     def infer(self, image, network):
-        return torch.stack([torch.zeros_like(image[:, 0]), torch.full_like(image[:, 0], next(logits))], dim=1)
+        return torch.stack([torch.zeros_like(image[:, 0]), torch.full_like(image[:, 0], next(logits, 1.0))], dim=1)
 
     monkeypatch.setattr(AutocastInferer, "__call__", infer)
     assert find_order(*bundle)["inverted"] is found
+
+
+@pytest.mark.parametrize(
+    "as_is, opposite, source, far", [(1.0, 0.5, 1.1, False), (1.0, 1.5, 3.0, True), (1, 2, 0, False)]
+)
+def test_a_target_is_far_where_the_model_is_less_sure_than_on_the_source_s_own_scans(
+    bundle, monkeypatch, as_is, opposite, source, far
+):
+    """Logits of the first structure, by what is segmented: two target scans in either order, then the source's own."""
+    logits = iter([as_is, opposite] * 2)
+
+    def infer(self, image, network):
+        return torch.stack([torch.zeros_like(image[:, 0]), torch.full_like(image[:, 0], next(logits, source))], dim=1)
+
+    monkeypatch.setattr(AutocastInferer, "__call__", infer)
+    found = find_order(*bundle)
+    own = torch.tensor([0.0, source]).softmax(dim=0)[1].item() if source > 0 else 0.0
+    assert found["confidence_source"] == pytest.approx([own] * len(found["confidence_source"]), abs=1e-4)
+    assert len(found["confidence_source"]) == 1 and found["far"] is far
+    text = describe_order(found)
+    assert ("in contrasts of any order" in text) is far and f"{own:.3f} on the source's own" in text
+
+
+def test_without_scans_of_the_source_no_target_is_far(bundle, monkeypatch):
+    monkeypatch.setattr(AutocastInferer, "__call__", surer(1))
+    path = bundle[0] / "datalist.json"
+    content = json.loads(path.read_text())
+    del content["source_validation"]
+    path.write_text(json.dumps(content))
+    found = find_order(*bundle)
+    assert found["confidence_source"] == [] and found["far"] is False
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_for_a_target_that_is_far_the_source_is_learnt_on_in_any_order(name):
+    recipe = read_recipe(name)
+    request = {"settings": None, "random_contrasts": True}
+    near, far = ({"order": {"inverted": True, "far": answer}} for answer in (False, True))
+    found = recipe_of(recipe, far, request)
+    if not any(stage.only_as_is for stage in recipe.stages):
+        assert found == recipe
+        return
+    assert [stage.name for stage in found.stages] == [stage.name for stage in recipe.stages]
+    assert recipe_of(recipe, near, request) != found == recipe_of(found, far, request)
+    place = next(number for number, stage in enumerate(recipe.stages) if stage.only_as_is)
+    assert found.stages[:place] == recipe.stages[:place] and found.stages[place].contrasts == "any_order.yaml"
+    for before, after in zip(recipe.stages[place:], found.stages[place:]):
+        assert after.contrasts == ("any_order.yaml" if before.contrasts else None) and before.paths == after.paths
 
 
 @pytest.mark.parametrize("sign", [1, -1])
