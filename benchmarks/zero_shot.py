@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -37,13 +38,22 @@ def main(line: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--structures", required=True, type=json.loads, help="name: [values found, values of the truth]"
     )
+    parser.add_argument("--settings", type=json.loads, help="of mapseg predict")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(line)
-    print(measured(given.scans, given.truth, given.structures, given.bundle, given.weights, given.threads))
+    print(
+        measured(given.scans, given.truth, given.structures, given.bundle, given.weights, given.threads, given.settings)
+    )
 
 
 def measured(
-    scans: str, truth: str, structures: Structures, bundle: str, weights: str | None = None, threads: int | None = None
+    scans: str,
+    truth: str,
+    structures: Structures,
+    bundle: str,
+    weights: str | None = None,
+    threads: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Figures of all scans; options as on the command line.
 
@@ -53,7 +63,14 @@ def measured(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = predict(
-            scans, str(folder / "all"), bundle=bundle, weights=weights, no_preview=True, num_threads=threads, quiet=True
+            scans,
+            str(folder / "all"),
+            bundle=bundle,
+            weights=weights,
+            settings=settings,
+            no_preview=True,
+            num_threads=threads,
+            quiet=True,
         )
         if found.exit_code:
             raise RuntimeError(str(found))

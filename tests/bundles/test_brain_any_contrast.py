@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 
-from benchmarks.zero_shot import measured
+from benchmarks.zero_shot import main, measured
 from mapseg_components.handover import package_of_bundle
 from mapseg_components.plans.package import place_of
 from tests.conftest import ROOT
@@ -29,6 +30,20 @@ def test_white_matter_is_found_in_both_contrasts(section, least, tmp_path):
         shutil.copy(first, tmp_path / kind)
     found = measured(str(tmp_path / "images"), str(tmp_path / "labels"), TISSUES, "brain_any_contrast", threads=1)
     assert found.cases == 1 and found.summary["white matter"]["dice"]["mean"] > least
+
+
+def test_scans_of_another_size_can_be_measured_at_another_spacing(monkeypatch, tmp_path):
+    asked = []
+
+    def predict(*arguments, **options):
+        asked.append(options["settings"])
+        return type("Found", (), {"exit_code": 3, "__str__": lambda self: "nothing segmented"})()
+
+    monkeypatch.setattr("benchmarks.zero_shot.predict", predict)
+    settings = {"working_spacing": [1.36, 1.36, 1.36]}
+    with pytest.raises(RuntimeError, match="nothing segmented"):
+        main([str(tmp_path), str(tmp_path), "--structures", json.dumps(TISSUES), "--settings", json.dumps(settings)])
+    assert asked == [settings]
 
 
 def test_a_package_of_it_names_structures_spacing_and_windows(tmp_path):
