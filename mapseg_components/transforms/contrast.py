@@ -107,7 +107,7 @@ class RandGlobalLocalIntensityCurved(RandGlobalLocalHistogramShiftd):
     Examples:
         >>> import torch
         >>> from mapseg_components.transforms import RandGlobalLocalIntensityCurved
-        >>> curve = RandGlobalLocalIntensityCurved(["image", "global_image"], prob=1.0).set_random_state(3)
+        >>> curve = RandGlobalLocalIntensityCurved(["image", "global_image"], prob=1.0).set_random_state(0)
         >>> sample = {"image": torch.tensor([[0.0, 0.5]]), "global_image": torch.tensor([[0.0, 0.5, 1.0]])}
         >>> changed = curve(sample)["global_image"][0]
         >>> changed[0].item(), bool(changed[1] > changed[2])
