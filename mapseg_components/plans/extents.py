@@ -14,8 +14,9 @@ import nibabel as nib
 import numpy as np
 
 from mapseg_components.boxes import box_of_mask
+from mapseg_components.errors import DataError
 from mapseg_components.plans.judging import evenly
-from mapseg_components.scans.files import is_picture
+from mapseg_components.scans.files import is_picture, stem
 from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.scans.rewriting import copy_scaled
 from mapseg_components.transforms.resampling import spacing_of
@@ -80,24 +81,30 @@ def find_size(source: Sequence[Mapping[str, Any]], target: Sequence[Mapping[str,
 
     Returns:
         ``factor``, ``source_mm`` and ``target_mm`` (medians, three numbers each).
-
-    Raises:
-        DataError: a scan cannot be read.
     """
     if any(is_picture(case["image"]) for case in (*source, *target)):
         return None  # images of tissue have no size of their own
     medians = []
     for cases in (target, source):
-        extents = [extent_of(case["image"]) for case in evenly(cases, min(LOOKED_AT, len(cases)))]
-        if np.mean([extent.whole for extent in extents]) < MOST_OF_THEM:
+        looked_at = evenly(cases, min(LOOKED_AT, len(cases)))
+        whole = [extent.sides for extent in map(readable_extent, looked_at) if extent is not None and extent.whole]
+        if not whole or len(whole) < MOST_OF_THEM * len(looked_at):
             return None
-        medians.append(np.median([extent.sides for extent in extents], axis=0))
+        medians.append(np.median(whole, axis=0))
     ratios = medians[0] / medians[1]
     factor = float(np.exp(np.log(ratios).mean()))
     if ratios.max() > ONE_FORM * ratios.min() or not ALIKE < max(factor, 1 / factor) < FARTHEST:
         return None
     of_target, of_source = ([round(float(side), 1) for side in one] for one in medians)
     return {"factor": round(factor, 3), "source_mm": of_source, "target_mm": of_target}
+
+
+def readable_extent(case: Mapping[str, Any]) -> Extent | None:
+    """Extent of a case's scan; ``None`` where it cannot be read, which the check of all scans says with all others."""
+    try:
+        return extent_of(case["image"])
+    except DataError:
+        return None
 
 
 def sized_cases(cases: Iterable[Mapping[str, Any]], factor: float, folder: Path) -> list[dict[str, Any]]:
@@ -117,7 +124,7 @@ def sized_cases(cases: Iterable[Mapping[str, Any]], factor: float, folder: Path)
         copies = {}
         for key in FILES:
             if case.get(key):
-                copies[key] = str(folder / f"{key}s" / f"{number:04d}_{case['case_id']}.nii.gz")
+                copies[key] = str(folder / f"{key}s" / f"{number:04d}_{stem(Path(case[key]))}.nii.gz")
                 Path(copies[key]).parent.mkdir(parents=True, exist_ok=True)
                 copy_scaled(case[key], copies[key], factor)
         result.append({**case, **copies})

@@ -94,7 +94,12 @@ def test_no_factor_where_the_form_differs_or_most_scans_of_a_side_show_a_part(tm
     small, cut = (side_of(tmp_path / name, [0.5] * 5, body(sides=s)) for name, s in (("a", (10, 14, 12)), ("b", SHAPE)))
     assert find_size(source, small) is not None
     assert find_size(source, [*small[:4], cut[0]]) is not None  # four of five
+    damaged = tmp_path / "damaged.nii.gz"
+    damaged.write_bytes(b"\x1f\x8bno scan")
+    unread = [*small[:4], {"image": str(damaged)}]
+    assert find_size(source, unread)["factor"] == 0.5, "the check of all scans will name it"
     assert find_size(source, [*small[:3], *cut[:2]]) is None
+    assert find_size(source, unread[4:]) is None
     assert find_size(cut, small) is None
 
 
