@@ -359,7 +359,7 @@ class Adaptation(Run):
             refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
         check_federation(self.recipe, self.asked, adapted_on, held_out, request["seed"])
-        size = find_size([*training, *validation], target) if request["match_size"] else None
+        size = find_size([*training, *validation], target) if request.get("match_size") else None
         if size is not None:
             logger.info(describe_size(size))
             training, validation = (
