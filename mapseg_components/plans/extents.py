@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from mapseg_components.boxes import box_of_mask
 from mapseg_components.errors import DataError
+from mapseg_components.keys import IMAGE, LABEL, MASK
+from mapseg_components.plans.frame import laid
 from mapseg_components.plans.judging import evenly
 from mapseg_components.scans.files import is_picture, stem
 from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.scans.rewriting import copy_scaled
-from mapseg_components.transforms.resampling import spacing_of
 
 __all__ = ["SIZED", "Extent", "describe_size", "extent_of", "find_size", "sized_cases"]
 
 SIZED = "sized"  # folder of the scaled source scans
-FILES = ("image", "label", "mask")  # entries of a case that lie on its grid
+FILES = (IMAGE, LABEL, MASK)  # entries of a case that lie on its grid
 LOOKED_AT = 10  # scans of each side
 CUT = 0.2  # share of a face of the image that is foreground, above which the body goes on beyond it
 MOST_OF_THEM = 0.8  # share of a side's scans that must show the whole body
@@ -64,9 +64,8 @@ def extent_of(path: str | Path) -> Extent:
         return Extent(np.zeros(3), False)
     box = box_of_mask(mask)
     faces = [face.mean() for axis in range(3) for face in (mask.take(0, axis), mask.take(-1, axis))]
-    order = np.argsort(nib.orientations.io_orientation(scan.affine)[:, 0])
-    sides = (box[:, 1] - box[:, 0]) * spacing_of(scan.affine)
-    return Extent(sides[order], bool(max(faces) <= CUT))
+    grid = laid(box[:, 1] - box[:, 0], scan.affine, None)
+    return Extent(grid.shape * grid.spacing, bool(max(faces) <= CUT))
 
 
 def find_size(source: Sequence[Mapping[str, Any]], target: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.files import replacing
+from mapseg_components.scans.files import Scan
 from mapseg_components.scans.findings import fault
 from mapseg_components.scans.nifti import HEADERS, read_geometry, read_nifti
 
@@ -50,14 +52,12 @@ def write_with_header(voxels: np.ndarray, scan: str | os.PathLike[str], path: st
     header["vox_offset"] = header.single_vox_offset
     written = np.asarray(voxels, dtype=np.dtype(np.float32).newbyteorder(header.endianness))
     content = header.binaryblock + NO_EXTENSION + written.tobytes(order="F")
-    with replacing(path) as temporary:
-        temporary.write_bytes(gzip.compress(content, LEVEL, mtime=0))
-        try:
-            found = read_nifti(temporary)
-        except DataError as error:
-            raise ResourceError(f"{path}: cannot be read back ({error}), nothing was kept: check the disk") from error
-        if not (np.array_equal(found.voxels, written) and np.array_equal(found.affine, geometry.affine)):
-            raise ResourceError(f"{path}: what was read back differs, nothing was kept: check the disk")
+    write_checked(
+        content,
+        path,
+        LEVEL,
+        lambda found: np.array_equal(found.voxels, written) and np.array_equal(found.affine, geometry.affine),
+    )
 
 
 def copy_packed(scan: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -104,14 +104,28 @@ def copy_scaled(scan: str | os.PathLike[str], path: str | os.PathLike[str], fact
     for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
         header[name] = header[name] * factor
     changed = header.binaryblock
+    moved = np.diag([factor, factor, factor, 1.0]) @ original.affine
+    write_checked(
+        changed + content[len(changed) :],
+        path,
+        FAST,
+        lambda found: found.digest == original.digest and np.allclose(found.affine, moved, rtol=1e-5, atol=1e-3),
+    )
+
+
+def write_checked(content: bytes, path: Path, level: int, is_right: Callable[[Scan], bool]) -> None:
+    """Pack the bytes of a NIfTI file and write them, if they are right when they are read back as a scan is.
+
+    Raises:
+        ResourceError: the disk is full, or does not give back what was written.
+    """
     with replacing(path) as temporary:
-        temporary.write_bytes(gzip.compress(changed + content[len(changed) :], FAST, mtime=0))
+        temporary.write_bytes(gzip.compress(content, level, mtime=0))
         try:
             found = read_nifti(temporary)
         except DataError as error:
             raise ResourceError(f"{path}: cannot be read back ({error}), nothing was kept: check the disk") from error
-        moved = np.diag([factor, factor, factor, 1.0]) @ original.affine
-        if found.digest != original.digest or not np.allclose(found.affine, moved, rtol=1e-5, atol=1e-3):
+        if not is_right(found):
             raise ResourceError(f"{path}: what was read back differs, nothing was kept: check the disk")
 
 
