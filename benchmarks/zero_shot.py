@@ -15,7 +15,6 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -38,12 +37,11 @@ def main(line: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--structures", required=True, type=json.loads, help="name: [values found, values of the truth]"
     )
-    parser.add_argument("--settings", type=json.loads, help="of mapseg predict")
+    parser.add_argument("--match_size", action="store_true", help="as of mapseg predict")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(line)
-    print(
-        measured(given.scans, given.truth, given.structures, given.bundle, given.weights, given.threads, given.settings)
-    )
+    options = (given.bundle, given.weights, given.threads, given.match_size)
+    print(measured(given.scans, given.truth, given.structures, *options))
 
 
 def measured(
@@ -53,7 +51,7 @@ def measured(
     bundle: str,
     weights: str | None = None,
     threads: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    match_size: bool = False,
 ) -> Evaluation:
     """Figures of all scans; options as on the command line.
 
@@ -67,7 +65,7 @@ def measured(
             str(folder / "all"),
             bundle=bundle,
             weights=weights,
-            settings=settings,
+            match_size=match_size,
             no_preview=True,
             num_threads=threads,
             quiet=True,

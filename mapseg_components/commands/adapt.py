@@ -33,7 +33,7 @@ from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_names, write_bundle
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.effects import check_plan
-from mapseg_components.plans.extents import SIZED, describe_size, find_size, sized_cases
+from mapseg_components.plans.extents import SIZED, sized_source
 from mapseg_components.plans.federation import check_federation
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
@@ -137,7 +137,8 @@ def adapt(
         any_position: source and target show different parts of the body: then the place of a structure in a scan says
             nothing about whether it is right.
         match_size: where what the source's scans show is much larger or smaller than what the target's show, as adults'
-            brains beside newborns', train on source scans at the target's size. Copies of them are written.
+            brains beside newborns', train on source scans at the target's size. Copies of them are written. A package's
+            model works on larger or smaller voxels.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
         source_models: train so many models of the source, alike but for the seed, and go on with the one that is surest
@@ -194,7 +195,7 @@ def adapt(
         "held_out": held_out,
         "symmetric": symmetric,
         "any_position": any_position,
-        "match_size": match_size and not recipe.of_label_maps and package is None,
+        "match_size": match_size and not recipe.of_label_maps,
         "settings": read_mapping("settings", settings),
         "source_models": source_models,
         "length": length,
@@ -359,16 +360,13 @@ class Adaptation(Run):
             refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
         check_federation(self.recipe, self.asked, adapted_on, held_out, request["seed"])
-        size = find_size([*training, *validation], target) if request.get("match_size") else None
-        if size is not None:
-            logger.info(describe_size(size))
-            training, validation = (
-                sized_cases(cases, size["factor"], self.folder / SIZED / name)
-                for name, cases in (("training", training), ("validation", validation))
+        found: dict[str, Any] = {}
+        if not self.recipe.of_label_maps:
+            training, validation, found = sized_source(
+                training, validation, target, self.folder / SIZED, bool(request.get("match_size"))
             )
-        plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request)
+        plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request) | found
         plan["settings"] |= own
-        plan |= {"size": size} if size is not None else {}
         content = {
             "source_label_maps": self.recipe.of_label_maps,
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},

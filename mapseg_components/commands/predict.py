@@ -16,8 +16,10 @@ from mapseg_components.data import is_bids
 from mapseg_components.data.left_out import records_of, summary
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import lock_folder, require_writable, unlock_folders
+from mapseg_components.handover import resized_spacing
 from mapseg_components.keys import CASE_ID, IMAGE
 from mapseg_components.plans.arguments import read_mapping
+from mapseg_components.plans.extents import find_size
 from mapseg_components.prediction.bundle import InferenceBundle, open_bundle
 from mapseg_components.prediction.inputs import Inputs, inputs_of
 from mapseg_components.prediction.intake import begun, taken_over, unreadable, usable
@@ -28,6 +30,8 @@ from mapseg_components.prediction.run import Run
 from mapseg_components.prediction.writing import Writer
 from mapseg_components.reports import can_draw
 from mapseg_components.scans.dicom import Series
+from mapseg_components.scans.extents import median_extent
+from mapseg_components.scans.files import is_nifti
 from mapseg_components.scans.segmentation import require_highdicom
 from mapseg_components.session import choose_device, listed, stoppable, working
 from mapseg_components.shipped_files import SEGMENTS, SHIPPED, bundle_of
@@ -35,6 +39,8 @@ from mapseg_components.shipped_files import SEGMENTS, SHIPPED, bundle_of
 __all__ = ["Prediction", "Predictions", "predict"]
 
 logger = logging.getLogger(__name__)
+
+FOREGROUND = "foreground_mm"  # setting of a bundle's inference; those of earlier versions have none
 
 
 def predict(
@@ -50,6 +56,7 @@ def predict(
     assume_orientation: str | None = None,
     non_finite: str | None = None,
     keep_largest: str | None = None,
+    match_size: bool = False,
     flip_tta: bool = False,
     probabilities: bool = False,
     uncertainty: bool = False,
@@ -92,6 +99,9 @@ def predict(
         assume_orientation: three letters, e.g. RAS, for scans whose header names none; by default such are refused.
         non_finite: background takes NaN and infinite voxels as background; by default such scans are refused.
         keep_largest: structures, with commas between them, or all, of which only the largest connected part is kept.
+        match_size: where what these scans show is much larger or smaller than what the bundle's model learnt from, as
+            newborns' brains beside adults', work on voxels that are larger or smaller by as much. For scans that show
+            the same as those, such as brains without skull; without it a warning says what was found.
         flip_tta: average with the result of the left-right mirrored scan; refused if a structure's name has a side.
         probabilities: write the probabilities of all classes, too (4D, steps of 1/255, background first).
         uncertainty: write the uncertainty of each voxel that the network learnt (mean absolute value over the classes),
@@ -149,6 +159,10 @@ def predict(
             *(home, listed(overlays), own | asked, listed(weights), listed(keep_largest)),
             *(flip_tta, probabilities, uncertainty),
         )
+        if "working_spacing" not in asked:
+            fit_size(segmenter, home, inputs.cases, match_size)
+        elif match_size:
+            raise ConfigError("match_size and working_spacing both say on which voxels to work: leave one out")
         ask_for(segmenter, home, adapt_each, seed)
         drawn = not no_preview and can_draw()
         if not no_preview and not drawn:
@@ -173,6 +187,45 @@ def predict(
             unlock_folders([call.folder])
         left, seconds = summary(inputs.left_out, call.source), round(call.seconds, 1)
         return Predictions(str(call.folder), journal.predictions, journal.rows(), seconds, len(journal.kept), left)
+
+
+def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, Any]], match: bool) -> None:
+    """Compare what scans show with what a model has learnt from, and work at its size if that is asked for.
+
+    Args:
+        bundle: that is used; its working spacing changes.
+        home: its folder.
+        cases: all scans; DICOM series and images have no known size.
+        match: whether to, or to warn alone.
+
+    Raises:
+        ConfigError: there is another size, and the bundle does not say on which voxels its model works.
+    """
+    known = bundle[FOREGROUND] if FOREGROUND in bundle.parser.config else None
+    if known is None:
+        if match:
+            logger.warning(f"match_size: bundle {home} does not say how large what it learnt from is (foreground_mm).")
+        return
+    size = find_size(known, median_extent([case[IMAGE] for case in cases if is_nifti(str(case[IMAGE]))]))
+    if size is None:
+        if match:
+            logger.warning("match_size: these scans show as much as what the model learnt from, or that is not known.")
+        return
+    here, there = (" x ".join(f"{side:.0f}" for side in size[name]) for name in ("target_mm", "source_mm"))
+    found = f"what these scans show measures {here} mm, what the model learnt from {there} mm ({size['factor']:.2f})"
+    if not match:
+        logger.warning(
+            f"{found}: if both show the same, such as brains without skull, match_size lets it work at its own size."
+        )
+        return
+    spacing = resized_spacing(bundle["working_spacing"], None, bundle["working_directions"], size["factor"])
+    if spacing is None:
+        raise ConfigError(
+            f"match_size: {found}, and bundle {home} works on the scans' own voxels (working_spacing is "
+            f"{bundle['working_spacing']}): resample the scans, or leave out match_size"
+        )
+    bundle["working_spacing"] = spacing
+    logger.warning(f"{found}: the model works on voxels of {spacing} mm.")
 
 
 def check_options(call: Call, inputs: Inputs, overwrite: bool, continue_prediction: bool, dicom_seg: bool) -> None:

@@ -29,6 +29,7 @@ __all__ = ["package_of_bundle"]
 
 SETTINGS = "handover_settings"  # of train.json: names of what a package holds
 TARGET_POLICY = "target_negative_values"  # of training; inference has it as negative_values
+EXTENT = "foreground_mm"  # of inference.json; bundles of earlier versions have none
 Figures = dict[str, Any]
 
 
@@ -86,6 +87,7 @@ def package_of_bundle(
         "network": fragment,
         "settings": {part: {name: value_of(name) for name in base[SETTINGS][part]} for part in PARTS},
         "labels": labels,
+        "foreground_mm": plain(used.get_parsed_content(EXTENT)) if EXTENT in used else None,
         **figures_of(bundle, labels, digest),
         "versions": {"mapseg_components": __version__},
     }

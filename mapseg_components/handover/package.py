@@ -249,6 +249,9 @@ def check_content(content: Any, path: Path) -> None:
         is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(map(is_number(0.001, 1000), spacing))
         unknown = "spacing_mm" in content and spacing is None  # of a bundle
         wrong += [] if is_spacing or unknown else ["spacing_mm"]
+        sides = content.get("foreground_mm")  # `None`, or absent, where it is not known
+        is_extent = isinstance(sides, list) and len(sides) == 3 and all(map(is_number(0.01, 10000), sides))
+        wrong += [] if sides is None or is_extent else ["foreground_mm"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
         dice = content["source_validation"]
         wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]

@@ -25,7 +25,8 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.handover.fragments import plain
 from mapseg_components.handover.package import MANIFEST, SCHEMA, WEIGHTS, check_content
-from mapseg_components.keys import LABEL
+from mapseg_components.keys import IMAGE, LABEL, TISSUES
+from mapseg_components.scans.extents import median_extent
 from mapseg_components.structures import structures_of
 
 __all__ = ["rounded", "volume_priors", "write_handover"]
@@ -59,7 +60,7 @@ def write_handover(
         labels: structure name to label value.
         evaluator: of the source's validation scans; its key metric is MONAI's ``MeanDice`` with details.
         cases: labelled source scans, for `volume_priors`.
-        min_scans: see `volume_priors`.
+        min_scans: see `volume_priors`; of fewer scans no extent is written either.
 
     Raises:
         ConfigError: the network or a setting cannot travel (see `fragments`), or a scan count below 2 is asked for.
@@ -71,6 +72,8 @@ def write_handover(
         raise ConfigError(f"handover_min_scans is {min_scans}: figures of one scan must not leave, set 2 or more")
     load_weights(network, weights)
     labels = structures_of(labels)
+    # the box of a label map of all tissues has values that are left out at times
+    without = len(cases) < min_scans or any(TISSUES in case for case in cases)
     content = {
         "schema": SCHEMA,
         "weights": {"fingerprint": fingerprint(network)},
@@ -78,6 +81,7 @@ def write_handover(
         "settings": plain(settings),
         "labels": dict(labels),
         "spacing_mm": median_spacing([case[LABEL] for case in cases]),
+        "foreground_mm": None if without else median_extent([case[IMAGE] for case in cases]),
         "source_validation": validation_dice(evaluator, list(labels)),
         "volumes": volume_priors(cases, labels, min_scans),
         "versions": {

@@ -115,7 +115,7 @@ def settled(
     config = overlaid(base, [configs / overlay for overlay in overlays if (configs / overlay).is_file()])
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
     wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
-    wanted |= {"slice_size": plan["slice_size"]}
+    wanted |= {"slice_size": plan["slice_size"], "foreground_mm": plan.get("foreground_mm")}
     wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
     wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
     if request["device"] != "auto":

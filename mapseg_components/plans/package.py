@@ -15,12 +15,15 @@ import numpy as np
 from monai.bundle import ConfigParser
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.handover import HandoverPackage, package_of_bundle
+from mapseg_components.handover import HandoverPackage, package_of_bundle, resize_package
+from mapseg_components.keys import IMAGE
 from mapseg_components.plans.components import TITLES
+from mapseg_components.plans.extents import describe_size, find_size
 from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import Frame, Grid, laid
 from mapseg_components.plans.recipes import Recipe
 from mapseg_components.plans.sizes import choose_preset, gpu_gib
+from mapseg_components.scans.extents import median_extent
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import METADATA, bundle_of, bundles_folder, shipped_bundles
 
@@ -86,6 +89,38 @@ def open_package(place: Path, folder: Path) -> HandoverPackage:
     return copied
 
 
+def sized_package(
+    package: HandoverPackage, target: Sequence[Mapping[str, Any]], match: bool
+) -> tuple[HandoverPackage, dict[str, Any]]:
+    """A package for the size of what the target's scans show, if that is another than its source's.
+
+    Args:
+        package: see `open_package`.
+        target: all cases.
+        match: whether sizes are compared at all.
+
+    Returns:
+        the package, and what the plan has of it, see `mapseg_components.plans.extents.sized_source`.
+
+    Raises:
+        ResourceError: the package cannot be written anew.
+    """
+    source_mm = package.content.get("foreground_mm")
+    size = find_size(source_mm, median_extent([case[IMAGE] for case in target])) if match else None
+    if size is None:
+        return package, {"foreground_mm": source_mm}
+    size["package"] = True
+    logger.info(describe_size(size))
+    resized = resize_package(package, size["factor"])
+    if resized is None:
+        logger.warning(
+            "This is not done: the package does not say on which voxel size its model works. Have the source site set "
+            "working_spacing."
+        )
+        return package, {"foreground_mm": source_mm}
+    return resized, {"foreground_mm": size["target_mm"], "size": size}
+
+
 def refuse_of_source(**given: Any) -> None:
     """Refuse arguments that a package answers itself. Raises `ConfigError`."""
     named = [name for name, value in given.items() if value not in (None, False)]
@@ -136,7 +171,7 @@ def plan_of_package(
     """Preset, frame, network and sizes: the package's, for the scans of a target.
 
     Args:
-        package: see `open_package`.
+        package: see `open_package`; it is written anew where the target's bodies are of another size.
         target: all cases.
         held_out: those that are judged apart.
         request: arguments of ``mapseg adapt``.
@@ -149,7 +184,9 @@ def plan_of_package(
     Raises:
         ConfigError: the preset is unknown.
         DataError: the target does not fit the package, or a scan cannot be read.
+        ResourceError: the package cannot be written.
     """
+    package, size = sized_package(package, target, bool(request.get("match_size")))
     content, asked = package.content, request["settings"] or {}
     preset, reason = request["preset"], "asked for"
     if preset == "auto":
@@ -185,6 +222,7 @@ def plan_of_package(
         "after_network": {**after, "reasons": reasons, "in_every_map": []},
         "network": network,
         "package": figures_of(package),
+        **size,
     }
 
 

@@ -32,24 +32,24 @@ def test_white_matter_is_found_in_both_contrasts(section, least, tmp_path):
     assert found.cases == 1 and found.summary["white matter"]["dice"]["mean"] > least
 
 
-def test_scans_of_another_size_can_be_measured_at_another_spacing(monkeypatch, tmp_path):
+def test_scans_of_another_size_can_be_measured_at_the_model_s(monkeypatch, tmp_path):
     asked = []
 
     def predict(*arguments, **options):
-        asked.append(options["settings"])
+        asked.append(options["match_size"])
         return type("Found", (), {"exit_code": 3, "__str__": lambda self: "nothing segmented"})()
 
     monkeypatch.setattr("benchmarks.zero_shot.predict", predict)
-    settings = {"working_spacing": [1.36, 1.36, 1.36]}
     with pytest.raises(RuntimeError, match="nothing segmented"):
-        main([str(tmp_path), str(tmp_path), "--structures", json.dumps(TISSUES), "--settings", json.dumps(settings)])
-    assert asked == [settings]
+        main([str(tmp_path), str(tmp_path), "--structures", json.dumps(TISSUES), "--match_size"])
+    assert asked == [True]
 
 
 def test_a_package_of_it_names_structures_spacing_and_windows(tmp_path):
     package = package_of_bundle(place_of("brain_any_contrast"), tmp_path)
     assert list(package.labels)[:2] == ["hippocampus", "amygdala"] and len(package.labels) == 12
     assert package.content["spacing_mm"] == [2.0, 2.0, 2.0]
+    assert package.content["foreground_mm"] == [135.0, 166.0, 139.5]
     assert package.settings["training"]["window_size"] == package.settings["preprocessing"]["patch_size"] == [48] * 3
     shown = torch.zeros(1, 1, 16, 16, 16)
     assert package.network.eval()(shown).shape == (1, 13, 16, 16, 16)

@@ -351,3 +351,82 @@ def test_what_cannot_be_adapted_to_each_scan_is_refused(bundle, scans, tmp_path)
         with pytest.raises(MAPSegError, match=says):
             segmented(home, scans, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def bodies(tmp_path):
+    """Bodies in air, of 10 x 9 x 11 voxels of 1 mm."""
+    folder = tmp_path / "bodies"
+    for seed in (7, 9):
+        voxels = np.random.default_rng(seed).uniform(1.0, 2.0, (10, 9, 11)).astype(np.float32)
+        write_nifti(folder / f"{seed}.nii.gz", np.pad(voxels, 4), np.eye(4))
+    return folder
+
+
+@pytest.fixture
+def of_larger(bundle, tmp_path):
+    """The bundle as if it had learnt from bodies of twice the size, on voxels of 2 mm."""
+    made = tmp_path / "of_larger"
+    shutil.copytree(bundle, made)
+    path = made / "configs" / "inference.json"
+    config = json.loads(path.read_text()) | {"foreground_mm": [20.0, 18.0, 22.0], "working_spacing": [2.0, 2.0, 2.0]}
+    path.write_text(json.dumps(config))
+    return made
+
+
+def test_a_package_works_on_voxels_of_the_target_s_size(of_larger, bodies, tmp_path):
+    package = package_of_bundle(of_larger, tmp_path / "package")
+    assert package.content["foreground_mm"] == [20.0, 18.0, 22.0]
+    cases = target_cases(str(bodies))
+    as_it_is = plan_of_package(package, cases, [], REQUEST)
+    assert as_it_is["settings"]["working_spacing"] == [2.0, 2.0, 2.0] and "size" not in as_it_is
+    assert as_it_is["foreground_mm"] == [20.0, 18.0, 22.0]
+    plan = plan_of_package(package, cases, [], REQUEST | {"match_size": True})
+    assert plan["settings"]["working_spacing"] == plan["working_spacing_mm"] == [1.0, 1.0, 1.0]
+    assert plan["size"]["factor"] == 0.5 and plan["foreground_mm"] == [10.0, 9.0, 11.0]
+    kept = HandoverPackage(package.folder)
+    assert kept.settings["preprocessing"]["working_spacing"] == [1.0, 1.0, 1.0]
+    assert kept.weights and kept.content["foreground_mm"] == [10.0, 9.0, 11.0]
+    again = plan_of_package(kept, cases, [], REQUEST | {"match_size": True})
+    assert again["settings"] == plan["settings"] and "size" not in again, "it is of their size now"
+
+
+def test_a_package_of_unknown_voxels_is_left_as_it_is(of_larger, bodies, tmp_path, caplog):
+    path = of_larger / "configs" / "inference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"working_spacing": None}))
+    package = package_of_bundle(of_larger, tmp_path / "package")
+    with caplog.at_level("WARNING", logger="mapseg_components.commands.adapt"):
+        plan = plan_of_package(package, target_cases(str(bodies)), [], REQUEST | {"match_size": True})
+    assert "size" not in plan and plan["settings"]["working_spacing"] is None
+    assert "the package does not say on which voxel size its model works" in caplog.text
+
+
+def test_predict_says_that_bodies_are_smaller_and_works_at_their_size_if_asked(of_larger, bodies, tmp_path, caplog):
+    def call(name, scans=bodies, **options):
+        caplog.clear()
+        options = {"bundle": str(of_larger), "device": "cpu", "no_preview": True, **options}
+        predict(str(scans), str(tmp_path / name), **options)
+        return json.loads((tmp_path / name / "manifest.json").read_text())["settings"]["working_spacing"]
+
+    assert call("plain") == [2.0, 2.0, 2.0]
+    assert "10 x 9 x 11 mm, what the model learnt from 20 x 18 x 22 mm (0.50): if both show" in caplog.text
+    assert call("matched", match_size=True) == [1.0, 1.0, 1.0]
+    assert "the model works on voxels of [1.0, 1.0, 1.0] mm" in caplog.text
+    by_hand = call("by_hand", settings={"working_spacing": [1.0, 1.0, 1.0]})
+    assert by_hand == [1.0, 1.0, 1.0] and "what these scans show" not in caplog.text
+    for scan in ("7_seg.nii.gz", "9_seg.nii.gz"):
+        assert (tmp_path / "matched" / scan).read_bytes() == (tmp_path / "by_hand" / scan).read_bytes()
+    with pytest.raises(ConfigError, match="match_size and working_spacing both say"):
+        call("both", match_size=True, settings={"working_spacing": [1.0, 1.0, 1.0]})
+    alike = {"match_size": True, "settings": {"foreground_mm": [10.0, 9.0, 11.0]}}
+    assert call("alike", **alike) == [2.0, 2.0, 2.0] and "show as much as what the model learnt from" in caplog.text
+    unknown = {"match_size": True, "settings": {"foreground_mm": None}}
+    assert call("unknown", **unknown) == [2.0, 2.0, 2.0] and "does not say how large" in caplog.text
+
+
+def test_predict_refuses_to_match_on_voxels_that_are_the_scans_own(of_larger, bodies, tmp_path):
+    path = of_larger / "configs" / "inference.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"working_spacing": None}))
+    with pytest.raises(ConfigError, match="works on the scans' own voxels"):
+        predict(str(bodies), str(tmp_path / "out"), bundle=str(of_larger), match_size=True)
+    assert not (tmp_path / "out").exists()

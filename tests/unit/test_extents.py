@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mapseg_components.errors import DataError, ResourceError
-from mapseg_components.plans.extents import describe_size, extent_of, find_size, sized_cases
+from mapseg_components.plans.extents import describe_size, find_size, sized_cases
 from mapseg_components.scans import rewriting
+from mapseg_components.scans.extents import extent_of, median_extent
 from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.scans.rewriting import copy_scaled
 from tests.headers import VARIANTS, orientation_affine, scan_with
@@ -37,6 +38,11 @@ def side_of(folder, factors, voxels=None):
     """Cases of one body with voxels of these sides."""
     voxels = body() if voxels is None else voxels
     return [written(folder / f"{n}.nii.gz", voxels, np.diag([*(np.ones(3) * f), 1.0])) for n, f in enumerate(factors)]
+
+
+def size_of(source, target):
+    """The size that is found from cases of both sides."""
+    return find_size(*(median_extent([case["image"] for case in cases]) for cases in (source, target)))
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LPI", "PIR", "SAL"])
@@ -75,36 +81,46 @@ def test_a_scan_of_one_value_has_none(tmp_path):
 
 def test_the_factor_is_the_ratio_of_medians(tmp_path):
     source, target = side_of(tmp_path / "s", [1.0, 1.1, 1.6]), side_of(tmp_path / "t", [0.7, 0.72, 0.74, 0.5])
-    found = find_size(source, target)
+    found = size_of(source, target)
     assert found["factor"] == pytest.approx(0.71 / 1.1, abs=1e-3)
     assert found["source_mm"] == [11.0, 15.4, 13.2]
     text = describe_size(found)
-    assert "0.65 of their size" in text and "11 x 15 x 13" in text and "7 x 10 x 8 mm" in text
+    assert "0.65 of their size" in text and "11 x 15 x 13" in text and "7 x 10 x 9 mm" in text
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.9, 1.1, 0.2, 5.0])
 def test_no_factor_for_bodies_that_are_alike_or_another_part(tmp_path, factor):
-    assert find_size(side_of(tmp_path / "s", [1.0] * 3), side_of(tmp_path / "t", [factor] * 3)) is None
+    assert size_of(side_of(tmp_path / "s", [1.0] * 3), side_of(tmp_path / "t", [factor] * 3)) is None
 
 
 def test_no_factor_where_the_form_differs_or_most_scans_of_a_side_show_a_part(tmp_path):
     source = side_of(tmp_path / "s", [1.0] * 5)
     long = side_of(tmp_path / "long", [0.5] * 5, body(sides=(10, 20, 12)))
-    assert find_size(source, long) is None
+    assert size_of(source, long) is None
     small, cut = (side_of(tmp_path / name, [0.5] * 5, body(sides=s)) for name, s in (("a", (10, 14, 12)), ("b", SHAPE)))
-    assert find_size(source, small) is not None
-    assert find_size(source, [*small[:4], cut[0]]) is not None  # four of five
+    assert size_of(source, small) is not None
+    assert size_of(source, [*small[:4], cut[0]]) is not None  # four of five
     damaged = tmp_path / "damaged.nii.gz"
     damaged.write_bytes(b"\x1f\x8bno scan")
     unread = [*small[:4], {"image": str(damaged)}]
-    assert find_size(source, unread)["factor"] == 0.5, "the check of all scans will name it"
-    assert find_size(source, [*small[:3], *cut[:2]]) is None
-    assert find_size(source, unread[4:]) is None
-    assert find_size(cut, small) is None
+    assert size_of(source, unread)["factor"] == 0.5, "the check of all scans will name it"
+    assert size_of(source, [*small[:3], *cut[:2]]) is None
+    assert size_of(source, unread[4:]) is None
+    assert size_of(cut, small) is None
 
 
-def test_pictures_have_no_size():
-    assert find_size([{"image": "a.png"}], [{"image": "b.nii.gz"}]) is None
+def test_pictures_and_no_scans_have_no_size():
+    assert median_extent(["a.png", "b.png"]) is None and median_extent([]) is None
+    assert find_size(None, [1.0, 1.0, 1.0]) is None and find_size([1.0, 1.0, 1.0], None) is None
+
+
+def test_of_many_scans_ten_are_read(tmp_path, monkeypatch):
+    cases = side_of(tmp_path, np.linspace(1.0, 2.0, 31))
+    read = []
+    real = read_nifti
+    monkeypatch.setattr("mapseg_components.scans.extents.read_nifti", lambda path: read.append(path) or real(path))
+    assert median_extent([case["image"] for case in cases]) == [15.0, 21.0, 18.0]
+    assert len(read) == 10 and read[0] == cases[0]["image"] and read[-1] == cases[-1]["image"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

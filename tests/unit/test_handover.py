@@ -15,7 +15,14 @@ import torch
 from mapseg_components.checkpoints import write_atomic
 from mapseg_components.data import median_spacing
 from mapseg_components.errors import CheckpointError, ConfigError
-from mapseg_components.handover import HandoverPackage, SourceOnlyWeights, volume_priors, write_handover
+from mapseg_components.handover import (
+    HandoverPackage,
+    SourceOnlyWeights,
+    resize_package,
+    resized_spacing,
+    volume_priors,
+    write_handover,
+)
 from mapseg_components.handover.fragments import network_of
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.conftest import write_nifti
@@ -54,7 +61,7 @@ def label_maps(folder, sizes):
         voxels = np.zeros(4 * 5 * 6, np.uint8)
         voxels[: counts[0]], voxels[counts[0] : sum(counts)] = 1, 2
         path = write_nifti(folder / f"{number}.nii.gz", voxels.reshape(4, 5, 6), np.diag([0.5, 1.0, 2.0, 1.0]))
-        cases.append({"image": path, "label": path})
+        cases.append({"image": path, "label": path, "case_id": str(number)})
     return cases
 
 
@@ -97,6 +104,67 @@ def test_a_package_reads_as_it_was_written(package, tiny_network):
     read.require(LABELS, same, read.network)
     read.network.load_state_dict(found)
     assert {path.name for path in package.iterdir()} == {"weights.pt", "handover.json"}
+
+
+@pytest.mark.parametrize(
+    ("working", "own", "directions", "expected"),
+    [
+        ([2.0, 2.0, 3.0], None, None, [1.0, 1.0, 1.5]),
+        (None, [0.5, 1.0, 2.0], None, [0.25, 0.5, 1.0]),
+        ([0.0, 2.0, 0.0], [0.5, 1.0, 2.0], None, [0.25, 1.0, 1.0]),
+        (None, None, None, None),
+        ([2.0, 2.0, 0.0], None, None, None),
+        ([2.0, 2.0, 0.0], [0.5, 1.0, 2.0], np.eye(3).tolist(), None),  # its axes are not those of the working frame
+        ([2.0, 2.0, 3.0], None, np.eye(3).tolist(), [1.0, 1.0, 1.5]),
+    ],
+)
+def test_bodies_of_half_the_size_are_worked_on_with_half_the_spacing(working, own, directions, expected):
+    assert resized_spacing(working, own, directions, 0.5) == expected
+
+
+def test_a_resized_package_says_all_lengths_and_volumes_of_the_other_size(package):
+    preprocessing = {**PREPROCESSING, "working_spacing": None, "working_directions": None}
+    change(package, settings__preprocessing=preprocessing, foreground_mm=[20.0, 10.0, 30.0])
+    before, weights = HandoverPackage(package).content, (package / "weights.pt").read_bytes()
+    content = resize_package(HandoverPackage(package), 0.5).content
+    assert content["settings"]["preprocessing"] == {**preprocessing, "working_spacing": [0.25, 0.5, 1.0]}
+    assert content["foreground_mm"] == [10.0, 5.0, 15.0] and content["spacing_mm"] == [0.25, 0.5, 1.0]
+    found, known = (one["volumes"]["structures"] for one in (content, before))
+    assert found["second"] is None and found["first"]["share"] == known["first"]["share"]
+    assert found["first"]["volume_mm3"]["range"] == [end / 8 for end in known["first"]["volume_mm3"]["range"]]
+    assert found["first"]["scans"] == known["first"]["scans"]
+    same = ("weights", "network", "labels", "source_validation", "versions")
+    assert all(content[name] == before[name] for name in same)
+    assert (package / "weights.pt").read_bytes() == weights
+    change(package, spacing_mm=None, settings__preprocessing=preprocessing)
+    without = (package / "handover.json").read_bytes()
+    assert resize_package(HandoverPackage(package), 0.5) is None
+    assert (package / "handover.json").read_bytes() == without
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], [1.0, 2.0, 0.0], "large", [1.0, 2.0, True]])
+def test_an_extent_that_cannot_be_is_refused(package, value):
+    change(package, foreground_mm=value)
+    with pytest.raises(ConfigError, match="foreground_mm is"):
+        assert HandoverPackage(package).content
+
+
+def test_the_extent_of_what_scans_show_is_written_unless_they_are_few(tmp_path, tiny_network):
+    cases = label_maps(tmp_path / "labels", [(10, 4), (20, 0)])
+    for case in cases:
+        case["image"] = write_nifti(tmp_path / f"{case['case_id']}.nii.gz", np.pad(np.ones((4, 6, 2)), 2), np.eye(4))
+    write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
+    for scans, expected in ((2, [4.0, 6.0, 2.0]), (3, None)):
+        places = (tmp_path / f"package{scans}", tmp_path / "weights.pt")
+        write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, scans)
+        assert HandoverPackage(places[0]).content["foreground_mm"] == expected
+
+
+def test_packages_of_earlier_versions_name_no_extent(package):
+    content = json.loads((package / "handover.json").read_text())
+    assert content.pop("foreground_mm") is None, "label maps that fill the image"
+    (package / "handover.json").write_text(json.dumps(content))
+    assert "foreground_mm" not in HandoverPackage(package).content
 
 
 def test_volumes_are_figures_over_scans_and_never_of_one(tmp_path):
