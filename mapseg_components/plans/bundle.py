@@ -12,9 +12,11 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
+from monai.utils import ensure_tuple_rep
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
+from mapseg_components.plans.components import TITLES
 from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.federation import federation_names
 from mapseg_components.plans.label_maps import add_synthetic_validation
@@ -114,7 +116,7 @@ def settled(
         overlays += [*recipe.presets.get(plan["preset"], ()), *recipe.overlays]
     config = overlaid(base, [configs / overlay for overlay in overlays if (configs / overlay).is_file()])
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
-    wanted |= {name: plan["after_network"][name] for name in ("largest_component", "fill_holes")}
+    wanted |= {name: plan["after_network"][name] for name in TITLES}
     wanted |= {"slice_size": plan["slice_size"], "foreground_mm": plan.get("foreground_mm")}
     wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
     wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
@@ -245,9 +247,9 @@ def described(metadata: dict[str, Any], plan: Mapping[str, Any], train: Mapping[
     return metadata
 
 
-def reductions(strides: list[list[int]]) -> list[int]:
-    """Product of the strides of all levels along each axis."""
+def reductions(strides: Sequence[int | Sequence[int]]) -> list[int]:
+    """Product of the strides of all levels along each axis; a number is of all three."""
     product = [1, 1, 1]
     for level in strides:
-        product = [one * step for one, step in zip(product, level)]
+        product = [one * step for one, step in zip(product, ensure_tuple_rep(level, 3))]
     return product

@@ -15,12 +15,16 @@ from scipy import ndimage
 from mapseg_components.boxes import box_of_mask
 from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.structures import numbered, to_whole
-from mapseg_components.transforms.components import holes_of, named_classes
+from mapseg_components.transforms.components import holes_of, named_classes, named_numbers
 
 __all__ = ["Shape", "describe_after", "find_after", "plan_after", "shapes_in", "shapes_of"]
 
 SPECK = 0.01  # of the largest component's voxels: smaller components are slips of the annotation
-TITLES = {"largest_component": "largest component only", "fill_holes": "holes filled"}
+ALMOST_ALL = 0.9  # of the label maps in which a structure occurs
+MOST = 3  # components that are kept of a structure
+LARGEST, SEVERAL, HOLES = "largest_component", "kept_components", "fill_holes"
+TITLES = {LARGEST: "largest component only", SEVERAL: "largest components only", HOLES: "holes filled"}
+NAMED = {LARGEST: named_classes, SEVERAL: named_numbers, HOLES: named_classes}  # what checks a setting of the user
 
 
 @dataclass(frozen=True)
@@ -82,19 +86,20 @@ def around_structures(classes: np.ndarray) -> np.ndarray:
 def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> dict[str, Any]:
     """What is done after the network, from the source's label maps.
 
-    Only the largest component of a structure is kept if it has exactly one wherever it occurs; its holes are filled if
-    it has none anywhere.
+    Only the largest component of a structure is kept if it has exactly one wherever it occurs. If it has another number
+    in almost all label maps, as where left and right are one structure, and never more than three, as many as it has
+    at most are kept. Its holes are filled if it has none anywhere.
 
     Args:
         shapes: of each label map, see `shapes_in`.
         names: structures, in the order of their class indices from 1.
 
     Returns:
-        ``largest_component`` and ``fill_holes``, names each; ``reasons``, for each of both the reason by structure
-        where it is not done; ``in_every_map``, structures that no label map lacks.
+        ``largest_component`` and ``fill_holes``, names each; ``kept_components``, names with numbers; ``reasons``, for
+        each the reason by structure where it is not done; ``in_every_map``, structures that no label map lacks.
     """
-    plan: dict[str, Any] = {"largest_component": [], "fill_holes": []}
-    reasons: dict[str, dict[str, str]] = {"largest_component": {}, "fill_holes": {}}
+    plan: dict[str, Any] = {LARGEST: [], SEVERAL: {}, HOLES: []}
+    reasons: dict[str, dict[str, str]] = {LARGEST: {}, SEVERAL: {}, HOLES: {}}
     has_measure = optional_import("skimage.measure")[1]
     for value, name in enumerate(names, start=1):
         seen = [one[value] for one in shapes if value in one]
@@ -106,10 +111,15 @@ def plan_after(shapes: Sequence[Mapping[int, Shape]], names: Iterable[str]) -> d
         number = f"{most}" if fewest == most else f"{fewest} to {most}"
         parts = f"{number} components in {len(several)} {where}" if several else ""
         unfit = "" if has_measure else "scikit-image is not installed (pip install scikit-image)"
-        for key, reason in (
-            ("largest_component", absent or parts or unfit),
-            ("fill_holes", absent or (f"holes in {holed} {where}" if holed else "")),
-        ):
+        against = {
+            LARGEST: absent or parts or unfit,
+            HOLES: absent or (f"holes in {holed} {where}" if holed else ""),
+        }
+        numbers = [one.components for one in seen]
+        if several and not unfit and most <= MOST and max(map(numbers.count, numbers)) >= ALMOST_ALL * len(numbers):
+            plan[SEVERAL][name] = most
+            del against[LARGEST]
+        for key, reason in against.items():
             if reason:
                 reasons[key][name] = reason
             else:
@@ -126,18 +136,18 @@ def find_after(
     Args:
         labelled: cases of the source.
         labels: structures and their values.
-        settings: of the user; ``largest_component`` and ``fill_holes`` are taken as they are.
+        settings: of the user; those of what follows after the network are taken as they are.
 
     Returns:
         see `plan_after`.
 
     Raises:
-        ConfigError: a setting is no list of structures, or scikit-image is needed and not installed.
+        ConfigError: a setting does not name structures as it should, or scikit-image is needed and not installed.
         DataError: a label map cannot be read.
     """
     asked = {key: settings[key] for key in TITLES if key in settings}
     for key, names in asked.items():
-        named_classes(key, names, labels)
+        NAMED[key](key, names, labels)
     plan = plan_after(shapes_of([case["label"] for case in labelled], labels), labels)
     kept = {key: {} if key in asked else reasons for key, reasons in plan["reasons"].items()}
     return plan | asked | {"reasons": kept}
@@ -148,5 +158,7 @@ def describe_after(plan: Mapping[str, Any]) -> str:
     sentences = []
     for key, title in TITLES.items():
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan["reasons"][key].items())
-        sentences.append(f"{title}: {', '.join(plan[key]) or 'none'}{f' (not {reasons})' if reasons else ''}")
+        done = plan[key]
+        done = [f"{name} {number}" for name, number in done.items()] if isinstance(done, Mapping) else done
+        sentences.append(f"{title}: {', '.join(done) or 'none'}{f' (not {reasons})' if reasons else ''}")
     return f"After the network: {'. '.join(sentences)}."

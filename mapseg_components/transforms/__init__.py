@@ -5,7 +5,14 @@
 from mapseg_components.transforms.background import RestoreBackgroundd
 from mapseg_components.transforms.bias_field import RandGlobalLocalBiasFieldd
 from mapseg_components.transforms.block_mask import RandBlockMask, RandBlockMaskd
-from mapseg_components.transforms.components import FillEnclosed, FillEnclosedd, named_classes
+from mapseg_components.transforms.components import (
+    FillEnclosed,
+    FillEnclosedd,
+    KeepComponents,
+    KeepComponentsd,
+    named_classes,
+    named_numbers,
+)
 from mapseg_components.transforms.contrast import (
     RandGlobalLocalAdjustContrastd,
     RandGlobalLocalHistogramShiftd,
@@ -45,6 +52,8 @@ __all__ = [
     "ClearOutsided",
     "Confidenced",
     "IgnoreOutsided",
+    "KeepComponents",
+    "KeepComponentsd",
     "NegativeValues",
     "NegativeValuesd",
     "PercentileClip",
@@ -72,6 +81,7 @@ __all__ = [
     "SelectLabelsd",
     "Uncertaintyd",
     "named_classes",
+    "named_numbers",
     "nearest_only",
     "save_probabilities",
     "WithoutIgnoredd",

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Connected components of a label map: holes of a structure, and the classes of structures that are named."""
+"""Connected components and holes of the structures of a label map, and the classes of structures that are named."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import FillHoles
-from monai.utils import optional_import
+from monai.transforms import FillHoles, KeepLargestConnectedComponent, Transform
+from monai.utils import convert_to_dst_type, optional_import
 from scipy import ndimage
 
 from mapseg_components.errors import ConfigError, DataError
@@ -19,7 +19,16 @@ from mapseg_components.structures import structures_of
 from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.inputs import as_volume, scan_name
 
-__all__ = ["FillEnclosed", "FillEnclosedd", "holes_of", "named_classes", "require_components"]
+__all__ = [
+    "FillEnclosed",
+    "FillEnclosedd",
+    "KeepComponents",
+    "KeepComponentsd",
+    "holes_of",
+    "named_classes",
+    "named_numbers",
+    "require_components",
+]
 
 
 def holes_of(classes: np.ndarray, value: int) -> np.ndarray:
@@ -95,14 +104,8 @@ class FillEnclosed(FillHoles):
             DataError: it holds values that are not whole.
         """
         img = as_volume(img)
-        if len(img) != 1:
-            raise ConfigError(
-                f"holes are filled in a label map of one channel, this has {len(img)}: argmax comes first"
-            )
+        classes = whole_classes(img)
         result = img.clone()
-        classes = img.as_subclass(torch.Tensor)[0].cpu().numpy()
-        if not np.array_equal(classes, np.round(classes)):
-            raise DataError(f"{scan_name(img)} has values that are not whole, and is no label map: argmax comes first")
         for value in self.applied_labels or ():
             result[0][torch.from_numpy(holes_of(classes, value)).to(img.device)] = value
         return result
@@ -128,6 +131,99 @@ class FillEnclosedd(EachKey):
     def __init__(self, keys: KeysCollection, applied_labels: Sequence[int], allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.transform = FillEnclosed(applied_labels)
+
+
+def whole_classes(img: torch.Tensor) -> np.ndarray:
+    """Values (X, Y, Z) of a label map (1, X, Y, Z).
+
+    Raises:
+        ConfigError: it has several channels.
+        DataError: it holds values that are not whole.
+    """
+    if len(img) != 1:
+        raise ConfigError(f"expected a label map of one channel, this has {len(img)}: argmax comes first")
+    classes = img.as_subclass(torch.Tensor)[0].cpu().numpy()
+    if not np.array_equal(classes, np.round(classes)):
+        raise DataError(f"{scan_name(img)} has values that are not whole, and is no label map: argmax comes first")
+    return classes
+
+
+class KeepComponents(Transform):
+    """MONAI's ``KeepLargestConnectedComponent`` with a number of its own for each structure.
+
+    Where left and right are one structure, two components of it are kept, and specks elsewhere go.
+
+    Args:
+        numbers: class index to the number of components that are kept.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import KeepComponents
+        >>> label_map = torch.tensor([1, 1, 0, 2, 2, 0, 1, 1, 1, 0, 1]).view(1, 11, 1, 1)
+        >>> KeepComponents({1: 2})(label_map).flatten().tolist()
+        [1, 1, 0, 2, 2, 0, 1, 1, 1, 0, 0]
+    """
+
+    def __init__(self, numbers: Mapping[int, int]) -> None:
+        self.steps = [
+            KeepLargestConnectedComponent(applied_labels=[value], is_onehot=False, num_components=number)
+            for value, number in numbers.items()
+        ]
+
+    def __call__(self, img: torch.Tensor) -> torch.Tensor:
+        """Label map (1, X, Y, Z) of the same type, metadata kept. Errors as those of `FillEnclosed`."""
+        img = as_volume(img)
+        whole_classes(img)
+        result = img
+        for step in self.steps:
+            result = step(result)
+        return convert_to_dst_type(result, dst=img)[0]  # MONAI's gives metadata to every tensor
+
+
+class KeepComponentsd(EachKey):
+    """Dictionary version of `KeepComponents`.
+
+    Args:
+        keys: label maps (1, X, Y, Z) of class indices.
+        numbers: class index to the number of components that are kept.
+        allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
+
+    Examples:
+        >>> import torch
+        >>> from mapseg_components.transforms import KeepComponentsd
+        >>> label_map = torch.tensor([1, 1, 0, 2, 2, 0, 1, 1, 1, 0, 1]).view(1, 11, 1, 1)
+        >>> KeepComponentsd("pred", {1: 2})({"pred": label_map})["pred"].flatten().tolist()
+        [1, 1, 0, 2, 2, 0, 1, 1, 1, 0, 0]
+    """
+
+    def __init__(self, keys: KeysCollection, numbers: Mapping[int, int], allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.transform = KeepComponents(numbers)
+
+
+def named_numbers(setting: str, numbers: Any, labels: Mapping[str, int]) -> dict[int, int]:
+    """Class indices of named structures, with a number for each.
+
+    Args:
+        setting: where the names come from, for messages.
+        numbers: structure to a number from 1, or nothing.
+        labels: structures and their values; class indices count them from 1.
+
+    Raises:
+        ConfigError: no mapping, an unknown name, no number from 1, or scikit-image is not installed.
+
+    Examples:
+        >>> from mapseg_components.transforms import named_numbers
+        >>> named_numbers("kept_components", {"kidneys": 2}, {"liver": 4, "kidneys": 9})
+        {2: 2}
+    """
+    numbers = numbers or {}
+    if not isinstance(numbers, Mapping):
+        raise ConfigError(f'{setting} is {numbers!r}, expected structures with numbers, such as {{"kidneys": 2}}')
+    wrong = {name: number for name, number in numbers.items() if type(number) is not int or number < 1}
+    if wrong:
+        raise ConfigError(f"{setting} has {wrong}, expected whole numbers from 1")
+    return dict(zip(named_classes(setting, list(numbers), labels), numbers.values()))
 
 
 def named_classes(setting: str, names: Any, labels: Mapping[str, int]) -> list[int]:

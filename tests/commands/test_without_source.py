@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from mapseg_components.plans.frame import Grid
 from mapseg_components.plans.judging import judged_images
 from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, require_fit
 from mapseg_components.plans.recipes import read_recipe, recipe_for, recipe_names
+from mapseg_components.prediction.bundle import read_bundle
 from mapseg_components.quality import mean_consistencies, within_shares
 from tests.conftest import ROOT, make_scan, write_nifti
 
@@ -430,3 +432,18 @@ def test_predict_refuses_to_match_on_voxels_that_are_the_scans_own(of_larger, bo
     with pytest.raises(ConfigError, match="works on the scans' own voxels"):
         predict(str(bodies), str(tmp_path / "out"), bundle=str(of_larger), match_size=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["brain_any_contrast", "mapseg_adaptation", "cosmos_selftraining", "buda_seg"])
+def test_every_shipped_model_can_be_planned_and_written_as_a_bundle(name, scans, tmp_path, monkeypatch):
+    """Until the first training, whose weights are then missed."""
+    monkeypatch.setattr("mapseg_components.commands.training.run_stage", lambda *a, **k: 1.0)
+    module = sys.modules["mapseg_components.commands.adapt"]  # the package has the function of that name
+    order = {"confidence_as_is": [0.5], "confidence_inverted": [0.4], "inverted": False}
+    monkeypatch.setattr(module, "settle_order", lambda *a: order)
+    with pytest.raises(ConfigError, match="no epoch was validated"):
+        adapt(package=name, target=str(scans), output=str(tmp_path / "run"), device="cpu", quiet=True)
+    network = read_bundle(tmp_path / "run", [], {}).get_parsed_content("network_def")
+    network.load_state_dict(torch.load(tmp_path / "run" / "stages" / "package" / "weights.pt", weights_only=True))
+    formats = json.loads((tmp_path / "run" / "configs" / "metadata.json").read_text())["network_data_format"]
+    assert len(formats["inputs"]["image"]["spatial_shape"]) == 3

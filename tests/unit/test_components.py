@@ -27,6 +27,7 @@ from tests.scans import make_scan, write_nifti
 
 LABELS = {"ventricle": 500, "myocardium": 200, "atrium": 9}
 SHAPE = (17, 20, 23)
+OURS = ("KeepLargestConnectedComponentd", "KeepComponentsd", "FillEnclosedd")
 MOVES = [(order, flips) for order in itertools.permutations(range(3)) for flips in [(), (0,), (1, 2), (0, 1, 2)]]
 
 
@@ -44,17 +45,18 @@ def moved(voxels, order, flips):
     return np.flip(np.transpose(voxels, order), flips).copy()
 
 
-def after(voxels, largest=(), holes=()):
+def after(voxels, largest=(), holes=(), several=None):
     """What the shipped inference config does to class indices."""
     parser = ConfigParser()
     parser.read_config(str(bundles_folder() / "mapseg_adaptation" / "configs" / "inference.json"))
     parser["labels"] = LABELS
     parser["largest_component"], parser["fill_holes"] = list(largest), list(holes)
+    parser["kept_components"] = several or {}
     steps = parser.config["postprocessing"]["transforms"]
-    ours = [one for one in steps if one["_target_"].endswith(("KeepLargestConnectedComponentd", "FillEnclosedd"))]
+    ours = [one for one in steps if one["_target_"].endswith(OURS)]
     parser["postprocessing#transforms"] = ours
     compose = parser.get_parsed_content("postprocessing")
-    assert len(compose.transforms) == bool(largest) + bool(holes)
+    assert len(compose.transforms) == bool(largest) + bool(holes) + bool(several)
     return compose({"pred": MetaTensor(torch.from_numpy(voxels.copy())[None])})["pred"].numpy()[0]
 
 
@@ -69,6 +71,17 @@ def test_the_largest_component_adds_no_voxel_and_changes_no_other_structure(seed
     sizes = np.bincount(ndimage.label(before == 2, np.ones((3, 3, 3)))[0].ravel())[1:]
     assert (found == 2).sum() == sizes.max()
     np.testing.assert_array_equal(after(found, largest=["myocardium"]), found)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_so_many_components_are_kept_and_nothing_else_is_changed(number):
+    before = patches(0)
+    found = after(before, several={"myocardium": number, "atrium": 500})
+    changed = found != before
+    assert changed.any() and (before[changed] == 2).all() and (found[changed] == 0).all()
+    sizes, kept = (np.bincount(ndimage.label(one == 2, np.ones((3, 3, 3)))[0].ravel())[1:] for one in (before, found))
+    np.testing.assert_array_equal(np.sort(kept), np.sort(sizes)[-number:])
+    np.testing.assert_array_equal(after(before, several={"myocardium": 1}), after(before, largest=["myocardium"]))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -154,13 +167,14 @@ def hearts(folder, change=None, count=5, affine=None):
 def test_a_myocardium_round_a_ventricle_has_no_hole(tmp_path):
     plan = find_after(hearts(tmp_path), LABELS, {})
     assert plan["largest_component"] == plan["fill_holes"] == list(LABELS)
-    assert plan["reasons"] == {"largest_component": {}, "fill_holes": {}}
+    assert plan["reasons"] == {"largest_component": {}, "kept_components": {}, "fill_holes": {}}
+    assert plan["kept_components"] == {}
     assert describe_after(plan).endswith("holes filled: ventricle, myocardium, atrium.")
 
 
 def test_what_is_not_done_has_its_reason(tmp_path):
     def change(number, voxels):
-        if number in (1, 3):
+        if number == 1:
             voxels[0:2, 0:2, 0 : 2 + number] = 9  # beside the other part
         if number == 2:
             voxels[12, 13, 14] = 0
@@ -168,10 +182,11 @@ def test_what_is_not_done_has_its_reason(tmp_path):
     plan = find_after(hearts(tmp_path, change), LABELS | {"valve": 77}, {})
     assert plan["largest_component"] == ["ventricle", "myocardium"] and plan["fill_holes"] == ["ventricle", "atrium"]
     assert plan["reasons"] == {
-        "largest_component": {"atrium": "2 components in 2 of 5 label maps", "valve": "in none of 5 label maps"},
+        "largest_component": {"atrium": "2 components in 1 of 5 label maps", "valve": "in none of 5 label maps"},
+        "kept_components": {},
         "fill_holes": {"myocardium": "holes in 1 of 5 label maps", "valve": "in none of 5 label maps"},
     }
-    assert "(not atrium: 2 components in 2 of 5 label maps; valve: in none" in describe_after(plan)
+    assert "(not atrium: 2 components in 1 of 5 label maps; valve: in none" in describe_after(plan)
 
 
 def test_specks_are_slips_and_pieces_are_components():
@@ -197,8 +212,45 @@ def test_one_label_map_of_many_decides_wherever_it_stands(odd, tmp_path):
             there = np.argwhere(voxels == LABELS["atrium"])
             voxels[tuple((there - there.min(0)).T)] = LABELS["atrium"]  # in the corner of the volume
 
-    reasons = find_after(hearts(tmp_path, second_atrium, count=25), LABELS, {})["reasons"]["largest_component"]
-    assert reasons == {"atrium": "2 components in 1 of 25 label maps"}
+    plan = find_after(hearts(tmp_path, second_atrium, count=25), LABELS, {})
+    assert plan["largest_component"] == ["ventricle", "myocardium"] and plan["kept_components"] == {"atrium": 2}
+
+
+def two_parts(number, voxels):
+    """A second atrium wherever there is one."""
+    there = np.argwhere(voxels == LABELS["atrium"])
+    voxels[tuple((there - there.min(0, initial=99)).T)] = LABELS["atrium"]
+
+
+def test_two_parts_of_a_structure_are_kept_where_almost_all_label_maps_have_them(tmp_path):
+    plan = find_after(hearts(tmp_path, two_parts), LABELS, {})
+    assert plan["kept_components"] == {"atrium": 2} and "atrium" not in plan["largest_component"]
+    assert not any("atrium" in reasons for reasons in plan["reasons"].values()) and "atrium" in plan["fill_holes"]
+    assert "largest components only: atrium 2" in describe_after(plan)
+
+    def many(number, voxels):
+        two_parts(number, voxels)
+        if number % 2:
+            voxels[0, 0:1, 20], voxels[0, 10, 20], voxels[15, 0, 20] = 9, 9, 9
+
+    plan = find_after(hearts(tmp_path, many), LABELS, {})
+    assert plan["kept_components"] == {}
+    assert plan["reasons"]["largest_component"] == {"atrium": "5 components in 2 of 5 label maps"}
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        (["atrium"], "expected structures with numbers"),
+        ({"liver": 2}, "kept_components names liver"),
+        ({"atrium": 0}, "expected whole numbers from 1"),
+        ({"atrium": 1.5}, "expected whole numbers from 1"),
+    ],
+)
+def test_numbers_of_components_that_cannot_be_are_refused(tmp_path, asked, message):
+    with pytest.raises(ConfigError, match=message):
+        find_after(hearts(tmp_path), LABELS, {"kept_components": asked})
+    assert find_after(hearts(tmp_path), LABELS, {"kept_components": {}})["kept_components"] == {}
 
 
 def test_what_the_user_asks_stands_in_the_place_of_the_plan(tmp_path):
@@ -256,13 +308,14 @@ def planned(tmp_path, settings):
 def test_the_bundle_that_adapt_makes_has_the_plan(tmp_path, settings, largest):
     folder, plan = planned(tmp_path, settings)
     assert plan["after_network"]["largest_component"] == largest
+    assert plan["after_network"]["kept_components"] == {"two": 2}
     config = json.loads((folder / "configs" / "inference.json").read_text())
     assert config["largest_component"] == largest and config["fill_holes"] == ["one", "two"]
     assert "largest_component" not in json.loads((folder / "configs" / "settings.json").read_text())
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))
     names = [type(one).__name__ for one in parser.get_parsed_content("postprocessing").transforms]
-    assert names[-1] == "SaveLabelMapd" and names[-2] == "FillEnclosedd"
+    assert names[-3:] == ["KeepComponentsd", "FillEnclosedd", "SaveLabelMapd"]
     assert ("KeepLargestConnectedComponentd" in names) == bool(largest)
 
 
@@ -282,6 +335,6 @@ def test_predict_adds_to_the_plan_or_switches_it_off_for_one_run(tmp_path):
     assert kept(opened(keep=["two"])) == kept(opened(keep=["all"])) == [(1, 2)]
     assert kept(opened({"largest_component": []})) == []
     assert kept(opened({"largest_component": []}, keep=["two"])) == [(2,)]
-    assert opened({"fill_holes": []}).recipe != opened().recipe
+    assert opened({"fill_holes": []}).recipe != opened().recipe != opened({"kept_components": {}}).recipe
     with pytest.raises(ConfigError, match="fill_holes names liver, the bundle has one, two"):
         opened({"fill_holes": ["liver"]})
