@@ -252,6 +252,8 @@ def check_content(content: Any, path: Path) -> None:
         sides = content.get("foreground_mm")  # `None`, or absent, where it is not known
         is_extent = isinstance(sides, list) and len(sides) == 3 and all(map(is_number(0.01, 10000), sides))
         wrong += [] if sides is None or is_extent else ["foreground_mm"]
+        after = content.get("after_network", {})  # absent where it is not known
+        wrong += faults_of_value(after, "after_network") if isinstance(after, dict) else ["after_network"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
         dice = content["source_validation"]
         wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.handover import HandoverPackage, package_of_bundle, resize_package
 from mapseg_components.keys import IMAGE
-from mapseg_components.plans.components import SEVERAL, TITLES
+from mapseg_components.plans.components import NAMED, SEVERAL, TITLES
 from mapseg_components.plans.extents import describe_size, find_size
 from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import Frame, Grid, laid
@@ -204,8 +204,12 @@ def plan_of_package(
     settings |= {"uncertainty": package.variance is not None, "variance": package.variance or "free"}
     known = ConfigParser.load_config_file(bundles_folder() / "mapseg_adaptation" / "configs" / "train.json")
     silent = dict.fromkeys(package.labels, "the package does not say")
-    after = {name: asked.get(name, {} if name == SEVERAL else []) for name in TITLES}
-    reasons = {name: {} if name in asked else silent for name in TITLES}
+    told = content.get("after_network", {}) | asked
+    said = {name: told[name] for name in TITLES if name in told}
+    for name, value in said.items():
+        NAMED[name](name, value, package.labels)
+    after = {name: said.get(name, {} if name == SEVERAL else []) for name in TITLES}
+    reasons = {name: {} if name in said else silent for name in TITLES}
     return {
         "preset": preset,
         "reason": reason,

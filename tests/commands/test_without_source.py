@@ -447,3 +447,28 @@ def test_every_shipped_model_can_be_planned_and_written_as_a_bundle(name, scans,
     network.load_state_dict(torch.load(tmp_path / "run" / "stages" / "package" / "weights.pt", weights_only=True))
     formats = json.loads((tmp_path / "run" / "configs" / "metadata.json").read_text())["network_data_format"]
     assert len(formats["inputs"]["image"]["spatial_shape"]) == 3
+
+
+def test_what_follows_after_the_network_is_the_bundle_s(bundle, scans, tmp_path):
+    made = tmp_path / "made"
+    shutil.copytree(bundle, made)
+    path = made / "configs" / "inference.json"
+    after = {"largest_component": ["second"], "kept_components": {"first": 2}, "fill_holes": ["first", "second"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | after))
+    package = package_of_bundle(made, tmp_path / "package")
+    assert package.content["after_network"] == after
+    cases = target_cases(str(scans))
+    found = plan_of_package(package, cases, [], REQUEST)["after_network"]
+    assert found == {**after, "reasons": {key: {} for key in after}, "in_every_map": []}
+    asked = plan_of_package(package, cases, [], REQUEST | {"settings": {"fill_holes": []}})["after_network"]
+    assert asked["fill_holes"] == [] and asked["kept_components"] == {"first": 2}
+    manifest = package.folder / "handover.json"
+    content = json.loads(manifest.read_text())
+    for wrong, message in (({"fill_holes": ["liver"]}, "names liver"), ({"fill_holes": "@x"}, "after_network#fill")):
+        manifest.write_text(json.dumps(content | {"after_network": wrong}))
+        with pytest.raises(ConfigError, match=message):
+            plan_of_package(HandoverPackage(package.folder), cases, [], REQUEST)
+    manifest.write_text(json.dumps({name: value for name, value in content.items() if name != "after_network"}))
+    silent = plan_of_package(HandoverPackage(package.folder), cases, [], REQUEST)["after_network"]
+    assert silent["kept_components"] == {} and silent["largest_component"] == []
+    assert silent["reasons"]["fill_holes"] == dict.fromkeys(LABELS, "the package does not say")
