@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from mapseg_components.files import write_json
 from mapseg_components.plans.judging import evenly
 from mapseg_components.plans.recipes import Recipe, Stage
 
-__all__ = ["TARGET_INVERTED", "asks_for_order", "describe_order", "find_order", "recipe_of", "settle_order"]
+__all__ = [
+    "TARGET_INVERTED",
+    "asks_for_order",
+    "confidence_on_target",
+    "describe_order",
+    "find_order",
+    "recipe_of",
+    "settle_order",
+]
 
 MOST_SCANS = 8
 MOST_OF_THEM = 0.8  # share of the scans that must agree
@@ -50,25 +58,15 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
         CheckpointError: the weights cannot be loaded.
         DataError: a scan cannot be read.
     """
-    trial = Trial(bundle, **{TARGET_INVERTED: False})
-    trial.load(weights)
-
-    def confidence(image: torch.Tensor) -> float:
-        largest, classes = trial.probabilities(image).max(dim=0)
-        return round(float(largest[classes > 0].mean()), 4) if (classes > 0).any() else 0.0
-
-    as_is, opposite = [], []
-    scans = load_datalist(bundle / "datalist.json", "target_training")
-    for case in evenly(scans, min(MOST_SCANS, len(scans))):
-        image = trial.scan(case["image"]).as_subclass(torch.Tensor)
-        as_is.append(confidence(image))
-        opposite.append(confidence(inverted(image)))
+    trial = opened(bundle, weights)
+    sure = confidence_on_target(bundle, trial)
+    as_is, opposite = sure["as_is"], sure["inverted"]
     gains = np.subtract(opposite, as_is)
     turned = bool((gains > 0).mean() >= MOST_OF_THEM and gains.mean() >= LEAST_GAIN)
     known = has_section(bundle / "datalist.json", "source_validation")
     own = load_datalist(bundle / "datalist.json", "source_validation") if known else []
     own = evenly(own, min(MOST_OF_SOURCE, len(own)))
-    at_home = [confidence(trial.scan(case["image"], source=True).as_subclass(torch.Tensor)) for case in own]
+    at_home = [confidence(trial, trial.scan(case["image"], source=True).as_subclass(torch.Tensor)) for case in own]
     surest = np.mean(opposite if turned else as_is)
     return {
         "inverted": turned,
@@ -77,6 +75,42 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
         "confidence_inverted": opposite,
         "confidence_source": at_home,
     }
+
+
+def opened(bundle: Path, weights: Path) -> Trial:
+    """A model that is shown scans as they are. Raises `CheckpointError` if the weights cannot be loaded."""
+    trial = Trial(bundle, **{TARGET_INVERTED: False})
+    trial.load(weights)
+    return trial
+
+
+def confidence(trial: Trial, image: torch.Tensor) -> float:
+    """Mean largest probability of the voxels of structures; 0 where none is found."""
+    largest, classes = trial.probabilities(image).max(dim=0)
+    return round(float(largest[classes > 0].mean()), 4) if (classes > 0).any() else 0.0
+
+
+def confidence_on_target(
+    bundle: Path, model: Trial | Path, orders: Sequence[str] = ("as_is", "inverted")
+) -> dict[str, list[float]]:
+    """Confidence of a model on up to eight target scans, in one order of intensities or both.
+
+    Args:
+        bundle: see `find_order`.
+        model: the model, or its weights.
+        orders: ``as_is`` and ``inverted``, bright for dark.
+
+    Returns:
+        of each order a number for each scan, see `find_order`. Errors as there.
+    """
+    trial = model if isinstance(model, Trial) else opened(bundle, model)
+    found: dict[str, list[float]] = {order: [] for order in orders}
+    scans = load_datalist(bundle / "datalist.json", "target_training")
+    for case in evenly(scans, min(MOST_SCANS, len(scans))):
+        image = trial.scan(case["image"]).as_subclass(torch.Tensor)
+        for order, values in found.items():
+            values.append(confidence(trial, inverted(image) if order == "inverted" else image))
+    return found
 
 
 def settle_order(bundle: Path, weights: Path) -> dict[str, Any]:

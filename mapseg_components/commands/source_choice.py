@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.commands.order import CHOICE, find_order, known_order
+from mapseg_components.commands.order import CHOICE, confidence_on_target, known_order
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.recipes import Recipe, Stage
 
@@ -56,8 +56,8 @@ def choose_source(
     orders = ("as_is", "inverted") if asks else ("inverted",) if known else ("as_is",)
     confidence = {}
     for stage in recipe.first:
-        found = find_order(folder, folder / "stages" / stage.name / WEIGHTS)
-        confidence[stage.name] = round(max(float(np.mean(found[f"confidence_{order}"])) for order in orders), 4)
+        found = confidence_on_target(folder, folder / "stages" / stage.name / WEIGHTS, orders)
+        confidence[stage.name] = round(max(float(np.mean(values)) for values in found.values()), 4)
     return {"chosen": max(confidence, key=lambda name: confidence[name]), "confidence": confidence}
 
 

@@ -15,6 +15,7 @@ from mapseg_components.commands.assess import assess
 from mapseg_components.commands.order import (
     TARGET_INVERTED,
     asks_for_order,
+    confidence_on_target,
     describe_order,
     find_order,
     recipe_of,
@@ -67,6 +68,8 @@ def test_the_model_is_surer_in_the_order_of_the_source(bundle, monkeypatch):
     for found in (bright, dark):
         gains = [b - a for a, b in zip(found["confidence_as_is"], found["confidence_inverted"])]
         assert all((gain > 0) is found["inverted"] for gain in gains)
+    for order in ("as_is", "inverted"):
+        assert confidence_on_target(*bundle, [order]) == {order: dark[f"confidence_{order}"]}
     text = describe_order(bright if bright["inverted"] else dark)
     assert "in 2 of them" in text and "are shown bright for dark" in text and TARGET_INVERTED in text
 

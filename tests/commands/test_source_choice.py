@@ -26,12 +26,13 @@ def sure(monkeypatch):
     """Confidences of `SURE` by the folder of the weights."""
     asked = []
 
-    def find(bundle, weights):
+    def confidence(bundle, weights, orders):
         as_is, inverted = SURE[Path(weights).parent.name]
         asked.append(Path(weights).parent.name)
-        return {"confidence_as_is": [as_is] * 2, "confidence_inverted": [inverted] * 2, "inverted": inverted > as_is}
+        both = {"as_is": [as_is] * 2, "inverted": [inverted] * 2}
+        return {order: both[order] for order in orders}
 
-    monkeypatch.setattr(source_choice, "find_order", find)
+    monkeypatch.setattr(source_choice, "confidence_on_target", confidence)
     return asked
 
 
