@@ -206,12 +206,16 @@ class Recipe:
         return replace(self, stages=kept, models=of_paths(self.models), order=order)
 
     def in_any_order(self) -> Recipe:
-        """With the source in contrasts of any order, from the stage on that is for a target as it is alone."""
+        """With the source in contrasts of any order, from the stage on that is for a target as it is alone.
+
+        That stage is as long as the preset says: such contrasts take more steps to learn than two orders do.
+        """
         first = next((number for number, stage in enumerate(self.stages) if stage.only_as_is), len(self.stages))
-        stages = (
-            replace(stage, contrasts=ANY_ORDER, only_as_is=False) if number >= first and stage.contrasts else stage
-            for number, stage in enumerate(self.stages)
-        )
+        stages = [*self.stages[:first]]
+        for stage in self.stages[first:]:
+            scale = stage.scale | ({"max_epochs": 1.0} if stage.only_as_is else {})
+            contrasts = ANY_ORDER if stage.contrasts else None
+            stages.append(replace(stage, contrasts=contrasts, only_as_is=False, scale=scale))
         return replace(self, stages=tuple(stages))
 
     def without_contrasts(self) -> Recipe:

@@ -130,6 +130,9 @@ def test_for_a_target_that_is_far_the_source_is_learnt_on_in_any_order(name):
     assert recipe_of(recipe, near, request) != found == recipe_of(found, far, request)
     place = next(number for number, stage in enumerate(recipe.stages) if stage.only_as_is)
     assert found.stages[:place] == recipe.stages[:place] and found.stages[place].contrasts == "any_order.yaml"
+    assert found.stages[place].factors("small-data-cpu")["max_epochs"] == 1.0
+    for before, after in zip(recipe.stages[place + 1 :], found.stages[place + 1 :]):
+        assert after.scale == before.scale
     for before, after in zip(recipe.stages[place:], found.stages[place:]):
         assert after.contrasts == ("any_order.yaml" if before.contrasts else None) and before.paths == after.paths
 
