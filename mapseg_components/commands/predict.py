@@ -199,13 +199,16 @@ def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, A
         match: whether to, or to warn alone.
 
     Raises:
-        ConfigError: there is another size, and the bundle does not say on which voxels its model works.
+        ConfigError: there is another size, and the bundle does not say on which voxels its model works; or its extent
+            is none.
     """
     known = bundle[FOREGROUND] if FOREGROUND in bundle.parser.config else None
     if known is None:
         if match:
             logger.warning(f"match_size: bundle {home} does not say how large what it learnt from is (foreground_mm).")
         return
+    if not (isinstance(known, list) and len(known) == 3 and all(type(s) in (int, float) and s > 0 for s in known)):
+        raise ConfigError(f"{FOREGROUND} of bundle {home} is {known!r}, expected three lengths in mm, or null")
     size = find_size(known, median_extent([case[IMAGE] for case in cases if is_nifti(str(case[IMAGE]))]))
     if size is None:
         if match:
