@@ -5,18 +5,23 @@
 python -m benchmarks.choices slices            a planned 2D U-Net, volumes of one slice against images
 python -m benchmarks.choices precision         four layers of a U-Net in float32 against bf16
 python -m benchmarks.choices resampling        eight classes to the scan's grid, along its axes against MONAI's way
+python -m benchmarks.choices onnx              windows through a planned U-Net, PyTorch against ONNX Runtime (export)
+python -m benchmarks.choices onnx_slices       the same for images
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
 from monai.data import MetaTensor
+from monai.networks.utils import convert_to_onnx
 from monai.transforms import SpatialResample
+from monai.utils import optional_import
 from torch import nn
 
 from benchmarks.timing import CLOCKS, interleaved, machine
@@ -57,6 +62,32 @@ def slices_sides() -> dict[str, Callable[[], None]]:
     return {"volumes of one slice": step(as_volumes(network), image), "images": step(network, image)}
 
 
+def windows_sides(*shape: int) -> dict[str, Callable[[], None]]:
+    image = torch.rand(4, 1, *shape)
+    sizes = plan_unet(image.shape[2:], [1, 1, 1], reduced=False)
+    del sizes["upsample_kernel_size"]
+    network = GlobalLocalUNet(1, 8, **sizes).eval()
+    onnxruntime, known = optional_import("onnxruntime")
+    if not known:
+        raise SystemExit("this choice needs ONNX Runtime: pip install -e '.[export]'")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        names = {"input_names": ["image"], "output_names": ["logits"], "opset_version": 18, "dynamo": False}
+        convert_to_onnx(network, [image], filename=file.name, **names)
+        session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+
+    def here() -> torch.Tensor:
+        with torch.no_grad():
+            return network(image)
+
+    def there() -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+
+    torch.testing.assert_close(there(), here(), rtol=0, atol=1e-3)
+    return {"ONNX Runtime": there, "PyTorch": here}
+
+
 def precision_sides() -> dict[str, Callable[[], None]]:
     layers = [(nn.Conv3d(16, 16, 3, padding=1), nn.InstanceNorm3d(16, affine=True), nn.LeakyReLU())] * LAYERS
     network, image = (
@@ -87,6 +118,8 @@ SIDES: Mapping[str, Callable[[], dict[str, Callable[[], None]]]] = {
     "slices": slices_sides,
     "precision": precision_sides,
     "resampling": resampling_sides,
+    "onnx": lambda: windows_sides(48, 48, 48),
+    "onnx_slices": lambda: windows_sides(192, 192, 1),
 }
 
 

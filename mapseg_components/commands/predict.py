@@ -20,7 +20,7 @@ from mapseg_components.handover import resized_spacing
 from mapseg_components.keys import CASE_ID, IMAGE
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.extents import find_size
-from mapseg_components.prediction.bundle import InferenceBundle, open_bundle
+from mapseg_components.prediction.bundle import ONNX, InferenceBundle, open_bundle
 from mapseg_components.prediction.inputs import Inputs, inputs_of
 from mapseg_components.prediction.intake import begun, taken_over, unreadable, usable
 from mapseg_components.prediction.journal import Call, Journal
@@ -67,6 +67,7 @@ def predict(
     continue_prediction: bool = False,
     adapt_each: int = 0,
     seed: int = 0,
+    backend: str = "pytorch",
     device: str = "auto",
     num_threads: int | None = None,
     quiet: bool = False,
@@ -118,6 +119,8 @@ def predict(
             adapted weights if its label map is more consistent by them, else by the bundle's, which stay as they are.
             The table and manifest say which, and the gain. Not with several weights.
         seed: of adapt_each.
+        backend: pytorch, or onnx: ONNX Runtime computes the network, in float32 on the CPU (it needs the extra export);
+            faster on images, not on volumes. Not for networks with a global view.
         device: auto, cpu, cuda or cuda:<number>.
         num_threads: of the CPU.
         quiet: no progress bar, errors only.
@@ -138,6 +141,9 @@ def predict(
         dataset = call.source if is_bids(call.source) else None
         inputs = inputs_of(call.source, modality, call.folder, dataset is not None)
         check_options(call, inputs, overwrite, continue_prediction, dicom_seg)
+        if backend == ONNX and (adapt_each or device.startswith("cuda")):
+            other = "adapt_each, which trains" if adapt_each else f"device {device}"
+            raise ConfigError(f"backend {ONNX} computes one network on the CPU, and not with {other}: leave one out")
         policies = {
             "negative_values": negative_values,
             "assume_orientation": assume_orientation,
@@ -147,7 +153,7 @@ def predict(
             "bundle_root": str(home.absolute()),
             "dataset_dir": str(call.source.absolute()),
             "cases": inputs.cases,
-            "device": f"$torch.device('{choose_device(device)}')",
+            "device": f"$torch.device('{'cpu' if backend == ONNX else choose_device(device)}')",
             "overwrite": overwrite,
             **{name: value for name, value in policies.items() if value},
         }
@@ -157,7 +163,7 @@ def predict(
             raise ConfigError(f"settings has {taken}, which the command's own arguments say: leave them out")
         segmenter = open_bundle(
             *(home, listed(overlays), own | asked, listed(weights), listed(keep_largest)),
-            *(flip_tta, probabilities, uncertainty),
+            *(flip_tta, probabilities, uncertainty, backend),
         )
         if "working_spacing" not in asked:
             fit_size(segmenter, home, inputs.cases, match_size)

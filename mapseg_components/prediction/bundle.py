@@ -25,9 +25,10 @@ from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms import named_classes, named_numbers
 
-__all__ = ["SAVING", "InferenceBundle", "open_bundle", "read_bundle"]
+__all__ = ["ONNX", "SAVING", "InferenceBundle", "open_bundle", "read_bundle"]
 
 SAVING, READER, SPLIT = "SaveLabelMapd", "mapseg_components.data.NiftiReader", "Uncertaintyd"
+PYTORCH, ONNX = "pytorch", "onnx"  # backends
 LARGEST = "largest_component"
 # settings of what follows after the network, and what checks them
 AFTER = {LARGEST: named_classes, "kept_components": named_numbers, "fill_holes": named_classes}
@@ -115,6 +116,7 @@ def open_bundle(
     flip_tta: bool,
     probabilities: bool,
     uncertainty: bool = False,
+    backend: str = PYTORCH,
 ) -> InferenceBundle:
     """A bundle, ready to run; without options its label maps are those of its own config.
 
@@ -127,6 +129,7 @@ def open_bundle(
         flip_tta: average with the result of the left-right mirrored scan.
         probabilities: give the probabilities of all classes, too.
         uncertainty: give the uncertainty of each voxel, too; by default what the bundle says.
+        backend: ``pytorch`` or ``onnx``, see `mapseg_components.inferers.OnnxInferer`.
 
     Raises:
         ConfigError: bundle, overlay, setting or structure is unknown, or an option does not suit the bundle.
@@ -140,8 +143,34 @@ def open_bundle(
     members = list(weights) or [str(parser.get_parsed_content("weights"))]
     if uncertainty:
         show_uncertainty(parser, home)
+    if backend != PYTORCH:
+        compute_by(backend, parser, members)
     extend(parser, names, members, kept_structures(keep_largest, names), flip_tta, probabilities)
     return InferenceBundle(parser, names, members)
+
+
+def compute_by(backend: str, parser: ConfigParser, members: Sequence[str]) -> None:
+    """Let ONNX Runtime compute a bundle's network.
+
+    Args:
+        backend: its name.
+        parser: the bundle's config.
+        members: files of weights.
+
+    Raises:
+        ConfigError: the backend is unknown, there are several weights, or the network is shown a global view.
+    """
+    if backend != ONNX:
+        raise ConfigError(f"backend is {backend!r}, expected {PYTORCH} or {ONNX}")
+    if len(members) > 1:
+        raise ConfigError(f"backend {ONNX} computes one network, and {len(members)} weights are given: name one file")
+    if "global_view" in parser.config and parser.get_parsed_content("global_view"):
+        raise ConfigError(
+            f"backend {ONNX} computes networks of one image, and this bundle's is shown a global view as well: leave "
+            "out backend"
+        )
+    parser["inferer"] = {"_target_": "mapseg_components.inferers.OnnxInferer", "inferer": parser.config["inferer"]}
+    parser.get_parsed_content("inferer")  # refused where ONNX Runtime is missing, before any scan is read
 
 
 def show_uncertainty(parser: ConfigParser, home: Path) -> None:
