@@ -33,7 +33,7 @@ from tools.make_bundles import made_bundles
 
 # name of an import, where it is not that of the distribution
 DISTRIBUTIONS = {"yaml": "pyyaml", "skimage": "scikit-image", "ignite": "pytorch-ignite", "PIL": "pillow"}
-OPTIONAL_PARTS = {"federated/flare": "fl", "scans/segmentation.py": "dicom"}
+OPTIONAL_PARTS = {"federated/flare": "fl", "scans/segmentation.py": "dicom", "inferers/onnx_runtime.py": "export"}
 NOT_IN_THE_SDIST = (".ci/", ".github/", ".pre-commit-config.yaml")  # of the host of the repository
 LITTER = ("eval/volumes.csv", "data/scan.nii.gz", "models/last.pt", "configs/.hidden.yaml")
 TINY = {

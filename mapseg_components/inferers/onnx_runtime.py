@@ -19,7 +19,7 @@ from torch import nn
 from mapseg_components.errors import ConfigError
 from mapseg_components.networks.passes import collaborates
 
-__all__ = ["OnnxInferer"]
+__all__ = ["OnnxInferer", "require_onnxruntime"]
 
 TOLERANCE = 1e-3  # largest difference of a logit from PyTorch's, as a share of the largest; 2e-4 is seen in float32
 OPSET = 18
@@ -35,24 +35,16 @@ class OnnxInferer(Inferer):
     Args:
         inferer: any inferer that calls the network on images alone, such as MONAI's ``SlidingWindowInferer``.
 
-    Raises:
-        ConfigError: ONNX Runtime is not installed.
-
     Examples:
-        >>> import torch
-        >>> from monai.inferers import SimpleInferer
+        >>> from monai.inferers import SlidingWindowInferer
         >>> from mapseg_components.inferers import OnnxInferer
-        >>> network, image = torch.nn.Conv3d(1, 2, kernel_size=1), torch.rand(1, 1, 4, 5, 6)
-        >>> with torch.no_grad():
-        ...     torch.allclose(OnnxInferer(SimpleInferer())(image, network), network(image), atol=1e-5)
-        True
+        >>> inferer = OnnxInferer(SlidingWindowInferer((48, 48, 48)))  # logits = inferer(image, network)
+        >>> inferer.sessions
+        {}
     """
 
     def __init__(self, inferer: Inferer) -> None:
         super().__init__()
-        self.onnxruntime, known = optional_import("onnxruntime")
-        if not known:
-            raise ConfigError(f"ONNX Runtime is not installed: pip install 'mapseg-components[export]', or {LEAVE_OUT}")
         self.inferer = inferer
         self.sessions: dict[torch.Size, Any] = {}
         self.weights: list[tuple[int, int]] = []  # of the graphs: parameters and the number of their changes
@@ -61,8 +53,8 @@ class OnnxInferer(Inferer):
         """The output of the inferer for ``inputs`` (B, C, X, Y, Z); errors as of it.
 
         Raises:
-            ConfigError: the network is not on the CPU, is shown a global view, gives no single tensor, or its graph
-                gives other logits.
+            ConfigError: ONNX Runtime is not installed, or the network is not on the CPU, is shown a global view, gives
+                no single tensor, or its graph gives other logits.
         """
         parameters = [*network.parameters()]
         if any(parameter.device.type != "cpu" for parameter in parameters):
@@ -90,6 +82,7 @@ class OnnxInferer(Inferer):
 
     def session_of(self, forward: Callable[[torch.Tensor], Any], network: nn.Module, image: torch.Tensor) -> Any:
         """A session for any number of images of a shape."""
+        onnxruntime = require_onnxruntime()
         with torch.no_grad():
             expected = forward(image)
         if not isinstance(expected, torch.Tensor):
@@ -97,7 +90,7 @@ class OnnxInferer(Inferer):
                 f"ONNX Runtime computes networks of one output here, and {type(network).__name__} gives "
                 f"{type(expected).__name__}: {LEAVE_OUT}"
             )
-        options = self.onnxruntime.SessionOptions()
+        options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tracing: sizes are those of this shape
@@ -112,7 +105,7 @@ class OnnxInferer(Inferer):
                 dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
                 dynamo=False,
             )
-            session = self.onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
         difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if not difference <= TOLERANCE:
@@ -121,6 +114,14 @@ class OnnxInferer(Inferer):
                 f"{TOLERANCE:.0e}: {LEAVE_OUT}"
             )
         return session
+
+
+def require_onnxruntime() -> Any:
+    """The module of ONNX Runtime. Raises `ConfigError` if it is not installed."""
+    onnxruntime, known = optional_import("onnxruntime")
+    if not known:
+        raise ConfigError(f"ONNX Runtime is not installed: pip install 'mapseg-components[export]', or {LEAVE_OUT}")
+    return onnxruntime
 
 
 class Graph(nn.Module):

@@ -17,6 +17,7 @@ from mapseg_components import __version__
 from mapseg_components.configs import check_settings
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of
+from mapseg_components.inferers.onnx_runtime import require_onnxruntime
 from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.networks import has_uncertainty
 from mapseg_components.scans.segmentation import Algorithm
@@ -158,7 +159,8 @@ def compute_by(backend: str, parser: ConfigParser, members: Sequence[str]) -> No
         members: files of weights.
 
     Raises:
-        ConfigError: the backend is unknown, there are several weights, or the network is shown a global view.
+        ConfigError: the backend is unknown or not installed, there are several weights, or the network is shown a
+            global view.
     """
     if backend != ONNX:
         raise ConfigError(f"backend is {backend!r}, expected {PYTORCH} or {ONNX}")
@@ -169,8 +171,8 @@ def compute_by(backend: str, parser: ConfigParser, members: Sequence[str]) -> No
             f"backend {ONNX} computes networks of one image, and this bundle's is shown a global view as well: leave "
             "out backend"
         )
+    require_onnxruntime()  # before any scan is read
     parser["inferer"] = {"_target_": "mapseg_components.inferers.OnnxInferer", "inferer": parser.config["inferer"]}
-    parser.get_parsed_content("inferer")  # refused where ONNX Runtime is missing, before any scan is read
 
 
 def show_uncertainty(parser: ConfigParser, home: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
+from monai.utils import optional_import
 from torch import nn
 
 from mapseg_components.commands import predict
@@ -20,6 +21,9 @@ from mapseg_components.plans.sizes import plan_unet
 from mapseg_components.scans.nifti import read_nifti
 from tests.conftest import make_scan, write_nifti
 
+needs_runtime = pytest.mark.skipif(
+    not all(optional_import(name)[1] for name in ("onnx", "onnxruntime")), reason="needs the extra [export]"
+)
 VOLUMES, IMAGES = (16, 12, 20), (32, 24, 1)
 
 
@@ -34,6 +38,7 @@ def windows(shape, number=2):
     return GlobalLocalSlidingWindowInferer(shape, sw_batch_size=number, global_view=False)
 
 
+@needs_runtime
 @pytest.mark.parametrize("shape", [VOLUMES, IMAGES])
 @pytest.mark.parametrize("number", [1, 3])
 @torch.no_grad()
@@ -47,6 +52,7 @@ def test_the_logits_are_pytorch_s_in_batches_of_any_number(shape, number):
     torch.testing.assert_close(inferer(scan.flip(2), network), inner(scan.flip(2), network), rtol=0, atol=1e-4)
 
 
+@needs_runtime
 @torch.no_grad()
 def test_it_is_onnx_runtime_that_computes(monkeypatch):
     network, scan = unet(VOLUMES), torch.rand(1, 1, 20, 20, 20)
@@ -58,6 +64,7 @@ def test_it_is_onnx_runtime_that_computes(monkeypatch):
     assert not calls
 
 
+@needs_runtime
 @torch.no_grad()
 def test_other_weights_have_another_graph():
     network, scan = unet(VOLUMES), torch.rand(1, 1, *VOLUMES)
@@ -74,6 +81,7 @@ class Two(nn.Module):
         return image, image
 
 
+@needs_runtime
 @torch.no_grad()
 def test_what_it_cannot_compute_is_refused_and_the_network_stays_as_it_was(monkeypatch):
     scan = torch.rand(1, 1, 16, 16, 16)
@@ -89,9 +97,16 @@ def test_what_it_cannot_compute_is_refused_and_the_network_stays_as_it_was(monke
     with pytest.raises(ConfigError, match=r"logits differ by .* expected at most"):
         OnnxInferer(windows(VOLUMES))(scan, network)
     assert "forward" not in vars(network)
+
+
+def test_without_onnx_runtime_it_says_what_to_install(scans, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_runtime, "optional_import", lambda name: (None, False))
-    with pytest.raises(ConfigError, match="ONNX Runtime is not installed: pip install"):
-        OnnxInferer(windows(VOLUMES))
+    message = "ONNX Runtime is not installed: pip install"
+    with pytest.raises(ConfigError, match=message), torch.no_grad():
+        OnnxInferer(windows(VOLUMES))(torch.rand(1, 1, *VOLUMES), unet(VOLUMES))
+    with pytest.raises(ConfigError, match=message):
+        predict(str(scans), str(tmp_path / "out"), bundle="brain_any_contrast", backend="onnx")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -101,6 +116,7 @@ def scans(tmp_path):
     return tmp_path / "scans"
 
 
+@needs_runtime
 def test_predict_gives_the_same_label_maps(scans, tmp_path):
     for backend in ("pytorch", "onnx"):
         options = {"bundle": "brain_any_contrast", "no_preview": True, "quiet": True, "num_threads": 1}

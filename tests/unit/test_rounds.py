@@ -162,7 +162,7 @@ def test_agreement_of_rounds_is_the_mean_dice_of_each_structure(tmp_path):
 def plan_of(preset, shape=(120, 130, 110), spacing=(1, 1, 1)):
     """A plan as `mapseg adapt` makes it, of cubes."""
     settings = plan_sizes([shape], [spacing], preset) | {"global_view": False}
-    after = {"largest_component": ["tumour"], "fill_holes": []}
+    after = {"largest_component": ["tumour"], "kept_components": {}, "fill_holes": []}
     rest = {"fine": True, "labels": LABELS, "flip_axes": [0, 1], "after_network": after}
     sizes = {"slice_size": plan_slices([shape], preset), "working_spacing_mm": spacing, "settings": settings}
     return {"preset": preset, **rest, **sizes}
