@@ -157,6 +157,8 @@ def describe_after(plan: Mapping[str, Any]) -> str:
     """What is done after the network, in words."""
     sentences = []
     for key, title in TITLES.items():
+        if key not in plan:  # of a run that an earlier version has planned
+            continue
         reasons = "; ".join(f"{name}: {reason}" for name, reason in plan["reasons"][key].items())
         done = plan[key]
         done = [f"{name} {number}" for name, number in done.items()] if isinstance(done, Mapping) else done
