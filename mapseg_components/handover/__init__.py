@@ -6,8 +6,7 @@ A package is a folder of two files::
 
     weights.pt      the segmenter's weights, tensors only
     handover.json   the network and settings, label table, voxel size and extent of the source's scans, checksum of the
-                    weights, source validation Dice,
-                    volumes of the structures (rounded, over several scans), versions
+                    weights, source validation Dice, volumes of the structures (rounded, over several scans), versions
 
 A folder and not an archive: a person can read ``handover.json`` before it is sent, and every tool that takes weights
 takes ``weights.pt`` as it is.

@@ -24,13 +24,13 @@ from mapseg_components.handover.package import MANIFEST, PARTS, SCHEMA, WEIGHTS,
 from mapseg_components.handover.writing import rounded
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms.components import AFTER_NETWORK
 
 __all__ = ["package_of_bundle"]
 
 SETTINGS = "handover_settings"  # of train.json: names of what a package holds
 TARGET_POLICY = "target_negative_values"  # of training; inference has it as negative_values
 EXTENT = "foreground_mm"  # of inference.json; bundles of earlier versions have none
-AFTER = ("largest_component", "kept_components", "fill_holes")  # likewise
 Figures = dict[str, Any]
 
 
@@ -89,7 +89,7 @@ def package_of_bundle(
         "settings": {part: {name: value_of(name) for name in base[SETTINGS][part]} for part in PARTS},
         "labels": labels,
         "foreground_mm": plain(used.get_parsed_content(EXTENT)) if EXTENT in used else None,
-        "after_network": {name: plain(used.get_parsed_content(name)) for name in AFTER if name in used},
+        "after_network": {name: plain(used.get_parsed_content(name)) for name in AFTER_NETWORK if name in used},
         **figures_of(bundle, labels, digest),
         "versions": {"mapseg_components": __version__},
     }

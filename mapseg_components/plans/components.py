@@ -15,16 +15,15 @@ from scipy import ndimage
 from mapseg_components.boxes import box_of_mask
 from mapseg_components.scans.nifti import read_nifti
 from mapseg_components.structures import numbered, to_whole
-from mapseg_components.transforms.components import holes_of, named_classes, named_numbers
+from mapseg_components.transforms.components import AFTER_NETWORK, holes_of
 
 __all__ = ["Shape", "describe_after", "find_after", "plan_after", "shapes_in", "shapes_of"]
 
 SPECK = 0.01  # of the largest component's voxels: smaller components are slips of the annotation
 ALMOST_ALL = 0.9  # of the label maps in which a structure occurs
 MOST = 3  # components that are kept of a structure
-LARGEST, SEVERAL, HOLES = "largest_component", "kept_components", "fill_holes"
+LARGEST, SEVERAL, HOLES = AFTER_NETWORK
 TITLES = {LARGEST: "largest component only", SEVERAL: "largest components only", HOLES: "holes filled"}
-NAMED = {LARGEST: named_classes, SEVERAL: named_numbers, HOLES: named_classes}  # what checks a setting of the user
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def find_after(
     """
     asked = {key: settings[key] for key in TITLES if key in settings}
     for key, names in asked.items():
-        NAMED[key](key, names, labels)
+        AFTER_NETWORK[key](key, names, labels)
     plan = plan_after(shapes_of([case["label"] for case in labelled], labels), labels)
     kept = {key: {} if key in asked else reasons for key, reasons in plan["reasons"].items()}
     return plan | asked | {"reasons": kept}

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.handover import HandoverPackage, package_of_bundle, resize_package
 from mapseg_components.keys import IMAGE
-from mapseg_components.plans.components import NAMED, SEVERAL, TITLES
+from mapseg_components.plans.components import SEVERAL, TITLES
 from mapseg_components.plans.extents import describe_size, find_size
 from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import Frame, Grid, laid
@@ -26,6 +26,7 @@ from mapseg_components.plans.sizes import choose_preset, gpu_gib
 from mapseg_components.scans.extents import median_extent
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import METADATA, bundle_of, bundles_folder, shipped_bundles
+from mapseg_components.transforms.components import AFTER_NETWORK
 
 __all__ = ["check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
 
@@ -207,7 +208,7 @@ def plan_of_package(
     told = content.get("after_network", {}) | asked
     said = {name: told[name] for name in TITLES if name in told}
     for name, value in said.items():
-        NAMED[name](name, value, package.labels)
+        AFTER_NETWORK[name](name, value, package.labels)
     after = {name: said.get(name, {} if name == SEVERAL else []) for name in TITLES}
     reasons = {name: {} if name in said else silent for name in TITLES}
     return {

@@ -24,15 +24,14 @@ from mapseg_components.scans.segmentation import Algorithm
 from mapseg_components.shipped_files import shipped_bundles
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
-from mapseg_components.transforms import named_classes, named_numbers
+from mapseg_components.transforms import named_classes
+from mapseg_components.transforms.components import AFTER_NETWORK
 
 __all__ = ["ONNX", "SAVING", "InferenceBundle", "open_bundle", "read_bundle"]
 
 SAVING, READER, SPLIT = "SaveLabelMapd", "mapseg_components.data.NiftiReader", "Uncertaintyd"
 PYTORCH, ONNX = "pytorch", "onnx"  # backends
 LARGEST = "largest_component"
-# settings of what follows after the network, and what checks them
-AFTER = {LARGEST: named_classes, "kept_components": named_numbers, "fill_holes": named_classes}
 MAP = "uncertainty_map"
 NEEDED = ("cases", "scans", "dataset", "labels", "network_def", "inferer", "postprocessing", "evaluator")
 # parts of a bundle's config that this command does itself: weights once for all scans, tables with confidence, progress
@@ -138,7 +137,7 @@ def open_bundle(
     parser = read_bundle(home, overlays, settings)
     labels = structures_of(parser.get_parsed_content("labels"))
     names = list(labels)
-    for setting, check in AFTER.items():  # before any scan is segmented
+    for setting, check in AFTER_NETWORK.items():  # before any scan is segmented
         if setting in parser.config:
             check(setting, parser.get_parsed_content(setting), labels)
     members = list(weights) or [str(parser.get_parsed_content("weights"))]

@@ -14,7 +14,7 @@ import numpy as np
 from mapseg_components.boxes import box_of_mask
 from mapseg_components.errors import DataError
 from mapseg_components.scans.files import is_picture
-from mapseg_components.scans.nifti import read_nifti
+from mapseg_components.scans.nifti import along_ras, read_nifti
 
 __all__ = ["Extent", "extent_of", "median_extent"]
 
@@ -53,8 +53,7 @@ def extent_of(path: str | Path) -> Extent:
     box = box_of_mask(mask)
     faces = [face.mean() for axis in range(3) for face in (mask.take(0, axis), mask.take(-1, axis))]
     sides = (box[:, 1] - box[:, 0]) * nib.affines.voxel_sizes(scan.affine)
-    axes = nib.orientations.io_orientation(scan.affine)[:, 0].astype(int)  # RAS axis of each voxel axis
-    return Extent(sides[np.argsort(axes)], bool(max(faces) <= CUT))
+    return Extent(along_ras(sides, scan.affine), bool(max(faces) <= CUT))
 
 
 def median_extent(paths: Sequence[str | Path]) -> list[float] | None:

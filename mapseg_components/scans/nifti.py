@@ -23,7 +23,17 @@ from mapseg_components.scans.findings import fault
 from mapseg_components.scans.headers import Geometry, geometry_of, volume_shape
 from mapseg_components.scans.pictures import picture_geometry, read_picture
 
-__all__ = ["ENDINGS", "Scan", "affine_beside", "is_nifti", "median_spacing", "read_geometry", "read_nifti", "stem"]
+__all__ = [
+    "ENDINGS",
+    "Scan",
+    "affine_beside",
+    "along_ras",
+    "is_nifti",
+    "median_spacing",
+    "read_geometry",
+    "read_nifti",
+    "stem",
+]
 
 PIECE = 1 << 20  # bytes read or decompressed at a time
 DEFLATE_MOST = 1032  # a deflate stream cannot expand more than this
@@ -199,11 +209,16 @@ def build(path: Path, header: nib.Nifti1Header, geometry: Geometry, content: byt
     return Scan(voxels, geometry.affine, geometry.sform, geometry.qform, digest.hexdigest(), geometry.remarks)
 
 
+def along_ras(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Values (3,) of a scan's array axes along the axes nearest to right, anterior and superior."""
+    axes = nib.orientations.io_orientation(affine)[:, 0].astype(int)  # RAS axis of each voxel axis
+    return values[np.argsort(axes)]
+
+
 def median_spacing(paths: Sequence[str | Path]) -> list[float]:
     """Median voxel size in mm along the RAS axes over several scans, two decimals; only headers are read."""
     spacings = []
     for path in paths:
         affine = read_geometry(path).affine
-        axes = nib.orientations.io_orientation(affine)[:, 0].astype(int)  # RAS axis of each voxel axis
-        spacings.append(nib.affines.voxel_sizes(affine)[np.argsort(axes)])
+        spacings.append(along_ras(nib.affines.voxel_sizes(affine), affine))
     return [round(float(value), 2) for value in np.median(spacings, axis=0)]

@@ -20,6 +20,7 @@ from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.inputs import as_volume, scan_name
 
 __all__ = [
+    "AFTER_NETWORK",
     "FillEnclosed",
     "FillEnclosedd",
     "KeepComponents",
@@ -257,3 +258,7 @@ def require_components(setting: str) -> None:
     """Refuse what MONAI does by scikit-image where that is not installed. Raises `ConfigError`."""
     if not optional_import("skimage.measure")[1]:
         raise ConfigError(f"{setting} needs scikit-image, which is not installed: pip install scikit-image")
+
+
+# settings of what follows after the network, and what checks them
+AFTER_NETWORK = {"largest_component": named_classes, "kept_components": named_numbers, "fill_holes": named_classes}
