@@ -34,7 +34,7 @@ MOST_SCANS = 8
 MOST_OF_THEM = 0.8  # share of the scans that must agree
 LEAST_GAIN = 0.01  # of the mean confidence
 MOST_OF_SOURCE = 4  # of its validation scans
-FAR = 0.03  # below the confidence on them: the target has neither order, or differs in another way
+FAR = 0.04  # below the confidence on them: the target has neither order, or differs in another way
 CHOICE = "source_choice"  # in run.json: among several source models, see `mapseg_components.commands.source_choice`
 
 
@@ -44,7 +44,7 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
     A model that saw the source in its own order of intensities is surer of its structures in a scan of that order: a
     T1w model in an inverted T2w scan. The target counts as inverted if the model is surer so in at least four of five
     scans, and by 0.01 in the mean. Where it is less sure in the better order than on the source's own validation scans,
-    by more than 0.03 in the mean, the target is far from both orders.
+    by more than 0.04 in the mean, the target is far from both orders.
 
     Args:
         bundle: folder that ``mapseg adapt`` makes: ``configs/inference.json``, ``datalist.json``.
