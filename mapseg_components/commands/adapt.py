@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from mapseg_components.commands.assess import assess
 from mapseg_components.commands.order import CHOICE, asks_for_order, describe_order, recipe_of, settle_order
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import report, require_matplotlib, verdict_line
-from mapseg_components.commands.request import comparable, preparation
+from mapseg_components.commands.request import preparation, resumed
 from mapseg_components.commands.reuse import runs_to_reuse
 from mapseg_components.commands.source_choice import (
     check_number,
@@ -41,6 +40,7 @@ from mapseg_components.plans.package import check_method, open_package, place_of
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import PACKAGE, Stage, recipe_for
 from mapseg_components.plans.rounds import check_options
+from mapseg_components.plans.second_model import SECOND, add_second_model, describe_second, second_model_for
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, working
 from mapseg_components.sides import refuse_sides
@@ -90,6 +90,7 @@ def adapt(
     symmetric: bool = False,
     any_position: bool = False,
     match_size: bool = True,
+    second_model: bool = True,
     settings: str | Mapping[str, Any] | None = None,
     source_models: int = 1,
     length: float = 1.0,
@@ -139,6 +140,8 @@ def adapt(
         match_size: where what the source's scans show is much larger or smaller than what the target's show, as adults'
             brains beside newborns', train on source scans at the target's size. Copies of them are written. A package's
             model works on larger or smaller voxels.
+        second_model: where the target is far from the source, and a model that comes with the package knows all
+            structures in images of any contrast (brain_any_contrast), label maps are the mean of both models.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
         source_models: train so many models of the source, alike but for the seed, and go on with the one that is surest
@@ -196,6 +199,7 @@ def adapt(
         "symmetric": symmetric,
         "any_position": any_position,
         "match_size": match_size and not recipe.of_label_maps,
+        SECOND: second_model,
         "settings": read_mapping("settings", settings),
         "source_models": source_models,
         "length": length,
@@ -262,8 +266,14 @@ class Adaptation(Run):
         """Find out whether the target is bright for dark, where that follows a stage, or the package."""
         if asks_for_order(self.recipe, done, self.record, self.request):
             self.record["order"] = settle_order(self.folder, self.stages / str(self.recipe.order))
-            self.save()
             logger.info(describe_order(self.record["order"]))
+            plan = self.record["plan"]
+            asked = self.record["order"].get("far") and self.request[SECOND]
+            if asked and (found := second_model_for(plan["labels"], plan.get("foreground_mm"))):
+                add_second_model(self.folder, found)
+                self.record[SECOND] = found
+                logger.info(describe_second(found))
+            self.save()
             self.recipe = recipe_of(self.recipe, self.record, self.request)
 
     def run(self) -> dict[str, Any]:
@@ -311,20 +321,7 @@ class Adaptation(Run):
                     f"{self.folder} holds {sorted(others)[:3]} and no run of this command: choose a new folder"
                 )
             return
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        added = {"held_out": 0, "length": 1.0, "adaptation_length": None}  # since earlier versions
-        added |= {"source_label_maps": False, "package": None, "source_models": 1, "match_size": False}
-        saved["request"] = added | saved["request"]
-        before, now = (comparable(one) for one in (saved["request"], json.loads(json.dumps(self.request))))
-        changed = [
-            f"{name} was {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
-        ]
-        if changed:
-            raise ConfigError(
-                f"{self.folder} holds a run with other arguments ({'; '.join(changed)}): repeat them, "
-                "or choose a new folder"
-            )
-        self.record = {**saved, "request": self.request}
+        self.record = resumed(path, self.request)
 
     def _scans(self, side: str) -> str:
         """Where the scans of the source or the target are read."""

@@ -39,13 +39,31 @@ def find_size(source_mm: Sequence[float] | None, target_mm: Sequence[float] | No
     Returns:
         ``factor``, if it is about the same along all three axes, ``source_mm`` and ``target_mm``.
     """
+    factor = factor_between(source_mm, target_mm)
+    if source_mm is None or target_mm is None or factor is None or factor == 1:
+        return None
+    return {"factor": factor, "source_mm": [*source_mm], "target_mm": [*target_mm]}
+
+
+def factor_between(source_mm: Sequence[float] | None, target_mm: Sequence[float] | None) -> float | None:
+    """Factor by which the target's bodies are larger: 1 where they are alike, ``None`` where one does not fit.
+
+    Args: see `find_size`.
+
+    Examples:
+        >>> from mapseg_components.plans.extents import factor_between
+        >>> factor_between([137, 176, 134], [92, 118, 94]), factor_between([137, 176, 134], [140, 170, 139])
+        (0.681, 1.0)
+        >>> factor_between([137, 176, 134], [150, 200, 230]) is None  # a head with its neck
+        True
+    """
     if source_mm is None or target_mm is None:
         return None
     ratios = np.divide(target_mm, source_mm)
     factor = float(np.exp(np.log(ratios).mean()))
-    if ratios.max() > ONE_FORM * ratios.min() or not ALIKE < max(factor, 1 / factor) < FARTHEST:
+    if ratios.max() > ONE_FORM * ratios.min() or max(factor, 1 / factor) >= FARTHEST:
         return None
-    return {"factor": round(factor, 3), "source_mm": [*source_mm], "target_mm": [*target_mm]}
+    return round(factor, 3) if max(factor, 1 / factor) > ALIKE else 1.0
 
 
 def sized_source(

@@ -18,6 +18,7 @@ from monai.utils import ensure_tuple, ensure_tuple_rep
 from mapseg_components.boxes import expand_box, index_affine, relative_box, transformed_box
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import BOX, IMAGE, LABEL, VALID_BOX
+from mapseg_components.transforms.deformation import control_grid, displacement
 from mapseg_components.transforms.foreground import foreground_extremes, voxels_of_classes
 from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name
 from mapseg_components.transforms.percentiles import LIMITS_POSTFIX
@@ -54,6 +55,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             classes of the scan. For labelled (source) scans only: one without a label is refused.
         global_view: whether there is one; without it the crop is an ordinary random patch.
         image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
+        deform_prob: probability of a smooth deformation besides, the same of patch and view: a cubic B-spline whose
+            control points move by normally distributed voxels. An axis of one voxel is not deformed.
+        deform_range: of the standard deviation of these, voxels of the scan.
+        deform_spacing: voxels between control points.
 
     Raises:
         ConfigError: a range or share is out of bounds.
@@ -79,13 +84,21 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         foreground_fraction: float = 0.0,
         global_view: bool = True,
         image_mode: str = IMAGE_MODE,
+        deform_prob: float = 0.0,
+        deform_range: Sequence[float] = (0.0, 0.0),
+        deform_spacing: float = 16.0,
     ) -> None:
         if image_mode not in MODES:
             raise ConfigError(f"image_mode is {image_mode!r}, expected {MODES[0]!r} or {MODES[1]!r}")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ConfigError(f"scale_range is {list(scale_range)}, expected 0 < lowest <= highest")
+        if not 0 <= deform_range[0] <= deform_range[1]:
+            raise ConfigError(f"deform_range is {list(deform_range)}, expected 0 <= lowest <= highest")
+        if not deform_spacing > 0:
+            raise ConfigError(f"deform_spacing is {deform_spacing}, expected voxels above 0")
         flips = ensure_tuple_rep(flip_prob, 3)
         shares = {"prob": (prob,), "flip_prob": flips, "foreground_fraction": (foreground_fraction,)}
+        shares["deform_prob"] = (deform_prob,)
         for name, value in ((name, value) for name, values in shares.items() for value in values):
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}, expected a share between 0 and 1")
@@ -98,6 +111,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.foreground_fraction = foreground_fraction
         self.global_view = global_view
         self.image_mode = image_mode
+        self.deform_prob = deform_prob
+        self.deform_range = tuple(deform_range)
+        self.deform_spacing = deform_spacing
+        self.controls: np.ndarray | None = None
         self.warp = np.eye(4)
         self.box = np.zeros((3, 2))
         self.window = np.zeros((3, 2))
@@ -127,6 +144,12 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             start = np.clip(voxel + 0.5 - np.asarray(self.patch_size) / 2, self.box[:, 0], self.box[:, 0] + room)
             start = np.floor(start) if whole else start
         self.window = np.stack([start, start + np.asarray(self.patch_size)], axis=1).astype(float)
+        self.controls = None
+        if self.deform_prob > 0 and self.R.uniform() < self.deform_prob:
+            points = self.R.normal(size=(3, *control_grid(self.box, self.deform_spacing)))
+            points *= self.R.uniform(*self.deform_range)
+            points[np.asarray(self.patch_size) == 1] = 0.0
+            self.controls = np.einsum("ij,jxyz->ixyz", np.linalg.inv(self.warp)[:3, :3], points)
 
     def __call__(
         self,
@@ -189,7 +212,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         for prefix, box, size in sides if self.global_view else sides[:1]:
             affine = unwarp @ index_affine(box, size)
             plain = [volume.as_subclass(torch.Tensor) for volume in tensors.values()]
-            samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)])
+            deformed = None
+            if self.controls is not None:
+                deformed = displacement(self.controls, self.box, self.deform_spacing, box, size)
+            samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)], deformed)
             for (name, volume), data in zip(tensors.items(), samples):
                 result[f"{prefix}{name}"] = placed(data, volume, affine)
         valid = np.clip(self.foreground - self.window[:, :1], 0, np.asarray(self.patch_size)[:, None])
@@ -271,6 +297,9 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         allow_missing_keys: whether further volumes may be absent from the data.
         global_view: whether there is one; without it the crop is an ordinary random patch.
         image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
+        deform_prob: probability of a smooth deformation.
+        deform_range: of the standard deviation of its control points, voxels of the scan.
+        deform_spacing: voxels between them.
 
     Raises:
         ConfigError: a mode is unknown; or, in a call, an entry on the scan's grid is not named, or one would be
@@ -304,6 +333,9 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         allow_missing_keys: bool = False,
         global_view: bool = True,
         image_mode: str = IMAGE_MODE,
+        deform_prob: float = 0.0,
+        deform_range: Sequence[float] = (0.0, 0.0),
+        deform_spacing: float = 16.0,
     ) -> None:
         others = ensure_tuple(other_keys)
         MapTransform.__init__(self, [image_key, label_key, *others], allow_missing_keys)
@@ -317,6 +349,9 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
             foreground_fraction,
             global_view,
             image_mode,
+            deform_prob,
+            deform_range,
+            deform_spacing,
         )
         self.image_key, self.label_key = image_key, label_key
         self.other_modes = dict(zip(others, ensure_tuple_rep(other_modes, len(others)))) if others else {}

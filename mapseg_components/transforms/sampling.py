@@ -29,6 +29,7 @@ def sample(
     size: Sequence[int],
     modes: Sequence[str],
     limits: Sequence[torch.Tensor | None] | None = None,
+    moved_by: np.ndarray | None = None,
 ) -> list[torch.Tensor]:
     """Sample volumes that share a grid, e.g. a scan and its label, once each, where the output's voxels are.
 
@@ -41,13 +42,14 @@ def sample(
         size: output grid.
         modes: of each volume, "bilinear" (trilinear in 3D) or "nearest". Outside the volume the value is 0.
         limits: of each volume, (C, 2), what becomes 0 and what becomes 1 in each channel, or ``None``; with "bilinear".
+        moved_by: (3, *size), voxels of the volumes by which each place is moved besides, or ``None``.
 
     Returns:
         (C, *size) each, on the volume's device; float32 with "bilinear", the volume's type with "nearest". A shift by
         whole voxels, with or without flips, copies values exactly.
     """
     limits = [None] * len(volumes) if limits is None else limits
-    found = aligned_box(affine, size)
+    found = aligned_box(affine, size) if moved_by is None else None
     if found is not None and (all(limit is None for limit in limits) or is_small(found[0], size)):
         box, flipped = found
         parts = [resize(take_box(v, box, limit), size, mode) for v, mode, limit in zip(volumes, modes, limits)]
@@ -58,7 +60,8 @@ def sample(
         slab = (min(SLAB, size[0] - start), *size[1:])
         moved = affine[:3].copy()
         moved[:, 3] += moved[:, 0] * start
-        places = find_places(moved, slab, volumes[0].shape[1:], volumes[0].device)
+        further = None if moved_by is None else torch.from_numpy(moved_by[:, start : start + SLAB])
+        places = find_places(moved, slab, volumes[0].shape[1:], volumes[0].device, further)
         for volume, mode, limit, result in zip(volumes, modes, limits, results):
             for number, values in enumerate(volume.flatten(1)):
                 if mode == "bilinear":
@@ -135,7 +138,13 @@ class Places(NamedTuple):
     shares: list[torch.Tensor]  # of the axes along which a place lies outside: share of its value from inside
 
 
-def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], device: torch.device) -> Places:
+def find_places(
+    affine: np.ndarray,
+    size: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device,
+    moved_by: torch.Tensor | None = None,
+) -> Places:
     """Places of a grid in a volume.
 
     A place outside is moved to the border. Linear interpolation between a border voxel and a 0 beside it is the
@@ -146,17 +155,22 @@ def find_places(affine: np.ndarray, size: Sequence[int], shape: Sequence[int], d
         size: voxels per axis of the grid.
         shape: (X, Y, Z) of the volume.
         device: of the result.
+        moved_by: (3, *size), voxels of the volume by which places are moved besides.
     """
     strides = [shape[1] * shape[2], shape[2], 1]
     index_type = torch.int32 if shape[0] * strides[0] <= torch.iinfo(torch.int32).max else torch.int64
     below, fractions, shares = [], [], []
-    for row, side in zip(affine, shape):
+    for number, (row, side) in enumerate(zip(affine, shape)):
         position = torch.full((1, 1, 1), row[3], dtype=torch.float32, device=device)
         for axis in np.flatnonzero(row[:3]):  # float32 is off by 1e-4 voxels at most
             along = torch.from_numpy(np.arange(size[axis]) * row[axis]).float().to(device)
             position = position + along.view([-1 if other == axis else 1 for other in range(3)])
         reach = row[:3] * (np.asarray(size) - 1)
-        if row[3] + reach.clip(max=0).sum() < 0.01 or row[3] + reach.clip(min=0).sum() > side - 1.01:
+        low, high = row[3] + reach.clip(max=0).sum(), row[3] + reach.clip(min=0).sum()
+        if moved_by is not None:
+            by = moved_by[number].to(device)
+            position, low, high = position + by, low + float(by.min()), high + float(by.max())
+        if low < 0.01 or high > side - 1.01:
             shares.append(torch.minimum(position + 1, side - position).clamp_(0, 1))
             # the largest float32 below the last voxel, so that a next voxel exists
             position = position.clamp(0, max(float(np.nextafter(np.float32(side - 1), np.float32(0))), 0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, ResampleToMatch
+from scipy.ndimage import map_coordinates
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.transforms import ClassVoxelsd, PercentileTabled, RandGlobalLocalCrop, RandGlobalLocalCropd
@@ -188,3 +189,67 @@ def test_each_axis_is_flipped_on_its_own():
         drawn.append(tuple(np.diag(crop.warp)[:3]))
     counts = [drawn.count(signs) for signs in set(drawn)]
     assert len(counts) == 8 and min(counts) >= 8  # 20 each, by chance
+
+
+DEFORMED = WARPED | {"deform_prob": 1.0, "deform_range": (2.0, 2.0), "deform_spacing": 10.0}
+
+
+def spline(crop, places):
+    """Displacement at places (3, N) of the warped scan: a sum over all control points, one by one."""
+
+    def weight(distance):
+        distance = np.abs(distance)
+        inner = (4 - 6 * distance**2 + 3 * distance**3) / 6
+        return np.where(distance < 1, inner, np.where(distance < 2, (2 - distance) ** 3 / 6, 0))
+
+    found = np.zeros_like(places)
+    for at in np.ndindex(crop.controls.shape[1:]):
+        middle = crop.box[:, 0] + 10.0 * (np.array(at) - 1)
+        found += crop.controls[(slice(None), *at)][:, None] * weight((places - middle[:, None]) / 10).prod(axis=0)
+    return found
+
+
+def test_patch_and_view_are_deformed_by_one_spline():
+    data, size = case(), (20, 24, 16)
+    crop = RandGlobalLocalCrop(size, **DEFORMED)
+    crop.set_random_state(3)
+    found = crop(data["image"], data["label"])
+    for side, box in (("", crop.window), ("global_", crop.box)):
+        grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij")).reshape(3, -1)
+        warped = box[:, :1] + (grid + 0.5) * (box[:, 1:] - box[:, :1]) / np.array(size)[:, None]  # edges of voxels at 0
+        unwarp = np.linalg.inv(crop.warp)
+        places = unwarp[:3, :3] @ (warped - 0.5) + unwarp[:3, 3:] + spline(crop, warped)
+        volume = data["image"].numpy()[0].astype(float)
+        expected = map_coordinates(volume, places, order=1, mode="grid-constant").reshape(size)
+        np.testing.assert_allclose(found[f"{side}image"][0].numpy(), expected, atol=2e-3 * volume.max())
+        labels = map_coordinates(data["label"].numpy()[0], places, order=0, mode="grid-constant").reshape(size)
+        assert (found[f"{side}label"][0].numpy() == labels).mean() > 0.999
+
+
+def test_without_a_deformation_nothing_else_is_drawn():
+    plain, deformed = (RandGlobalLocalCrop(8, **options).set_random_state(5) for options in (WARPED, DEFORMED))
+    one, other = plain(case()["image"]), deformed(case()["image"])
+    assert plain.controls is None and np.array_equal(plain.window, deformed.window)
+    assert not torch.equal(one["image"], other["image"])
+    still = RandGlobalLocalCrop(8, **(DEFORMED | {"deform_range": (0.0, 0.0)})).set_random_state(5)
+    torch.testing.assert_close(still(case()["image"])["image"], one["image"])
+
+
+def test_a_slice_is_deformed_in_its_plane():
+    crop = RandGlobalLocalCrop((16, 16, 1), **(DEFORMED | {"prob": 0.0, "flip_prob": 0.0}))
+    crop.set_random_state(0)
+    crop(torch.rand(1, 30, 32, 1) + 0.1)
+    assert np.abs(crop.controls[:2]).max() > 1 and not crop.controls[2].any()
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"deform_range": (2, 1)}, "deform_range"),
+        ({"deform_spacing": 0}, "deform_spacing"),
+        ({"deform_prob": 2}, "prob"),
+    ],
+)
+def test_a_deformation_that_cannot_be_drawn_is_refused(options, expected):
+    with pytest.raises(ConfigError, match=expected):
+        RandGlobalLocalCrop(8, **options)

@@ -1,0 +1,88 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A shipped model of any contrast beside the adapted one, where the target is far from the source."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from mapseg_components.files import write_json, write_text
+from mapseg_components.handover import resized_spacing
+from mapseg_components.plans.extents import factor_between
+from mapseg_components.shipped_files import bundle_of
+from mapseg_components.structures import structures_of
+
+__all__ = ["ANY_CONTRAST", "SECOND", "add_second_model", "describe_second", "second_model_for"]
+
+SECOND = "second_model"  # folder in the bundle, setting of its inference.json, and entry of run.json
+ANY_CONTRAST = ("brain_any_contrast",)  # shipped bundles whose models learnt images of any contrast
+COPIED = ("configs/inference.json", "configs/metadata.json", "models/model.pt", "LICENSE", "docs/data_license.txt")
+
+
+def second_model_for(structures: Iterable[str], foreground_mm: list[float] | None) -> dict[str, Any] | None:
+    """A shipped model that segments the structures in images of any contrast, at the size of the target's bodies.
+
+    Args:
+        structures: names; all of them must be among the model's.
+        foreground_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
+
+    Returns:
+        ``bundle``, its name, and ``working_spacing``, mm; ``None`` where no model suits, or the extent is not known.
+    """
+    for name in ANY_CONTRAST:
+        home = bundle_of(name)
+        config = ConfigParser.load_config_file(home / "configs" / "inference.json")
+        factor = factor_between(config["foreground_mm"], foreground_mm)
+        known = structures_of(config["labels"])
+        if factor is None or not set(structures) <= set(known) or not (home / "models" / "model.pt").is_file():
+            continue
+        spacing = resized_spacing(config["working_spacing"], None, config["working_directions"], factor)
+        return {"bundle": name, "working_spacing": spacing}
+    return None
+
+
+def add_second_model(folder: Path, found: Mapping[str, Any]) -> None:
+    """Copy the model into a bundle that ``mapseg adapt`` makes, whose inference averages both from then on.
+
+    Args:
+        folder: the bundle.
+        found: see `second_model_for`.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    home = bundle_of(found["bundle"])
+    for name in COPIED:
+        (folder / SECOND / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(home / name, folder / SECOND / name)
+    path = folder / "configs" / "inference.json"
+    config = ConfigParser.load_config_file(path)
+    config[SECOND] = f"$@bundle_root + '/{SECOND}'"
+    config["evaluator"] = config["evaluator"] | {
+        "inferer": {
+            "_target_": "mapseg_components.inferers.SecondModelInferer",
+            "inferer": "@inferer",
+            "bundle": f"@{SECOND}",
+            "labels": "@labels",
+            "settings": {"working_spacing": found["working_spacing"]},
+        }
+    }
+    write_json(config, path)
+    readme, line = folder / "docs" / "README.md", f"\n{describe_second(found)}\n"
+    text = readme.read_text(encoding="utf-8")
+    if line not in text:
+        write_text(text + line, readme)
+
+
+def describe_second(found: Mapping[str, Any]) -> str:
+    """The model in words, for the terminal, the report and the bundle's README."""
+    spacing = " x ".join(f"{side:g}" for side in found["working_spacing"])
+    return (
+        f"Label maps are the mean of this model and of {found['bundle']}, which was trained on images of any contrast "
+        f"and works on voxels of {spacing} mm here (another choice: {SECOND})."
+    )
