@@ -11,12 +11,12 @@ import numpy as np
 __all__ = ["control_grid", "displacement"]
 
 
-def control_grid(box: np.ndarray, spacing: float) -> tuple[int, int, int]:
+def control_grid(box: np.ndarray, spacing: np.ndarray | float) -> tuple[int, int, int]:
     """Control points per axis of a cubic B-spline over a box.
 
     Args:
         box: (3, 2), in voxels.
-        spacing: voxels between control points.
+        spacing: voxels between control points, one number or one per axis.
 
     Examples:
         >>> import numpy as np
@@ -30,7 +30,7 @@ def control_grid(box: np.ndarray, spacing: float) -> tuple[int, int, int]:
 
 
 def displacement(
-    controls: np.ndarray, box: np.ndarray, spacing: float, part: np.ndarray, size: Sequence[int]
+    controls: np.ndarray, box: np.ndarray, spacing: np.ndarray | float, part: np.ndarray, size: Sequence[int]
 ) -> np.ndarray:
     """Displacement of the voxels of a grid laid over a part of a box, by a cubic B-spline.
 
@@ -39,7 +39,7 @@ def displacement(
     Args:
         controls: (3, *control_grid(box, spacing)), displacements of the control points.
         box: (3, 2), in voxels.
-        spacing: voxels between control points.
+        spacing: voxels between control points, as for `control_grid`.
         part: (3, 2), within the box.
         size: voxels per axis of the grid.
 
@@ -56,9 +56,10 @@ def displacement(
         ((3, 8, 8, 8), True)
     """
     weights = []
-    for (start, stop), first, number, points in zip(part, box[:, 0], size, controls.shape[1:]):
+    steps = np.broadcast_to(spacing, 3)
+    for (start, stop), first, step, number, points in zip(part, box[:, 0], steps, size, controls.shape[1:]):
         places = start + (np.arange(number) + 0.5) * (stop - start) / number - first
-        distance = np.abs(places[:, None] / spacing - (np.arange(points) - 1)[None])
+        distance = np.abs(places[:, None] / step - (np.arange(points) - 1)[None])
         near, far = 2 / 3 - distance**2 + distance**3 / 2, (2 - distance).clip(0) ** 3 / 6
         weights.append(np.where(distance < 1, near, far))
     return np.einsum("cxyz,ix,jy,kz->cijk", controls, *weights, optimize=True).astype(np.float32)

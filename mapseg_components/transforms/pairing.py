@@ -56,9 +56,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         global_view: whether there is one; without it the crop is an ordinary random patch.
         image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
         deform_prob: probability of a smooth deformation besides, the same of patch and view: a cubic B-spline whose
-            control points move by normally distributed voxels. An axis of one voxel is not deformed.
-        deform_range: of the standard deviation of these, voxels of the scan.
-        deform_spacing: voxels between control points.
+            control points are moved at random. An axis of one voxel is not deformed.
+        deform_range: of the standard deviation of their movements along each axis, in units of the scan's shortest
+            side of a voxel.
+        deform_spacing: distance between control points, in the same unit.
 
     Raises:
         ConfigError: a range or share is out of bounds.
@@ -115,6 +116,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.deform_range = tuple(deform_range)
         self.deform_spacing = deform_spacing
         self.controls: np.ndarray | None = None
+        self.control_spacing = np.full(3, float(deform_spacing))
         self.warp = np.eye(4)
         self.box = np.zeros((3, 2))
         self.window = np.zeros((3, 2))
@@ -146,8 +148,10 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.window = np.stack([start, start + np.asarray(self.patch_size)], axis=1).astype(float)
         self.controls = None
         if self.deform_prob > 0 and self.R.uniform() < self.deform_prob:
-            points = self.R.normal(size=(3, *control_grid(self.box, self.deform_spacing)))
-            points *= self.R.uniform(*self.deform_range)
+            ratio = spacing / spacing.min()
+            self.control_spacing = self.deform_spacing / ratio
+            points = self.R.normal(size=(3, *control_grid(self.box, self.control_spacing)))
+            points *= self.R.uniform(*self.deform_range) / ratio[:, None, None, None]
             points[np.asarray(self.patch_size) == 1] = 0.0
             self.controls = np.einsum("ij,jxyz->ixyz", np.linalg.inv(self.warp)[:3, :3], points)
 
@@ -214,7 +218,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             plain = [volume.as_subclass(torch.Tensor) for volume in tensors.values()]
             deformed = None
             if self.controls is not None:
-                deformed = displacement(self.controls, self.box, self.deform_spacing, box, size)
+                deformed = displacement(self.controls, self.box, self.control_spacing, box, size)
             samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)], deformed)
             for (name, volume), data in zip(tensors.items(), samples):
                 result[f"{prefix}{name}"] = placed(data, volume, affine)
@@ -298,8 +302,8 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         global_view: whether there is one; without it the crop is an ordinary random patch.
         image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
         deform_prob: probability of a smooth deformation.
-        deform_range: of the standard deviation of its control points, voxels of the scan.
-        deform_spacing: voxels between them.
+        deform_range: of the standard deviation of its control points' movements, in shortest sides of a voxel.
+        deform_spacing: distance between them, likewise.
 
     Raises:
         ConfigError: a mode is unknown; or, in a call, an entry on the scan's grid is not named, or one would be

@@ -202,10 +202,11 @@ def spline(crop, places):
         inner = (4 - 6 * distance**2 + 3 * distance**3) / 6
         return np.where(distance < 1, inner, np.where(distance < 2, (2 - distance) ** 3 / 6, 0))
 
-    found = np.zeros_like(places)
+    found, apart = np.zeros_like(places), 10.0 / np.array([1.0, 1.1 / 0.9, 1.3 / 0.9])  # sides of 0.9, 1.1 and 1.3 mm
     for at in np.ndindex(crop.controls.shape[1:]):
-        middle = crop.box[:, 0] + 10.0 * (np.array(at) - 1)
-        found += crop.controls[(slice(None), *at)][:, None] * weight((places - middle[:, None]) / 10).prod(axis=0)
+        middle = crop.box[:, 0] + apart * (np.array(at) - 1)
+        part = weight((places - middle[:, None]) / apart[:, None]).prod(axis=0)
+        found += crop.controls[(slice(None), *at)][:, None] * part
     return found
 
 
