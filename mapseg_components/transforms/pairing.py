@@ -18,7 +18,7 @@ from monai.utils import ensure_tuple, ensure_tuple_rep
 from mapseg_components.boxes import expand_box, index_affine, relative_box, transformed_box
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.keys import BOX, IMAGE, LABEL, VALID_BOX
-from mapseg_components.transforms.deformation import control_grid, displacement
+from mapseg_components.transforms.deformation import RandomDeformation
 from mapseg_components.transforms.foreground import foreground_extremes, voxels_of_classes
 from mapseg_components.transforms.inputs import as_volume, require_spatial, scan_name
 from mapseg_components.transforms.percentiles import LIMITS_POSTFIX
@@ -55,11 +55,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             classes of the scan. For labelled (source) scans only: one without a label is refused.
         global_view: whether there is one; without it the crop is an ordinary random patch.
         image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
-        deform_prob: probability of a smooth deformation besides, the same of patch and view: a cubic B-spline whose
-            control points are moved at random. An axis of one voxel is not deformed.
-        deform_range: of the standard deviation of their movements along each axis, in units of the scan's shortest
-            side of a voxel.
-        deform_spacing: distance between control points, in the same unit.
+        deformation: by which patch and view are deformed alike besides, or ``None``.
 
     Raises:
         ConfigError: a range or share is out of bounds.
@@ -85,21 +81,14 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         foreground_fraction: float = 0.0,
         global_view: bool = True,
         image_mode: str = IMAGE_MODE,
-        deform_prob: float = 0.0,
-        deform_range: Sequence[float] = (0.0, 0.0),
-        deform_spacing: float = 16.0,
+        deformation: RandomDeformation | None = None,
     ) -> None:
         if image_mode not in MODES:
             raise ConfigError(f"image_mode is {image_mode!r}, expected {MODES[0]!r} or {MODES[1]!r}")
         if not 0 < scale_range[0] <= scale_range[1]:
             raise ConfigError(f"scale_range is {list(scale_range)}, expected 0 < lowest <= highest")
-        if not 0 <= deform_range[0] <= deform_range[1]:
-            raise ConfigError(f"deform_range is {list(deform_range)}, expected 0 <= lowest <= highest")
-        if not deform_spacing > 0:
-            raise ConfigError(f"deform_spacing is {deform_spacing}, expected voxels above 0")
         flips = ensure_tuple_rep(flip_prob, 3)
         shares = {"prob": (prob,), "flip_prob": flips, "foreground_fraction": (foreground_fraction,)}
-        shares["deform_prob"] = (deform_prob,)
         for name, value in ((name, value) for name, values in shares.items() for value in values):
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}, expected a share between 0 and 1")
@@ -112,11 +101,7 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.foreground_fraction = foreground_fraction
         self.global_view = global_view
         self.image_mode = image_mode
-        self.deform_prob = deform_prob
-        self.deform_range = tuple(deform_range)
-        self.deform_spacing = deform_spacing
-        self.controls: np.ndarray | None = None
-        self.control_spacing = np.full(3, float(deform_spacing))
+        self.deformation = deformation
         self.warp = np.eye(4)
         self.box = np.zeros((3, 2))
         self.window = np.zeros((3, 2))
@@ -146,14 +131,8 @@ class RandGlobalLocalCrop(Randomizable, Transform):
             start = np.clip(voxel + 0.5 - np.asarray(self.patch_size) / 2, self.box[:, 0], self.box[:, 0] + room)
             start = np.floor(start) if whole else start
         self.window = np.stack([start, start + np.asarray(self.patch_size)], axis=1).astype(float)
-        self.controls = None
-        if self.deform_prob > 0 and self.R.uniform() < self.deform_prob:
-            ratio = spacing / spacing.min()
-            self.control_spacing = self.deform_spacing / ratio
-            points = self.R.normal(size=(3, *control_grid(self.box, self.control_spacing)))
-            points *= self.R.uniform(*self.deform_range) / ratio[:, None, None, None]
-            points[np.asarray(self.patch_size) == 1] = 0.0
-            self.controls = np.einsum("ij,jxyz->ixyz", np.linalg.inv(self.warp)[:3, :3], points)
+        if self.deformation is not None:
+            self.deformation.draw(self.R, self.box, spacing, np.asarray(self.patch_size) == 1)
 
     def __call__(
         self,
@@ -216,10 +195,8 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         for prefix, box, size in sides if self.global_view else sides[:1]:
             affine = unwarp @ index_affine(box, size)
             plain = [volume.as_subclass(torch.Tensor) for volume in tensors.values()]
-            deformed = None
-            if self.controls is not None:
-                deformed = displacement(self.controls, self.box, self.control_spacing, box, size)
-            samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)], deformed)
+            moved_by = None if self.deformation is None else self.deformation.field(box, size, unwarp)
+            samples = sample(plain, affine, size, modes, [limits, *[None] * (len(plain) - 1)], moved_by)
             for (name, volume), data in zip(tensors.items(), samples):
                 result[f"{prefix}{name}"] = placed(data, volume, affine)
         valid = np.clip(self.foreground - self.window[:, :1], 0, np.asarray(self.patch_size)[:, None])
@@ -301,9 +278,7 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         allow_missing_keys: whether further volumes may be absent from the data.
         global_view: whether there is one; without it the crop is an ordinary random patch.
         image_mode: ``"bilinear"``, or ``"nearest"`` for an image that is a label map still.
-        deform_prob: probability of a smooth deformation.
-        deform_range: of the standard deviation of its control points' movements, in shortest sides of a voxel.
-        deform_spacing: distance between them, likewise.
+        deformation: by which patch and view are deformed alike besides, or ``None``.
 
     Raises:
         ConfigError: a mode is unknown; or, in a call, an entry on the scan's grid is not named, or one would be
@@ -337,25 +312,13 @@ class RandGlobalLocalCropd(Randomizable, MapTransform, InvertibleTransform, Lazy
         allow_missing_keys: bool = False,
         global_view: bool = True,
         image_mode: str = IMAGE_MODE,
-        deform_prob: float = 0.0,
-        deform_range: Sequence[float] = (0.0, 0.0),
-        deform_spacing: float = 16.0,
+        deformation: RandomDeformation | None = None,
     ) -> None:
         others = ensure_tuple(other_keys)
         MapTransform.__init__(self, [image_key, label_key, *others], allow_missing_keys)
         self.transform = RandGlobalLocalCrop(
-            patch_size,
-            global_size,
-            prob,
-            scale_range,
-            rotate_range_deg,
-            flip_prob,
-            foreground_fraction,
-            global_view,
-            image_mode,
-            deform_prob,
-            deform_range,
-            deform_spacing,
+            *(patch_size, global_size, prob, scale_range, rotate_range_deg, flip_prob),
+            *(foreground_fraction, global_view, image_mode, deformation),
         )
         self.image_key, self.label_key = image_key, label_key
         self.other_modes = dict(zip(others, ensure_tuple_rep(other_modes, len(others)))) if others else {}

@@ -12,7 +12,13 @@ from monai.transforms import Compose, ResampleToMatch
 from scipy.ndimage import map_coordinates
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.transforms import ClassVoxelsd, PercentileTabled, RandGlobalLocalCrop, RandGlobalLocalCropd
+from mapseg_components.transforms import (
+    ClassVoxelsd,
+    PercentileTabled,
+    RandGlobalLocalCrop,
+    RandGlobalLocalCropd,
+    RandomDeformation,
+)
 from tests.conftest import make_scan
 
 AFFINE = torch.tensor([[0.0, 1.1, 0.0, -7.0], [-0.9, 0.0, 0.0, 4.0], [0.0, 0.0, 1.3, 2.0], [0.0, 0.0, 0.0, 1.0]])
@@ -191,7 +197,8 @@ def test_each_axis_is_flipped_on_its_own():
     assert len(counts) == 8 and min(counts) >= 8  # 20 each, by chance
 
 
-DEFORMED = WARPED | {"deform_prob": 1.0, "deform_range": (2.0, 2.0), "deform_spacing": 10.0}
+def deformed(prob=1.0, std=2.0):
+    return WARPED | {"deformation": RandomDeformation(prob, (std, std), spacing=10.0)}
 
 
 def spline(crop, places):
@@ -203,16 +210,17 @@ def spline(crop, places):
         return np.where(distance < 1, inner, np.where(distance < 2, (2 - distance) ** 3 / 6, 0))
 
     found, apart = np.zeros_like(places), 10.0 / np.array([1.0, 1.1 / 0.9, 1.3 / 0.9])  # sides of 0.9, 1.1 and 1.3 mm
-    for at in np.ndindex(crop.controls.shape[1:]):
+    controls = crop.deformation.controls
+    for at in np.ndindex(controls.shape[1:]):
         middle = crop.box[:, 0] + apart * (np.array(at) - 1)
         part = weight((places - middle[:, None]) / apart[:, None]).prod(axis=0)
-        found += crop.controls[(slice(None), *at)][:, None] * part
-    return found
+        found += controls[(slice(None), *at)][:, None] * part
+    return np.linalg.inv(crop.warp)[:3, :3] @ found
 
 
 def test_patch_and_view_are_deformed_by_one_spline():
     data, size = case(), (20, 24, 16)
-    crop = RandGlobalLocalCrop(size, **DEFORMED)
+    crop = RandGlobalLocalCrop(size, **deformed())
     crop.set_random_state(3)
     found = crop(data["image"], data["label"])
     for side, box in (("", crop.window), ("global_", crop.box)):
@@ -228,29 +236,36 @@ def test_patch_and_view_are_deformed_by_one_spline():
 
 
 def test_without_a_deformation_nothing_else_is_drawn():
-    plain, deformed = (RandGlobalLocalCrop(8, **options).set_random_state(5) for options in (WARPED, DEFORMED))
-    one, other = plain(case()["image"]), deformed(case()["image"])
-    assert plain.controls is None and np.array_equal(plain.window, deformed.window)
-    assert not torch.equal(one["image"], other["image"])
-    still = RandGlobalLocalCrop(8, **(DEFORMED | {"deform_range": (0.0, 0.0)})).set_random_state(5)
-    torch.testing.assert_close(still(case()["image"])["image"], one["image"])
+    plain, moved, never = (
+        RandGlobalLocalCrop(8, **one).set_random_state(5) for one in (WARPED, deformed(), deformed(0))
+    )
+    one, other, same = (crop(case()["image"])["image"] for crop in (plain, moved, never))
+    assert np.array_equal(plain.window, moved.window) and not torch.equal(one, other)
+    assert torch.equal(one, same) and plain.R.uniform() == never.R.uniform()
+    still = RandGlobalLocalCrop(8, **deformed(std=0.0)).set_random_state(5)
+    torch.testing.assert_close(still(case()["image"])["image"], one)
 
 
 def test_a_slice_is_deformed_in_its_plane():
-    crop = RandGlobalLocalCrop((16, 16, 1), **(DEFORMED | {"prob": 0.0, "flip_prob": 0.0}))
+    crop = RandGlobalLocalCrop((16, 16, 1), deformation=RandomDeformation(1.0, (2.0, 2.0), 10.0))
     crop.set_random_state(0)
     crop(torch.rand(1, 30, 32, 1) + 0.1)
-    assert np.abs(crop.controls[:2]).max() > 1 and not crop.controls[2].any()
+    controls = crop.deformation.controls
+    assert np.abs(controls[:2]).max() > 1 and not controls[2].any()
+
+
+def test_thick_slices_are_moved_by_as_many_millimetres():
+    moved = RandomDeformation(1.0, (2.0, 2.0), 12.0)
+    box, spacing = np.array([[0, 60], [0, 60], [0, 12]]), np.array([1.0, 1.0, 5.0])
+    moved.draw(np.random.RandomState(0), box, spacing, np.zeros(3, bool))
+    assert moved.controls.shape[1:] == (8, 8, 8)  # of boxes of 60 mm
+    spread = moved.controls.std(axis=(1, 2, 3)) * spacing
+    np.testing.assert_allclose(spread, 2.0, rtol=0.15)
 
 
 @pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({"deform_range": (2, 1)}, "deform_range"),
-        ({"deform_spacing": 0}, "deform_spacing"),
-        ({"deform_prob": 2}, "prob"),
-    ],
+    "numbers, expected", [((2, (0, 1), 9), "prob"), ((1, (2, 1), 9), "std_range"), ((1, (0, 1), 0), "spacing")]
 )
-def test_a_deformation_that_cannot_be_drawn_is_refused(options, expected):
+def test_a_deformation_that_cannot_be_drawn_is_refused(numbers, expected):
     with pytest.raises(ConfigError, match=expected):
-        RandGlobalLocalCrop(8, **options)
+        RandomDeformation(*numbers)
