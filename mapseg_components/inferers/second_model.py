@@ -98,17 +98,17 @@ class SecondModelInferer(Inferer):
         logits, *uncertainty = logits.chunk(2, dim=1) if shows_both(network) else [logits]
         mean = torch.softmax(logits.float(), dim=1)
         for own, scan in zip(mean, scans_of(inputs)):
-            own.add_(self._probabilities(scan).to(own.device))
+            own.add_(self._probabilities(scan, inputs.device).to(own.device))
         return torch.cat([mean.div_(2).clamp_(min=torch.finfo(mean.dtype).tiny).log_(), *uncertainty], dim=1)
 
-    def _probabilities(self, scan: MetaTensor) -> torch.Tensor:
+    def _probabilities(self, scan: MetaTensor, device: torch.device) -> torch.Tensor:
         """Of the other model, (classes, X, Y, Z) on the grid of a scan; outside of its own grid all is background."""
-        parts = (self._parser.get_parsed_content(name) for name in ("network", "device", "preprocessing", "inferer"))
-        network, device, preprocessing, inferer = parts
         if self._network is None:
-            self._network = network
-            load_weights(network, self._parser.get_parsed_content("weights"))
-            network.eval()
+            self._parser["device"] = f"$torch.device('{device}')"  # where the own network is
+            self._network = self._parser.get_parsed_content("network")
+            load_weights(self._network, self._parser.get_parsed_content("weights"))
+            self._network.eval()
+        preprocessing, inferer = (self._parser.get_parsed_content(name) for name in ("preprocessing", "inferer"))
         image = preprocessing({"image": scan.meta["filename_or_obj"]})["image"]
         with torch.no_grad():
             logits = inferer(image[None].to(device), self._network)[0].as_subclass(torch.Tensor)

@@ -18,7 +18,6 @@ from mapseg_components.transforms.contrast import (
     RandGlobalLocalHistogramShiftd,
     RandGlobalLocalIntensityCurved,
 )
-from mapseg_components.transforms.deformation import RandomDeformation
 from mapseg_components.transforms.foreground import AxisExtremesd, ClassVoxelsd
 from mapseg_components.transforms.frame import WorkingFrame, WorkingFramed, WorkingSpacingd
 from mapseg_components.transforms.intensity import FillNonFinite, FillNonFinited, NegativeValues, NegativeValuesd
@@ -73,7 +72,6 @@ __all__ = [
     "RandGlobalLocalSynthesisd",
     "RandPercentileClip",
     "RandPercentileClipd",
-    "RandomDeformation",
     "RestoreBackgroundd",
     "SaveLabelMap",
     "SaveLabelMapd",

@@ -30,7 +30,7 @@ class RandomDeformation:
 
     Examples:
         >>> import numpy as np
-        >>> from mapseg_components.transforms import RandomDeformation
+        >>> from mapseg_components.transforms.deformation import RandomDeformation
         >>> deformation = RandomDeformation(prob=1.0, std_range=(2.0, 2.0), spacing=16.0)
         >>> box = np.array([[0, 32], [0, 40], [0, 8]])
         >>> deformation.draw(np.random.RandomState(0), box, np.ones(3), np.array([False, False, True]))

@@ -17,8 +17,8 @@ from mapseg_components.transforms import (
     PercentileTabled,
     RandGlobalLocalCrop,
     RandGlobalLocalCropd,
-    RandomDeformation,
 )
+from mapseg_components.transforms.deformation import RandomDeformation
 from tests.conftest import make_scan
 
 AFFINE = torch.tensor([[0.0, 1.1, 0.0, -7.0], [-0.9, 0.0, 0.0, 4.0], [0.0, 0.0, 1.3, 2.0], [0.0, 0.0, 0.0, 1.0]])
