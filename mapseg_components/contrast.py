@@ -144,8 +144,8 @@ def changed_alike(change: Change, *images: torch.Tensor) -> list[torch.Tensor]:
         >>> from mapseg_components.contrast import RandomContrast, changed_alike
         >>> patch, view = torch.full((1, 1, 2, 3, 4), 0.25), torch.full((1, 1, 5, 6, 7), 0.25)
         >>> patch, view = changed_alike(RandomContrast(), patch, view)
-        >>> patch.shape, view.shape, len({*patch.flatten().tolist(), *view.flatten().tolist()})
-        (torch.Size([1, 1, 2, 3, 4]), torch.Size([1, 1, 5, 6, 7]), 1)
+        >>> patch.shape, view.shape, bool(torch.allclose(patch, view.mean()))  # one value still
+        (torch.Size([1, 1, 2, 3, 4]), torch.Size([1, 1, 5, 6, 7]), True)
     """
     flat = [image.flatten(2) for image in images]
     changed = change(torch.cat(flat, dim=2)[..., None, None])[..., 0, 0]
