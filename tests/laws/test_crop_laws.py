@@ -12,12 +12,7 @@ from monai.transforms import Compose, ResampleToMatch
 from scipy.ndimage import map_coordinates
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.transforms import (
-    ClassVoxelsd,
-    PercentileTabled,
-    RandGlobalLocalCrop,
-    RandGlobalLocalCropd,
-)
+from mapseg_components.transforms import ClassVoxelsd, PercentileTabled, RandGlobalLocalCrop, RandGlobalLocalCropd
 from mapseg_components.transforms.deformation import RandomDeformation
 from tests.conftest import make_scan
 
