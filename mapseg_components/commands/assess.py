@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mapseg_components.commands.trial import LabelLoader, Trial
 from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.data.volumes import readable_size, voxel_ml
+from mapseg_components.inferers.trial import LabelLoader, Trial
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.plans.judging import (
     DEGRADATIONS,

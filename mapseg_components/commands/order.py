@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mapseg_components.commands.trial import TARGET_INVERTED, Trial
 from mapseg_components.contrast import inverted
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.files import write_json
+from mapseg_components.inferers.trial import TARGET_INVERTED, Trial
 from mapseg_components.plans.judging import evenly
 from mapseg_components.plans.recipes import Recipe, Stage
 

@@ -15,9 +15,9 @@ from monai.data import MetaTensor, decollate_batch
 from monai.inferers import Inferer
 from monai.transforms import SpatialResample
 
-from mapseg_components.checkpoints import load_weights
 from mapseg_components.errors import ConfigError
 from mapseg_components.inferers.averaging import require_classes
+from mapseg_components.inferers.trial import Trial
 from mapseg_components.networks.heads import shows_both
 from mapseg_components.structures import structures_of
 
@@ -65,17 +65,14 @@ class SecondModelInferer(Inferer):
         self.bundle = Path(bundle)
         if not (self.bundle / INFERENCE).is_file():
             raise ConfigError(f"{self.bundle} has no {INFERENCE}: name the folder of a bundle")
-        self._parser = ConfigParser()
-        self._parser.read_config(str(self.bundle / INFERENCE))
-        for name, value in {"bundle_root": str(self.bundle), **(settings or {})}.items():
-            self._parser[name] = value
-        known = [*structures_of(self._parser.get_parsed_content("labels"))]
+        self.settings = dict(settings or {})
+        known = [*structures_of(ConfigParser.load_config_file(self.bundle / INFERENCE)["labels"])]
         names = [*structures_of(labels)]
         missing = [name for name in names if name not in known]
         if missing:
             raise ConfigError(f"{self.bundle} does not segment {missing}, its structures are {known}")
         self.classes = [0, *(known.index(name) + 1 for name in names)]
-        self._network: torch.nn.Module | None = None
+        self._model: Trial | None = None
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """Logarithm of the mean probabilities: its softmax gives them, its argmax the label.
@@ -103,16 +100,11 @@ class SecondModelInferer(Inferer):
 
     def _probabilities(self, scan: MetaTensor, device: torch.device) -> torch.Tensor:
         """Of the other model, (classes, X, Y, Z) on the grid of a scan; outside of its own grid all is background."""
-        if self._network is None:
-            self._parser["device"] = f"$torch.device('{device}')"  # where the own network is
-            self._network = self._parser.get_parsed_content("network")
-            load_weights(self._network, self._parser.get_parsed_content("weights"))
-            self._network.eval()
-        preprocessing, inferer = (self._parser.get_parsed_content(name) for name in ("preprocessing", "inferer"))
-        image = preprocessing({"image": scan.meta["filename_or_obj"]})["image"]
-        with torch.no_grad():
-            logits = inferer(image[None].to(device), self._network)[0].as_subclass(torch.Tensor)
-        found = logits.float().softmax(dim=0).cpu()[self.classes[1:]]
+        if self._model is None:
+            self._model = Trial(self.bundle, **self.settings, device=f"$torch.device('{device}')")  # the own network's
+            self._model.load(self._model.parser.get_parsed_content("weights"))
+        image = self._model.scan(scan.meta["filename_or_obj"])
+        found = self._model.probabilities(image)[self.classes[1:]]
         resample = SpatialResample(mode="bilinear", padding_mode="zeros", align_corners=True, dtype=torch.float32)
         moved = resample(
             MetaTensor(found, affine=image.affine), dst_affine=scan.affine, spatial_size=scan.shape[1:]

@@ -1,6 +1,6 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle's model on single scans in memory, for what is found out about it without labels."""
+"""A bundle's model on single scans in memory, with the preprocessing and the sliding window of its inference."""
 
 from __future__ import annotations
 
