@@ -99,6 +99,13 @@ class HandoverPackage:
                 found[name] = (ends[0], min(ends[1], 1.0))
         return found
 
+    @property
+    def after_network(self) -> Settings:
+        """Which components of structures are kept and whose holes are filled, by setting of a bundle's inference; empty
+        where the package does not say."""
+        after = {"largest_component": [], "kept_components": {}, "fill_holes": []}
+        return Settings({**after, **self.content.get("after_network", {})})
+
     @cached_property
     def network(self) -> nn.Module:
         """The network that the weights belong to, with random weights; the same object each time.

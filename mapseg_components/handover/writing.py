@@ -28,6 +28,8 @@ from mapseg_components.handover.package import MANIFEST, SCHEMA, WEIGHTS, check_
 from mapseg_components.keys import IMAGE, LABEL, TISSUES
 from mapseg_components.scans.extents import median_extent
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms.components import AFTER_NETWORK
+from mapseg_components.transforms.shapes import plan_after, shapes_of
 
 __all__ = ["rounded", "volume_priors", "write_handover"]
 
@@ -83,7 +85,8 @@ def write_handover(
         "spacing_mm": median_spacing([case[LABEL] for case in cases]),
         "foreground_mm": None if without else median_extent([case[IMAGE] for case in cases]),
         "source_validation": validation_dice(evaluator, list(labels)),
-        "volumes": volume_priors(cases, labels, min_scans),
+        "volumes": (volumes := volume_priors(cases, labels, min_scans)),
+        "after_network": after_network(cases, labels, [name for name, one in volumes["structures"].items() if one]),
         "versions": {
             "mapseg_components": __version__,
             "python": platform.python_version(),
@@ -140,6 +143,19 @@ def volume_priors(cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int],
         shares = np.array([scan[name][0] / sum(voxels for voxels, _ in scan.values()) for scan in present])
         structures[name] = {"scans": len(present), "volume_mm3": rounded(volumes), "share": rounded(shares)}
     return {"min_scans": min_scans, "structures": structures}
+
+
+def after_network(
+    cases: Sequence[Mapping[str, Any]], labels: Mapping[str, int], told: Sequence[str]
+) -> dict[str, list[str] | dict[str, int]]:
+    """What follows after the network, see `mapseg_components.transforms.shapes.plan_after`, for ``told`` structures."""
+    plan = plan_after(shapes_of([case[LABEL] for case in cases], labels), labels)
+    return {
+        setting: {name: value[name] for name in told if name in value}
+        if isinstance(value, dict)
+        else [name for name in told if name in value]
+        for setting, value in ((setting, plan[setting]) for setting in AFTER_NETWORK)
+    }
 
 
 def rounded(values: np.ndarray) -> dict[str, Any]:

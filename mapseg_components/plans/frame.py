@@ -15,11 +15,11 @@ from scipy.ndimage import distance_transform_edt
 
 from mapseg_components.boxes import is_thick
 from mapseg_components.errors import ConfigError
-from mapseg_components.plans.components import SPECK
 from mapseg_components.plans.sizes import plan_sizes
 from mapseg_components.scans.nifti import affine_beside, read_geometry, read_nifti
 from mapseg_components.transforms.frame import axes_in_frame, frame_of
 from mapseg_components.transforms.resampling import spacing_of
+from mapseg_components.transforms.shapes import SPECK
 
 __all__ = ["Frame", "Grid", "Sizes", "find_frame", "plan_frame", "sizes_of"]
 

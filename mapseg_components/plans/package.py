@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.handover import HandoverPackage, package_of_bundle, resize_package
 from mapseg_components.keys import IMAGE
-from mapseg_components.plans.components import SEVERAL, TITLES
+from mapseg_components.plans.components import TITLES
 from mapseg_components.plans.extents import describe_size, find_size
 from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import Frame, Grid, laid
@@ -27,6 +27,7 @@ from mapseg_components.scans.extents import median_extent
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import METADATA, bundle_of, bundles_folder, shipped_bundles
 from mapseg_components.transforms.components import AFTER_NETWORK
+from mapseg_components.transforms.shapes import SEVERAL
 
 __all__ = ["check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
 

@@ -16,13 +16,13 @@ from scipy import ndimage
 
 from mapseg_components.commands.adapt import Adaptation
 from mapseg_components.errors import ConfigError
-from mapseg_components.plans import components
 from mapseg_components.plans.bundle import check_names, write_bundle
-from mapseg_components.plans.components import describe_after, find_after, shapes_in
+from mapseg_components.plans.components import describe_after, find_after
 from mapseg_components.prediction.bundle import open_bundle
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.transforms import FillEnclosed, named_classes
 from mapseg_components.transforms.components import holes_of
+from mapseg_components.transforms.shapes import shapes_in
 from tests.scans import make_scan, write_nifti
 
 LABELS = {"ventricle": 500, "myocardium": 200, "atrium": 9}
@@ -268,7 +268,7 @@ def test_without_scikit_image_the_plan_leaves_components_and_a_wish_is_refused(t
     def missing(name):
         return None, False
 
-    monkeypatch.setattr(components, "optional_import", missing)
+    monkeypatch.setattr("mapseg_components.transforms.shapes.optional_import", missing)
     monkeypatch.setattr("mapseg_components.transforms.components.optional_import", missing)
     plan = find_after(hearts(tmp_path), LABELS, {})
     assert plan["largest_component"] == [] and plan["fill_holes"] == list(LABELS)

@@ -167,6 +167,34 @@ def test_packages_of_earlier_versions_name_no_extent(package):
     assert "foreground_mm" not in HandoverPackage(package).content
 
 
+def test_what_every_label_map_allows_after_the_network_travels_but_not_of_few_scans(tmp_path, tiny_network):
+    cases = label_maps(tmp_path / "labels", [(12, 6), (18, 6), (24, 0)])
+    with_hole = np.zeros((9, 8, 7), np.uint8)
+    with_hole[1:6, 1:6, 1:6], with_hole[3, 3, 3] = 1, 0
+    with_hole[7, 1, 1] = with_hole[7, 6, 1] = 2
+    hole = {"label": write_nifti(tmp_path / "hole.nii.gz", with_hole)}
+    write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
+    whole = {"largest_component": ["first"], "kept_components": {}, "fill_holes": ["first"]}
+    both = {"largest_component": ["first", "second"], "kept_components": {}, "fill_holes": ["first", "second"]}
+    silent = {"largest_component": [], "kept_components": {}, "fill_holes": []}
+    holed = {"largest_component": ["first"], "kept_components": {}, "fill_holes": ["second"]}
+    for number, (given, scans, expected) in enumerate(
+        [(cases, 2, both), (cases, 3, whole), (cases, 4, silent), ([*cases, cases[0] | hole], 3, holed)]
+    ):
+        places = (tmp_path / f"package{number}", tmp_path / "weights.pt")
+        write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), given, scans)
+        written = HandoverPackage(places[0])
+        assert written.after_network == written.content["after_network"] == expected
+
+
+def test_packages_of_earlier_versions_say_nothing_of_what_follows(package):
+    content = json.loads((package / "handover.json").read_text())
+    del content["after_network"]
+    (package / "handover.json").write_text(json.dumps(content))
+    silent = {"largest_component": [], "kept_components": {}, "fill_holes": []}
+    assert HandoverPackage(package).after_network == silent
+
+
 def test_volumes_are_figures_over_scans_and_never_of_one(tmp_path):
     cases = label_maps(tmp_path, [(31, 4), (47, 8), (59, 0)])
     found = volume_priors(cases, LABELS, 3)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mapseg_components.plans.components import around_structures, shapes_in
 from mapseg_components.structures import LARGEST_EXACT, numbered
+from mapseg_components.transforms.shapes import around_structures, shapes_in
 
 PARTS = {"first": [17, 53], "second": [3], "third": [250, 251]}
 
