@@ -153,7 +153,7 @@ def test_the_report_needs_nothing_else(finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["entropy", "test_time"])
-def test_a_method_without_the_source_goes_the_whole_way(folders, tmp_path, method):
+def test_a_method_without_the_source_goes_the_whole_way(folders, warm_processes, tmp_path, method):
     """Stages, hand-over package, the network that is planned or asked for, label maps and report."""
     arguments = {**call(folders), "method": method, "pretraining": False}
     arguments["random_contrasts"] = method == "test_time"  # without them there is no order to be found

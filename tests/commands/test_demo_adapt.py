@@ -196,7 +196,7 @@ def small_sample(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_way_with_the_shortest_stages(small_sample, tmp_path, monkeypatch):
+def test_the_whole_way_with_the_shortest_stages(small_sample, warm_processes, tmp_path, monkeypatch):
     monkeypatch.setattr(MODULE, "STEPS", {run: dict.fromkeys(stages, SHORTEST) for run, stages in STEPS.items()})
     report = demo_command(str(tmp_path / "out"), num_threads=1, quiet=True)
     assert all(0 <= report.figures[name]["mean"] <= 1 for name in MODELS)
