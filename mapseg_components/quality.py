@@ -63,6 +63,7 @@ def consistency(
     classes: int,
     flip_axis: int | None = None,
     views: Sequence[Callable[[torch.Tensor], torch.Tensor]] = VIEWS,
+    outside: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dice between the label map of a scan and those of the same scan changed; one call of `segment` for each change.
 
@@ -76,6 +77,7 @@ def consistency(
         classes: number of classes, background included.
         flip_axis: 0, 1 or 2; only for structures that are alike on both sides and not named by side.
         views: changes of an image that move no voxel, to contrasts that the model was trained for.
+        outside: (X, Y, Z), where the scan has no tissue: background in all label maps.
 
     Returns:
         (classes - 1,) between 0 and 1, mean over the ways; NaN where no label map has the structure.
@@ -83,6 +85,8 @@ def consistency(
     others = [segment(view(image)) for view in views]
     if flip_axis is not None:
         others.append(segment(image.flip(1 + flip_axis)).flip(flip_axis))
+    if outside is not None:
+        others = [other.masked_fill(outside, 0) for other in others]
     return torch.stack([label_agreement(label_map, other, classes) for other in others]).nanmean(dim=0)
 
 

@@ -269,7 +269,7 @@ class Adaptation(Run):
             logger.info(describe_order(self.record["order"]))
             plan = self.record["plan"]
             asked = self.record["order"].get("far") and self.request[SECOND]
-            if asked and (found := second_model_for(plan["labels"], plan.get("foreground_mm"))):
+            if asked and (found := second_model_for(plan["labels"], plan.get("target_mm"))):
                 add_second_model(self.folder, found)
                 self.record[SECOND] = found
                 logger.info(describe_second(found))
@@ -360,7 +360,7 @@ class Adaptation(Run):
         found: dict[str, Any] = {}
         if not self.recipe.of_label_maps:
             training, validation, found = sized_source(
-                training, validation, target, self.folder / SIZED, bool(request.get("match_size"))
+                training, validation, target, self.folder / SIZED, bool(request.get("match_size")), self.asked
             )
         plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request) | found
         plan["settings"] |= own

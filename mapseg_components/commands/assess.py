@@ -17,7 +17,8 @@ from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.data.volumes import readable_size, voxel_ml
-from mapseg_components.inferers.trial import LabelLoader, Trial
+from mapseg_components.inferers.trial import TRANSLATED, LabelLoader, Trial
+from mapseg_components.keys import SOURCE
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.plans.judging import (
     DEGRADATIONS,
@@ -43,6 +44,7 @@ from mapseg_components.quality import (
 )
 from mapseg_components.sides import refuse_sides
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms.inputs import outside_tissue
 
 __all__ = ["assess", "verdict_of"]
 
@@ -129,31 +131,27 @@ def assess(
     def segment(image: torch.Tensor) -> torch.Tensor:
         return probabilities(image).max(dim=0).indices  # several times as fast as argmax across a volume's first axis
 
-    def signs_of(image: torch.Tensor, found: torch.Tensor, label_map: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            CONSISTENCY: consistency(image, label_map, segment, classes, flip, views),
-            EXPECTED: expected_dice(found, label_map),
-        }
+    def signs_of(image: torch.Tensor, found: torch.Tensor, label_map: torch.Tensor, outside: Any) -> dict[str, Any]:
+        stable = consistency(image, label_map, segment, classes, 0 if symmetric else None, views, outside)
+        return {CONSISTENCY: stable, EXPECTED: expected_dice(found, label_map)}
 
     def region_of(shape: torch.Size) -> tuple[slice, ...]:
         return judged_region(shape[-3:], window, window_stride)
 
     prior, places = [], []
     for case in load_datalist(datalist, "source_training") if has_source else ():
-        image = trial.scan(case["image"], source=True).as_subclass(torch.Tensor)
-        truth, ml = load_labels(case["label"])
+        scan = trial.scan(case, SOURCE)
+        truth, ml = load_labels(case["label"], scan)
         prior.append(volumes_ml(truth, ml, names))
-        places.append(positions_of(image, truth, classes))
+        places.append(positions_of(scan.as_subclass(torch.Tensor), truth, classes))
     positions = Positions.fit(places, any_position) if places else None
-
     if symmetric:
         refuse_sides("symmetric", names)
-    flip = 0 if symmetric else None
     views = (*VIEWS, contrast_view("inverted")) if inverts else VIEWS
     passes_of_image = 1 + len(views) + symmetric
     affordable = None
     if samples is not None:
-        scan = trial.scan(target[0]["image"])
+        scan = trial.scan(target[0])
         shape = scan[(slice(None), *region_of(scan.shape))].shape[1:]
         windows = len(weights) * passes_of_image * count_windows(shape, window, window_stride)
         affordable = affordable_images(windows, samples)
@@ -171,14 +169,15 @@ def assess(
             seen: dict[str, Any] = {CONSISTENCY: [], EXPECTED: []}
             dice = []
             for number, name in versions:
-                image = trial.scan(labelled[model][number]["image"], source=not translated).as_subclass(torch.Tensor)
-                truth, _ = load_labels(labelled[model][number]["label"])
-                region = region_of(image.shape)
-                image, truth = image[(slice(None), *region)], truth[region]
+                scan = trial.scan(labelled[model][number], TRANSLATED if translated else SOURCE)
+                truth, _ = load_labels(labelled[model][number]["label"], scan)
+                region = region_of(scan.shape)
+                scan, truth = scan[(slice(None), *region)], truth[region]
+                image, outside = scan.as_subclass(torch.Tensor), outside_tissue(scan)
                 shown = image if name is None else DEGRADATIONS[name](image)
-                found = probabilities(shown)
+                found = probabilities(shown, outside)
                 label_map = found.max(dim=0).indices
-                for sign, values in signs_of(shown, found, label_map).items():
+                for sign, values in signs_of(shown, found, label_map, outside).items():
                     seen[sign].append(values.tolist())
                 dice.append(label_agreement(label_map, truth, classes).tolist())
                 bar.update()
@@ -187,15 +186,16 @@ def assess(
             cases = []
             label_maps[model] = []
             for case in target:
-                image = trial.scan(case["image"])
-                found = probabilities(image.as_subclass(torch.Tensor))
-                confidence, label_map = found.max(dim=0)
+                image = trial.scan(case)
                 scan = image.as_subclass(torch.Tensor)
-                part = scan[(slice(None), *region_of(scan.shape))]
+                found = probabilities(scan, outside_tissue(image))
+                confidence, label_map = found.max(dim=0)
+                shown = image[(slice(None), *region_of(scan.shape))]
+                part, outside = shown.as_subclass(torch.Tensor), outside_tissue(shown)
                 if part.shape == scan.shape:
-                    signs = signs_of(part, found, label_map)
+                    signs = signs_of(part, found, label_map, outside)
                 else:  # windows lie elsewhere in a part
-                    signs = signs_of(part, inside := probabilities(part), inside.max(dim=0).indices)
+                    signs = signs_of(part, inside := probabilities(part, outside), inside.max(dim=0).indices, outside)
                 if positions is not None:
                     bound = positions.highest_dice(positions_of(scan, label_map, classes)[0])
                 else:

@@ -17,8 +17,10 @@ from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.files import write_json
 from mapseg_components.inferers.trial import TARGET_INVERTED, Trial
+from mapseg_components.keys import SOURCE
 from mapseg_components.plans.judging import evenly
 from mapseg_components.plans.recipes import Recipe, Stage
+from mapseg_components.transforms.inputs import outside_tissue
 
 __all__ = [
     "TARGET_INVERTED",
@@ -66,7 +68,7 @@ def find_order(bundle: Path, weights: Path) -> dict[str, Any]:
     known = has_section(bundle / "datalist.json", "source_validation")
     own = load_datalist(bundle / "datalist.json", "source_validation") if known else []
     own = evenly(own, min(MOST_OF_SOURCE, len(own)))
-    at_home = [confidence(trial, trial.scan(case["image"], source=True).as_subclass(torch.Tensor)) for case in own]
+    at_home = [confidence(trial, trial.scan(case, SOURCE)) for case in own]
     surest = np.mean(opposite if turned else as_is)
     return {
         "inverted": turned,
@@ -84,9 +86,10 @@ def opened(bundle: Path, weights: Path) -> Trial:
     return trial
 
 
-def confidence(trial: Trial, image: torch.Tensor) -> float:
-    """Mean largest probability of the voxels of structures; 0 where none is found."""
-    largest, classes = trial.probabilities(image).max(dim=0)
+def confidence(trial: Trial, scan: torch.Tensor, turned: bool = False) -> float:
+    """Mean largest probability of the voxels of structures in a scan, or in its inverse; 0 where none is found."""
+    image = scan.as_subclass(torch.Tensor)
+    largest, classes = trial.probabilities(inverted(image) if turned else image, outside_tissue(scan)).max(dim=0)
     return round(float(largest[classes > 0].mean()), 4) if (classes > 0).any() else 0.0
 
 
@@ -107,9 +110,9 @@ def confidence_on_target(
     found: dict[str, list[float]] = {order: [] for order in orders}
     scans = load_datalist(bundle / "datalist.json", "target_training")
     for case in evenly(scans, min(MOST_SCANS, len(scans))):
-        image = trial.scan(case["image"]).as_subclass(torch.Tensor)
+        scan = trial.scan(case)
         for order, values in found.items():
-            values.append(confidence(trial, inverted(image) if order == "inverted" else image))
+            values.append(confidence(trial, scan, turned=order == "inverted"))
     return found
 
 
@@ -173,5 +176,5 @@ def describe_order(found: Mapping[str, Any]) -> str:
     further += "; the source is learnt on in contrasts of any order, as neither is near" if found.get("far") else ""
     return (
         f"Target scans {does}: the source-only model's mean confidence in {len(found['confidence_as_is'])} of them is "
-        f"{sure}{further} (another choice: the setting {TARGET_INVERTED})."
+        f"{sure}{further} (another choice: the setting {TARGET_INVERTED}, by which none of this is looked at)."
     )

@@ -20,6 +20,7 @@ from mapseg_components.handover import resized_spacing
 from mapseg_components.keys import CASE_ID, IMAGE
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.extents import find_size
+from mapseg_components.plans.second_model import SPACING_OF_SECOND
 from mapseg_components.prediction.bundle import ONNX, InferenceBundle, open_bundle
 from mapseg_components.prediction.inputs import Inputs, inputs_of
 from mapseg_components.prediction.intake import begun, taken_over, unreadable, usable
@@ -215,7 +216,8 @@ def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, A
         return
     if not (isinstance(known, list) and len(known) == 3 and all(type(s) in (int, float) and s > 0 for s in known)):
         raise ConfigError(f"{FOREGROUND} of bundle {home} is {known!r}, expected three lengths in mm, or null")
-    size = find_size(known, median_extent([case[IMAGE] for case in cases if is_nifti(str(case[IMAGE]))]))
+    scans = [case[IMAGE] for case in cases if is_nifti(str(case[IMAGE]))]
+    size = find_size(known, median_extent(scans, bundle["negative_values"]))
     if size is None:
         if match:
             logger.warning("match_size: these scans show as much as what the model learnt from, or that is not known.")
@@ -234,6 +236,8 @@ def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, A
             f"{bundle['working_spacing']}): resample the scans, or leave out match_size"
         )
     bundle["working_spacing"] = spacing
+    if SPACING_OF_SECOND in bundle.parser.config:
+        bundle[SPACING_OF_SECOND] = resized_spacing(bundle[SPACING_OF_SECOND], None, None, size["factor"])
     logger.warning(f"{found}: the model works on voxels of {spacing} mm.")
 
 

@@ -23,6 +23,7 @@ from mapseg_components.files import sha256_of, write_json
 from mapseg_components.handover.fragments import faults_of_fragment, faults_of_value, network_of, plain
 from mapseg_components.keys import IMAGE
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms.components import AFTER_NETWORK
 
 __all__ = ["HandoverPackage", "SourceOnlyWeights", "check_content"]
 
@@ -260,7 +261,7 @@ def check_content(content: Any, path: Path) -> None:
         is_extent = isinstance(sides, list) and len(sides) == 3 and all(map(is_number(0.01, 10000), sides))
         wrong += [] if sides is None or is_extent else ["foreground_mm"]
         after = content.get("after_network", {})  # absent where it is not known
-        wrong += faults_of_value(after, "after_network") if isinstance(after, dict) else ["after_network"]
+        wrong += faults_of_after(after, content["labels"]) if isinstance(after, dict) else ["after_network"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
         dice = content["source_validation"]
         wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]
@@ -268,6 +269,17 @@ def check_content(content: Any, path: Path) -> None:
     if wrong:
         found = "; ".join(f"{name} is {shown(content, name)}" for name in wrong[:5])
         raise ConfigError(f"{path} has missing or impossible values ({found}): {COPY_AGAIN}")
+
+
+def faults_of_after(after: Mapping[str, Any], labels: Mapping[str, int]) -> list[str]:
+    """Parts of ``after_network`` that are no lists of structures, nor numbers of components by structure."""
+    wrong = []
+    for name, value in after.items():
+        known = isinstance(value, (list, dict)) and all(isinstance(one, str) and one in labels for one in value)
+        numbers = value.values() if isinstance(value, dict) else ()
+        if name not in AFTER_NETWORK or not known or not all(map(is_whole(1, 1000), numbers)):
+            wrong.append(f"after_network#{name}")
+    return wrong
 
 
 def is_whole(lowest: int, highest: int) -> Callable[[Any], bool]:

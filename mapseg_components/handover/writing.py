@@ -46,6 +46,7 @@ def write_handover(
     evaluator: Evaluator,
     cases: Sequence[Mapping[str, Any]],
     min_scans: int,
+    validation: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Validate weights on the source's validation scans and write them as a package.
 
@@ -63,6 +64,7 @@ def write_handover(
         evaluator: of the source's validation scans; its key metric is MONAI's ``MeanDice`` with details.
         cases: labelled source scans, for `volume_priors`.
         min_scans: see `volume_priors`; of fewer scans no extent is written either.
+        validation: further labelled scans, for what follows after the network alone.
 
     Raises:
         ConfigError: the network or a setting cannot travel (see `fragments`), or a scan count below 2 is asked for.
@@ -76,6 +78,9 @@ def write_handover(
     labels = structures_of(labels)
     # the box of a label map of all tissues has values that are left out at times
     without = len(cases) < min_scans or any(TISSUES in case for case in cases)
+    policy = settings["training"].get("source_negative_values")
+    volumes = volume_priors(cases, labels, min_scans)
+    told = [name for name, one in volumes["structures"].items() if one]
     content = {
         "schema": SCHEMA,
         "weights": {"fingerprint": fingerprint(network)},
@@ -83,10 +88,10 @@ def write_handover(
         "settings": plain(settings),
         "labels": dict(labels),
         "spacing_mm": median_spacing([case[LABEL] for case in cases]),
-        "foreground_mm": None if without else median_extent([case[IMAGE] for case in cases]),
+        "foreground_mm": None if without else median_extent([case[IMAGE] for case in cases], policy),
         "source_validation": validation_dice(evaluator, list(labels)),
-        "volumes": (volumes := volume_priors(cases, labels, min_scans)),
-        "after_network": after_network(cases, labels, [name for name, one in volumes["structures"].items() if one]),
+        "volumes": volumes,
+        "after_network": after_network([*cases, *validation], labels, told),
         "versions": {
             "mapseg_components": __version__,
             "python": platform.python_version(),

@@ -18,8 +18,10 @@ from monai.transforms import SpatialResample
 from mapseg_components.errors import ConfigError
 from mapseg_components.inferers.averaging import require_classes
 from mapseg_components.inferers.trial import Trial
+from mapseg_components.keys import IMAGE, MASK
 from mapseg_components.networks.heads import shows_both
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms.inputs import MASK_FILE, outside_tissue
 
 __all__ = ["SecondModelInferer"]
 
@@ -103,8 +105,8 @@ class SecondModelInferer(Inferer):
         if self._model is None:
             self._model = Trial(self.bundle, **self.settings, device=f"$torch.device('{device}')")  # the own network's
             self._model.load(self._model.parser.get_parsed_content("weights"))
-        image = self._model.scan(scan.meta["filename_or_obj"])
-        found = self._model.probabilities(image)[self.classes[1:]]
+        image = self._model.scan({IMAGE: scan.meta["filename_or_obj"], MASK: scan.meta.get(MASK_FILE)})
+        found = self._model.probabilities(image, outside_tissue(image))[self.classes[1:]]
         resample = SpatialResample(mode="bilinear", padding_mode="zeros", align_corners=True, dtype=torch.float32)
         moved = resample(
             MetaTensor(found, affine=image.affine), dst_affine=scan.affine, spatial_size=scan.shape[1:]

@@ -15,11 +15,14 @@ from monai.transforms import Compose, Orientationd, Spacingd
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data.volumes import voxel_ml
+from mapseg_components.keys import IMAGE, MASK, SOURCE, TARGET
 from mapseg_components.structures import structures_of
+from mapseg_components.transforms.inputs import outside_tissue
 
-__all__ = ["TARGET_INVERTED", "LabelLoader", "Trial"]
+__all__ = ["TARGET_INVERTED", "TRANSLATED", "LabelLoader", "Trial"]
 
 TARGET_INVERTED = "target_inverted"  # setting of the bundles
+TRANSLATED = "translated"  # scans of the source in the target's contrast
 
 
 class Trial:
@@ -37,27 +40,54 @@ class Trial:
             self.parser[name] = value
         parts = (self.parser.get_parsed_content(name) for name in ("network", "device", "preprocessing", "inferer"))
         self.network, self.device, self.preprocessing, self.inferer = parts
-        # scans of the source are never shown bright for dark
-        self.of_source = ConfigParser(self.parser.get() | {TARGET_INVERTED: False}).get_parsed_content("preprocessing")
+        config, training = self.parser.get(), Path(bundle) / "configs" / "train.json"
+        own = ConfigParser.load_config_file(training) if training.is_file() else {}
+        # scans of the source are never shown bright for dark, and may have other negative values than the target's
+        changes = {
+            SOURCE: {
+                TARGET_INVERTED: False,
+                "negative_values": own.get("source_negative_values", config.get("negative_values")),
+            },
+            TRANSLATED: {"negative_values": "clip"},
+        }
+        self._shown = {TARGET: self.preprocessing} | {
+            name: ConfigParser(config | change).get_parsed_content("preprocessing") for name, change in changes.items()
+        }
 
     def load(self, weights: str | Path) -> None:
         """Take the weights of a file. Raises `CheckpointError` where they cannot be loaded."""
         load_weights(self.network, weights)
         self.network.eval()
 
-    def scan(self, path: str, source: bool = False) -> torch.Tensor:
-        """A preprocessed scan (C, X, Y, Z), with its metadata; as the target's scans are shown, or the source's."""
-        return (self.of_source if source else self.preprocessing)({"image": path})["image"]
+    def scan(self, case: Mapping[str, Any], shown: str = TARGET) -> torch.Tensor:
+        """A preprocessed scan (C, X, Y, Z), with its metadata.
 
-    def probabilities(self, image: torch.Tensor) -> torch.Tensor:
-        """Probabilities (classes, X, Y, Z), float32 in main memory, of a scan (C, X, Y, Z)."""
+        Args:
+            case: ``image``, and ``mask`` if it has one.
+            shown: as scans of the ``target`` are, those of the ``source``, or ``translated`` ones.
+        """
+        return self._shown[shown]({key: case[key] for key in (IMAGE, MASK) if case.get(key)})[IMAGE]
+
+    def probabilities(self, image: torch.Tensor, outside: torch.Tensor | None = None) -> torch.Tensor:
+        """Probabilities (classes, X, Y, Z), float32 in main memory, of a scan (C, X, Y, Z).
+
+        Args:
+            image: the scan.
+            outside: (X, Y, Z), what is background whatever the network says.
+        """
         with torch.no_grad():
             logits = self.inferer(image[None].to(self.device), self.network)[0].as_subclass(torch.Tensor)
-        return logits.float().softmax(dim=0).cpu()
+        found = logits.float().softmax(dim=0).cpu()
+        if outside is not None:
+            found.masked_fill_(outside, 0)
+            found[0].masked_fill_(outside, 1)
+        return found
 
 
 class LabelLoader:
     """From a file to a label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
+
+    Outside of the mask of a preprocessed scan that has one is background.
 
     Args:
         labels: structures and values.
@@ -75,10 +105,13 @@ class LabelLoader:
                 steps.append(nearest)
         self.loading = Compose(steps)
 
-    def __call__(self, path: str) -> tuple[torch.Tensor, float]:
+    def __call__(self, path: str, scan: torch.Tensor) -> tuple[torch.Tensor, float]:
         loaded = self.loading({"image": path})["image"]
         values = loaded.as_subclass(torch.Tensor)[0].round().long()
         result = torch.zeros_like(values)
         for index, value in enumerate(self.values, start=1):
             result[values == value] = index
+        outside = outside_tissue(scan)
+        if outside is not None:
+            result[outside] = 0
         return result, voxel_ml(loaded)

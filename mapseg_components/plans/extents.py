@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mapseg_components.keys import IMAGE, LABEL, MASK
+from mapseg_components.keys import IMAGE, LABEL, MASK, SOURCE, TARGET
 from mapseg_components.scans.extents import median_extent
-from mapseg_components.scans.files import stem
+from mapseg_components.scans.files import is_picture, stem
 from mapseg_components.scans.rewriting import copy_scaled
 
 __all__ = ["SIZED", "describe_size", "find_size", "sized_cases", "sized_source"]
@@ -67,7 +67,12 @@ def factor_between(source_mm: Sequence[float] | None, target_mm: Sequence[float]
 
 
 def sized_source(
-    training: Cases, validation: Cases, target: Cases, folder: Path, match: bool
+    training: Cases,
+    validation: Cases,
+    target: Cases,
+    folder: Path,
+    match: bool,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Cases, Cases, dict[str, Any]]:
     """Cases of the source at the target's size, if it is another one.
 
@@ -76,26 +81,37 @@ def sized_source(
         validation: of the source.
         target: all cases.
         folder: for copies.
-        match: whether sizes are compared at all.
+        match: whether the source is to be at the target's size.
+        settings: of the user, who may say what negative values are.
 
     Returns:
         training, validation, and what the plan has of it: ``foreground_mm``, the median extent of what the model learns
-        from, ``None`` if it is not known, and ``size``, see `find_size`, unless scans are taken as they are.
+        from, and ``target_mm``, that of the target's scans, ``None`` where it is not known; ``size``, see `find_size`,
+        unless scans are taken as they are.
 
     Raises:
         DataError: a file cannot be read.
         ResourceError: the disk is full.
     """
-    source_mm = median_extent([case[IMAGE] for case in (*training, *validation)])
-    size = find_size(source_mm, median_extent([case[IMAGE] for case in target])) if match else None
+    source_mm, target_mm = (
+        median_extent([case[IMAGE] for case in cases], (settings or {}).get(f"{side}_negative_values"))
+        for side, cases in ((SOURCE, [*training, *validation]), (TARGET, target))
+    )
+    size = find_size(source_mm, target_mm) if match else None
+    unknown = [side for side, extent in ((SOURCE, source_mm), (TARGET, target_mm)) if extent is None]
+    if match and unknown and not any(is_picture(case[IMAGE]) for case in target):
+        logger.info(
+            f"Sizes of {SOURCE} and {TARGET} are not compared: the {' and the '.join(unknown)}'s scans do not show a "
+            "whole body in front of an empty background (match_size)."
+        )
     if size is None:
-        return training, validation, {"foreground_mm": source_mm}
+        return training, validation, {"foreground_mm": source_mm, "target_mm": target_mm}
     logger.info(describe_size(size))
     training, validation = (
         sized_cases(cases, size["factor"], folder / name)
         for name, cases in (("training", training), ("validation", validation))
     )
-    return training, validation, {"foreground_mm": size["target_mm"], "size": size}
+    return training, validation, {"foreground_mm": target_mm, "target_mm": target_mm, "size": size}
 
 
 def sized_cases(cases: Iterable[Mapping[str, Any]], factor: float, folder: Path) -> Cases:

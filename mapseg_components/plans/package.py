@@ -92,7 +92,7 @@ def open_package(place: Path, folder: Path) -> HandoverPackage:
 
 
 def sized_package(
-    package: HandoverPackage, target: Sequence[Mapping[str, Any]], match: bool
+    package: HandoverPackage, target: Sequence[Mapping[str, Any]], match: bool, negative_values: str | None = None
 ) -> tuple[HandoverPackage, dict[str, Any]]:
     """A package for the size of what the target's scans show, if that is another than its source's.
 
@@ -100,6 +100,7 @@ def sized_package(
         package: see `open_package`.
         target: all cases.
         match: whether sizes are compared at all.
+        negative_values: of the target's scans; by default as the package says.
 
     Returns:
         the package, and what the plan has of it, see `mapseg_components.plans.extents.sized_source`.
@@ -108,7 +109,8 @@ def sized_package(
         ResourceError: the package cannot be written anew.
     """
     source_mm = package.content.get("foreground_mm")
-    size = find_size(source_mm, median_extent([case[IMAGE] for case in target])) if match else None
+    policy = negative_values or package.settings["training"].get("target_negative_values")
+    size = find_size(source_mm, median_extent([case[IMAGE] for case in target], policy)) if match else None
     if size is None:
         return package, {"foreground_mm": source_mm}
     size["package"] = True
@@ -188,8 +190,10 @@ def plan_of_package(
         DataError: the target does not fit the package, or a scan cannot be read.
         ResourceError: the package cannot be written.
     """
-    package, size = sized_package(package, target, bool(request.get("match_size")))
-    content, asked = package.content, request["settings"] or {}
+    asked = request["settings"] or {}
+    match, policy = bool(request.get("match_size")), asked.get("target_negative_values")
+    package, size = sized_package(package, target, match, policy)
+    content = package.content
     preset, reason = request["preset"], "asked for"
     if preset == "auto":
         preset, reason = choose_preset(gpu_gib(request["device"]), len(target))

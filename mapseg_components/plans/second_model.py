@@ -17,19 +17,21 @@ from mapseg_components.plans.extents import factor_between
 from mapseg_components.shipped_files import bundle_of
 from mapseg_components.structures import structures_of
 
-__all__ = ["ANY_CONTRAST", "SECOND", "add_second_model", "describe_second", "second_model_for"]
+__all__ = ["ANY_CONTRAST", "SECOND", "SPACING_OF_SECOND", "add_second_model", "describe_second", "second_model_for"]
 
 SECOND = "second_model"  # folder in the bundle, setting of its inference.json, and entry of run.json
+SPACING_OF_SECOND = "second_model_spacing"  # setting of its inference.json
+TOLD = ("negative_values", "assume_orientation", "non_finite")  # of a scan, by the user: of both models
 ANY_CONTRAST = ("brain_any_contrast",)  # shipped bundles whose models learnt images of any contrast
 COPIED = ("configs/inference.json", "configs/metadata.json", "models/model.pt", "LICENSE", "docs/data_license.txt")
 
 
-def second_model_for(structures: Iterable[str], foreground_mm: list[float] | None) -> dict[str, Any] | None:
+def second_model_for(structures: Iterable[str], target_mm: list[float] | None) -> dict[str, Any] | None:
     """A shipped model that segments the structures in images of any contrast, at the size of the target's bodies.
 
     Args:
         structures: names; all of them must be among the model's.
-        foreground_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
+        target_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
 
     Returns:
         ``bundle``, its name, and ``working_spacing``, mm; ``None`` where no model suits, or the extent is not known.
@@ -37,7 +39,7 @@ def second_model_for(structures: Iterable[str], foreground_mm: list[float] | Non
     for name in ANY_CONTRAST:
         home = bundle_of(name)
         config = ConfigParser.load_config_file(home / "configs" / "inference.json")
-        factor = factor_between(config["foreground_mm"], foreground_mm)
+        factor = factor_between(config["foreground_mm"], target_mm)
         known = structures_of(config["labels"])
         if factor is None or not set(structures) <= set(known) or not (home / "models" / "model.pt").is_file():
             continue
@@ -62,14 +64,14 @@ def add_second_model(folder: Path, found: Mapping[str, Any]) -> None:
         shutil.copyfile(home / name, folder / SECOND / name)
     path = folder / "configs" / "inference.json"
     config = ConfigParser.load_config_file(path)
-    config[SECOND] = f"$@bundle_root + '/{SECOND}'"
+    config |= {SECOND: f"$@bundle_root + '/{SECOND}'", SPACING_OF_SECOND: found["working_spacing"]}
     config["evaluator"] = config["evaluator"] | {
         "inferer": {
             "_target_": "mapseg_components.inferers.SecondModelInferer",
             "inferer": "@inferer",
             "bundle": f"@{SECOND}",
             "labels": "@labels",
-            "settings": {"working_spacing": found["working_spacing"]},
+            "settings": {"working_spacing": f"@{SPACING_OF_SECOND}", **{name: f"@{name}" for name in TOLD}},
         }
     }
     write_json(config, path)

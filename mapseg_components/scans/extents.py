@@ -37,17 +37,19 @@ class Extent:
     whole: bool
 
 
-def extent_of(path: str | Path) -> Extent:
+def extent_of(path: str | Path, negative_values: str | None = None) -> Extent:
     """Extent of the foreground of a scan, its voxels above the lowest value.
 
     Args:
         path: NIfTI file.
+        negative_values: as of the bundles: where they are clipped, 0 is the lowest value.
 
     Raises:
         DataError: it cannot be read.
     """
     scan = read_nifti(path)
-    mask = scan.voxels > np.min(scan.voxels)
+    lowest = np.min(scan.voxels)
+    mask = scan.voxels > (max(lowest, 0) if negative_values == "clip" else lowest)
     if not mask.any():  # a scan of one value, which the check refuses
         return Extent(np.zeros(3), False)
     box = box_of_mask(mask)
@@ -56,12 +58,13 @@ def extent_of(path: str | Path) -> Extent:
     return Extent(along_ras(sides, scan.affine), bool(max(faces) <= CUT))
 
 
-def median_extent(paths: Sequence[str | Path]) -> list[float] | None:
+def median_extent(paths: Sequence[str | Path], negative_values: str | None = None) -> list[float] | None:
     """Median extent in mm over scans, along the axes nearest to right, anterior and superior; four digits.
 
     Args:
         paths: files; up to ten of them, evenly spaced, are read. One that cannot be read counts as one that shows no
             whole body: the check of all scans says what is wrong with it.
+        negative_values: see `extent_of`.
 
     Returns:
         three numbers, or ``None`` unless most of the scans show a whole body: also of images, which have no size of
@@ -70,15 +73,16 @@ def median_extent(paths: Sequence[str | Path]) -> list[float] | None:
     if not paths or any(map(is_picture, paths)):
         return None
     chosen = [paths[int(n)] for n in np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).round()]
-    whole = [extent.sides for extent in map(readable_extent, chosen) if extent is not None and extent.whole]
+    extents = (readable_extent(path, negative_values) for path in chosen)
+    whole = [extent.sides for extent in extents if extent is not None and extent.whole]
     if not whole or len(whole) < MOST_OF_THEM * len(chosen):
         return None
     return [float(f"{side:.4g}") for side in np.median(whole, axis=0)]
 
 
-def readable_extent(path: str | Path) -> Extent | None:
+def readable_extent(path: str | Path, negative_values: str | None) -> Extent | None:
     """Extent of a scan; ``None`` where it cannot be read."""
     try:
-        return extent_of(path)
+        return extent_of(path, negative_values)
     except DataError:
         return None

@@ -13,7 +13,15 @@ from monai.utils import convert_to_tensor
 
 from mapseg_components.errors import ConfigError, DataError
 
-__all__ = ["MASK_FILE", "as_volume", "channel_name", "require_spatial", "scan_name", "tissue_is_raised"]
+__all__ = [
+    "MASK_FILE",
+    "as_volume",
+    "channel_name",
+    "outside_tissue",
+    "require_spatial",
+    "scan_name",
+    "tissue_is_raised",
+]
 
 MASK_FILE = "mask_file"  # in a scan's metadata: 0 is no tissue, by this file if there is one, see `RaiseTissued`
 
@@ -43,6 +51,11 @@ def require_spatial(img: torch.Tensor, name: str) -> None:
 def tissue_is_raised(image: Any) -> bool:
     """Whether all tissue of a scan is above 0, and what is 0 counts nowhere."""
     return isinstance(image, MetaTensor) and MASK_FILE in image.meta
+
+
+def outside_tissue(image: torch.Tensor) -> torch.Tensor | None:
+    """Where (X, Y, Z) a preprocessed scan (C, X, Y, Z) has no tissue; ``None`` if all of it counts."""
+    return (image.as_subclass(torch.Tensor) == 0).all(dim=0) if tissue_is_raised(image) else None
 
 
 def scan_name(image: Any) -> str:

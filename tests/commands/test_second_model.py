@@ -74,7 +74,8 @@ def test_a_run_whose_target_is_far_takes_it_and_goes_on_with_it(call, tmp_path):
     assert record["second_model"]["bundle"] == "brain_any_contrast"
     inference = json.loads((folder / "configs" / "inference.json").read_text())
     inferer = inference["evaluator"]["inferer"]
-    assert inferer["settings"]["working_spacing"] == record["second_model"]["working_spacing"]
+    assert inferer["settings"]["working_spacing"] == "@second_model_spacing"
+    assert inference["second_model_spacing"] == record["second_model"]["working_spacing"] == [1.37, 1.37, 1.37]
     assert (folder / "second_model" / "models" / "model.pt").is_file() and (
         folder / "second_model" / "LICENSE"
     ).is_file()
@@ -115,10 +116,13 @@ def test_predict_averages_both(tmp_path, dataset):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
     (folder / "docs").mkdir(exist_ok=True)
     (folder / "docs" / "README.md").write_text("A model.\n")
-    write_nifti(tmp_path / "scan.nii.gz", make_scan(seed=7)[0])
+    image = make_scan(seed=7)[0]
+    image[:2] = -0.1  # both models have to be told what negative values are
+    write_nifti(tmp_path / "scan.nii.gz", image)
 
     def probabilities(name, bundle, **options):
         options = {"bundle": str(bundle), "probabilities": True, "no_preview": True, "quiet": True, **options}
+        options["negative_values"] = "clip"
         predict(str(tmp_path / "scan.nii.gz"), str(tmp_path / name), **options)
         return nib.load(tmp_path / name / "scan_probabilities.nii.gz").get_fdata()
 

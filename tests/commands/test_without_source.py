@@ -18,6 +18,7 @@ from mapseg_components.checkpoints import write_atomic
 from mapseg_components.commands import adapt, check, predict
 from mapseg_components.commands.adapt_each import ScanAdaptation
 from mapseg_components.commands.assess import verdict_of
+from mapseg_components.commands.predict import fit_size
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, NonFiniteError
 from mapseg_components.handover import HandoverPackage, package_of_bundle
 from mapseg_components.handover.fragments import network_of
@@ -26,7 +27,7 @@ from mapseg_components.plans.frame import Grid
 from mapseg_components.plans.judging import judged_images
 from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, require_fit
 from mapseg_components.plans.recipes import read_recipe, recipe_for, recipe_names
-from mapseg_components.prediction.bundle import read_bundle
+from mapseg_components.prediction.bundle import open_bundle, read_bundle
 from mapseg_components.quality import mean_consistencies, within_shares
 from tests.conftest import ROOT, make_scan, write_nifti
 
@@ -414,6 +415,13 @@ def test_predict_says_that_bodies_are_smaller_and_works_at_their_size_if_asked(o
     assert "10 x 9 x 11 mm, what the model learnt from 20 x 18 x 22 mm (0.50): if both show" in caplog.text
     assert call("matched", match_size=True) == [1.0, 1.0, 1.0]
     assert "the model works on voxels of [1.0, 1.0, 1.0] mm" in caplog.text
+    path = of_larger / "configs" / "inference.json"
+    alone = path.read_text()
+    path.write_text(json.dumps(json.loads(alone) | {"second_model_spacing": [3.0, 3.0, 3.0]}))
+    bundle = open_bundle(of_larger, [], {"bundle_root": str(of_larger)}, [], (), False, False)
+    fit_size(bundle, of_larger, target_cases(str(bodies)), True)
+    assert bundle["working_spacing"] == [1.0] * 3 and bundle["second_model_spacing"] == [1.5] * 3
+    path.write_text(alone)
     by_hand = call("by_hand", settings={"working_spacing": [1.0, 1.0, 1.0]})
     assert by_hand == [1.0, 1.0, 1.0] and "what these scans show" not in caplog.text
     for scan in ("7_seg.nii.gz", "9_seg.nii.gz"):
@@ -467,7 +475,7 @@ def test_what_follows_after_the_network_is_the_bundle_s(bundle, scans, tmp_path)
     assert asked["fill_holes"] == [] and asked["kept_components"] == {"first": 2}
     manifest = package.folder / "handover.json"
     content = json.loads(manifest.read_text())
-    for wrong, message in (({"fill_holes": ["liver"]}, "names liver"), ({"fill_holes": "@x"}, "after_network#fill")):
+    for wrong, message in (({"fill_holes": ["liver"]}, "#fill_holes is"), ({"fill_holes": "@x"}, "after_network#fill")):
         manifest.write_text(json.dumps(content | {"after_network": wrong}))
         with pytest.raises(ConfigError, match=message):
             plan_of_package(HandoverPackage(package.folder), cases, [], REQUEST)

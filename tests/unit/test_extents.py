@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mapseg_components.errors import DataError, ResourceError
-from mapseg_components.plans.extents import describe_size, find_size, sized_cases
+from mapseg_components.plans.extents import describe_size, find_size, sized_cases, sized_source
 from mapseg_components.scans import rewriting
 from mapseg_components.scans.extents import extent_of, median_extent
 from mapseg_components.scans.nifti import read_nifti
@@ -72,6 +72,35 @@ def test_a_body_that_the_image_cuts_off_has_no_known_size(tmp_path, sides, whole
     voxels[0, 0, 0] = 0.0
     written(tmp_path / "scan.nii", voxels)
     assert extent_of(tmp_path / "scan.nii").whole is whole
+
+
+def test_negative_values_that_are_clipped_are_no_foreground_beside_them(tmp_path):
+    voxels = body()
+    voxels[0, 0, 0] = -0.5  # of an interpolation
+    written(tmp_path / "scan.nii", voxels)
+    assert not extent_of(tmp_path / "scan.nii").whole
+    extent = extent_of(tmp_path / "scan.nii", "clip")
+    assert extent.whole and [*extent.sides] == [10.0, 14.0, 12.0]
+
+
+def test_the_target_s_extent_is_known_whatever_becomes_of_the_source(tmp_path, caplog):
+    source = side_of(tmp_path / "s", [1.0] * 3)
+    long, small = side_of(tmp_path / "t", [1.0] * 3, body(sides=(10, 20, 12))), side_of(tmp_path / "u", [0.5] * 3)
+    caplog.set_level("INFO", logger="mapseg_components.commands.adapt")
+    for target, match, foreground, own in (
+        (long, True, [10.0, 14.0, 12.0], [10.0, 20.0, 12.0]),
+        (small, False, [10.0, 14.0, 12.0], [5.0, 7.0, 6.0]),
+        (small, True, [5.0, 7.0, 6.0], [5.0, 7.0, 6.0]),
+    ):
+        _, _, found = sized_source(source, [], target, tmp_path / "sized", match)
+        assert (found["foreground_mm"], found["target_mm"]) == (foreground, own)
+    dented = body()
+    dented[0, 0, 0] = -0.5
+    dented = side_of(tmp_path / "v", [0.5] * 3, dented)
+    assert sized_source(source, [], dented, tmp_path / "sized", True)[2]["target_mm"] is None
+    assert "the target's scans do not show a whole body" in caplog.text
+    clipped = sized_source(source, [], dented, tmp_path / "sized", True, {"target_negative_values": "clip"})[2]
+    assert clipped["target_mm"] == [5.0, 7.0, 6.0] and clipped["size"]["factor"] == 0.5
 
 
 def test_a_scan_of_one_value_has_none(tmp_path):

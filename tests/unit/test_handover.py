@@ -187,6 +187,32 @@ def test_what_every_label_map_allows_after_the_network_travels_but_not_of_few_sc
         assert written.after_network == written.content["after_network"] == expected
 
 
+def test_as_many_structures_as_a_label_table_may_have_can_have_one_component(package):
+    many = {f"structure {number}": number for number in range(1, 105)}
+    after = {"largest_component": [*many], "kept_components": dict.fromkeys(many, 2), "fill_holes": [*many]}
+    change(package, labels=many, after_network=after)
+    assert HandoverPackage(package).after_network == after
+    for wrong in (
+        {"fill_holes": ["liver"]},
+        {"kept_components": {"structure 1": 0}},
+        {"another": []},
+        {"fill_holes": 1},
+    ):
+        change(package, after_network=after | wrong)
+        with pytest.raises(ConfigError, match=f"after_network#{next(iter(wrong))} is"):
+            assert HandoverPackage(package).content
+
+
+def test_validation_scans_have_a_say_in_what_follows(tmp_path, tiny_network):
+    cases, more = label_maps(tmp_path / "a", [(12, 6), (18, 6)]), label_maps(tmp_path / "b", [(16, 4)])
+    write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
+    for number, validation in enumerate(([], more)):
+        places = (tmp_path / f"package{number}", tmp_path / "weights.pt")
+        write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, 2, validation)
+    one, both = (HandoverPackage(tmp_path / f"package{number}").after_network for number in (0, 1))
+    assert one["largest_component"] == ["first", "second"] and both["largest_component"] == ["first"]
+
+
 def test_packages_of_earlier_versions_say_nothing_of_what_follows(package):
     content = json.loads((package / "handover.json").read_text())
     del content["after_network"]

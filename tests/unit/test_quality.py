@@ -160,6 +160,19 @@ def test_error_is_that_of_scans_left_out():
     assert Calibration.fit({"sign": seen[:1]}, dice[:1]).error == pytest.approx(0, abs=1e-9)
 
 
+def test_what_lies_outside_the_tissue_is_background_in_all_label_maps():
+    image = torch.zeros(1, 4, 4, 4)
+    image[:, :2] = 0.5
+    outside = image[0] == 0
+
+    def everywhere_else(shown):  # a structure in the tissue, and beyond it where the contrast is changed
+        return torch.ones(4, 4, 4, dtype=torch.long)
+
+    label_map = everywhere_else(image).masked_fill(outside, 0)
+    assert consistency(image, label_map, everywhere_else, 2).item() < 0.7
+    assert consistency(image, label_map, everywhere_else, 2, flip_axis=0, outside=outside).item() == 1.0
+
+
 def test_consistency_that_speaks_against_dice_is_not_believed():
     fitted = Calibration.fit({"sign": [[0.2, 0.5, 0.9]]}, [[0.9, 0.5, 0.1]])
     assert fitted.lines["sign"][0] == 0 and fitted.dice(sign=0.3) == pytest.approx(0.5)
