@@ -23,6 +23,7 @@ from mapseg_components.prediction.intake import Todo
 from mapseg_components.quality import VIEWS, consistency, mean_consistencies, within_shares
 from mapseg_components.scans.files import is_picture
 from mapseg_components.shipped_files import bundles_folder
+from mapseg_components.transforms.inputs import outside_tissue
 
 __all__ = ["ADAPTED", "ROLLED_BACK", "ScanAdaptation", "ask_for"]
 
@@ -126,7 +127,7 @@ class ScanAdaptation:
         """
         one, case = todo
         try:
-            one.adaptation = self.judged(case, batch[IMAGE][0].as_subclass(torch.Tensor))
+            one.adaptation = self.judged(case, batch[IMAGE][0])
             yield
         finally:
             self.network.load_state_dict(self.original)
@@ -179,7 +180,10 @@ class ScanAdaptation:
             logits = self.inferer(shown[None].to(self.device), self.plain)[0]
             return logits.as_subclass(torch.Tensor).max(dim=0).indices.cpu()
 
-        label_map = segment(image)
+        outside, shown = outside_tissue(image), image.as_subclass(torch.Tensor)
+        label_map = segment(shown)
+        if outside is not None:
+            label_map = label_map.masked_fill(outside, 0)
         inside = within_shares(label_map, self.ranges)
-        stable = consistency(image, label_map, segment, self.classes, views=VIEWS)
+        stable = consistency(shown, label_map, segment, self.classes, views=VIEWS, outside=outside)
         return torch.where(inside > 0, stable, torch.zeros_like(stable))

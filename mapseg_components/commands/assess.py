@@ -141,7 +141,7 @@ def assess(
     prior, places = [], []
     for case in load_datalist(datalist, "source_training") if has_source else ():
         scan = trial.scan(case, SOURCE)
-        truth, ml = load_labels(case["label"], scan)
+        truth, ml = load_labels(case, scan)
         prior.append(volumes_ml(truth, ml, names))
         places.append(positions_of(scan.as_subclass(torch.Tensor), truth, classes))
     positions = Positions.fit(places, any_position) if places else None
@@ -170,7 +170,7 @@ def assess(
             dice = []
             for number, name in versions:
                 scan = trial.scan(labelled[model][number], TRANSLATED if translated else SOURCE)
-                truth, _ = load_labels(labelled[model][number]["label"], scan)
+                truth, _ = load_labels(labelled[model][number], scan)
                 region = region_of(scan.shape)
                 scan, truth = scan[(slice(None), *region)], truth[region]
                 image, outside = scan.as_subclass(torch.Tensor), outside_tissue(scan)

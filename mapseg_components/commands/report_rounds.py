@@ -38,7 +38,7 @@ def translation_section(folder: Path) -> str:
     """First and last picture of each stage that has drawn some, and how well the structures stay; empty without any."""
     parts = []
     for stage in sorted(path for path in (folder / "stages").glob("*") if path.is_dir()):
-        drawn = sorted(stage.glob("*.png"))
+        drawn = sorted(stage.glob("translation_*.png"))
         for path in dict.fromkeys((*drawn[:1], *drawn[-1:])):
             data = base64.b64encode(path.read_bytes()).decode("ascii")
             name = escape(path.stem)

@@ -21,6 +21,7 @@ from mapseg_components.keys import CASE_ID, IMAGE, LABEL
 from mapseg_components.networks import DomainTranslators, TargetAwareTranslator
 from mapseg_components.reports.preview import can_draw
 from mapseg_components.reports.translation import draw_translation
+from mapseg_components.structures import IGNORED
 from mapseg_components.transforms.background import background_of
 
 __all__ = ["TranslationPictures"]
@@ -109,13 +110,15 @@ class TranslationPictures:
             case = self.source[number]
             image = torch.as_tensor(case[IMAGE]).as_subclass(torch.Tensor).float()
             label = torch.as_tensor(case[LABEL]).as_subclass(torch.Tensor)
+            ignored = label == IGNORED
+            label = label.masked_fill(ignored, 0)
             chosen, shown, height = slices_of(image, label)
             volume = image[None, ..., chosen].to(self.device)
             there = self._run(volume, Part(self.network.to_target, 0))
             back = self._run(there, Part(self.network.to_source, 0))
             translated.append(there[there > 0.02].cpu().numpy())
             if self.segmented:
-                dice += self._dice(there, label[None, ..., chosen])
+                dice += self._dice(there, label[None, ..., chosen], ignored[None, ..., chosen])
             beside = of_target[number % len(of_target)]
             place = slice_at(beside[0], height)
             columns = [volume[0, 0, ..., shown], there[0, 0, ..., shown], back[0, 0, ..., shown]]
@@ -141,11 +144,11 @@ class TranslationPictures:
         assert isinstance(output, torch.Tensor)
         return output
 
-    def _dice(self, there: torch.Tensor, label: torch.Tensor) -> list[float]:
-        """Dice of the structures that the slices have."""
+    def _dice(self, there: torch.Tensor, label: torch.Tensor, ignored: torch.Tensor) -> list[float]:
+        """Dice of the structures that the slices have, but for ignored voxels."""
         logits = self._run(there, Part(self.network.to_source, 1))
-        classes = logits.shape[1]
-        maps = [one_hot(one.cpu(), classes) for one in (logits.argmax(dim=1, keepdim=True), label.long())]
+        classes, found = logits.shape[1], logits.argmax(dim=1, keepdim=True).cpu().masked_fill(ignored, 0)
+        maps = [one_hot(one, classes) for one in (found, label.long())]
         found = compute_dice(*maps, include_background=False)[0]
         return found[torch.isfinite(found)].tolist()
 

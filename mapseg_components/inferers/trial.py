@@ -15,13 +15,15 @@ from monai.transforms import Compose, Orientationd, Spacingd
 
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.data.volumes import voxel_ml
-from mapseg_components.keys import IMAGE, MASK, SOURCE, TARGET
+from mapseg_components.keys import IMAGE, LABEL, MASK, SOURCE, TARGET
+from mapseg_components.scans.nifti import affine_beside
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.inputs import outside_tissue
 
 __all__ = ["TARGET_INVERTED", "TRANSLATED", "LabelLoader", "Trial"]
 
 TARGET_INVERTED = "target_inverted"  # setting of the bundles
+SCAN = "scan"  # the file beside which a label map lies
 TRANSLATED = "translated"  # scans of the source in the target's contrast
 
 
@@ -85,9 +87,9 @@ class Trial:
 
 
 class LabelLoader:
-    """From a file to a label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
+    """From a case to its label map (X, Y, Z) of class indices on the axes of the preprocessed scan, and ml per voxel.
 
-    Outside of the mask of a preprocessed scan that has one is background.
+    Outside of the mask of a preprocessed scan that has one is background. Images have the scan's pixel size.
 
     Args:
         labels: structures and values.
@@ -96,7 +98,7 @@ class LabelLoader:
 
     def __init__(self, labels: Mapping[str, int], preprocessing: Compose) -> None:
         self.values = list(structures_of(labels).values())
-        steps = [*preprocessing.transforms[:2]]  # LoadImaged, AssumeOrientationd
+        steps = [*preprocessing.transforms[:2], self._beside]  # LoadImaged, AssumeOrientationd
         steps += [step for step in preprocessing.transforms if isinstance(step, Orientationd)]
         for step in preprocessing.transforms:
             if isinstance(step, Spacingd):
@@ -105,8 +107,15 @@ class LabelLoader:
                 steps.append(nearest)
         self.loading = Compose(steps)
 
-    def __call__(self, path: str, scan: torch.Tensor) -> tuple[torch.Tensor, float]:
-        loaded = self.loading({"image": path})["image"]
+    @staticmethod
+    def _beside(case: dict[str, Any]) -> dict[str, Any]:
+        """With the affine that a label map has beside its scan."""
+        own = case[IMAGE]
+        own.affine = torch.as_tensor(affine_beside(own.meta["filename_or_obj"], own.affine.numpy(), case[SCAN]))
+        return case
+
+    def __call__(self, case: Mapping[str, Any], scan: torch.Tensor) -> tuple[torch.Tensor, float]:
+        loaded = self.loading({IMAGE: case[LABEL], SCAN: case[IMAGE]})[IMAGE]
         values = loaded.as_subclass(torch.Tensor)[0].round().long()
         result = torch.zeros_like(values)
         for index, value in enumerate(self.values, start=1):

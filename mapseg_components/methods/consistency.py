@@ -11,7 +11,7 @@ from torch import nn
 
 from mapseg_components.keys import IMAGE, LABEL, SOURCE, TARGET
 from mapseg_components.methods.base import Pass, Tensors
-from mapseg_components.methods.labels import ArgmaxLabels
+from mapseg_components.methods.labels import ArgmaxLabels, mean_of, tissue_of
 
 __all__ = ["MaskedConsistency", "MeanTeacher", "Supervised"]
 
@@ -85,7 +85,12 @@ class MeanTeacher(Supervised):
 
     def _target_terms(self, image: torch.Tensor) -> Callable[[Tensors], dict[str, torch.Tensor]]:
         expected = self.labels.probabilities(image=image)["logits"]
-        return lambda output: {"target": (output["logits"].float().softmax(1) - expected).square().sum(1).mean()}
+        counted = tissue_of(image) if self.labels.ignore_outside else None
+
+        def terms(output: Tensors) -> dict[str, torch.Tensor]:
+            return {"target": mean_of((output["logits"].float().softmax(1) - expected).square().sum(1), counted)}
+
+        return terms
 
 
 class MaskedConsistency(MeanTeacher):

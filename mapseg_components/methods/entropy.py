@@ -13,6 +13,7 @@ from torch import nn
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import IMAGE, TARGET
 from mapseg_components.methods.base import Pass, Tensors
+from mapseg_components.methods.labels import mean_of, tissue_of
 
 __all__ = ["EntropyMinimization", "norm_parameters"]
 
@@ -22,6 +23,10 @@ class EntropyMinimization:
 
     Train the scales and shifts of the normalization layers alone, `norm_parameters`: with all weights free, one class
     everywhere is the surest prediction. It goes that way in the end in any case: few steps, a small learning rate.
+
+    Args:
+        ignore_outside: leave out voxels of images that are 0, for scans whose tissue is known, see
+            `mapseg_components.data.tissue_is_known`.
 
     Examples:
         >>> import torch
@@ -35,7 +40,8 @@ class EntropyMinimization:
     alone = (TARGET,)
     selection = ("target_entropy",)
 
-    def __init__(self) -> None:
+    def __init__(self, ignore_outside: bool = False) -> None:
+        self.ignore_outside = ignore_outside
         self.weights = {"target_entropy": 1.0}
 
     def passes(self, batch: Mapping[str, Tensors]) -> list[Pass]:
@@ -43,9 +49,11 @@ class EntropyMinimization:
         if TARGET not in batch:
             return []
 
+        counted = tissue_of(batch[TARGET][IMAGE]) if self.ignore_outside else None
+
         def terms(output: Tensors) -> dict[str, torch.Tensor]:
             logarithms = output["logits"].float().log_softmax(dim=1)
-            return {"target_entropy": -(logarithms.exp() * logarithms).sum(dim=1).mean()}
+            return {"target_entropy": mean_of(-(logarithms.exp() * logarithms).sum(dim=1), counted)}
 
         return [Pass({IMAGE: batch[TARGET][IMAGE]}, terms)]
 

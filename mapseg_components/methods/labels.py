@@ -16,9 +16,19 @@ from mapseg_components.keys import IMAGE
 from mapseg_components.networks.passes import named_outputs
 from mapseg_components.structures import IGNORED
 
-__all__ = ["ArgmaxLabels", "PseudoLabel", "Teacher", "ViewLabels"]
+__all__ = ["ArgmaxLabels", "PseudoLabel", "Teacher", "ViewLabels", "mean_of", "tissue_of"]
 
 LOGITS = "logits"
+
+
+def tissue_of(image: torch.Tensor) -> torch.Tensor:
+    """Where (B, X, Y, Z) images (B, C, X, Y, Z) of scans whose tissue is known are not 0."""
+    return (image != 0).any(dim=1)
+
+
+def mean_of(values: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """Mean over all voxels, or over those that count; 0 where none does."""
+    return values.mean() if counted is None else (values * counted).sum() / counted.sum().clamp(min=1)
 
 
 class Teacher(Protocol):
@@ -99,7 +109,7 @@ class ArgmaxLabels:
             confidence, label = probabilities.max(dim=1, keepdim=True)
             image = inputs.get(f"{name.removesuffix(LOGITS)}{IMAGE}")
             if self.ignore_outside and image is not None and image.shape[2:] == label.shape[2:]:
-                label = label.masked_fill((image == 0).all(dim=1, keepdim=True), IGNORED)
+                label = label.masked_fill(~tissue_of(image)[:, None], IGNORED)
             labels[name] = PseudoLabel(label, confidence)
         return labels
 

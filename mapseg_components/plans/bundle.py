@@ -68,7 +68,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         known = ConfigParser.load_config_file(other / "configs" / "train.json")
         wanted = settled(other, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
         write_json({key: wanted[key] for key in known if wanted[key] != known[key]}, configs / config_of(name))
-    asked = {key: value for key, value in (request["settings"] or {}).items() if key in train}
+    asked = {key: train[key] for key in request["settings"] or {} if key in train}  # a network as it is planned
     write_json(asked, configs / "settings.json")
     bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
     bound = {} if "package" in plan else bound  # what may be asked for of a package that was given was checked before
@@ -119,7 +119,10 @@ def settled(
     wanted |= {name: plan["after_network"][name] for name in TITLES}
     wanted |= {"slice_size": plan["slice_size"], "foreground_mm": plan.get("foreground_mm")}
     wanted |= {"flip_axes": plan["flip_axes"]} if recipe.mirrors else {}
-    wanted |= {"labels": plan["labels"], "seed": request["seed"], **(request["settings"] or {})}
+    asked = request["settings"] or {}
+    if "target_negative_values" in asked:
+        wanted["negative_values"] = asked["target_negative_values"]
+    wanted |= {"labels": plan["labels"], "seed": request["seed"], **asked}
     if request["device"] != "auto":
         wanted["device"] = f"$torch.device('{request['device']}')"
     config = {key: wanted.get(key, value) for key, value in config.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data import load_datalist, load_scans
+from mapseg_components.data.audit import names_of
 from mapseg_components.data.datalist import (
     has_section,
     labels_file,
@@ -100,6 +101,13 @@ def labelled_folder(path: Path) -> list[dict[str, Any]]:
 
 
 def target_cases(target: str) -> list[dict[str, Any]]:
+    """Unlabelled cases; label maps are named by their files. Raises `ConfigError`, and `DataError` for equal names."""
+    cases = cases_of_target(target)
+    raise_findings(names_of(cases))
+    return cases
+
+
+def cases_of_target(target: str) -> list[dict[str, Any]]:
     """Unlabelled cases. Raises `ConfigError`."""
     path = Path(target)
     if (path.is_file() and path.suffix == ".json") or (path / "target").is_dir():
@@ -112,7 +120,8 @@ def target_cases(target: str) -> list[dict[str, Any]]:
     cases = load_scans(folder)
     if any(is_picture(case["image"]) for case in cases):  # usually in one folder with their label maps
         cases, maps = scans_and_label_maps(cases, "image")
-        logger.info(f"{len(maps)} label maps in {folder} are not looked at, such as {maps[0].name}.")
+        if maps:
+            logger.info(f"{len(maps)} label maps in {folder} are not looked at, such as {maps[0].name}.")
     if not cases:
         raise ConfigError(
             f"{folder} has no NIfTI file or image ({FORMATS}){scans_below(folder)}: name the folder of the "

@@ -19,7 +19,7 @@ from mapseg_components.errors import MAPSegError, NonFiniteError
 from mapseg_components.files import replacing, write_json
 from mapseg_components.keys import CASE_ID, IMAGE, LABEL, PRED
 from mapseg_components.scans import read_nifti
-from mapseg_components.scans.nifti import is_nifti
+from mapseg_components.scans.nifti import affine_beside, is_nifti
 from mapseg_components.scans.rewriting import copy_packed, write_with_header
 from mapseg_components.transforms.saving import write_verified
 
@@ -90,7 +90,7 @@ def write_translated(
                     save_volume(voxels, case[IMAGE], image)
                 except MAPSegError as error:
                     raise type(error)(f"case {case[CASE_ID]}: {error}") from error
-                save_label(case[LABEL], label)
+                save_label(case[LABEL], case[IMAGE], label)
                 content[section].append({**case, IMAGE: str(image), LABEL: str(label)})
             logger.info(f"{section}: {len(content[section])} translated scans in {folder / 'images'}.")
     finally:
@@ -133,11 +133,11 @@ def save_volume(voxels: np.ndarray, scan: str, path: Path) -> None:
         write_verified(temporary, voxels, np.asarray(read_nifti(scan).affine), path)
 
 
-def save_label(label: str, path: Path) -> None:
-    """Copy a label map: the same bytes, or the same voxels where it is no NIfTI file."""
+def save_label(label: str, image: str, path: Path) -> None:
+    """Copy a label map: the same bytes, or the same voxels on the scan's grid where it is no NIfTI file."""
     if is_nifti(label):
         copy_packed(label, path)
         return
     scan = read_nifti(label)
     with replacing(path) as temporary:
-        write_verified(temporary, scan.voxels, np.asarray(scan.affine), path)
+        write_verified(temporary, scan.voxels, np.asarray(affine_beside(label, scan.affine, image)), path)

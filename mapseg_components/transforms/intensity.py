@@ -10,7 +10,7 @@ from monai.transforms import Transform
 
 from mapseg_components.errors import ConfigError
 from mapseg_components.transforms.dictionary import EachKey
-from mapseg_components.transforms.inputs import as_volume, scan_name
+from mapseg_components.transforms.inputs import as_volume, scan_name, tissue_is_raised
 
 __all__ = ["FillNonFinite", "FillNonFinited", "NegativeValues", "NegativeValuesd"]
 
@@ -103,7 +103,7 @@ class NegativeValues(Transform):
     def __call__(self, img: torch.Tensor) -> torch.Tensor:
         """Image of the same shape, any number of dimensions."""
         img = as_volume(img)
-        if self.policy == "keep":
+        if self.policy == "keep" or tissue_is_raised(img):  # which is above 0, and all else is 0
             return img
         if self.policy is None:
             negative = (img < 0) & ~torch.isneginf(img)  # -inf is a damaged voxel, which later steps report

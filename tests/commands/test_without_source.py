@@ -8,11 +8,13 @@ import hashlib
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, run
+from monai.data import MetaTensor
 
 from mapseg_components.checkpoints import write_atomic
 from mapseg_components.commands import adapt, check, predict
@@ -29,6 +31,7 @@ from mapseg_components.plans.package import check_method, open_package, place_of
 from mapseg_components.plans.recipes import read_recipe, recipe_for, recipe_names
 from mapseg_components.prediction.bundle import open_bundle, read_bundle
 from mapseg_components.quality import mean_consistencies, within_shares
+from mapseg_components.transforms.inputs import MASK_FILE
 from tests.conftest import ROOT, make_scan, write_nifti
 
 SHIPPED = ROOT / "bundles" / "mapseg_adaptation"
@@ -458,6 +461,20 @@ def test_every_shipped_model_can_be_planned_and_written_as_a_bundle(name, scans,
     network.load_state_dict(torch.load(tmp_path / "run" / "stages" / "package" / "weights.pt", weights_only=True))
     formats = json.loads((tmp_path / "run" / "configs" / "metadata.json").read_text())["network_data_format"]
     assert len(formats["inputs"]["image"]["spatial_shape"]) == 3
+
+
+def test_a_single_scan_is_judged_by_its_tissue():
+    def everywhere_else(image, network):  # a structure in the tissue; another in the zeros where contrast is changed
+        two = (image == 0) & (image.max() != 0.5)
+        return torch.cat([torch.zeros_like(image), (image > 0) * 2.0, two * 3.0], dim=1)
+
+    image = torch.zeros(1, 4, 4, 4)
+    image[:, :2] = 0.5
+    judge = SimpleNamespace(network=torch.nn.Identity(), plain=None, device="cpu", inferer=everywhere_else, classes=3)
+    judge.ranges = [None, None]
+    whole = ScanAdaptation.stability(judge, image)
+    masked = ScanAdaptation.stability(judge, MetaTensor(image, meta={MASK_FILE: "mask.nii.gz"}))
+    assert masked[0] == 1 and masked[1].isnan() and whole[1] == 0
 
 
 def test_what_follows_after_the_network_is_the_bundle_s(bundle, scans, tmp_path):

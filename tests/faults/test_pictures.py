@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -158,6 +160,17 @@ def test_label_maps_beside_their_images_make_a_source_and_are_left_out_of_a_targ
     (tmp_path / "1_label.png").unlink()
     with pytest.raises(DataError, match=r"no label map, or no scan, of one name with 1\.png"):
         source_cases(str(tmp_path), 0.2, 0)
+
+
+def test_a_folder_of_images_alone_is_a_target_and_two_of_one_name_are_refused(tmp_path):
+    for number in range(2):
+        write_picture(tmp_path / "a" / f"{number}.png", cells(number)[0])
+    assert [case["case_id"] for case in target_cases(str(tmp_path / "a"))] == ["0", "1"]
+    write_picture(tmp_path / "b" / "0.png", cells(3)[0])
+    listed = [{"image": f"{folder}/0.png", "case_id": folder} for folder in ("a", "b")]
+    (tmp_path / "datalist.json").write_text(json.dumps({"labels": {"1": "ring"}, "target_training": listed}))
+    with pytest.raises(DataError, match=r"scans named \['0'\] occur twice"):
+        target_cases(str(tmp_path / "datalist.json"))
 
 
 def test_images_are_not_prepared(tmp_path):

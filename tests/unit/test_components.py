@@ -319,6 +319,17 @@ def test_the_bundle_that_adapt_makes_has_the_plan(tmp_path, settings, largest):
     assert ("KeepLargestConnectedComponentd" in names) == bool(largest)
 
 
+def test_a_network_that_is_asked_for_is_planned_alike_for_training_and_inference(tmp_path):
+    own = {"_target_": "DynUNet", "spatial_dims": 3, "in_channels": 1, "out_channels": 3, "norm_name": "instance"}
+    own |= {"kernel_size": [3, 3], "strides": [1, 2], "upsample_kernel_size": [2], "filters": [4, 8]}
+    folder, _ = planned(tmp_path, {"network_def": own, "learning_rate": 0.5})
+    names = ("train.json", "inference.json", "settings.json", "settings_of_target.json")
+    configs = {name: json.loads((folder / "configs" / name).read_text()) for name in names}
+    networks = [config["network_def"] for config in configs.values() if "network_def" in config]
+    assert len(networks) == 3 and all(network == networks[0] for network in networks)
+    assert len(networks[0]["strides"]) > 2 and configs["settings.json"]["learning_rate"] == 0.5
+
+
 def test_predict_adds_to_the_plan_or_switches_it_off_for_one_run(tmp_path):
     folder, _ = planned(tmp_path, None)
 

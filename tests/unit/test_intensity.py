@@ -20,6 +20,7 @@ from mapseg_components.transforms import (
     SelectLabels,
     SelectLabelsd,
 )
+from mapseg_components.transforms.inputs import MASK_FILE
 from mapseg_components.transforms.percentiles import clipped, percentile_table
 
 
@@ -136,6 +137,12 @@ def test_scan_without_contrast_is_named(bad, word):
     scan = MetaTensor(bad, meta={"filename_or_obj": "t1/case_5.nii.gz"})
     with pytest.raises(DataError, match=f"case_5.*{word}"):
         PercentileClip()(scan)
+
+
+def test_scans_whose_tissue_is_known_have_their_negative_values_behind_them():
+    raised = MetaTensor(torch.tensor([0.0, 0.0, 5.0, 900.0]), meta={MASK_FILE: "mask.nii.gz"})
+    for policy in ("shift", "clip", "keep", None):
+        assert NegativeValues(policy)(raised).tolist() == [0, 0, 5, 900]
 
 
 def test_negative_values_are_a_choice():

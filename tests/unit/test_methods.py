@@ -206,6 +206,28 @@ def test_entropy_is_lowest_where_a_class_is_sure():
     assert even == pytest.approx(np.log(3), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["entropy", "mean teacher"])
+def test_what_lies_outside_the_tissue_takes_no_part(name):
+    batch, output = batch_of(1, labels=False), output_of(2)["logits"]
+    batch["image"][..., :2] = 0
+    said = torch.randn(SIZES)
+    teacher = SimpleNamespace(active=True, network=Saying({"logits": said}))
+
+    def term(ignore, logits):
+        labels = ArgmaxLabels(teacher, ignore_outside=ignore)
+        method = EntropyMinimization(ignore) if name == "entropy" else MeanTeacher(DICE, labels, lambda image: image)
+        (one,) = method.passes({"target": batch})
+        return next(iter(one.terms({"logits": logits}).values())).item()
+
+    other = output.clone()
+    other[..., :2] = torch.randn(other[..., :2].shape) * 9
+    assert term(True, output) == pytest.approx(term(True, other), rel=1e-6)
+    assert term(False, output) != pytest.approx(term(False, other), rel=1e-2)
+    inside = output[..., 2:].softmax(1)
+    expected = -(inside * inside.log()) if name == "entropy" else (inside - said[..., 2:].softmax(1)).square()
+    assert term(True, output) == pytest.approx(expected.sum(1).mean().item(), rel=1e-5)
+
+
 def test_only_scales_and_shifts_of_normalization_are_trained():
     network = nn.Sequential(
         nn.Conv3d(1, 4, 3), nn.InstanceNorm3d(4, affine=True), nn.Conv3d(4, 2, 1), nn.GroupNorm(1, 2)

@@ -196,6 +196,20 @@ def test_the_bundle_has_the_method_and_a_network_that_takes_its_patch(preset, na
         assert found.shape == (1, network["deep_supr_num"] + 1, 4, *plan["settings"]["patch_size"])
 
 
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ({"target_negative_values": "shift"}, "shift"),
+        ({"target_negative_values": "shift", "negative_values": "clip"}, "clip"),
+        ({"source_negative_values": "shift"}, None),
+    ],
+)
+def test_the_bundle_reads_scans_as_the_target_was_read(asked, expected):
+    plan = plan_of("small-data-cpu")
+    config = settled(bundles_folder() / "mapseg_adaptation", "inference.json", COSMOS, plan, request_of(**asked))
+    assert config["negative_values"] == expected
+
+
 def test_an_order_of_intensities_reaches_translation_and_segmentation():
     asked = request_of(target_inverted=True, learning_rate=0.5)
     for name in ("mapseg_adaptation", "cosmos_translation"):

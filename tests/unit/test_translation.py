@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.inferers import SliceInferer
 from torch import nn
 
@@ -19,16 +20,18 @@ from mapseg_components.checkpoints import read_checked
 from mapseg_components.engines import ReplayBuffer, TranslationTrainer
 from mapseg_components.errors import ConfigError, DataError, NonFiniteError
 from mapseg_components.files import sha256_of
-from mapseg_components.handlers import EMATeacher, TrainingCheckpoint
+from mapseg_components.handlers import EMATeacher, TrainingCheckpoint, TranslationPictures
 from mapseg_components.losses import SliceDiceLoss
 from mapseg_components.networks import DomainDiscriminators, DomainTranslators, SliceTranslator
-from mapseg_components.prediction.translation import write_translated
+from mapseg_components.prediction.translation import save_label, write_translated
 from mapseg_components.scans import read_nifti
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.scans.rewriting import copy_packed, write_with_header
+from mapseg_components.structures import IGNORED
 from mapseg_components.transforms import RestoreBackgroundd
 from tests.conftest import make_scan
 from tests.headers import VARIANTS, orientation_affine, scan_with, write_raw
+from tests.pictures import cells, write_picture
 
 CLASSES = 3
 
@@ -398,6 +401,36 @@ def test_a_translation_that_is_nan_is_not_written(tmp_path):
             lambda case: {"image": torch.full((1, 9, 11, 7), float("nan"))}, lambda case: case, {"first": 1},
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_the_label_map_of_an_image_has_the_pixel_size_of_the_image(tmp_path):
+    image, label = cells(0)
+    for folder, pixels in (("images", image), ("labels", label)):
+        write_picture(tmp_path / folder / "a.png", pixels)
+    (tmp_path / "images" / "pixel_size.json").write_text(json.dumps({"PixelSize": 2, "PixelSizeUnits": "um"}))
+    save_label(str(tmp_path / "labels" / "a.png"), str(tmp_path / "images" / "a.png"), tmp_path / "a.nii.gz")
+    written = nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(written.affine, read_nifti(tmp_path / "images" / "a.png").affine)
+    assert np.array_equal(np.unique(written.dataobj), np.unique(label))
+
+
+def test_pictures_of_the_translation_leave_out_ignored_voxels(tmp_path):
+    class ToSource(nn.Module):  # what was translated, and a structure everywhere
+        def forward(self, image):
+            return image, torch.cat([torch.zeros_like(image), torch.ones_like(image)], dim=1)
+
+    class Translators(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_target = self.to_source = ToSource()
+
+    label = torch.ones(1, 12, 8, 5, dtype=torch.int64)
+    label[:, 6:] = IGNORED
+    scans = [{"image": torch.rand(1, 12, 8, 5), "label": label, "case_id": "a"}]
+    engine = Engine(lambda engine, batch: None)
+    pictures = TranslationPictures(scans, scans, Translators(), SliceInferer(2, roi_size=(12, 8)), tmp_path, 1, "cpu")
+    pictures.attach(engine)
+    assert engine.run([0]).metrics["translated_dice"] == 1.0
 
 
 def test_a_label_map_that_is_gone_is_named(tmp_path):

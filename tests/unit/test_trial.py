@@ -10,11 +10,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 
 from mapseg_components.commands.order import confidence
+from mapseg_components.data.volumes import voxel_ml
 from mapseg_components.inferers.trial import TRANSLATED, LabelLoader, Trial
 from mapseg_components.keys import SOURCE
+from mapseg_components.shipped_files import bundle_of
 from mapseg_components.transforms.inputs import outside_tissue
+from tests.pictures import cells, write_picture
 
 READING = [
     {"_target_": "LoadImaged", "keys": ["image"], "image_only": True, "ensure_channel_first": True},
@@ -84,11 +88,27 @@ def test_what_a_mask_leaves_out_is_background_in_all_that_is_found_and_known(bun
     np.testing.assert_array_equal(found.argmax(dim=0).numpy(), mask)
     torch.testing.assert_close(found.sum(dim=0), torch.ones(mask.shape))
     assert (trial.probabilities(image)[1] > 0.5).all()
-    labels, _ = LabelLoader({"rim": 1, "middle": 2}, trial.preprocessing)(case["label"], scan)
+    labels, _ = LabelLoader({"rim": 1, "middle": 2}, trial.preprocessing)(case, scan)
     np.testing.assert_array_equal(labels.numpy(), np.where(mask, 2, 0))
     whole = trial.scan({"image": case["image"]})
     assert outside_tissue(whole) is None
-    assert (LabelLoader({"rim": 1, "middle": 2}, trial.preprocessing)(case["label"], whole)[0] > 0).all()
+    assert (LabelLoader({"rim": 1, "middle": 2}, trial.preprocessing)(case, whole)[0] > 0).all()
+
+
+def test_the_label_map_of_an_image_lies_on_the_image_s_grid(tmp_path):
+    image, label = cells(0)
+    for folder, pixels in (("images", image), ("labels", label)):
+        write_picture(tmp_path / folder / "a.png", pixels)
+    (tmp_path / "images" / "pixel_size.json").write_text(json.dumps({"PixelSize": 2, "PixelSizeUnits": "um"}))
+    parser = ConfigParser()
+    parser.read_config(str(bundle_of("mapseg_adaptation") / "configs" / "inference.json"))
+    parser["working_spacing"] = [4.0, 4.0, 0.0]
+    preprocessing = parser.get_parsed_content("preprocessing")
+    case = {name: str(tmp_path / f"{name}s" / "a.png") for name in ("image", "label")}
+    scan = preprocessing({"image": case["image"]})["image"]
+    found, ml = LabelLoader({"ring": 1, "core": 2}, preprocessing)(case, scan)
+    assert found.shape == scan.shape[1:] == (28, 20, 1)
+    assert ml == pytest.approx(voxel_ml(scan)) and set(found.unique().tolist()) == {0, 1, 2}
 
 
 def test_confidence_is_that_of_structures_in_the_tissue(bundle, case):
