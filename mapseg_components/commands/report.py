@@ -210,7 +210,7 @@ def report(directory: str, output: str | None = None) -> str:
         translation_section(folder),
         rounds_section(run),
         uncertainty_section(uncertainties(folder), names),
-        f"<h2>Training</h2>{figures(folder, assessment, names, adapted_stage(run))}",
+        f"<h2>Training</h2>{figures(folder, assessment, names, adapted_stage(run), source_stage(run))}",
         f"<h2>What this cannot know</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in CANNOT_KNOW)}</ul>",
         f"<h2>Check of the scans</h2>{check_section(run.get('check'))}",
         "<h2>Settings</h2><details><summary>Arguments, plan, seconds, versions</summary><pre>"
@@ -310,9 +310,16 @@ def check_section(found: Mapping[str, Any] | None) -> str:
     return f"<p>{escape(found['verdict'])}</p>{findings_table(found['findings']) if found['findings'] else ''}"
 
 
-def figures(folder: Path, assessment: Mapping[str, Any], names: Sequence[str], stage: str = "adaptation") -> str:
+def source_stage(run: Mapping[str, Any]) -> str:
+    """The stage that learnt the source first: of several the one that was chosen."""
+    return str(run.get("source_choice", {}).get("chosen", "source"))
+
+
+def figures(
+    folder: Path, assessment: Mapping[str, Any], names: Sequence[str], stage: str = "adaptation", first: str = "source"
+) -> str:
     """Curves of the first stage and of the one that the adapted model is from."""
-    source, made, adapted = (read_history(folder / "stages" / name) for name in ("source", "synthesis", stage))
+    source, made, adapted = (read_history(folder / "stages" / name) for name in (first, "synthesis", stage))
     source = source or made
     dice = {"teacher": "source_dice_teacher", "student": "source_dice_student"}
     stability = {

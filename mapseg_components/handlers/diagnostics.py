@@ -20,6 +20,7 @@ from mapseg_components.handlers.scoring import Activity
 from mapseg_components.handlers.share_limits import ShareLimits
 from mapseg_components.keys import IMAGE
 from mapseg_components.quality import label_agreement
+from mapseg_components.transforms.inputs import outside_tissue
 
 __all__ = ["TargetDiagnostics"]
 
@@ -144,9 +145,11 @@ class TargetDiagnostics:
         counts, of_student, ml = [], [], []
         for number in range(len(self.scans)):
             scan = torch.as_tensor(self.scans[number][IMAGE])
-            image = scan.to(self.device)[None]
+            outside, image = outside_tissue(scan), scan.to(self.device)[None]
             probability, label_map = self._segment(image, self.teacher_network).softmax(dim=0).max(dim=0)
             other = self._segment(image, self.student).max(dim=0).indices
+            if outside is not None:
+                label_map, other = (one.masked_fill(outside.to(self.device), 0) for one in (label_map, other))
             both.append(label_agreement(label_map, other, classes))
             if number < len(self._previous):
                 moved.append(label_agreement(label_map, self._previous[number].to(self.device), classes))

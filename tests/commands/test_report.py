@@ -25,6 +25,7 @@ from mapseg_components.commands.report import (
     VERDICTS,
     method_note,
     report,
+    source_stage,
     verdict_line,
 )
 from mapseg_components.plans.recipes import read_recipe, recipe_names
@@ -285,6 +286,11 @@ def test_the_picture_of_a_comparison_names_slice_sides_and_length():
         assert np.argwhere(shown).mean(axis=0).tolist() == [6, 19 - 15.5], "the right side of the body on the left"
         assert axis.get_aspect() == 1.5
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["liver"]
+
+
+def test_the_first_curve_is_that_of_the_source_model_that_was_chosen():
+    assert source_stage({}) == "source"
+    assert source_stage({"source_choice": {"chosen": "source_2", "confidence": {}}}) == "source_2"
 
 
 def test_a_preview_has_the_right_side_on_the_left():

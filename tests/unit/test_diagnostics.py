@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from torch import nn
 
 from mapseg_components.handlers import TargetDiagnostics
+from mapseg_components.transforms.inputs import MASK_FILE
 
 
 class Known(nn.Module):
@@ -54,6 +55,14 @@ def test_sizes_are_those_of_the_teacher_in_ml():
     assert seen["target_ml_second"] == pytest.approx(3 * 12 / 1000)
     assert seen["target_agreement_teacher_student"] == pytest.approx((2 * 5 / 15 + 0) / 2)
     assert seen["target_confident_share"] == 1.0 and not any("voxels" in key for key in seen)
+
+
+def test_what_a_mask_leaves_out_has_no_volume():
+    image = torch.rand(1, 3, 4, 5) + 0.1
+    image.view(-1)[:6] = 0
+    for mask, first in (({}, 10), ({MASK_FILE: "mask.nii.gz"}, 4)):
+        seen = looked([MetaTensor(image, meta=mask)], Known(label_map(10, 3)), Known(label_map(10, 3)))
+        assert next(value for name, value in seen.items() if name.endswith("_first")) == pytest.approx(first * 0.001)
 
 
 def test_scans_without_an_affine_are_counted_in_voxels():
