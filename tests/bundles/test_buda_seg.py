@@ -14,6 +14,7 @@ import torch
 
 from mapseg_components.commands.predict import predict
 from mapseg_components.errors import ConfigError
+from mapseg_components.handover import HandoverPackage
 from mapseg_components.methods import BUDASeg
 from mapseg_components.plans.recipes import read_recipe
 from tests.bundles.test_guests import BUNDLE, FLAT, FLAT_UNET, UNET, segment, train, weights
@@ -97,7 +98,8 @@ def test_maps_of_uncertainty_lie_beside_label_maps_that_they_do_not_change(datas
     model, scans = Path(package["handover_dir"]) / "weights.pt", (dataset / target).parent
     bound = {"handover_dir": package["handover_dir"], "labels": "$@handover.labels"}  # the head is the package's
     found = segment(tmp_path / "maps", scans, model, "dynunet.yaml", "handover.yaml", **bound)
-    alone = segment(tmp_path / "alone", scans, model, *NETWORK, **UNET, uncertainty_map=False)
+    after = HandoverPackage(package["handover_dir"]).after_network
+    alone = segment(tmp_path / "alone", scans, model, *NETWORK, **UNET, **after, uncertainty_map=False)
     assert found and all(np.array_equal(found[name], alone[name]) for name in found)
     assert not list((tmp_path / "alone").glob("*_uncertainty.nii.gz"))
     for name in found:
