@@ -72,7 +72,20 @@ def left_behind(run, calls):
 
 
 @pytest.fixture
-def without_hours(monkeypatch):
+def small_sample(monkeypatch, tmp_path):
+    """The sample's scans cut to the middle, where all structures are: one window each in the place of eight."""
+    sample = tmp_path / "sample"
+    shutil.copytree(sample_folder("adult_t1_to_t2"), sample)
+    for path in sample.rglob("*.nii.gz"):
+        scan = nib.load(path)
+        middle = [slice((size - 48) // 2, (size + 48) // 2) for size in scan.shape]
+        nib.save(scan.slicer[tuple(middle)], path)
+    for module in (MODULE, sys.modules["tools.demo_figure"]):
+        monkeypatch.setattr(module, "sample_folder", lambda name: sample)
+
+
+@pytest.fixture
+def without_hours(monkeypatch, small_sample):
     """Trainings and models replaced: each label map is the truth with a share of voxels changed."""
     calls, predicted = [], []
 
@@ -181,18 +194,6 @@ def test_the_table_has_a_column_a_model_and_lines_of_one_length():
     lines = dice_table(results, "Dice").splitlines()
     assert lines[1].split()[-2:] == ["0.500", "1.000"] and lines[-1].split() == ["mean", "0.375", "0.500"]
     assert lines[0].endswith("a longer name") and len({len(line) for line in lines[1:]}) == 1
-
-
-@pytest.fixture
-def small_sample(monkeypatch, tmp_path):
-    """The sample's scans cut to the middle, where all structures are: one window each in the place of eight."""
-    sample = tmp_path / "sample"
-    shutil.copytree(sample_folder("adult_t1_to_t2"), sample)
-    for path in sample.rglob("*.nii.gz"):
-        scan = nib.load(path)
-        middle = [slice((size - 48) // 2, (size + 48) // 2) for size in scan.shape]
-        nib.save(scan.slicer[tuple(middle)], path)
-    monkeypatch.setattr(MODULE, "sample_folder", lambda name: sample)
 
 
 @pytest.mark.slow
