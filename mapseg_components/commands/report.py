@@ -312,7 +312,7 @@ def check_section(found: Mapping[str, Any] | None) -> str:
 
 def source_stage(run: Mapping[str, Any]) -> str:
     """The stage that learnt the source first: of several the one that was chosen."""
-    return str(run.get("source_choice", {}).get("chosen", "source"))
+    return str(run.get(CHOICE, {}).get("chosen", "source"))
 
 
 def figures(

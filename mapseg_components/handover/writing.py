@@ -155,12 +155,11 @@ def after_network(
 ) -> dict[str, list[str] | dict[str, int]]:
     """What follows after the network, see `mapseg_components.transforms.shapes.plan_after`, for ``told`` structures."""
     plan = plan_after(shapes_of([case[LABEL] for case in cases], labels), labels)
-    return {
-        setting: {name: value[name] for name in told if name in value}
-        if isinstance(value, dict)
-        else [name for name in told if name in value]
-        for setting, value in ((setting, plan[setting]) for setting in AFTER_NETWORK)
-    }
+    after: dict[str, list[str] | dict[str, int]] = {}
+    for setting in AFTER_NETWORK:
+        names = [name for name in told if name in plan[setting]]
+        after[setting] = {name: plan[setting][name] for name in names} if isinstance(plan[setting], dict) else names
+    return after
 
 
 def rounded(values: np.ndarray) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from mapseg_components.scans.extents import median_extent
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import METADATA, bundle_of, bundles_folder, shipped_bundles
 from mapseg_components.transforms.components import AFTER_NETWORK
-from mapseg_components.transforms.shapes import SEVERAL
 
 __all__ = ["check_method", "open_package", "place_of", "plan_of_package", "refuse_of_source"]
 
@@ -214,7 +213,7 @@ def plan_of_package(
     said = {name: told[name] for name in TITLES if name in told}
     for name, value in said.items():
         AFTER_NETWORK[name](name, value, package.labels)
-    after = {name: said.get(name, {} if name == SEVERAL else []) for name in TITLES}
+    after = package.after_network | said
     reasons = {name: {} if name in said else silent for name in TITLES}
     return {
         "preset": preset,
