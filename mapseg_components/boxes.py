@@ -55,7 +55,7 @@ def axis_extremes(mask: np.ndarray) -> np.ndarray:
         mask: boolean array (X, Y, Z).
 
     Returns:
-        integer voxel indices (N, 3), int16; N is 0 for an empty mask.
+        integer voxel indices (N, 3), N is 0 for an empty mask; int16, or int32 where an index does not fit.
 
     Examples:
         >>> import numpy as np
@@ -71,7 +71,7 @@ def axis_extremes(mask: np.ndarray) -> np.ndarray:
     last = mask.shape[axis] - 1 - np.flip(mask, axis=axis).argmax(axis=axis)
     rest = np.argwhere(columns)
     ends = [np.insert(rest, axis, depth[columns], axis=1) for depth in (first, last)]
-    return np.unique(np.concatenate(ends), axis=0).astype(np.int16)
+    return np.unique(np.concatenate(ends), axis=0).astype(np.int16 if max(mask.shape) <= 2**15 else np.int32)
 
 
 def box_of_mask(mask: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ def agreement(
 
     Args:
         prediction: label map (X, Y, Z).
-        truth: label map (X, Y, Z) on the same grid.
+        truth: label map (X, Y, Z) on the same grid; one of a single slice is an image, and its surfaces are outlines.
         values: label values of the structures.
         spacing_mm: sides of a voxel, (3,), in mm.
         tolerance_mm: surfaces nearer than this agree, for the surface Dice, in mm.
@@ -91,8 +91,10 @@ def agreement(
         if row["truth_voxels"] and not row["predicted_voxels"]:
             row |= {"dice": 0.0, "surface_dice": 0.0}
         elif row["truth_voxels"]:
+            flat = truth.shape.index(1) if 1 in truth.shape else None  # an image, whose surface is its outline
+            spacing = [float(side) for axis, side in enumerate(spacing_mm) if axis != flat]
+            masks = masks if flat is None else [mask.squeeze(flat) for mask in masks]
             pair = [torch.from_numpy(np.ascontiguousarray(mask))[None, None].float() for mask in cropped(*masks)]
-            spacing = [float(side) for side in spacing_mm]
             row |= {
                 "dice": float(compute_dice(*pair)),
                 "surface_dice": float(compute_surface_dice(*pair, [tolerance_mm], True, spacing=spacing)),

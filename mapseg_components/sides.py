@@ -1,15 +1,19 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Detect structure names with a side of the body: in a mirrored scan such structures are exchanged."""
+"""Sides of the body: structure names that have one, which a mirrored scan exchanges, and the axis between them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["refuse_sides", "sided_names"]
+__all__ = ["ACROSS", "across_body", "axis_across", "refuse_sides", "sided_names"]
+
+ACROSS = 0.3  # share of left and right in the direction of an axis from which a flip exchanges the sides of the body
 
 # The parts of a name, split at signs, digits and changes of case: FemurHeadL is Femur, Head, L.
 PARTS = re.compile(r"[^\W\d_]*?[^\W\d_A-Z](?=[A-Z])|[A-Z]+(?=[A-Z][a-z])|[^\W\d_]+|\d+")
@@ -79,6 +83,47 @@ def refuse_sides(option: str, labels: Iterable[str] | Mapping[str, int]) -> None
             f"{option} mirrors left and right, but by their names structures have a side "
             f"({', '.join(sided[:4])}{more}): leave {option} out; if none has a side, rename them in labels"
         )
+
+
+def across_body(directions: Sequence[Sequence[float]] | None) -> list[float]:
+    """How far each array axis runs between left and right, from 0 to 1.
+
+    Args:
+        directions: of the array axes in RAS+ (3, 3), or ``None`` for the body's own.
+    """
+    frame = np.eye(3) if directions is None else np.asarray(directions, dtype=float)
+    return [float(abs(axis[0])) for axis in frame]
+
+
+def axis_across(
+    option: str, labels: Iterable[str] | Mapping[str, int], directions: Sequence[Sequence[float]] | None
+) -> int:
+    """The array axis that runs between left and right, of scans that may be mirrored along it.
+
+    Args:
+        option: the setting that mirrors them.
+        labels: names of all structures.
+        directions: as for `across_body`.
+
+    Raises:
+        ConfigError: a structure's name says a side, or all axes are oblique.
+
+    Examples:
+        >>> from mapseg_components.sides import axis_across
+        >>> axis_across("flip_tta", ["heart"], None)
+        0
+        >>> axis_across("flip_tta", ["heart"], [[0, 1, 0], [0, 0, 1], [1, 0, 0]])
+        2
+    """
+    refuse_sides(option, labels)
+    across = across_body(directions)
+    axis = int(np.argmax(across))
+    if across[axis] <= 1 - ACROSS:
+        raise ConfigError(
+            f"{option} mirrors left and right, and no axis of the scans as they are segmented runs between them "
+            f"(working_directions is {directions}): leave {option} out"
+        )
+    return axis
 
 
 def parts_of(name: str) -> Iterator[str]:

@@ -22,14 +22,17 @@ from benchmarks.methods.budget import Costs, StageCosts, costs_of
 from benchmarks.methods.processes import StoppedError, Usage, run_mapseg
 from benchmarks.methods.run import main
 from benchmarks.methods.splits import main as write_splits
-from benchmarks.methods.task import read_task, write_inputs
+from benchmarks.methods.task import link, read_task, write_inputs
 from benchmarks.methods.variants import Variant, read_knobs
 from benchmarks.methods.verdicts import pooled
 from benchmarks.methods.verdicts import table as verdict_table
 from mapseg_components.commands.main import main as mapseg
 from mapseg_components.errors import ConfigError, DataError, ResourceError
 from mapseg_components.plans.recipes import recipe_names
+from mapseg_components.scans.masks import mask_beside
+from mapseg_components.scans.nifti import read_nifti
 from tests.conftest import ROOT, write_nifti
+from tests.pictures import write_picture
 
 SHAPE = (9, 10, 11)
 TRUTH = np.zeros(SHAPE, np.uint8)
@@ -633,3 +636,43 @@ def test_every_method_is_compared_by_default(scans, tmp_path):
 
     _, variants = make_bench(arguments_of([str(scans), "--output", str(tmp_path), "--oracle_method", "entropy"]))
     assert [one.name for one in variants] == [*recipe_names(), "oracle"] and variants[-1].method == "entropy"
+
+
+def test_two_target_scans_of_one_file_name_are_refused_and_no_label_map_is_written_over(scans, tmp_path):
+    content = yaml.safe_load(scans.read_text())
+    for site in "ab":
+        for kind in ("images", "labels"):
+            (tmp_path / site / kind).mkdir(parents=True)
+            shutil.copyfile(tmp_path / "target" / kind / "c.nii.gz", tmp_path / site / kind / "c.nii.gz")
+    pairs = [{"image": f"{s}/images/c.nii.gz", "label": f"{s}/labels/c.nii.gz", "case_id": f"{s}_c"} for s in "ab"]
+    content |= {"target": [{"image": pair["image"], "case_id": pair["case_id"]} for pair in pairs], "oracle": pairs}
+    with pytest.raises(DataError, match="several target scans are files named 'c': rename them"):
+        read_task(write_task(scans, content))
+    first, second = (Path(write_task(tmp_path / f"{name}.txt", {"name": name})) for name in "ab")
+    link(str(first), tmp_path / "links", "one")
+    with pytest.raises(DataError, match="are both 'one' of a task"):
+        link(str(second), tmp_path / "links", "one")
+    assert first.read_text() == "name: a\n"
+
+
+def test_masks_and_pixel_sizes_stand_beside_test_images_under_their_names(scans, tmp_path):
+    content = yaml.safe_load(scans.read_text())
+    voxels = np.random.default_rng(0).integers(1, 255, (20, 24)).astype(np.uint8)
+    for name in ("x/1.png", "x/1_mask.png", "y/1.png", "t/other_mask.png"):
+        write_picture(tmp_path / name, (voxels > 99).astype(np.uint8) if "mask" in name else voxels)
+    write_picture(tmp_path / "t" / "2.png", voxels.T)
+    (tmp_path / "x" / "pixel_size.json").write_text(json.dumps({"PixelSize": 0.25, "PixelSizeUnits": "um"}))
+    content["test"] = [{"image": "x/1.png", "label": "y/1.png", "case_id": "first"}]
+    content["target"] = [{"image": "t/2.png", "mask": "t/other_mask.png", "case_id": "second"}]
+    inputs = write_inputs(read_task(write_task(scans, content)), tmp_path / "inputs")
+    for folder in (inputs.images, inputs.truth):
+        assert sorted(path.name for path in folder.iterdir()) == ["first.json", "first.png", "first_mask.png"]
+        sides = np.abs(np.diag(read_nifti(folder / "first.png").affine)[:2])
+        assert sides.tolist() == pytest.approx([0.25e-3] * 2)
+    assert mask_beside(inputs.truth / "first.png") == inputs.truth / "first_mask.png"
+    (entry,) = json.loads(inputs.datalist.read_text())["target_training"]
+    assert entry == {
+        "image": str(tmp_path / "t" / "2.png"),
+        "mask": str(tmp_path / "t" / "other_mask.png"),
+        "case_id": "second",
+    }

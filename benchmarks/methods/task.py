@@ -24,6 +24,11 @@ from mapseg_components.data.datalist import labels_file, list_scans
 from mapseg_components.data.layouts import labels_of_scans
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import sha256_of, write_json
+from mapseg_components.keys import MASK
+from mapseg_components.scans.files import is_picture
+from mapseg_components.scans.masks import MASK as MASK_OF
+from mapseg_components.scans.masks import mask_beside
+from mapseg_components.scans.pixel_size import pixel_size_of
 from mapseg_components.structures import structures_of
 
 __all__ = ["ENDINGS", "Inputs", "Task", "read_task", "stem_of", "write_inputs"]
@@ -41,6 +46,7 @@ SECTIONS = {
     "test": "target_test",
 }
 ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+FILES = ("image", "label", MASK)
 LABELLED = ("source", "validation", "test", "oracle", "oracle_validation")
 NEEDED = ("source", "target", "test")
 # what the benchmark says itself, and what would change the scans
@@ -58,8 +64,8 @@ class Task:
         name: of its folder of results.
         title: one line for tables.
         labels: structure to value.
-        parts: source, validation, target, test, oracle, oracle_validation: cases with ``image``, ``case_id`` and, but
-            for the target, ``label``.
+        parts: source, validation, target, test, oracle, oracle_validation: cases with ``image``, ``case_id``, but for
+            the target ``label``, and ``mask`` where there is one.
         arguments: of ``mapseg adapt``, the same for all methods.
         settings: of its ``--settings``, the same for all methods.
         tolerance_mm: of the surface Dice.
@@ -182,6 +188,8 @@ def cases_of(content: Any, base: Path, origin: str, labelled: bool) -> list[Case
         if lacking:
             raise ConfigError(f"{origin}, entry {number} is {entry!r}, expected {' and '.join(keys)}, each a path")
         case = {key: str((base / given[key]).absolute()) for key in keys}
+        mask = given.get(MASK) or mask_beside(case["image"])
+        case |= {MASK: str((base / mask).absolute())} if mask else {}
         found.append(case | {"case_id": str(given.get("case_id") or stem_of(given["image"]))})
     unsafe = [case["case_id"] for case in found if not re.fullmatch(r"\w[\w.\- ]*", case["case_id"])]
     if unsafe:
@@ -246,11 +254,17 @@ def check_files(task: Task, path: Path) -> None:
 
     Raises `DataError`.
     """
-    files = [case[key] for cases in task.parts.values() for case in cases for key in ("image", "label") if key in case]
+    files = [case[key] for cases in task.parts.values() for case in cases for key in FILES if key in case]
     missing = sorted({file for file in files if not Path(file).is_file()})
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise DataError(f"{path}: missing {', '.join(missing[:5])}{more}: correct the paths, or data (make: DATA=)")
+    names = Counter(stem_of(case["image"]) for case in task.parts["target"])
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise DataError(
+            f"{path}: several target scans are files named {twice[0]!r}: rename them, for label maps of them"
+        )
     sizes: dict[int, list[tuple[str, Case]]] = {}
     for name, cases in task.parts.items():
         for case in cases if name != "test" else ():
@@ -278,13 +292,15 @@ def write_inputs(task: Task, folder: Path) -> Inputs:
 
     def datalist(name: str, training: Sequence[Case], validation: Sequence[Case] | None, other: Sequence[Case]) -> Path:
         sections = {"source_training": training, **({"source_validation": validation} if validation else {})}
-        unlabelled = [{key: case[key] for key in ("image", "case_id")} for case in other]
+        unlabelled = [{key: value for key, value in case.items() if key != "label"} for case in other]
         write_json({"labels": labels, **sections, "target_training": unlabelled}, folder / name)
         return folder / name
 
     for case in task.parts["test"]:
         for key, place in (("image", "images"), ("label", "labels")):
             link(case[key], folder / "test" / place, case["case_id"])
+            if is_picture(case["image"]):  # what is known of an image stands beside it
+                describe(case, folder / "test" / place)
     labelled = [*(oracle or []), *task.parts.get("oracle_validation", [])]
     known = {os.path.realpath(case["image"]): case["label"] for case in labelled}
     found = [(known.get(os.path.realpath(case["image"])), case) for case in target or []]
@@ -300,10 +316,21 @@ def write_inputs(task: Task, folder: Path) -> Inputs:
     )
 
 
+def describe(case: Case, folder: Path) -> None:
+    """Put the mask and the pixel size of an image beside its link."""
+    if MASK in case:
+        link(case[MASK], folder, f"{case['case_id']}{MASK_OF}")
+    sides, _ = pixel_size_of(Path(case["image"]), stem_of(case["image"]), None)  # that of its header it keeps
+    if sides is not None:
+        write_json({"PixelSize": [*sides], "PixelSizeUnits": "mm"}, folder / f"{case['case_id']}.json")
+
+
 def link(file: str, folder: Path, name: str) -> None:
     """Put a file into a folder under another name: a link, or a copy where links cannot be made."""
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{name}{Path(file).name[len(stem_of(file)) :]}"
+    if place.is_symlink() or place.exists():  # a copy would go into the file that a link names
+        raise DataError(f"{file} and another file are both {name!r} of a task: rename one of them")
     try:
         place.symlink_to(Path(file).absolute())
     except OSError:

@@ -43,7 +43,6 @@ from mapseg_components.plans.rounds import check_options
 from mapseg_components.plans.second_model import SECOND, add_second_model, describe_second, second_model_for
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, working
-from mapseg_components.sides import refuse_sides
 
 __all__ = ["adapt"]
 
@@ -353,8 +352,6 @@ class Adaptation(Run):
         if request.get("package") is not None:
             self._plan_of_package(target, adapted_on, held_out)
             return
-        if request["symmetric"]:
-            refuse_sides("symmetric", structures)
         check_options(self.recipe, self.asked, structures, [*training, *validation])
         check_federation(self.recipe, self.asked, adapted_on, held_out, request["seed"])
         found: dict[str, Any] = {}
@@ -380,8 +377,6 @@ class Adaptation(Run):
         """Network and structures of a package, which is copied: the run keeps what it began from."""
         package = open_package(Path(self.request["package"]), self.stages / PACKAGE)
         check_method(self.recipe, package, self.asked)
-        if self.request["symmetric"]:
-            refuse_sides("symmetric", package.labels)
         plan = self.record["plan"] = plan_of_package(package, target, held_out, self.request)
         check_plan(self.recipe, plan, self.request)
         content = {

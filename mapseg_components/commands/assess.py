@@ -42,7 +42,7 @@ from mapseg_components.quality import (
     reconciled,
     within_shares,
 )
-from mapseg_components.sides import refuse_sides
+from mapseg_components.sides import axis_across
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.inputs import outside_tissue
 
@@ -117,6 +117,7 @@ def assess(
     trial = Trial(bundle)
     parser, preprocessing, probabilities = trial.parser, trial.preprocessing, trial.probabilities
     names = list(structures_of(parser["labels"]))
+    across = axis_across("symmetric", names, parser["working_directions"]) if symmetric else None
     datalist = Path(bundle) / "datalist.json"
     load_labels = LabelLoader(parser["labels"], preprocessing)
     judged = "target_heldout" if has_section(datalist, "target_heldout") else "target_training"
@@ -132,7 +133,7 @@ def assess(
         return probabilities(image).max(dim=0).indices  # several times as fast as argmax across a volume's first axis
 
     def signs_of(image: torch.Tensor, found: torch.Tensor, label_map: torch.Tensor, outside: Any) -> dict[str, Any]:
-        stable = consistency(image, label_map, segment, classes, 0 if symmetric else None, views, outside)
+        stable = consistency(image, label_map, segment, classes, across, views, outside)
         return {CONSISTENCY: stable, EXPECTED: expected_dice(found, label_map)}
 
     def region_of(shape: torch.Size) -> tuple[slice, ...]:
@@ -145,8 +146,6 @@ def assess(
         prior.append(volumes_ml(truth, ml, names))
         places.append(positions_of(scan.as_subclass(torch.Tensor), truth, classes))
     positions = Positions.fit(places, any_position) if places else None
-    if symmetric:
-        refuse_sides("symmetric", names)
     views = (*VIEWS, contrast_view("inverted")) if inverts else VIEWS
     passes_of_image = 1 + len(views) + symmetric
     affordable = None

@@ -204,7 +204,7 @@ def of_scans(
     audit.findings += [*found.findings, *notes_of(found.left_out, source)]
     with bar(len(cases), record, quiet):
         for case in cases:
-            audit.scan(case[IMAGE], policy, "negative_values")
+            audit.mask(case, audit.scan(case[IMAGE], policy, "negative_values"))
     return {case[IMAGE]: ("scans", False) for case in cases}
 
 
@@ -238,7 +238,9 @@ def of_datalist(
             ignored = "others" if list(dropped) == ["others"] else [int(value) for value in dropped]
         except ValueError as error:
             raise ConfigError(f"dropped_labels is {','.join(dropped)!r}, expected whole numbers") from error
-        audit.training(source, known, ignored, policy, policy, [name for name in APART if name in wanted])
+        audit.training(
+            source, known, ignored, policy, policy, [name for name in (*APART, "target_heldout") if name in wanted]
+        )
         if has_section(source, "target_test"):
             try:
                 audit.labelled(load_datalist(source, "target_test"), known, ignored, policy)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -166,9 +167,7 @@ def predict(
             *(home, listed(overlays), own | asked, listed(weights), listed(keep_largest)),
             *(flip_tta, probabilities, uncertainty, backend),
         )
-        if "working_spacing" not in asked:
-            fit_size(segmenter, home, inputs.cases, match_size)
-        elif match_size:
+        if match_size and "working_spacing" in asked:
             raise ConfigError("match_size and working_spacing both say on which voxels to work: leave one out")
         ask_for(segmenter, home, adapt_each, seed)
         drawn = not no_preview and can_draw()
@@ -178,7 +177,9 @@ def predict(
         results = Output(
             *(call.folder, places, dataset, segmenter.postfix, probabilities, segmenter.uncertainty, dicom_seg, drawn)
         )
-        results.check(inputs.cases, overwrite, continue_prediction)
+        goes_on = results.check(inputs.cases, overwrite, continue_prediction)
+        if "working_spacing" not in asked:
+            fit_size(segmenter, home, inputs.cases, match_size, call.folder / MANIFEST if goes_on else None)
         require_writable(call.folder)
         lock_folder(call.folder)
         try:
@@ -196,7 +197,9 @@ def predict(
         return Predictions(str(call.folder), journal.predictions, journal.rows(), seconds, len(journal.kept), left)
 
 
-def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, Any]], match: bool) -> None:
+def fit_size(
+    bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, Any]], match: bool, earlier: Path | None = None
+) -> None:
     """Compare what scans show with what a model has learnt from, and work at its size if that is asked for.
 
     Args:
@@ -204,6 +207,7 @@ def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, A
         home: its folder.
         cases: all scans; DICOM series and images have no known size.
         match: whether to, or to warn alone.
+        earlier: manifest of a run that goes on, which has found a size, of other scans perhaps.
 
     Raises:
         ConfigError: there is another size, and the bundle does not say on which voxels its model works; or its extent
@@ -216,6 +220,12 @@ def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, A
         return
     if not (isinstance(known, list) and len(known) == 3 and all(type(s) in (int, float) and s > 0 for s in known)):
         raise ConfigError(f"{FOREGROUND} of bundle {home} is {known!r}, expected three lengths in mm, or null")
+    found_before = earlier_spacings(earlier) if match and earlier is not None else {}
+    if found_before.get("working_spacing") not in (None, bundle["working_spacing"]):
+        for name, value in found_before.items():
+            bundle[name] = value
+        logger.warning(f"match_size: the model works on voxels of {bundle['working_spacing']} mm as before.")
+        return
     scans = [case[IMAGE] for case in cases if is_nifti(str(case[IMAGE]))]
     size = find_size(known, median_extent(scans, bundle["negative_values"]))
     if size is None:
@@ -239,6 +249,15 @@ def fit_size(bundle: InferenceBundle, home: Path, cases: Sequence[Mapping[str, A
     if SPACING_OF_SECOND in bundle.parser.config:
         bundle[SPACING_OF_SECOND] = resized_spacing(bundle[SPACING_OF_SECOND], None, None, size["factor"])
     logger.warning(f"{found}: the model works on voxels of {spacing} mm.")
+
+
+def earlier_spacings(manifest: Path) -> dict[str, Any]:
+    """The spacings that an earlier run worked on, as its manifest says; without a readable one none."""
+    try:
+        settings = dict(json.loads(manifest.read_text(encoding="utf-8"))["settings"])
+    except (OSError, KeyError, TypeError, ValueError):  # `read_earlier` says why
+        return {}
+    return {name: settings[name] for name in ("working_spacing", SPACING_OF_SECOND) if name in settings}
 
 
 def check_options(call: Call, inputs: Inputs, overwrite: bool, continue_prediction: bool, dicom_seg: bool) -> None:

@@ -13,8 +13,9 @@ from mapseg_components.data.bids import is_bids
 from mapseg_components.data.datalist import list_scans, scans_below, stem
 from mapseg_components.data.layouts import case_name
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.scans.files import FORMATS
+from mapseg_components.scans.files import FORMATS, is_picture
 from mapseg_components.scans.findings import Finding, raise_findings
+from mapseg_components.scans.masks import MASK
 
 __all__ = ["label_maps", "matched", "without_channels"]
 
@@ -31,6 +32,8 @@ def label_maps(place: str) -> dict[str, Path]:
         raise ConfigError(f"{path} does not exist: correct the path of the label maps")
     files = sorted(path.rglob("*_dseg.nii*")) if is_bids(path) else list_scans(path, OF_PROBABILITIES)
     files = [file for file in files if not stem(file).endswith(OF_PROBABILITIES)]
+    named = {ENDINGS_OF_RESULTS.sub("", stem(file)) for file in files if not is_mask(file)}
+    files = [file for file in files if not (is_mask(file) and stem(file).removesuffix(MASK) in named)]
     found: dict[str, Path] = {}
     for file in files:
         name = ENDINGS_OF_RESULTS.sub("", stem(file))
@@ -40,6 +43,11 @@ def label_maps(place: str) -> dict[str, Path]:
     if not found:
         raise ConfigError(f"{path} has no label map ({FORMATS}){scans_below(path)}: correct the path")
     return found
+
+
+def is_mask(file: Path) -> bool:
+    """Whether an image's name is that of a mask, if there is a case of that name."""
+    return is_picture(file) and stem(file).endswith(MASK)
 
 
 def without_channels(sets: Mapping[str, Mapping[str, Path]]) -> dict[str, dict[str, Path]]:

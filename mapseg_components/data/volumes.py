@@ -127,7 +127,8 @@ def structure_volumes(
     voxel_mm3 = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))
     label_map = np.asarray(label_map)
     counts = sums_by_label(label_map, len(names) + 1)
-    at_edge = {int(v) for axis in range(3) for end in (0, -1) for v in np.unique(np.take(label_map, end, axis))}
+    axes = [axis for axis in range(3) if label_map.shape[axis] > 1]  # both faces of a single slice are all of it
+    at_edge = {int(v) for axis in axes for end in (0, -1) for v in np.unique(np.take(label_map, end, axis))}
     rows: list[dict[str, Any]] = [
         {
             "structure": name,

@@ -120,7 +120,7 @@ def require_onnxruntime() -> Any:
     """The module of ONNX Runtime. Raises `ConfigError` if it is not installed."""
     onnxruntime, known = optional_import("onnxruntime")
     if not known:
-        raise ConfigError(f"ONNX Runtime is not installed: pip install 'mapseg-components[export]', or {LEAVE_OUT}")
+        raise ConfigError(f"ONNX Runtime is not installed: pip install 'mapseg-monai[export]', or {LEAVE_OUT}")
     return onnxruntime
 
 

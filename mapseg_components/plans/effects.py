@@ -19,6 +19,7 @@ from mapseg_components.keys import SOURCE, TARGET
 from mapseg_components.plans.bundle import check_epochs, check_network, configs_of, settled
 from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, Stage, recipe_for, recipe_names
 from mapseg_components.plans.rounds import options_of, written_out
+from mapseg_components.sides import axis_across
 
 __all__ = ["check_effects", "check_parties", "check_plan", "merged_config", "read_by"]
 
@@ -36,9 +37,11 @@ def check_plan(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
         plan: see `mapseg_components.plans.bundle.write_bundle`; request likewise.
 
     Raises:
-        ConfigError: see `check_effects`, `check_parties`, and `check_network` and `check_epochs` of
-            `mapseg_components.plans.bundle`.
+        ConfigError: scans cannot be mirrored for ``symmetric``; see `check_effects`, `check_parties`, and
+            `check_network` and `check_epochs` of `mapseg_components.plans.bundle`.
     """
+    if request["symmetric"]:
+        axis_across("symmetric", plan["labels"], plan["settings"]["working_directions"])
     for check in (check_network, check_epochs, check_effects, check_parties):
         check(recipe, plan, request)
 

@@ -7,15 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.sizes import SHORT
-from mapseg_components.sides import refuse_sides, sided_names
+from mapseg_components.sides import ACROSS, across_body, refuse_sides, sided_names
 
 __all__ = ["find_flips", "plan_flips"]
-
-ACROSS = 0.3  # share of left and right in the direction of an axis from which a flip exchanges the sides of the body
 
 
 def plan_flips(
@@ -71,9 +67,3 @@ def find_flips(
     if any(across[axis] >= ACROSS for axis in axes):
         refuse_sides("flip_axes", labels)
     return [*axes]
-
-
-def across_body(directions: Sequence[Sequence[float]] | None) -> list[float]:
-    """How far each array axis runs between left and right, from 0 to 1."""
-    frame = np.eye(3) if directions is None else np.asarray(directions, dtype=float)
-    return [float(abs(axis[0])) for axis in frame]

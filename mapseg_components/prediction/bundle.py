@@ -22,7 +22,7 @@ from mapseg_components.keys import CONFIDENCE, IMAGE, PRED, PROBABILITIES
 from mapseg_components.networks import has_uncertainty
 from mapseg_components.scans.segmentation import Algorithm
 from mapseg_components.shipped_files import shipped_bundles
-from mapseg_components.sides import refuse_sides
+from mapseg_components.sides import axis_across
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms import named_classes
 from mapseg_components.transforms.components import AFTER_NETWORK
@@ -171,6 +171,7 @@ def compute_by(backend: str, parser: ConfigParser, members: Sequence[str]) -> No
             "out backend"
         )
     require_onnxruntime()  # before any scan is read
+    parser["amp"] = None  # a graph traced in bf16 is none of float32
     parser["inferer"] = {"_target_": "mapseg_components.inferers.OnnxInferer", "inferer": parser.config["inferer"]}
 
 
@@ -235,14 +236,16 @@ def extend(
     if not isinstance(handlers, list) or not isinstance(postprocessing, dict) or "transforms" not in postprocessing:
         raise ConfigError("the bundle's handlers are no list, or its postprocessing has no list of transforms")
     parser["handlers"] = [one for one in handlers if not target_of(one).endswith(OWN_HANDLERS)]
+    flip_axes = []
     if flip_tta:
-        refuse_sides("flip_tta", names)
+        frame = parser.get_parsed_content("working_directions") if "working_directions" in parser.config else None
+        flip_axes = [axis_across("flip_tta", names, frame)]
     if flip_tta or len(members) > 1:
         parser["inferer"] = {
             "_target_": "mapseg_components.inferers.AveragingInferer",
             "inferer": parser.config["inferer"],
             "weights": list(members[1:]),
-            "flip_axes": [0] if flip_tta else [],
+            "flip_axes": flip_axes,
         }
     parser["preprocessing"] = with_reader(parser.config.get("preprocessing"))
     steps = list(postprocessing["transforms"])

@@ -74,7 +74,7 @@ def slice_viewer(
         step = max(-(-max(scan.shape) // MOST_ACROSS), 1)
         scan = scan[::step, ::step]
         label_maps = {title: label_map[::step, ::step] for title, label_map in label_maps.items()}
-    grey = np.clip(scan / max(float(np.percentile(scan, 99.5)), 1e-6), 0, 1)
+    grey = grey_of(scan)
     image_type, _ = optional_import("PIL", name="Image")
     planes = []
     for plane, (axis, left, right) in PLANES.items():
@@ -97,6 +97,13 @@ def slice_viewer(
             f' aria-label="{plane} slice"></div>'
         )
     return f'<div class="viewer" data-case="{escape(case)}">{"".join(planes)}</div>'
+
+
+def grey_of(scan: np.ndarray) -> np.ndarray:
+    """Brightness from 0, the scan's least value, to 1, its 99.5th percentile; values that are not finite are black."""
+    finite = scan[np.isfinite(scan)]
+    low, high = (float(finite.min()), float(np.percentile(finite, 99.5))) if finite.size else (0.0, 0.0)
+    return np.clip((np.nan_to_num(scan, nan=low, neginf=low) - low) / max(high - low, 1e-6), 0, 1)
 
 
 def slices_of(grey: np.ndarray, axis: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from mapseg_components.boxes import box_of_mask
-from mapseg_components.errors import DataError
+from mapseg_components.errors import DataError, ResourceError
 from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.nifti import along_ras, read_nifti
 
@@ -81,8 +81,8 @@ def median_extent(paths: Sequence[str | Path], negative_values: str | None = Non
 
 
 def readable_extent(path: str | Path, negative_values: str | None) -> Extent | None:
-    """Extent of a scan; ``None`` where it cannot be read."""
+    """Extent of a scan; ``None`` where it cannot be read, or is too large for memory."""
     try:
         return extent_of(path, negative_values)
-    except DataError:
+    except (DataError, ResourceError):
         return None

@@ -17,6 +17,7 @@ from mapseg_components.data.scan_statistics import coarse
 from mapseg_components.reports import text_table
 from tests.conftest import SAMPLE, make_dataset, write_nifti
 from tests.faults import damage
+from tests.pictures import write_picture
 
 
 @pytest.fixture
@@ -232,3 +233,24 @@ def test_a_table_breaks_long_texts_and_stays_within_the_terminal(monkeypatch):
     table = text_table(("where", "what"), [("a.nii.gz", "a word " * 30), ("b.nii.gz", "")], wrap_last=True)
     assert max(map(len, table.splitlines())) <= 60
     assert " ".join(table.split()).count("a word") == 30 and table.count("---  ---") == 1
+
+
+def test_scans_that_an_adaptation_holds_out_are_read_as_well(tmp_path):
+    (tmp_path / "heldout" / "images").mkdir(parents=True)
+    for name in ("source", "target"):
+        shutil.copytree(SAMPLE / name, tmp_path / name)
+    scan = next((SAMPLE / "target" / "images").iterdir())
+    shutil.copyfile(scan, tmp_path / "heldout" / "images" / "GA99.nii.gz")
+    report = check(str(tmp_path), quiet=True)
+    assert any("GA99" in finding.file and "same" in finding.what for finding in report.findings), "a scan twice"
+    (tmp_path / "heldout" / "images" / "GA99.nii.gz").write_bytes(b"no scan")
+    report = check(str(tmp_path), quiet=True)
+    assert [f.file.rpartition("/")[2] for f in report.findings if f.severity == "error"] == ["GA99.nii.gz"]
+
+
+def test_a_mask_of_an_image_without_labels_is_looked_at(tmp_path):
+    chance = np.random.default_rng(0)
+    write_picture(tmp_path / "a.png", chance.integers(1, 255, (40, 50)).astype(np.uint8))
+    write_picture(tmp_path / "a_mask.png", np.ones((10, 10), np.uint8))
+    report = check(str(tmp_path), quiet=True)
+    assert any("mask of shape (10, 10, 1), its scan (50, 40, 1)" in finding.what for finding in report.findings)

@@ -17,6 +17,7 @@ from mapseg_components.commands.main import main
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.metrics import bootstrap_interval, paired_comparison
 from tests.conftest import write_nifti
+from tests.pictures import write_picture
 
 pytest.importorskip("scipy")
 SPACING = np.diag([1.0, 1.5, 2.0, 1.0])
@@ -263,3 +264,29 @@ def test_a_label_map_with_a_slope_is_compared_as_the_plain_one(folders):
     with pytest.raises(DataError) as caught:
         evaluate(folders / "pred", folders / "truth", quiet=True)
     assert "values above 16777216: 16777218" in str(caught.value) and "negative values: -2" in str(caught.value)
+
+
+def test_surfaces_of_an_image_are_outlines(tmp_path):
+    """Discs of 12 and 16 pixels around one centre: 4 pixels lie between their outlines everywhere."""
+    across, down = np.mgrid[:48, :48] - 24
+    discs = [(across**2 + down**2 <= radius**2).astype(np.uint8)[:, :, None] for radius in (12, 16)]
+    sides = np.diag([0.5, 0.5, 9.0, 1.0])
+    for name, disc in zip(("pred", "truth"), discs):
+        write_nifti(tmp_path / f"{name}.nii.gz", disc, sides)
+    found = evaluate(tmp_path / "pred.nii.gz", tmp_path / "truth.nii.gz", tolerance_mm=1.5, quiet=True).rows[0]
+    assert found["surface_dice"] == 0
+    assert found["assd_mm"] == pytest.approx(2, abs=0.1) and found["hd95_mm"] == pytest.approx(2, abs=0.25)
+
+
+def test_the_mask_beside_a_truth_is_one_whatever_the_ending_of_its_name(tmp_path):
+    truth = boxes()[:, :, 5]
+    mask = np.ones_like(truth)
+    mask[:7] = 0
+    for name in ("truth/a_seg.png", "wrong/a_seg.png", "wrong/a_label.png"):
+        write_picture(tmp_path / name, truth)
+    write_picture(tmp_path / "truth" / "a_mask.png", mask)
+    write_picture(tmp_path / "pred" / "a.png", np.where(mask, truth, 2))
+    row = evaluate(tmp_path / "pred", tmp_path / "truth", quiet=True).rows[0]
+    assert row["dice"] == 1 and row["truth_voxels"] == truth[7:].sum()
+    with pytest.raises(DataError, match="are both label maps of 'a'"):
+        evaluate(tmp_path / "pred", tmp_path / "wrong", quiet=True)

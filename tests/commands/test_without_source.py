@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from mapseg_components.commands import adapt, check, predict
 from mapseg_components.commands.adapt_each import ScanAdaptation
 from mapseg_components.commands.assess import verdict_of
 from mapseg_components.commands.predict import fit_size
-from mapseg_components.errors import ConfigError, DataError, MAPSegError, NonFiniteError
+from mapseg_components.errors import ConfigError, DataError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.handover import HandoverPackage, package_of_bundle
 from mapseg_components.handover.fragments import network_of
 from mapseg_components.plans.cases import target_cases
@@ -31,6 +32,7 @@ from mapseg_components.plans.package import check_method, open_package, place_of
 from mapseg_components.plans.recipes import read_recipe, recipe_for, recipe_names
 from mapseg_components.prediction.bundle import open_bundle, read_bundle
 from mapseg_components.quality import mean_consistencies, within_shares
+from mapseg_components.scans import extents
 from mapseg_components.transforms.inputs import MASK_FILE
 from tests.conftest import ROOT, make_scan, write_nifti
 
@@ -500,3 +502,37 @@ def test_what_follows_after_the_network_is_the_bundle_s(bundle, scans, tmp_path)
     silent = plan_of_package(HandoverPackage(package.folder), cases, [], REQUEST)["after_network"]
     assert silent["kept_components"] == {} and silent["largest_component"] == []
     assert silent["reasons"]["fill_holes"] == dict.fromkeys(LABELS, "the package does not say")
+
+
+def test_a_run_of_predict_goes_on_at_the_size_it_found_whatever_scans_there_are_now(
+    of_larger, bodies, tmp_path, caplog
+):
+    def call(scans, **more):
+        predict(
+            str(scans),
+            str(tmp_path / "out"),
+            bundle=str(of_larger),
+            device="cpu",
+            no_preview=True,
+            match_size=True,
+            **more,
+        )
+        return json.loads((tmp_path / "out" / "manifest.json").read_text())
+
+    assert call(bodies)["settings"]["working_spacing"] == [1.0, 1.0, 1.0]
+    for number in range(3):  # the median is theirs now
+        write_nifti(bodies / f"large{number}.nii.gz", make_scan((26, 22, 28), seed=number)[0], np.diag([2, 2, 2, 1]))
+    again = call(bodies, continue_prediction=True)
+    assert again["settings"]["working_spacing"] == [1.0, 1.0, 1.0] and len(again["scans"]) == 5
+    assert "works on voxels of [1.0, 1.0, 1.0] mm as before" in caplog.text
+
+
+def test_a_scan_too_large_for_memory_says_nothing_of_the_size_of_the_others(bodies, monkeypatch):
+    def extent(path, policy):
+        if Path(path).name.startswith("7"):
+            raise ResourceError("too large")
+        return extents.Extent(np.array([10.0, 9.0, 11.0]), True)
+
+    monkeypatch.setattr(extents, "extent_of", extent)
+    paths = sorted(map(str, bodies.iterdir()))
+    assert extents.median_extent([paths[0], *paths[1:] * 9], None) == [10.0, 9.0, 11.0]

@@ -91,3 +91,10 @@ def test_whole_voxel_box_is_a_slice():
     volume = torch.rand(2, 3, 6, 7, 8)
     box = torch.tensor([[[1.0, 4.0], [2.0, 7.0], [0.0, 8.0]]] * 2)
     torch.testing.assert_close(resample_box(volume, box, [3, 5, 8]), volume[:, :, 1:4, 2:7, :])
+
+
+def test_an_index_beyond_16_bits_stays_what_it_is():
+    mask = np.zeros((40_000, 2, 1), bool)
+    mask[100:39_990] = True
+    assert box_of_mask(mask).tolist() == [[100, 39_990], [0, 2], [0, 1]]
+    assert axis_extremes(mask[:32_768]).dtype == np.int16

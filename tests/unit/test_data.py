@@ -358,3 +358,11 @@ def test_class_weights_follow_rarity(dataset):
     counts = sum(np.bincount(np.asarray(nib.load(case["label"]).dataobj).ravel(), minlength=3) for case in cases)
     assert class_weights(cases, LABELS, 0.5) == pytest.approx(np.sqrt(counts[0] / counts).tolist())
     assert class_weights(cases, LABELS, 0) is None
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_structure_within_an_image_touches_no_edge(axis):
+    label = np.zeros((6, 7), np.uint8)
+    label[2:4, 2:4], label[0, 5] = 1, 2
+    rows = structure_volumes(np.expand_dims(label, axis), np.eye(4), ["inside", "edge"])
+    assert [row["touches_edge"] for row in rows] == [False, True]

@@ -101,7 +101,7 @@ def test_what_it_cannot_compute_is_refused_and_the_network_stays_as_it_was(monke
 
 def test_without_onnx_runtime_it_says_what_to_install(scans, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_runtime, "optional_import", lambda name: (None, False))
-    message = "ONNX Runtime is not installed: pip install"
+    message = r"ONNX Runtime is not installed: pip install 'mapseg-monai\[export\]'"
     with pytest.raises(ConfigError, match=message), torch.no_grad():
         OnnxInferer(windows(VOLUMES))(torch.rand(1, 1, *VOLUMES), unet(VOLUMES))
     with pytest.raises(ConfigError, match=message):
@@ -143,3 +143,10 @@ def test_predict_refuses_it_before_any_scan_is_read(scans, tmp_path, options, me
     with pytest.raises(ConfigError, match=message):
         predict(str(scans), str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
+
+
+@needs_runtime
+def test_it_computes_in_float32_whatever_precision_the_bundle_names(scans, tmp_path):
+    options = {"bundle": "brain_any_contrast", "backend": "onnx", "no_preview": True, "quiet": True, "num_threads": 1}
+    predict(str(scans / "7.nii.gz"), str(tmp_path / "out"), settings={"amp": "bf16"}, **options)
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["amp"] is None

@@ -9,7 +9,7 @@ import itertools
 import pytest
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.sides import refuse_sides, sided_names
+from mapseg_components.sides import axis_across, refuse_sides, sided_names
 
 ORGANS = ("kidney", "Lung", "FEMUR", "hippocampus", "FemurHead", "optic_nerve", "ventricle", "Lens", "clavicula")
 SIDES = (
@@ -100,3 +100,14 @@ def test_an_option_that_mirrors_is_refused_by_name():
     refuse_sides("flip_tta", {"liver": 1, "lateral ventricles": 2})
     with pytest.raises(ConfigError, match=r"flip_tta mirrors.*Lung_Lt, KidneyR.*leave flip_tta out; .*rename"):
         refuse_sides("flip_tta", {"liver": 1, "Lung_Lt": 2, "KidneyR": 3})
+
+
+def test_the_axis_between_left_and_right_is_that_of_the_frame():
+    assert axis_across("flip_tta", ["heart"], None) == 0
+    sagittal = [[0.0, 1.0, 0.1], [0.1, -0.1, 1.0], [-1.0, 0.0, 0.1]]
+    assert axis_across("flip_tta", ["heart"], sagittal) == 2
+    with pytest.raises(ConfigError, match=r"flip_tta mirrors.*Lung_Lt"):
+        axis_across("flip_tta", ["Lung_Lt"], sagittal)
+    oblique = [[0.7, 0.7, 0.0], [-0.7, 0.7, 0.0], [0.0, 0.0, 1.0]]
+    with pytest.raises(ConfigError, match=r"symmetric mirrors left and right, and no axis.*leave symmetric out"):
+        axis_across("symmetric", ["heart"], oblique)
