@@ -11,7 +11,7 @@ import numpy as np
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["ACROSS", "across_body", "axis_across", "refuse_sides", "sided_names"]
+__all__ = ["ACROSS", "across_body", "axis_across", "refuse_sides", "sided_names", "unnamed"]
 
 ACROSS = 0.3  # share of left and right in the direction of an axis from which a flip exchanges the sides of the body
 
@@ -43,6 +43,7 @@ NO_SIDE = re.compile(
 )
 # Abbreviations that are a side only beside their partner: "Niere li" with "Niere re", "rein g" with "rein d".
 PARTNERS = {"li": "re", "g": "d", "e": "d", "i": "d", "sn": "dx", "izda": "dcha", "ll": "lr", "ul": "ur"}
+UNNAMED = re.compile(r"structure \d+")  # see `unnamed`
 # Parts beside which L and a number are a lumbar vertebra.
 SPINE = re.compile(
     r"\d+|[ctsl]|th|.*(vert|dis[ck]|ivd|spin|lumb|body|canal|level|root|nerve|cord|plate|facet|lamina).*"
@@ -55,7 +56,7 @@ def sided_names(names: Iterable[str]) -> list[str]:
     Looked for are left and right as words or parts of words, as abbreviations (``Lung_L``, ``Kidney_Rt``, ``lh``,
     ``LV`` of the heart), in Latin and some other languages, and names of the set that differ by l and r alone at an end
     of a part (``kidneyl``, ``kidneyr``). ``L3`` is a vertebra, unless the rest of the name tells otherwise or the set
-    has ``R3`` as well.
+    has ``R3`` as well. Of several structures that are numbered for want of names (`unnamed`) each may be one of a side.
 
     Args:
         names: of all structures of one task.
@@ -63,7 +64,20 @@ def sided_names(names: Iterable[str]) -> list[str]:
     listed = [str(name) for name in names]
     parts = {name: tuple(parts_of(name)) for name in listed}
     whole = set(parts.values())
-    return [name for name in listed if says_side(parts[name]) or has_partner(parts[name], whole)]
+    numbered = [name for name in listed if UNNAMED.fullmatch(name)]
+    doubtful = {*numbered} if len(numbered) > 1 else set()
+    return [n for n in listed if n in doubtful or says_side(parts[n]) or has_partner(parts[n], whole)]
+
+
+def unnamed(value: float) -> str:
+    """Name of a structure of which the value in the label maps is all that is known.
+
+    Examples:
+        >>> from mapseg_components.sides import unnamed
+        >>> unnamed(17.0)
+        'structure 17'
+    """
+    return f"structure {int(value)}"
 
 
 def refuse_sides(option: str, labels: Iterable[str] | Mapping[str, int]) -> None:
@@ -80,8 +94,8 @@ def refuse_sides(option: str, labels: Iterable[str] | Mapping[str, int]) -> None
     if sided:
         more = f" and {len(sided) - 4} more" if len(sided) > 4 else ""
         raise ConfigError(
-            f"{option} mirrors left and right, but by their names structures have a side "
-            f"({', '.join(sided[:4])}{more}): leave {option} out; if none has a side, rename them in labels"
+            f"{option} mirrors left and right, but by their names structures have a side, or may have one "
+            f"({', '.join(sided[:4])}{more}): leave {option} out; if none has a side, name them so in labels"
         )
 
 

@@ -668,7 +668,7 @@ def test_masks_and_pixel_sizes_stand_beside_test_images_under_their_names(scans,
     for folder in (inputs.images, inputs.truth):
         assert sorted(path.name for path in folder.iterdir()) == ["first.json", "first.png", "first_mask.png"]
         sides = np.abs(np.diag(read_nifti(folder / "first.png").affine)[:2])
-        assert sides.tolist() == pytest.approx([0.25e-3] * 2)
+        assert sides.tolist() == [0.25, 0.25]  # in um
     assert mask_beside(inputs.truth / "first.png") == inputs.truth / "first_mask.png"
     (entry,) = json.loads(inputs.datalist.read_text())["target_training"]
     assert entry == {

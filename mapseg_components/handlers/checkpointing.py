@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from mapseg_components.checkpoints import (
     fingerprint,
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 FILES_OF_A_RUN = ("last.pt", "previous.pt", "model.pt", "source_only.pt", "model_selection.json")
+LENGTHS = ("total_steps", "total_iters", "T_0", "T_max", "milestones")  # of a schedule, by PyTorch's names
 START_ANEW = "choose another ckpt_dir, or set resume to false to start anew"
 
 
@@ -244,8 +247,11 @@ class TrainingCheckpoint:
         own = processes[idist.get_rank()] if idist.get_rank() < len(processes) else {}
         if hasattr(engine, "optimization"):
             engine.optimization.scaler.load_state_dict(state["scaler"])
-        for name, thing in self.save_dict.items():
-            put_back(thing, own.get(name, state[name]), f"{path}: its {name!r}")
+        schedules = [name for name, thing in self.save_dict.items() if isinstance(thing, LRScheduler)]
+        for name in [*(one for one in self.save_dict if one not in schedules), *schedules]:
+            thing = self.save_dict[name]
+            restore = put_back_schedule if name in schedules else put_back
+            restore(thing, own.get(name, state[name]), f"{path}: its {name!r}")
         engine.state.epoch, engine.state.iteration = run["epoch"], run["iteration"]
         if own:
             restore_random_state(own["random"])
@@ -324,6 +330,27 @@ def put_back(thing: Any, state: Any, name: str) -> None:
         raise CheckpointError(
             f"{name} does not fit this run ({reason}): keep the settings it was trained with, or {START_ANEW}"
         ) from error
+
+
+def put_back_schedule(schedule: LRScheduler, state: Mapping[str, Any], name: str) -> None:
+    """Load the state of a schedule whose optimizer is loaded. Where it is to end in another epoch than the run that is
+    resumed, which ``max_epochs`` may say, its rates are those that it has in the epoch reached.
+
+    Raises `CheckpointError` if it does not fit; ``name`` is for the message.
+    """
+    lengths = [key for key in LENGTHS if key in schedule.state_dict()]
+    if all(schedule.state_dict()[key] == state.get(key) for key in lengths):
+        put_back(schedule, state, name)
+        return
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr()):
+        group["lr"] = rate
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of steps of the schedule without one of the optimizer
+            for _ in range(state["last_epoch"]):
+                schedule.step()
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{name} does not fit this run ({error}): raise max_epochs, or {START_ANEW}") from error
 
 
 def differing_shapes(state: Mapping[str, torch.Tensor], network: nn.Module) -> str:

@@ -62,6 +62,7 @@ class EpochHistory:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._started = 0.0
+        self._learning_rate = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Sum over iterations, write at the end of an epoch."""
@@ -90,6 +91,7 @@ class EpochHistory:
 
     def _reset(self, engine: Engine) -> None:
         engine.state.metrics.clear()
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]  # at the end the schedule may have stepped
         if engine.state.iteration % engine.state.epoch_length == 0:  # else it was resumed within the epoch
             self._sums, self._counts, self._started = {}, {}, time.monotonic()
 
@@ -109,7 +111,7 @@ class EpochHistory:
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "seconds": round(time.monotonic() - self._started, 2),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._learning_rate,
             **self.means(),
             **{name: float(value) for name, value in engine.state.metrics.items() if np.isscalar(value)},
         }

@@ -12,6 +12,7 @@ from torch import nn
 from mapseg_components.keys import IMAGE, LABEL, SOURCE, TARGET
 from mapseg_components.methods.base import Pass, Tensors
 from mapseg_components.methods.labels import ArgmaxLabels, mean_of, tissue_of
+from mapseg_components.structures import IGNORED
 
 __all__ = ["MaskedConsistency", "MeanTeacher", "Supervised"]
 
@@ -96,8 +97,9 @@ class MeanTeacher(Supervised):
 class MaskedConsistency(MeanTeacher):
     """The student's labels of a masked target image are the teacher's of the whole one (MIC, arXiv 2212.01322).
 
-    The pseudo-label loss is weighted by the share of voxels whose probability exceeds ``confidence_threshold``. The
-    Score reads it without this weight, which a teacher that is unsure of everything would make 0.
+    The pseudo-label loss of each image is weighted by the share of its voxels whose probability exceeds
+    ``confidence_threshold``. The Score reads it without this weight, which a teacher that is unsure of everything would
+    make 0.
 
     Args:
         loss: see `Supervised`.
@@ -132,10 +134,13 @@ class MaskedConsistency(MeanTeacher):
 
     def _target_terms(self, image: torch.Tensor) -> Callable[[Tensors], dict[str, torch.Tensor]]:
         label, confidence = self.labels(image=image)["logits"]
-        sure = (confidence > self.confidence_threshold).float().mean()
+        sure = (confidence > self.confidence_threshold).float()
+        counted = label != IGNORED
+        shares = (sure * counted).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
         def terms(output: Tensors) -> dict[str, torch.Tensor]:
-            loss = self.pseudo_loss(output["logits"], label)
-            return {"target": sure * loss, "target_all": loss.detach()}
+            pairs = zip(output["logits"].split(1), label.split(1))
+            losses = torch.stack([self.pseudo_loss(logits, own) for logits, own in pairs])
+            return {"target": (shares * losses).mean(), "target_all": losses.detach().mean()}
 
         return terms

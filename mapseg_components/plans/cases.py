@@ -28,6 +28,7 @@ from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.facts import facts_of
 from mapseg_components.scans.files import FORMATS, is_picture
 from mapseg_components.scans.findings import Finding, fault, raise_findings
+from mapseg_components.sides import unnamed
 from mapseg_components.structures import structures_of, value_fault
 
 __all__ = ["hold_out", "source_cases", "structure_names", "target_cases"]
@@ -175,4 +176,4 @@ def structure_names(
     values.pop(0.0, None)
     if not values or len(values) > MOST_LABELS:
         raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
-    return {f"structure {int(value)}": int(value) for value in sorted(values)}
+    return {unnamed(value): int(value) for value in sorted(values)}

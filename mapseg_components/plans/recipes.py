@@ -208,13 +208,16 @@ class Recipe:
     def in_any_order(self) -> Recipe:
         """With the source in contrasts of any order, from the stage on that is for a target as it is alone.
 
-        That stage is as long as the preset says: such contrasts take more steps to learn than two orders do.
+        That stage is as long as the preset says: such contrasts take more steps to learn than two orders do. Stages
+        after a translation learn the target's own contrast, and keep theirs.
         """
         first = next((number for number, stage in enumerate(self.stages) if stage.only_as_is), len(self.stages))
         stages = [*self.stages[:first]]
+        translated = False
         for stage in self.stages[first:]:
+            translated |= stage.bundle == TRANSLATION
             scale = stage.scale | ({"max_epochs": 1.0} if stage.only_as_is else {})
-            contrasts = ANY_ORDER if stage.contrasts else None
+            contrasts = ANY_ORDER if stage.contrasts and not translated else stage.contrasts
             stages.append(replace(stage, contrasts=contrasts, only_as_is=False, scale=scale))
         return replace(self, stages=tuple(stages))
 

@@ -123,7 +123,11 @@ class RandGlobalLocalCrop(Randomizable, Transform):
         self.foreground = np.round(foreground).astype(int) if whole else foreground
         self.box = expand_box(self.foreground, self.patch_size)
         room = self.box[:, 1] - self.box[:, 0] - np.asarray(self.patch_size)
-        start = self.box[:, 0] + (self.R.randint(0, room + 1) if whole else self.R.uniform(0, 1, 3) * room)
+        if whole:
+            start = self.box[:, 0] + self.R.randint(0, room + 1)
+        else:
+            drawn, slices = self.R.uniform(0, 1, 3), np.asarray(self.patch_size) == 1  # a slice is no mean of two
+            start = self.box[:, 0] + np.where(slices, np.floor(drawn * (room + 1)), drawn * room)
         if self.R.uniform() < self.foreground_fraction and class_voxels is not None and len(class_voxels):
             classes = np.flatnonzero(np.bincount(class_voxels[:, 0]))
             rows = class_voxels[class_voxels[:, 0] == classes[self.R.randint(len(classes))], 1:]

@@ -15,8 +15,9 @@ from monai.bundle import ConfigParser
 from mapseg_components.commands import methods
 from mapseg_components.engines import AdversarialTrainer
 from mapseg_components.plans.recipes import read_recipe, recipe_names
+from mapseg_components.plans.sizes import PRESETS
 from tests.bundles.test_guests import BUNDLE, FLAT, FLAT_UNET, PLAIN, UNET, train, weights
-from tests.conftest import make_flat_dataset
+from tests.conftest import ROOT, make_flat_dataset
 
 ADVENT = [*PLAIN, "from_source.yaml", "advent.yaml"]
 SMALL = {**UNET, "method#discriminator#channels": 2}
@@ -111,6 +112,14 @@ def test_each_recipe_says_what_it_needs_and_where_it_fails():
         for text in (recipe.needs, recipe.fails):
             assert len(text) > 20 and not text.endswith("."), name
             assert text in " ".join(str(methods()).split()), name
+
+
+def test_each_bundle_of_a_method_has_a_size_for_each_preset():
+    folders = {stage.bundle for name in recipe_names() for stage in read_recipe(name).stages}
+    for folder in folders:
+        for preset, sizes in PRESETS.items():
+            found = [name for name in sizes["overlays"] if (ROOT / "bundles" / folder / "configs" / name).is_file()]
+            assert found, f"{folder} has none of {sizes['overlays']} for {preset}"
 
 
 def test_entropy_is_minimized_in_equal_steps_and_watched_after_each_epoch():

@@ -134,7 +134,10 @@ def test_for_a_target_that_is_far_the_source_is_learnt_on_in_any_order(name):
     for before, after in zip(recipe.stages[place + 1 :], found.stages[place + 1 :]):
         assert after.scale == before.scale
     for before, after in zip(recipe.stages[place:], found.stages[place:]):
-        assert after.contrasts == ("any_order.yaml" if before.contrasts else None) and before.paths == after.paths
+        # a translation shows the source in the target's own contrast, which pseudo labels are learnt in as well
+        translated = "translation" in [stage.name for stage in recipe.stages[: recipe.stages.index(before) + 1]]
+        expected = "any_order.yaml" if before.contrasts and not translated else before.contrasts
+        assert after.contrasts == expected and before.paths == after.paths
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -119,6 +119,7 @@ def scans(tmp_path):
 def run_of(scans, name="out", method="cosmos", target_inverted=True, **settings):
     given = {key: one.default for key, one in inspect.signature(adapt).parameters.items()}
     given |= {"source": str(scans / "t1"), "target": str(scans / "t2"), "method": method, "device": "cpu"}
+    given |= {"labels": {"box": 100, "ball": 200}}
     request = {key: given[key] for key in given if key not in ("output", "quiet", "verbose")}
     (scans / name).mkdir(exist_ok=True)
     return Adaptation(
@@ -172,7 +173,7 @@ def test_each_stage_is_given_what_the_ones_before_made(stages, scans):
     place = str(run.stages)
     assert given["translation"][:2] == ("cosmos_translation", ["train.json", "translation.json"])
     translation = json.loads((run.folder / "configs" / "translation.json").read_text())
-    assert translation["labels"] == {"structure 100": 100, "structure 200": 200}
+    assert translation["labels"] == {"box": 100, "ball": 200}
     assert translation["slice_size"] == [32, 32] and translation["datalist"] == str(run.folder / "datalist.json")
     assert "max_epochs" not in given["translation"][2], "as its own preset says"
     assert (given["teacher"][2]["max_epochs"], given["student_1"][2]["max_epochs"]) == (14, 14)
@@ -251,14 +252,14 @@ def test_a_scan_without_a_structure_is_left_out_and_said(stages, scans):
     run, _ = finish(scans)
     found = run.record["pseudo_labels"]
     assert found["labels_1"]["left_out"] == [] and found["labels_3"]["left_out"] == []
-    assert found["labels_2"]["left_out"] == [{"case": "8", "missing": ["structure 200"]}]
+    assert found["labels_2"]["left_out"] == [{"case": "8", "missing": ["ball"]}]
     labelled = load_datalist(run.stages / "labels_2" / "pseudo" / "datalist.json", "target_labelled")
     assert [case["case_id"] for case in labelled] == ["7", "9"]
 
 
 def test_a_structure_that_is_in_no_pseudo_label_ends_the_run_and_another_rule_goes_on(stages, scans):
     stages.missing = {("labels_2", str(case)): 2 for case in (7, 8, 9)}
-    with pytest.raises(DataError, match=r"no pseudo label is left of 3 target scans .*structure 200 in all"):
+    with pytest.raises(DataError, match=r"no pseudo label is left of 3 target scans .*ball in all"):
         run_of(scans).train()
     run = run_of(scans)
     with pytest.raises(DataError, match="no pseudo label is left"):
@@ -268,7 +269,7 @@ def test_a_structure_that_is_in_no_pseudo_label_ends_the_run_and_another_rule_go
     assert titles.count("labels_2") == 1, "what is segmented is not segmented again"
     with pytest.raises(ConfigError, match="holds a run with other arguments"):
         run_of(scans, rounds=1).train()
-    run, _ = finish(scans, required_structures=["structure 100"])
+    run, _ = finish(scans, required_structures=["box"])
     assert run.record["done"][-1] == "student_3" and len(run.record["pseudo_labels"]["labels_2"]["kept"]) == 3
     assert [title for title, *_ in stages.calls][: len(titles)] == titles
     assert [title for title, *_ in stages.calls][len(titles) :] == ["student_2", "labels_3", "student_3"]

@@ -113,6 +113,15 @@ def test_a_slice_is_neither_scaled_nor_turned_out_of_its_plane():
     assert len(turned) == 5
 
 
+def test_a_slice_is_one_of_the_volume_s_and_no_mean_of_two():
+    slices = torch.tensor([0.2, 0.6, 0.4, 0.9, 0.5]).expand(1, 24, 20, 5)
+    crop = RandGlobalLocalCropd((8, 8, 1), prob=1.0, scale_range=(0.9, 1.1), rotate_range_deg=5, global_view=False)
+    crop.set_random_state(0)
+    found = [float(crop({"image": slices.clone()})["image"][0, 4, 4, 0]) for _ in range(60)]
+    counts = [sum(abs(one - value) < 1e-4 for one in found) for value in (0.2, 0.6, 0.4, 0.9, 0.5)]
+    assert sum(counts) == 60 and min(counts) > 3
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

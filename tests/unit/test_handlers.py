@@ -14,10 +14,12 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.handlers import StatsHandler
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ExponentialLR, OneCycleLR, PolynomialLR
 
 from mapseg_components.checkpoints import read_checked, write_atomic
 from mapseg_components.errors import CheckpointError
 from mapseg_components.handlers import DiceReport, EpochHistory, HandlerChain, TrainingCheckpoint, WeightsLoader
+from mapseg_components.handlers.checkpointing import put_back_schedule
 
 
 def counting_engine(network, epochs=1):
@@ -165,6 +167,55 @@ def test_history_has_a_line_per_epoch(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["iteration"], line["loss"]) for line in lines] == [(1, 3, 2.0), (2, 6, 5.0)]
     assert lines[0]["learning_rate"] == 0.5
+
+
+def test_history_names_the_learning_rate_that_an_epoch_was_trained_at(tmp_path):
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    engine, run = counting_engine(network, epochs=2)
+    optimizer.step()
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: schedule.step())
+    EpochHistory(str(tmp_path), optimizer).attach(engine)
+    engine.run(**run)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.5, 0.05])
+
+
+SCHEDULES = {
+    "OneCycleLR": lambda optimizer, epochs: OneCycleLR(optimizer, 0.1, total_steps=epochs + 1),
+    "PolynomialLR": lambda optimizer, epochs: PolynomialLR(optimizer, total_iters=epochs, power=0.9),
+    "CosineAnnealingWarmRestarts": lambda optimizer, epochs: CosineAnnealingWarmRestarts(optimizer, T_0=epochs),
+    "ExponentialLR": lambda optimizer, epochs: ExponentialLR(optimizer, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_that_is_made_longer_goes_on_at_the_rates_of_the_longer_one(tmp_path, name):
+    def rates(folder, epochs):
+        network = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        schedule, seen = SCHEDULES[name](optimizer, epochs), []
+        engine, run = counting_engine(network, epochs=epochs)
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: seen.append(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: schedule.step())
+        parts = {"network": network, "lr_scheduler": schedule, "optimizer": optimizer}
+        TrainingCheckpoint(str(tmp_path / folder / "last.pt"), parts).attach(engine)
+        engine.run(**run)
+        return seen
+
+    whole = rates("whole", 7)
+    rates("parts", 4)
+    assert rates("parts", 7) == pytest.approx(whole[4:]) and whole[5] > 0
+
+
+def test_a_run_that_is_made_too_short_for_its_schedule_is_told_so(tmp_path):
+    network = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    state = {"last_epoch": 9, "total_steps": 20}
+    with pytest.raises(CheckpointError, match=r"its schedule does not fit this run .*: raise max_epochs"):
+        put_back_schedule(OneCycleLR(optimizer, 0.1, total_steps=5), state, "its schedule")
 
 
 def test_dice_by_hand(tmp_path):

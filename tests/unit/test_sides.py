@@ -9,7 +9,7 @@ import itertools
 import pytest
 
 from mapseg_components.errors import ConfigError
-from mapseg_components.sides import axis_across, refuse_sides, sided_names
+from mapseg_components.sides import axis_across, refuse_sides, sided_names, unnamed
 
 ORGANS = ("kidney", "Lung", "FEMUR", "hippocampus", "FemurHead", "optic_nerve", "ventricle", "Lens", "clavicula")
 SIDES = (
@@ -98,7 +98,7 @@ def test_names_that_differ_by_a_side_alone_are_found_together(pair):
 
 def test_an_option_that_mirrors_is_refused_by_name():
     refuse_sides("flip_tta", {"liver": 1, "lateral ventricles": 2})
-    with pytest.raises(ConfigError, match=r"flip_tta mirrors.*Lung_Lt, KidneyR.*leave flip_tta out; .*rename"):
+    with pytest.raises(ConfigError, match=r"flip_tta mirrors.*Lung_Lt, KidneyR.*leave flip_tta out; .*name them"):
         refuse_sides("flip_tta", {"liver": 1, "Lung_Lt": 2, "KidneyR": 3})
 
 
@@ -111,3 +111,8 @@ def test_the_axis_between_left_and_right_is_that_of_the_frame():
     oblique = [[0.7, 0.7, 0.0], [-0.7, 0.7, 0.0], [0.0, 0.0, 1.0]]
     with pytest.raises(ConfigError, match=r"symmetric mirrors left and right, and no axis.*leave symmetric out"):
         axis_across("symmetric", ["heart"], oblique)
+
+
+def test_structures_without_names_may_have_sides():
+    assert sided_names([unnamed(17), unnamed(53.0)]) == ["structure 17", "structure 53"]
+    assert sided_names([unnamed(1)]) == [] == sided_names(["structure of interest", "structure 1 and 2"])
