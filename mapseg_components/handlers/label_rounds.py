@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import torch
 from ignite.engine import Engine
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from mapseg_components.checkpoints import weights_of
 from mapseg_components.errors import ConfigError
@@ -32,8 +34,9 @@ class PseudoLabelRounds(EMATeacher):
         rounds: T.
         warmup_epochs: see `EMATeacher`.
         reinitialise: at the beginning of each further round the student begins again with the weights that it had in
-            the first, and the optimizer forgets its moments. By default weights go on.
+            the first, the optimizer forgets its moments, and the schedule starts anew. By default all of them go on.
         optimizer: of the student, for ``reinitialise``.
+        lr_scheduler: of the optimizer, for ``reinitialise``: each round learns at the rates of the first.
 
     Raises:
         ConfigError: there is no round, or no optimizer to begin again with.
@@ -60,6 +63,7 @@ class PseudoLabelRounds(EMATeacher):
         warmup_epochs: int = 0,
         reinitialise: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: LRScheduler | None = None,
     ) -> None:
         super().__init__(student, warmup_epochs, [[None, 1.0]])
         if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
@@ -69,8 +73,10 @@ class PseudoLabelRounds(EMATeacher):
         self.rounds = rounds
         self.reinitialise = reinitialise
         self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.round = 0
         self.first: dict[str, torch.Tensor] = {}  # the student's weights in the first round, for ``reinitialise``
+        self.rates: dict[str, Any] = {}  # state of the schedule and settings of the optimizer in it
 
     def round_of(self, epoch: int, epochs: int) -> int:
         """Number of the round, from 1, that an epoch (from 1) of so many belongs to; 0 in the warm-up."""
@@ -85,13 +91,14 @@ class PseudoLabelRounds(EMATeacher):
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """As `EMATeacher`, with the round, and the student's first weights if they are needed."""
-        return {**super().state_dict(), "round": self.round, "first": self.first}
+        """As `EMATeacher`, with the round, and what the first one began with if it is needed."""
+        return {**super().state_dict(), "round": self.round, "first": self.first, "rates": self.rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         self.round, self.first = state.get("round", 0), state.get("first", {})
+        self.rates = state.get("rates", {})
 
     def _start_after_warmup(self, engine: Engine) -> None:
         number = self.round_of(engine.state.epoch, engine.state.max_epochs or 1)
@@ -105,9 +112,17 @@ class PseudoLabelRounds(EMATeacher):
             self._begin_again(first)
 
     def _begin_again(self, first: bool) -> None:
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
         if first:
             self.first = weights_of(self.student)
+            schedule = {} if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict())
+            kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            self.rates = {"schedule": schedule, "groups": kept}
             return
         self.student.load_state_dict(self.first)
-        assert self.optimizer is not None
         self.optimizer.state.clear()
+        if self.lr_scheduler is not None and self.rates:  # a run that began before they were kept has none
+            self.lr_scheduler.load_state_dict(copy.deepcopy(self.rates["schedule"]))
+            for group, first_group in zip(groups, self.rates["groups"]):
+                group.update(first_group)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 from torch import nn
 
 from mapseg_components.commands.report import uncertainties
@@ -27,7 +28,7 @@ from mapseg_components.networks import PlainPass, TwoHeadDynUNet
 from mapseg_components.plans.bundle import unlearnt
 from mapseg_components.reports import uncertainty_section
 from mapseg_components.structures import IGNORED
-from tests.conftest import write_nifti
+from tests.conftest import ROOT, write_nifti
 from tests.unit.test_methods import SIZES, Saying, batch_of, labels_of
 
 DRAWS = (1, 2, 5)
@@ -359,6 +360,33 @@ def test_weights_begin_again_only_if_asked():
     again = rounds(**options, reinitialise=True)
     assert again[1].weight.item() == rounds(epochs=1, rounds=1)[1].weight.item()  # the optimizer has no momentum left
     assert again[0] == [0.0, 0.0, 2.5, 2.5]  # while the labels are of the round before
+
+
+@pytest.mark.parametrize("preset", ["small_data.yaml", "paper.yaml"])
+def test_each_round_that_begins_again_learns_at_the_same_rates(preset):
+    configs = ROOT / "bundles" / "mapseg_adaptation" / "configs"
+    unet = ["unet.yaml"] if preset == "small_data.yaml" else []
+    parser = ConfigParser()
+    parser.read_config([str(configs / name) for name in ("train.json", preset, *unet, "buda_seg.yaml")])
+    student = Weight()
+    parser["network"], parser["optimizer"] = student, torch.optim.SGD(student.parameters(), lr=0.1)
+    for name, value in {"reinitialise": True, "label_rounds": 3, "max_epochs": 11, "warmup_epochs": 0}.items():
+        parser[name] = value
+    schedule, teacher = (parser.get_parsed_content(name) for name in ("lr_scheduler", "teacher"))
+    rates = []
+
+    def step(engine, batch):
+        parser["optimizer"].step()
+        rates.append((teacher.round, parser["optimizer"].param_groups[0]["lr"]))
+
+    engine = Engine(step)
+    teacher.attach(engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: schedule.step())
+    engine.run([0], max_epochs=11)
+    of_rounds = [[rate for number, rate in rates if number == which] for which in (1, 2, 3)]
+    assert [len(one) for one in of_rounds] == [4, 4, 3]
+    assert of_rounds[1] == pytest.approx(of_rounds[0]) and of_rounds[2] == pytest.approx(of_rounds[0][:3])
+    assert len(set(of_rounds[0])) > 1
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.0, True])

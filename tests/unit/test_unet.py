@@ -125,4 +125,5 @@ def test_the_schedule_fits_any_number_of_epochs(epochs):
         optimizer.step()
         if len(rates) < epochs:
             schedule.step()
-    assert rates[-1] < 1e-7 and (epochs < 5 or max(rates) > 0.0015)
+    assert 1e-5 < rates[-1] < 0.0014, "the last epoch learns as well, slowly"
+    assert epochs < 5 or max(rates) > 0.0015
