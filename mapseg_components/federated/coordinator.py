@@ -154,7 +154,7 @@ class Coordinator:
             raise FederationError(
                 f"round {self.round} has {len(self._accepted)} of min_sites {self.plan.min_sites} sites ({reasons}): "
                 f"{self.ckpt_dir / STATE} still holds the last closed round; the same command goes on from there "
-                "when the sites are back"
+                "when the sites are back, or with a lower min_sites"
             )
         weights = {**self._source.weights, **self._mean.result()}
         line = self._line(weights)

@@ -128,6 +128,25 @@ def test_too_few_sites_end_with_the_last_closed_round_on_disk(tmp_path, monkeypa
     assert same(resumed, run(tmp_path / "again", datalist, sites))
 
 
+def test_a_federation_goes_on_by_the_remedies_that_its_errors_name(tmp_path, monkeypatch):
+    """Fewer sites a round, larger limits, and a site more or less; what a step computes stays as it was."""
+    datalist, sites = make_federation(tmp_path, 2)
+    begun = {"min_sites": 2, "max_movement": 1e-9, "round_timeout_s": 60.0, "spacing_range_mm": [0.9, 1.1]}
+    run(tmp_path, datalist, sites, small_plan(rounds=1), **begun)
+    failing(monkeypatch, "site-2", DataError("scan-0: unreadable"), rounds=(1,))
+    with pytest.raises(FederationError, match=r"round 1 has 1 of min_sites 2 .*or with a lower min_sites"):
+        run(tmp_path, datalist, sites, **begun)
+    others = {"min_sites": 1, "max_movement": None, "round_timeout_s": 600.0, "spacing_range_mm": None}
+    others |= {"participation": 0.5, "privacy_max_epsilon": 9.0, "share_statistics": True, "statistics_min_scans": 3}
+    left = {"site-1": sites["site-1"]}
+    changed = small_settings(**begun | others | {"sites": left})
+    simulate(small_plan(min_sites=1), datalist, left, tmp_path / "m", tmp_path / "o", settings=changed)
+    assert [sorted(line["sites"]) for line in lines(tmp_path)] == [["site-1", "site-2"], ["site-1"]]
+    for name, value in {"rounds": 3, "client_steps": 1, "upload": "student", "privacy_noise": 1.0}.items():
+        with pytest.raises(ConfigError, match=rf"written with other settings .*{name} was"):
+            run(tmp_path, datalist, sites, **{**begun, name: value})
+
+
 # L3, L4: late and second updates
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mapseg_components.checkpoints import read_checked, write_atomic
+from mapseg_components.commands.request import ADDED, resumed
 from mapseg_components.errors import ConfigError, FederationError
 from mapseg_components.federated import (
     Broadcast,
@@ -292,6 +293,15 @@ def test_settings_of_the_federation_are_checked_before_any_training_of_the_sourc
     with pytest.raises(ConfigError, match=r"the federation's settings cannot be used .*Median"):
         check_federation(recipe, {"aggregation": "$mapseg_components.federated.Median"}, CASES, [], 0)
     check_federation(read_recipe("mapseg"), {"ship": "mean"}, CASES, [], 0)  # no setting of that method
+
+
+def test_a_run_goes_on_with_other_limits_of_a_round_and_not_with_other_rounds(tmp_path):
+    request = {"method": "federated", "settings": {"min_sites": 3, "round_timeout_s": 5}}
+    (tmp_path / "run.json").write_text(json.dumps({"request": request, "done": ["source"]}))
+    now = ADDED | {"method": "federated", "settings": {"min_sites": 2, "privacy_max_epsilon": 9.0}}
+    assert resumed(tmp_path / "run.json", now) == {"request": now, "done": ["source"]}
+    with pytest.raises(ConfigError, match=r"holds a run with other arguments .*'rounds': 3"):
+        resumed(tmp_path / "run.json", now | {"settings": {"min_sites": 2, "rounds": 3}})
 
 
 def test_a_federation_is_as_long_as_the_centralized_adaptation_and_starts_from_the_same_stages(tmp_path):
