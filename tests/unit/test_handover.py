@@ -26,6 +26,7 @@ from mapseg_components.handover import (
 from mapseg_components.handover.fragments import network_of
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.conftest import write_nifti
+from tests.pictures import write_picture
 
 LABELS = {"first": 1, "second": 2}
 NETWORK = {
@@ -158,6 +159,20 @@ def test_the_extent_of_what_scans_show_is_written_unless_they_are_few(tmp_path, 
         places = (tmp_path / f"package{scans}", tmp_path / "weights.pt")
         write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, scans)
         assert HandoverPackage(places[0]).content["foreground_mm"] == expected
+
+
+def test_the_pixel_size_is_that_of_the_images_whatever_their_label_maps_name(tmp_path, tiny_network):
+    labels = np.pad(np.repeat(np.uint8([[1, 2]]), [9, 6], axis=1).repeat(7, axis=0), 3)
+    cases = []
+    for number, dots in enumerate((254000, 254000, 508000)):  # an inch: 0.1 and 0.05 micrometres a pixel
+        image = write_picture(tmp_path / "images" / f"{number}.png", 80 * labels + 9, dpi=(dots, dots))
+        cases.append({"image": image, "label": write_picture(tmp_path / "labels" / f"{number}.png", labels)})
+    write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
+    places = (tmp_path / "package", tmp_path / "weights.pt")
+    write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, 2)
+    content = HandoverPackage(tmp_path / "package").content
+    assert content["spacing_mm"] == median_spacing([case["image"] for case in cases]) == [0.1, 0.1, 0.1]
+    assert content["spacing_mm"] != median_spacing([case["label"] for case in cases])
 
 
 def test_packages_of_earlier_versions_name_no_extent(package):
