@@ -36,7 +36,8 @@ __all__ = ["Coordinator"]
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-STATE, PREVIOUS = "federation.pt", "federation.previous.pt"
+STATE, PREVIOUS, MODEL, SELECTION = "federation.pt", "federation.previous.pt", "model.pt", "model_selection.json"
+ROUNDS, HISTORY = "rounds.jsonl", "history.jsonl"
 
 
 class Coordinator:
@@ -56,7 +57,8 @@ class Coordinator:
         ckpt_dir: see above.
         output_dir: see above.
         settings: merged config, to refuse going on with another one.
-        resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew and replace its files.
+        resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew, and the files above of an
+            earlier federation are renamed to ``<name>.earlier``.
 
     Raises:
         CheckpointError: the state found is damaged or of another network.
@@ -83,6 +85,8 @@ class Coordinator:
         self._pending: dict[str, Any] | None = None  # a round that is shipped as the server sends it next
         if resume:
             self._load()
+        else:
+            self._set_aside()
 
     def start(self) -> Broadcast:
         """Open the next round; the task of the source side."""
@@ -196,8 +200,8 @@ class Coordinator:
         logger.info("The server's labelled steps on the last average are shipped as model.pt.")
 
     def _ship(self, weights: Mapping[str, torch.Tensor], selection: Mapping[str, Any]) -> None:
-        write_atomic(weights, self.ckpt_dir / "model.pt")
-        write_json({"model.pt": dict(selection)}, self.ckpt_dir / "model_selection.json")
+        write_atomic(weights, self.ckpt_dir / MODEL)
+        write_json({MODEL: dict(selection)}, self.ckpt_dir / SELECTION)
 
     def _save(
         self,
@@ -253,8 +257,17 @@ class Coordinator:
         }
 
     def _write_log(self) -> None:
-        write_text(jsonl(self.history), self.output_dir / "rounds.jsonl")
-        write_text(jsonl(map(as_epoch, self.history)), self.output_dir / "history.jsonl")
+        write_text(jsonl(self.history), self.output_dir / ROUNDS)
+        write_text(jsonl(map(as_epoch, self.history)), self.output_dir / HISTORY)
+
+    def _set_aside(self) -> None:
+        """Rename what an earlier federation left, so that none of it is taken for this one's."""
+        names = {self.ckpt_dir: (STATE, PREVIOUS, MODEL, SELECTION), self.output_dir: (ROUNDS, HISTORY)}
+        found = [folder / name for folder, listed in names.items() for name in listed if (folder / name).is_file()]
+        for path in found:
+            path.replace(path.with_name(f"{path.name}.earlier"))
+        if found:
+            logger.warning(f"resume is false: renamed {[str(path) for path in found]} to *.earlier.")
 
     def _load(self) -> None:
         path = self.ckpt_dir / STATE
