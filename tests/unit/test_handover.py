@@ -25,6 +25,7 @@ from mapseg_components.handover import (
 )
 from mapseg_components.handover.fragments import network_of
 from mapseg_components.networks import GlobalLocalDeepLabV3
+from mapseg_components.plans.package import figures_of
 from tests.conftest import write_nifti
 from tests.pictures import write_picture
 
@@ -339,6 +340,15 @@ def test_a_missing_file_is_named(package, name):
         ({"weights__sha256": "../../etc"}, "weights#sha256 is '../../etc'"),
         ({"spacing_mm": [1.0, 1.0]}, "spacing_mm is [1.0, 1.0]"),
         ({"source_validation__mean": 7}, "source_validation#mean is 7"),
+        ({"source_validation": {"scans": 2}}, "source_validation#mean is 'absent'"),
+        ({"source_validation__structures": [0.5]}, "source_validation#structures is [0.5]"),
+        ({"source_validation__structures__first": 2}, "source_validation#structures is {'first': 2"),
+        ({"volumes__structures": [1]}, "volumes#structures is [1]"),
+        ({"volumes__structures__first": {"scans": 2}}, "volumes#structures#first#volume_mm3 is 'absent'"),
+        ({"volumes__structures__first": 7}, "volumes#structures#first#volume_mm3 is 'absent'"),
+        ({"volumes__structures__first__volume_mm3": {"mean": 9}}, "volumes#structures#first#volume_mm3 is {'mean': 9}"),
+        ({"volumes__structures__first__volume_mm3__range": [9, 1]}, "'range': [9, 1]"),
+        ({"volumes__structures__a#b": {}}, "volumes#structures#a#b#volume_mm3 is 'absent'"),
     ],
 )
 def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, changes, words):
@@ -348,6 +358,15 @@ def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, c
         HandoverPackage(package).settings  # noqa: B018
     assert words in str(caught.value) and str(package / "handover.json") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "SENTINEL").exists()
+
+
+def test_figures_that_are_not_told_are_null_and_not_left_out(package):
+    change(package, source_validation__mean=None, volumes__structures__first=None)
+    untold = HandoverPackage(package)
+    assert untold.share_ranges == {} and figures_of(untold)["ranges_ml"] == {}
+    change(package, volumes__structures__first={"scans": 2})
+    with pytest.raises(ConfigError, match="copy the whole package again, or ask for one with null in the place of"):
+        HandoverPackage(package).share_ranges  # noqa: B018
 
 
 def test_a_network_that_cannot_be_made_is_an_error_of_the_package(package):
