@@ -21,6 +21,7 @@ from mapseg_components.data import median_spacing
 from mapseg_components.errors import CheckpointError, ConfigError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.handover.fragments import faults_of_fragment, faults_of_value, network_of, plain
+from mapseg_components.inferers.trial import TARGET_INVERTED
 from mapseg_components.keys import IMAGE
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.components import AFTER_NETWORK
@@ -260,6 +261,7 @@ def check_content(content: Any, path: Path) -> None:
         sides = content.get("foreground_mm")  # `None`, or absent, where it is not known
         is_extent = isinstance(sides, list) and len(sides) == 3 and all(map(is_number(0.01, 10000), sides))
         wrong += [] if sides is None or is_extent else ["foreground_mm"]
+        wrong += [] if type(content.get(TARGET_INVERTED, False)) is bool else [TARGET_INVERTED]  # of a bundle alone
         after = content.get("after_network", {})  # absent where it is not known
         wrong += faults_of_after(after, content["labels"]) if isinstance(after, dict) else ["after_network"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
