@@ -45,10 +45,11 @@ class Coordinator:
 
     Files: ``federation.pt`` in ``ckpt_dir``, the state after the last closed round (the one before it beside it as
     ``federation.previous.pt``); ``model.pt``, global weights of the round with the best Score (minus the sites' mean
-    target loss, weighted by their scans), or of the last one, with ``model_selection.json``; in ``output_dir``,
-    ``rounds.jsonl``, a line per round, and its main figures as ``history.jsonl``, as of any training. Each is written
-    whole or not at all; nothing changes on disk before a round is closed. Where the plan ships what the server sends
-    next, `unfinished` says after the last round whether it is still to be made, for `finish`.
+    target loss, weighted by their scans, or alike where the aggregation takes them so), or of the last one, with
+    ``model_selection.json``; in ``output_dir``, ``rounds.jsonl``, a line per round, and its main figures as
+    ``history.jsonl``, as of any training. Each is written whole or not at all; nothing changes on disk before a round
+    is closed. Where the plan ships what the server sends next, `unfinished` says after the last round whether it is
+    still to be made, for `finish`.
 
     Args:
         plan: settings of the federation.
@@ -234,11 +235,12 @@ class Coordinator:
         self.history, self._pending = history, pending
 
     def _line(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        total = self._mean.total
-        sites = {
-            name: {**self._accepted[name], "weight": self._accepted[name]["scans"] / total}
-            for name in sorted(self._accepted)
+        alike = getattr(self._mean, "alike", False)
+        shares = {
+            name: 1 / len(self._accepted) if alike else accepted["scans"] / self._mean.total
+            for name, accepted in self._accepted.items()
         }
+        sites = {name: {**self._accepted[name], "weight": shares[name]} for name in sorted(shares)}
         scored = [(line["weight"], line["losses"].get(TARGET_LOSS, math.nan)) for line in sites.values()]
         score = -sum(weight * loss for weight, loss in scored)
         asked = len({*sites, *self._excluded})
