@@ -24,6 +24,7 @@ from mapseg_components.errors import ConfigError, MAPSegError
 from mapseg_components.files import lock_folder, require_writable, sweep_temporaries, unlock_folders
 
 __all__ = [
+    "OF_ROUNDS",
     "begin_run",
     "check_settings",
     "end_run",
@@ -45,6 +46,9 @@ MONAI_KEYS = {"finalize", "displayable_configs"}  # known to MONAI and MONAI Lab
 TRAINING_ONLY = {"initial_weights", "encoder_weights", "resume", "save_steps"}
 INFERENCE_ONLY = {"weights", "cases", "section", "results", "overwrite", "output_postfix", "scans"}
 EVALUATION_ONLY = {"section", "results"}  # of evaluate.json alone
+# of a federation that goes on: who is in a round, not what a step computes. `rounds` is no such setting, nor are steps:
+# the learning rate of a round follows from the one, the weights that travel from the others
+OF_ROUNDS = ("min_sites", "participation", "round_timeout_s", "max_movement", "spacing_range_mm", "privacy_max_epsilon")
 # what may differ when a run is resumed, by the last part of its name: where things are, how fast they go, not
 # what is trained (`network` and `backend` wrap `network_def` for several processes)
 SAFE_TO_CHANGE = {
@@ -53,6 +57,7 @@ SAFE_TO_CHANGE = {
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
     *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans", "picture_scans"),
     *("compile", "activation_checkpointing", "fused", "pin_memory", "keep_freed_memory", "stitching_device"),
+    *("sites", "share_statistics", "statistics_min_scans", *OF_ROUNDS),
     *TRACKING,
 }
 # lists of what is reported and when

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.commands.assess import assess
-from mapseg_components.commands.order import CHOICE, asks_for_order, describe_order, recipe_of, settle_order
+from mapseg_components.commands.order import (
+    CHOICE,
+    asks_for_order,
+    describe_order,
+    order_of_package,
+    recipe_of,
+    settle_order,
+)
 from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import report, require_matplotlib, verdict_line
 from mapseg_components.commands.request import preparation, resumed
@@ -378,6 +385,7 @@ class Adaptation(Run):
         package = open_package(Path(self.request["package"]), self.stages / PACKAGE)
         check_method(self.recipe, package, self.asked)
         plan = self.record["plan"] = plan_of_package(package, target, held_out, self.request)
+        plan["settings"] |= order_of_package(package, self.request)
         check_plan(self.recipe, plan, self.request)
         content = {
             "labels": {"0": "background", **{str(value): name for name, value in package.labels.items()}},

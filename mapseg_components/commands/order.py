@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mapseg_components.contrast import inverted
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.files import write_json
+from mapseg_components.handover import HandoverPackage
 from mapseg_components.inferers.trial import TARGET_INVERTED, Trial
 from mapseg_components.keys import SOURCE
 from mapseg_components.plans.judging import evenly
@@ -28,9 +30,12 @@ __all__ = [
     "confidence_on_target",
     "describe_order",
     "find_order",
+    "order_of_package",
     "recipe_of",
     "settle_order",
 ]
+
+logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
 MOST_SCANS = 8
 MOST_OF_THEM = 0.8  # share of the scans that must agree
@@ -134,6 +139,24 @@ def known_order(record: Mapping[str, Any], request: Mapping[str, Any]) -> bool |
     if TARGET_INVERTED in (request["settings"] or {}):
         return bool(request["settings"][TARGET_INVERTED])
     return record["order"]["inverted"] if "order" in record else None
+
+
+def order_of_package(package: HandoverPackage, request: Mapping[str, Any]) -> dict[str, bool]:
+    """The order in which the bundle that a package was made of shows its scans, as a setting of the target's.
+
+    Args:
+        package: see `mapseg_components.plans.package.open_package`.
+        request: arguments of ``mapseg adapt``.
+
+    Returns:
+        empty where the package does not say it, or the order is asked for or found out by the confidence of its model.
+    """
+    told = package.content.get(TARGET_INVERTED)
+    if told is None or request["random_contrasts"] or TARGET_INVERTED in (request["settings"] or {}):
+        return {}
+    does = "bright for dark" if told else "as they are"
+    logger.info(f"Target scans are shown {does}, as the package's bundle does (else: the setting {TARGET_INVERTED}).")
+    return {TARGET_INVERTED: told}
 
 
 def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], request: Mapping[str, Any]) -> bool:

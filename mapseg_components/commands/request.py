@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.commands.prepare import prepare as prepare_scans
+from mapseg_components.configs import OF_ROUNDS
 from mapseg_components.errors import ConfigError
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.rounds import REQUIRED
@@ -24,8 +25,10 @@ NOT_ASKED = {"input", "output", "labels", "series", "overwrite", "quiet", "verbo
 
 
 def comparable(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the result of a run so far, of its arguments: pseudo labels to come may be kept by another rule."""
-    settings = {name: value for name, value in (request["settings"] or {}).items() if name != REQUIRED}
+    """What decides the result of a run so far, of its arguments: pseudo labels to come may be kept by another rule, and
+    rounds of a federation to come may be closed by another one."""
+    free = {REQUIRED, *OF_ROUNDS}
+    settings = {name: value for name, value in (request["settings"] or {}).items() if name not in free}
     kept = {name: value for name, value in request.items() if name not in ("device", "num_threads")}
     return kept | {"settings": settings or None}
 

@@ -36,7 +36,8 @@ __all__ = ["Coordinator"]
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-STATE, PREVIOUS = "federation.pt", "federation.previous.pt"
+STATE, PREVIOUS, MODEL, SELECTION = "federation.pt", "federation.previous.pt", "model.pt", "model_selection.json"
+ROUNDS, HISTORY = "rounds.jsonl", "history.jsonl"
 
 
 class Coordinator:
@@ -44,10 +45,11 @@ class Coordinator:
 
     Files: ``federation.pt`` in ``ckpt_dir``, the state after the last closed round (the one before it beside it as
     ``federation.previous.pt``); ``model.pt``, global weights of the round with the best Score (minus the sites' mean
-    target loss, weighted by their scans), or of the last one, with ``model_selection.json``; in ``output_dir``,
-    ``rounds.jsonl``, a line per round, and its main figures as ``history.jsonl``, as of any training. Each is written
-    whole or not at all; nothing changes on disk before a round is closed. Where the plan ships what the server sends
-    next, `unfinished` says after the last round whether it is still to be made, for `finish`.
+    target loss, weighted by their scans, or alike where the aggregation takes them so), or of the last one, with
+    ``model_selection.json``; in ``output_dir``, ``rounds.jsonl``, a line per round, and its main figures as
+    ``history.jsonl``, as of any training. Each is written whole or not at all; nothing changes on disk before a round
+    is closed. Where the plan ships what the server sends next, `unfinished` says after the last round whether it is
+    still to be made, for `finish`.
 
     Args:
         plan: settings of the federation.
@@ -56,7 +58,8 @@ class Coordinator:
         ckpt_dir: see above.
         output_dir: see above.
         settings: merged config, to refuse going on with another one.
-        resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew and replace its files.
+        resume: go on after the last closed round found in ``ckpt_dir``; otherwise start anew, and the files above of an
+            earlier federation are renamed to ``<name>.earlier``.
 
     Raises:
         CheckpointError: the state found is damaged or of another network.
@@ -83,6 +86,8 @@ class Coordinator:
         self._pending: dict[str, Any] | None = None  # a round that is shipped as the server sends it next
         if resume:
             self._load()
+        else:
+            self._set_aside()
 
     def start(self) -> Broadcast:
         """Open the next round; the task of the source side."""
@@ -154,7 +159,7 @@ class Coordinator:
             raise FederationError(
                 f"round {self.round} has {len(self._accepted)} of min_sites {self.plan.min_sites} sites ({reasons}): "
                 f"{self.ckpt_dir / STATE} still holds the last closed round; the same command goes on from there "
-                "when the sites are back"
+                "when the sites are back, or with a lower min_sites"
             )
         weights = {**self._source.weights, **self._mean.result()}
         line = self._line(weights)
@@ -196,8 +201,8 @@ class Coordinator:
         logger.info("The server's labelled steps on the last average are shipped as model.pt.")
 
     def _ship(self, weights: Mapping[str, torch.Tensor], selection: Mapping[str, Any]) -> None:
-        write_atomic(weights, self.ckpt_dir / "model.pt")
-        write_json({"model.pt": dict(selection)}, self.ckpt_dir / "model_selection.json")
+        write_atomic(weights, self.ckpt_dir / MODEL)
+        write_json({MODEL: dict(selection)}, self.ckpt_dir / SELECTION)
 
     def _save(
         self,
@@ -230,11 +235,12 @@ class Coordinator:
         self.history, self._pending = history, pending
 
     def _line(self, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        total = self._mean.total
-        sites = {
-            name: {**self._accepted[name], "weight": self._accepted[name]["scans"] / total}
-            for name in sorted(self._accepted)
+        alike = getattr(self._mean, "alike", False)
+        shares = {
+            name: 1 / len(self._accepted) if alike else accepted["scans"] / self._mean.total
+            for name, accepted in self._accepted.items()
         }
+        sites = {name: {**self._accepted[name], "weight": shares[name]} for name in sorted(shares)}
         scored = [(line["weight"], line["losses"].get(TARGET_LOSS, math.nan)) for line in sites.values()]
         score = -sum(weight * loss for weight, loss in scored)
         asked = len({*sites, *self._excluded})
@@ -253,8 +259,17 @@ class Coordinator:
         }
 
     def _write_log(self) -> None:
-        write_text(jsonl(self.history), self.output_dir / "rounds.jsonl")
-        write_text(jsonl(map(as_epoch, self.history)), self.output_dir / "history.jsonl")
+        write_text(jsonl(self.history), self.output_dir / ROUNDS)
+        write_text(jsonl(map(as_epoch, self.history)), self.output_dir / HISTORY)
+
+    def _set_aside(self) -> None:
+        """Rename what an earlier federation left, so that none of it is taken for this one's."""
+        names = {self.ckpt_dir: (STATE, PREVIOUS, MODEL, SELECTION), self.output_dir: (ROUNDS, HISTORY)}
+        found = [folder / name for folder, listed in names.items() for name in listed if (folder / name).is_file()]
+        for path in found:
+            path.replace(path.with_name(f"{path.name}.earlier"))
+        if found:
+            logger.warning(f"resume is false: renamed {[str(path) for path in found]} to *.earlier.")
 
     def _load(self) -> None:
         path = self.ckpt_dir / STATE

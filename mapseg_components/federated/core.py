@@ -168,7 +168,10 @@ def validate_update(
 
 
 class Aggregation(Protocol):
-    """How a round's updates become one model: a new object for each round, `add` for each update, `result` once."""
+    """How a round's updates become one model: a new object for each round, `add` for each update, `result` once.
+
+    A rule that takes sites alike, however many scans they have, says so by ``alike = True``: log and Score do so then.
+    """
 
     total: int
     """Sum of the counts that were added."""

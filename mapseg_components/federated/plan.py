@@ -12,7 +12,7 @@ from typing import Any
 from mapseg_components.configs import locate
 from mapseg_components.errors import ConfigError
 from mapseg_components.federated.core import Aggregation, WeightedMean, cosine_rate, local_names
-from mapseg_components.federated.privacy import Privacy
+from mapseg_components.federated.privacy import Privacy, epsilon_of
 from mapseg_components.keys import SOURCE, TARGET
 
 __all__ = ["AVERAGE", "BEST", "BROADCAST", "LAST", "STUDENT", "TEACHER", "Plan"]
@@ -113,6 +113,26 @@ class Plan:
     def local_names(self, names: Iterable[str]) -> set[str]:
         """Those of a network's tensors that never leave a site. Raises `ConfigError`, see `core.local_names`."""
         return local_names(names, self.local_layers)
+
+    def check_budget(self, rounds: int) -> None:
+        """Refuse a privacy budget that is spent before the last round at every site; where all are asked in each.
+
+        Args:
+            rounds: of the federation.
+
+        Raises:
+            ConfigError: says how many rounds fit.
+        """
+        most, cost, delta = self.privacy.max_epsilon, self.privacy.cost, self.privacy.delta
+        if most is None or self.participation < 1:
+            return
+        epsilons = [epsilon_of(number * cost, delta) for number in range(rounds + 1)]
+        if epsilons[-1] > most:
+            raise ConfigError(
+                f"privacy_max_epsilon is {most:g}, and {rounds} rounds cost every site epsilon {epsilons[-1]:.4g} "
+                f"(delta {delta:g}); rounds that fit: {sum(one <= most for one in epsilons) - 1}: set rounds to that, "
+                "raise privacy_noise, or agree on a larger epsilon"
+            )
 
     def check_method(self, method: Any, side: str) -> None:
         """Refuse a method that cannot learn from a side by itself, or takes its labels from elsewhere.

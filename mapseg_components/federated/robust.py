@@ -39,6 +39,9 @@ class TrimmedMean:
         (3.0, 95)
     """
 
+    alike = True
+    """Sites count alike in the log and the Score as well, those that are left out for some numbers among them."""
+
     def __init__(self, share: float = 0.2) -> None:
         if not 0 < share <= 0.5:
             raise ConfigError(f"share of a trimmed mean is {share!r}, expected a number above 0, at most 0.5")

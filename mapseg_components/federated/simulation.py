@@ -78,7 +78,7 @@ def simulate(
                 if plan.round_timeout_s is not None and update.seconds > plan.round_timeout_s:
                     raise FederationError(
                         f"{name}: took {update.seconds:.1f} s, round_timeout_s is {plan.round_timeout_s:g}: "
-                        "raise it, or lower client_steps"
+                        "raise it, or start anew with fewer client_steps"
                     )
                 coordinator.accept(update)
             except MAPSegError as error:

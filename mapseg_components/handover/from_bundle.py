@@ -22,6 +22,7 @@ from mapseg_components.files import sha256_of, write_json
 from mapseg_components.handover.fragments import faults_of_fragment, network_of, plain
 from mapseg_components.handover.package import MANIFEST, PARTS, SCHEMA, WEIGHTS, HandoverPackage, check_content
 from mapseg_components.handover.writing import rounded
+from mapseg_components.inferers.trial import TARGET_INVERTED
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.components import AFTER_NETWORK
@@ -45,7 +46,8 @@ def package_of_bundle(
     What the bundle's inference says is what the weights were trained with; sizes of training are those of its
     ``train.json``, or this version's. Validation Dice and volumes are taken from the run of ``mapseg adapt`` that wrote
     the bundle, where its folder still has them: no figure is worked out anew, for there is no source. Without them the
-    package has no mean Dice (of 0 scans), and no structure has a range of shares.
+    package has no mean Dice (of 0 scans), and no structure has a range of shares. Whether the bundle shows its scans
+    bright for dark goes along as ``target_inverted``.
 
     Args:
         bundle: its folder.
@@ -90,6 +92,7 @@ def package_of_bundle(
         "labels": labels,
         "foreground_mm": plain(used.get_parsed_content(EXTENT)) if EXTENT in used else None,
         "after_network": {name: plain(used.get_parsed_content(name)) for name in AFTER_NETWORK if name in used},
+        **({TARGET_INVERTED: used.get_parsed_content(TARGET_INVERTED)} if TARGET_INVERTED in used else {}),
         **figures_of(bundle, labels, digest),
         "versions": {"mapseg_components": __version__},
     }

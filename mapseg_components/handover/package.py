@@ -21,6 +21,7 @@ from mapseg_components.data import median_spacing
 from mapseg_components.errors import CheckpointError, ConfigError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.handover.fragments import faults_of_fragment, faults_of_value, network_of, plain
+from mapseg_components.inferers.trial import TARGET_INVERTED
 from mapseg_components.keys import IMAGE
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.components import AFTER_NETWORK
@@ -260,15 +261,41 @@ def check_content(content: Any, path: Path) -> None:
         sides = content.get("foreground_mm")  # `None`, or absent, where it is not known
         is_extent = isinstance(sides, list) and len(sides) == 3 and all(map(is_number(0.01, 10000), sides))
         wrong += [] if sides is None or is_extent else ["foreground_mm"]
+        wrong += [] if type(content.get(TARGET_INVERTED, False)) is bool else [TARGET_INVERTED]  # of a bundle alone
         after = content.get("after_network", {})  # absent where it is not known
         wrong += faults_of_after(after, content["labels"]) if isinstance(after, dict) else ["after_network"]
         wrong += [] if is_label_table(content["labels"]) else ["labels"]
-        dice = content["source_validation"]
-        wrong += [] if dice.get("mean") is None or is_number(0, 1)(dice["mean"]) else ["source_validation#mean"]
-        wrong += [] if is_whole(0, 10**6)(dice.get("scans")) else ["source_validation#scans"]
+        wrong += faults_of_figures(content["source_validation"], content["volumes"].get("structures") or {})
     if wrong:
         found = "; ".join(f"{name} is {shown(content, name)}" for name in wrong[:5])
-        raise ConfigError(f"{path} has missing or impossible values ({found}): {COPY_AGAIN}")
+        untold = any(name.startswith(("source_validation", "volumes")) for name in wrong)
+        instead = ", or ask for one with null in the place of figures that are not told" if untold else ""
+        raise ConfigError(f"{path} has missing or impossible values ({found}): {COPY_AGAIN}{instead}")
+
+
+def faults_of_figures(dice: Mapping[str, Any], structures: Any) -> list[str]:
+    """Parts of ``source_validation`` and ``volumes#structures`` that are neither figures nor ``None``, for a Dice or
+    the volumes of a structure that are not told."""
+    wrong = [] if "mean" in dice and is_dice(dice["mean"]) else ["source_validation#mean"]
+    wrong += [] if is_whole(0, 10**6)(dice.get("scans")) else ["source_validation#scans"]
+    by_structure = dice.get("structures", {})  # absent where it is not known
+    is_table = isinstance(by_structure, dict) and all(map(is_dice, by_structure.values()))
+    wrong += [] if is_table else ["source_validation#structures"]
+    if not isinstance(structures, dict):
+        return [*wrong, "volumes#structures"]
+    for name, one in structures.items():
+        volume = one.get("volume_mm3") if isinstance(one, dict) else None
+        ends = volume.get("range") if isinstance(volume, dict) else None
+        is_range = (
+            isinstance(ends, list) and len(ends) == 2 and all(map(is_number(0, 1e15), ends)) and ends[0] <= ends[1]
+        )
+        wrong += [] if one is None or is_range else [f"volumes#structures#{name}#volume_mm3"]
+    return wrong
+
+
+def is_dice(value: Any) -> bool:
+    """Predicate: a Dice, or ``None`` where it is not told."""
+    return value is None or is_number(0, 1)(value)
 
 
 def faults_of_after(after: Mapping[str, Any], labels: Mapping[str, int]) -> list[str]:
@@ -312,5 +339,8 @@ def shown(content: Mapping[str, Any], name: str) -> str:
     """A value (``a#b``) for a message, cut short."""
     value: Any = content
     for key in name.split("#"):
-        value = value[int(key)] if isinstance(value, list) else value.get(key, "absent")
+        if isinstance(value, list):
+            value = value[int(key)]
+        else:
+            value = value.get(key, "absent") if isinstance(value, dict) else "absent"
     return repr(value)[:80]

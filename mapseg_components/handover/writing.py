@@ -62,7 +62,7 @@ def write_handover(
             ``training``, what it may; each name to value.
         labels: structure name to label value.
         evaluator: of the source's validation scans; its key metric is MONAI's ``MeanDice`` with details.
-        cases: labelled source scans, for `volume_priors`.
+        cases: labelled source scans, for `volume_priors` and the voxel size; of label maps alone these are the images.
         min_scans: see `volume_priors`; of fewer scans no extent is written either.
         validation: further labelled scans, for what follows after the network alone.
 
@@ -87,7 +87,7 @@ def write_handover(
         "network": plain(network_config),
         "settings": plain(settings),
         "labels": dict(labels),
-        "spacing_mm": median_spacing([case[LABEL] for case in cases]),
+        "spacing_mm": median_spacing([case[IMAGE] for case in cases]),  # the label map of a picture may name no size
         "foreground_mm": None if without else median_extent([case[IMAGE] for case in cases], policy),
         "source_validation": validation_dice(evaluator, list(labels)),
         "volumes": volumes,

@@ -17,6 +17,8 @@ from mapseg_components.configs import parser_of
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import SOURCE, TARGET
 from mapseg_components.plans.bundle import check_epochs, check_network, configs_of, settled
+from mapseg_components.plans.federation import rounds_of
+from mapseg_components.plans.length import epochs_of_length
 from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, Stage, recipe_for, recipe_names
 from mapseg_components.plans.rounds import options_of, written_out
 from mapseg_components.sides import axis_across
@@ -25,6 +27,7 @@ __all__ = ["check_effects", "check_parties", "check_plan", "merged_config", "rea
 
 ROOTS = ("initialize", "run")  # of a config: what MONAI evaluates
 PLACES = ("ckpt_dir", "output_dir")  # of a stage, whatever a user sets
+SHARES, OF_PACKAGE = "prior_weight", "handover.yaml"  # a setting that the source answers; an overlay that has none
 NAME = re.compile(r"[@%](\w+(?:#\w+)*)")  # a reference or a macro
 Plan = Mapping[str, Any]
 
@@ -153,19 +156,29 @@ def check_effects(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> Non
 
 
 def check_parties(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
-    """Refuse what no party of a federation could do with its method and network; nothing where there is none.
+    """Refuse what a party without the source could not do, nor any party of a federation with its method and network.
 
     Args:
         recipe: see `merged_config`; plan and request likewise.
 
     Raises:
-        ConfigError: see `check_method` and `local_names` of `mapseg_components.federated.Plan`.
+        ConfigError: class shares are to be those of a source that is not there; or see `check_method`, `local_names`
+            and `check_budget` of `mapseg_components.federated.Plan`.
     """
     for stage in recipe.stages:
+        if (request["settings"] or {}).get(SHARES) and (stage.kind == FEDERATION or OF_PACKAGE in stage.overlays):
+            raise ConfigError(
+                f"settings: {SHARES} is {request['settings'][SHARES]!r}, and stage {stage.name} of method "
+                f"{recipe.name} learns from the target without the source, whose labels have the shares: set it to 0, "
+                "or take a method with the source in its last stage, such as mapseg"
+            )
         if stage.kind == FEDERATION:
             config = merged_config(stage, recipe, plan, request)
             parser = parser_of(config)
             federation = parser.get_parsed_content("federation")
+            own = request.get("adaptation_length")
+            rounds = rounds_of(config["max_epochs"], config["epoch_length"], config["rounds"])
+            federation.check_budget(epochs_of_length(rounds, request.get("length", 1.0) if own is None else own))
             for side in [TARGET, *([] if federation.server_steps == 0 else [SOURCE])]:
                 federation.check_method(config["method"], side)
             if federation.local_layers:

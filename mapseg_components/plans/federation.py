@@ -18,7 +18,7 @@ from mapseg_components.files import write_json
 from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_federation", "federation_names", "federation_settings", "sites_of"]
+__all__ = ["check_federation", "federation_names", "federation_settings", "rounds_of", "sites_of"]
 
 CONFIG = "federated.json"
 WIRING = {"imports", "run", "federation", "privacy"}
@@ -118,18 +118,14 @@ def federation_settings(
         output: folder of the stage, where the datalist of each site is written.
 
     Raises:
-        ConfigError: see `sites_of`; or a length is no number.
+        ConfigError: see `sites_of` and `rounds_of`.
     """
     cases = content["target_training"]
     wanted = asked.get(SITES, min(config[SITES], len(cases)))
     split = sites_of(cases, wanted, seed, content.get("target_heldout", ()))
-    lengths = [config["max_epochs"], config["epoch_length"], asked.get("rounds", config["rounds"])]
-    if not all(type(length) is int and length > 0 for length in lengths):
-        raise ConfigError(f"max_epochs, epoch_length and rounds are {lengths}, expected whole numbers above 0")
-    steps = lengths[0] * lengths[1]
-    rounds = min(lengths[2], steps)
+    rounds = rounds_of(config["max_epochs"], config["epoch_length"], asked.get("rounds", config["rounds"]))
     own = {name: "$None" if value is None else value for name, value in asked.items() if name in federation_names()}
-    server_steps = max(round(steps / rounds), 1)
+    server_steps = max(round(config["max_epochs"] * config["epoch_length"] / rounds), 1)
     datalists = {name: output / "datalists" / f"{name}.json" for name in split}
     for name, path in datalists.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +139,22 @@ def federation_settings(
         "max_epochs": rounds,
         "epoch_length": server_steps,
     }
+
+
+def rounds_of(max_epochs: Any, epoch_length: Any, rounds: Any) -> int:
+    """Rounds of a federation as long as a centralized adaptation, with a step in each at least.
+
+    Args:
+        max_epochs: of the adaptation; epoch_length likewise.
+        rounds: as asked for.
+
+    Raises:
+        ConfigError: a length is no number.
+    """
+    lengths = [max_epochs, epoch_length, rounds]
+    if not all(type(length) is int and length > 0 for length in lengths):
+        raise ConfigError(f"max_epochs, epoch_length and rounds are {lengths}, expected whole numbers above 0")
+    return int(min(rounds, max_epochs * epoch_length))
 
 
 def check_federation(

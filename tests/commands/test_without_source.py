@@ -21,6 +21,7 @@ from mapseg_components.checkpoints import write_atomic
 from mapseg_components.commands import adapt, check, predict
 from mapseg_components.commands.adapt_each import ScanAdaptation
 from mapseg_components.commands.assess import verdict_of
+from mapseg_components.commands.order import order_of_package
 from mapseg_components.commands.predict import fit_size
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.handover import HandoverPackage, package_of_bundle
@@ -463,6 +464,39 @@ def test_every_shipped_model_can_be_planned_and_written_as_a_bundle(name, scans,
     network.load_state_dict(torch.load(tmp_path / "run" / "stages" / "package" / "weights.pt", weights_only=True))
     formats = json.loads((tmp_path / "run" / "configs" / "metadata.json").read_text())["network_data_format"]
     assert len(formats["inputs"]["image"]["spatial_shape"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "shown"),
+    [("buda_seg", None, True), ("mapseg_adaptation", None, False), ("buda_seg", {"target_inverted": False}, False)],
+)
+def test_the_order_of_a_bundle_is_that_of_the_next_target_where_nothing_finds_it_out(
+    name, asked, shown, scans, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("mapseg_components.commands.training.run_stage", lambda *a, **k: 1.0)
+    call = {"package": name, "target": str(scans), "output": str(tmp_path / "run"), "settings": asked}
+    with pytest.raises(ConfigError, match="no epoch was validated"):
+        adapt(**call, random_contrasts=False, device="cpu")
+    for config in ("train", "inference"):
+        content = json.loads((tmp_path / "run" / "configs" / f"{config}.json").read_text())
+        assert content["target_inverted"] is shown
+    words = {
+        True: "Target scans are shown bright for dark, as the",
+        False: "Target scans are shown as they are, as the",
+    }
+    assert (words[shown] in caplog.text) is (asked is None)
+
+
+def test_packages_of_earlier_versions_say_nothing_of_the_order(package):
+    assert package.content["target_inverted"] is False
+    path = package.folder / "handover.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"target_inverted": "yes"}))
+    with pytest.raises(ConfigError, match="target_inverted is 'yes'"):
+        HandoverPackage(package.folder).labels  # noqa: B018
+    del content["target_inverted"]
+    path.write_text(json.dumps(content))
+    assert order_of_package(HandoverPackage(package.folder), {"random_contrasts": False, "settings": None}) == {}
 
 
 def test_a_single_scan_is_judged_by_its_tissue():

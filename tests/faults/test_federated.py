@@ -128,6 +128,25 @@ def test_too_few_sites_end_with_the_last_closed_round_on_disk(tmp_path, monkeypa
     assert same(resumed, run(tmp_path / "again", datalist, sites))
 
 
+def test_a_federation_goes_on_by_the_remedies_that_its_errors_name(tmp_path, monkeypatch):
+    """Fewer sites a round, larger limits, and a site more or less; what a step computes stays as it was."""
+    datalist, sites = make_federation(tmp_path, 2)
+    begun = {"min_sites": 2, "max_movement": 1e-9, "round_timeout_s": 60.0, "spacing_range_mm": [0.9, 1.1]}
+    run(tmp_path, datalist, sites, small_plan(rounds=1), **begun)
+    failing(monkeypatch, "site-2", DataError("scan-0: unreadable"), rounds=(1,))
+    with pytest.raises(FederationError, match=r"round 1 has 1 of min_sites 2 .*or with a lower min_sites"):
+        run(tmp_path, datalist, sites, **begun)
+    others = {"min_sites": 1, "max_movement": None, "round_timeout_s": 600.0, "spacing_range_mm": None}
+    others |= {"participation": 0.5, "privacy_max_epsilon": 9.0, "share_statistics": True, "statistics_min_scans": 3}
+    left = {"site-1": sites["site-1"]}
+    changed = small_settings(**begun | others | {"sites": left})
+    simulate(small_plan(min_sites=1), datalist, left, tmp_path / "m", tmp_path / "o", settings=changed)
+    assert [sorted(line["sites"]) for line in lines(tmp_path)] == [["site-1", "site-2"], ["site-1"]]
+    for name, value in {"rounds": 3, "client_steps": 1, "upload": "student", "privacy_noise": 1.0}.items():
+        with pytest.raises(ConfigError, match=rf"written with other settings .*{name} was"):
+            run(tmp_path, datalist, sites, **{**begun, name: value})
+
+
 # L3, L4: late and second updates
 
 
@@ -285,6 +304,21 @@ def test_other_settings_or_another_network_are_refused(tmp_path):
     assert tree(tmp_path / "m") == before
 
 
+def test_a_federation_that_starts_anew_leaves_the_files_of_the_one_before_aside(tmp_path, caplog):
+    datalist, sites = make_federation(tmp_path, 2)
+    run(tmp_path, datalist, sites, small_plan(rounds=2))
+    folders = {
+        "m": ["federation.previous.pt", "federation.pt", "model.pt", "model_selection.json"],
+        "o": ["history.jsonl", "rounds.jsonl"],
+    }
+    before = {name: (tmp_path / folder / name).read_bytes() for folder, names in folders.items() for name in names}
+    Coordinator(small_plan(), weights(), NAMES, tmp_path / "m", tmp_path / "o", resume=False)
+    for folder, names in folders.items():
+        found = {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir() if path.is_file()}
+        assert found == {f"{name}.earlier": before[name] for name in names}
+    assert "resume is false: renamed" in caplog.text and "to *.earlier" in caplog.text
+
+
 FULL_DISK = """
 import resource, signal, sys
 from tests.faults.test_federated import opened, closed, update, weights, small_plan, NAMES, Coordinator
@@ -335,24 +369,32 @@ def test_a_site_takes_no_weights_that_do_not_fit_or_are_not_finite(tmp_path):
 def test_a_task_without_the_identity_of_its_federation_is_refused():
     messages = pytest.importorskip("mapseg_components.federated.flare.messages", reason="nvflare is not installed")
     task = messages.from_broadcast(Broadcast(1, 3, weights(), "0123456789abcdef"), 2, "target")
-    assert messages.to_broadcast(task, "target").federation == "0123456789abcdef"
+    assert messages.to_broadcast(task, "target", 2).federation == "0123456789abcdef"
     for wrong in (None, "", 7, "$import os", "0123456789abcdef\n"):
         task.meta[messages.FEDERATION] = wrong
         with pytest.raises(FederationError, match="as identity of the federation, expected 16 hexadecimal digits"):
-            messages.to_broadcast(task, "target")
+            messages.to_broadcast(task, "target", 2)
+
+
+def test_a_task_of_another_number_of_rounds_is_refused():
+    messages = pytest.importorskip("mapseg_components.federated.flare.messages", reason="nvflare is not installed")
+    for rounds in (100, None):
+        task = messages.from_broadcast(Broadcast(1, 3, weights(), "0" * 16), rounds, "target")
+        with pytest.raises(FederationError, match=f"has {rounds} rounds, and rounds is 2 here.*the same number in"):
+            messages.to_broadcast(task, "target", 2)
 
 
 # data of a site
 
 
-def test_a_site_whose_scans_are_refused_is_refused_in_every_round(tmp_path, monkeypatch):
-    """What is wrong with the scans of a site on NVFlare does not pass because it was said once."""
+def answers_of_a_site(folder, monkeypatch, **settings):
+    """Kinds of errors that a site on NVFlare answers two rounds with, ``None`` for an update."""
     client = pytest.importorskip("mapseg_components.federated.flare.client", reason="nvflare is not installed")
     messages = pytest.importorskip("mapseg_components.federated.flare.messages")
-    _, sites = make_federation(tmp_path, 1)
-    settings = {"spacing_range_mm": [2.0, 3.0], "round_timeout_s": 300, "min_sites": 1}
-    write_parties(tmp_path / "parties", tmp_path / "own", "nowhere", sites, **settings)
-    monkeypatch.setenv("MAPSEG_PARTY_DIR", str(tmp_path / "parties"))
+    _, sites = make_federation(folder, 1)
+    settings = {"round_timeout_s": 300, "min_sites": 1, **settings}
+    write_parties(folder / "parties", folder / "own", "nowhere", sites, **settings)
+    monkeypatch.setenv("MAPSEG_PARTY_DIR", str(folder / "parties"))
     monkeypatch.setattr("sys.argv", ["client"])
     start = initial_weights(small_settings(), 0)
     tasks = [messages.from_broadcast(Broadcast(number, 0, start, "0" * 16), 2, "target") for number in range(2)]
@@ -366,7 +408,26 @@ def test_a_site_whose_scans_are_refused_is_refused_in_every_round(tmp_path, monk
     )
     monkeypatch.setattr(client, "flare", flare)
     client.main()
-    assert [answer.meta.get(messages.FAILED) for answer in answers] == ["DataError", "DataError"]
+    return [answer.meta.get(messages.FAILED) for answer in answers]
+
+
+def test_a_site_whose_scans_are_refused_is_refused_in_every_round(tmp_path, monkeypatch):
+    """What is wrong with the scans of a site on NVFlare does not pass because it was said once."""
+    assert answers_of_a_site(tmp_path, monkeypatch, spacing_range_mm=[2.0, 3.0]) == ["DataError", "DataError"]
+
+
+def test_a_site_stays_whatever_its_error_is(tmp_path, monkeypatch, caplog):
+    """MONAI wraps what a component refuses, and other errors have no class of ours."""
+    wrapped = answers_of_a_site(tmp_path / "wrapped", monkeypatch, confidence_threshold=2.0)
+    assert wrapped == ["ConfigError", "ConfigError"] and "ConfigError: confidence_threshold is 2.0" in caplog.text
+    failing(monkeypatch, "site-1", ZeroDivisionError("a bug"), rounds=(0,))
+    assert answers_of_a_site(tmp_path / "bug", monkeypatch) == ["ZeroDivisionError", None]
+    assert "Traceback" in caplog.text
+
+
+def test_a_site_with_other_rounds_than_the_server_is_refused(tmp_path, monkeypatch, caplog):
+    assert answers_of_a_site(tmp_path, monkeypatch, rounds=3) == ["FederationError", "FederationError"]
+    assert "the server's federation has 2 rounds, and rounds is 3 here" in caplog.text
 
 
 def test_a_site_without_scans_is_named(tmp_path):

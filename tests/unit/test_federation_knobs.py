@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from mapseg_components.checkpoints import read_checked, write_atomic
+from mapseg_components.commands.request import ADDED, resumed
 from mapseg_components.errors import ConfigError, FederationError
 from mapseg_components.federated import (
     Broadcast,
@@ -21,6 +23,7 @@ from mapseg_components.federated import (
     Site,
     TrimmedMean,
     Update,
+    WeightedMean,
     simulate,
 )
 from mapseg_components.federated.kept import moments_of, restore_moments
@@ -53,6 +56,23 @@ def test_a_site_far_away_moves_no_number_beyond_the_others():
             rule.add({"w": torch.full((2, 3), value), "n": torch.tensor(4)}, 1000 if value > 10 else 1)
         found = rule.result()
         assert bool((found["w"] >= -1).all() and (found["w"] <= 3).all()) and found["n"].item() == 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights"),
+    [(WeightedMean, [0.1, 0.2, 0.7]), (CoordinateMedian, [1 / 3] * 3), (lambda: TrimmedMean(0.3), [1 / 3] * 3)],
+)
+def test_log_and_score_weight_sites_as_the_aggregation_does(tmp_path, rule, weights):
+    plan = small_plan(rounds=1, aggregation=rule)
+    coordinator = Coordinator(plan, {"w": torch.zeros(2, 3)}, ["a"], tmp_path, tmp_path / "o")
+    coordinator.start()
+    coordinator.accept_source(update("server", 0, 1.0))
+    for site, scans, loss in (("a", 1, 0.3), ("b", 2, 0.5), ("c", 7, 0.9)):
+        coordinator.accept(dataclasses.replace(update(site, 0, 2.0, loss), scans=scans))
+    line = coordinator.close()
+    assert [line["sites"][site]["weight"] for site in "abc"] == pytest.approx(weights)
+    assert line["score"] == pytest.approx(-np.dot(weights, [0.3, 0.5, 0.9]))
+    assert [line["sites"][site]["scans"] for site in "abc"] == [1, 2, 7]
 
 
 def distance(found, expected):
@@ -162,7 +182,7 @@ def test_the_last_round_is_shipped_after_one_more_pass_of_the_server_also_if_it_
     assert (
         first.start().federation
         == again.start().federation
-        != Coordinator(plan, first.weights, ["a"], tmp_path, tmp_path / "o", resume=False).start().federation
+        != Coordinator(plan, first.weights, ["a"], tmp_path / "anew", tmp_path / "o").start().federation
     )
     assert again.unfinished and again.start().weights["w"].unique().tolist() == [2.0]
     assert read_checked(tmp_path / "model.pt")["w"].unique().tolist() == [20.0]  # of the round before
@@ -292,6 +312,15 @@ def test_settings_of_the_federation_are_checked_before_any_training_of_the_sourc
     with pytest.raises(ConfigError, match=r"the federation's settings cannot be used .*Median"):
         check_federation(recipe, {"aggregation": "$mapseg_components.federated.Median"}, CASES, [], 0)
     check_federation(read_recipe("mapseg"), {"ship": "mean"}, CASES, [], 0)  # no setting of that method
+
+
+def test_a_run_goes_on_with_other_limits_of_a_round_and_not_with_other_rounds(tmp_path):
+    request = {"method": "federated", "settings": {"min_sites": 3, "round_timeout_s": 5}}
+    (tmp_path / "run.json").write_text(json.dumps({"request": request, "done": ["source"]}))
+    now = ADDED | {"method": "federated", "settings": {"min_sites": 2, "privacy_max_epsilon": 9.0}}
+    assert resumed(tmp_path / "run.json", now) == {"request": now, "done": ["source"]}
+    with pytest.raises(ConfigError, match=r"holds a run with other arguments .*'rounds': 3"):
+        resumed(tmp_path / "run.json", now | {"settings": {"min_sites": 2, "rounds": 3}})
 
 
 def test_a_federation_is_as_long_as_the_centralized_adaptation_and_starts_from_the_same_stages(tmp_path):

@@ -25,7 +25,9 @@ from mapseg_components.handover import (
 )
 from mapseg_components.handover.fragments import network_of
 from mapseg_components.networks import GlobalLocalDeepLabV3
+from mapseg_components.plans.package import figures_of
 from tests.conftest import write_nifti
+from tests.pictures import write_picture
 
 LABELS = {"first": 1, "second": 2}
 NETWORK = {
@@ -158,6 +160,20 @@ def test_the_extent_of_what_scans_show_is_written_unless_they_are_few(tmp_path, 
         places = (tmp_path / f"package{scans}", tmp_path / "weights.pt")
         write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, scans)
         assert HandoverPackage(places[0]).content["foreground_mm"] == expected
+
+
+def test_the_pixel_size_is_that_of_the_images_whatever_their_label_maps_name(tmp_path, tiny_network):
+    labels = np.pad(np.repeat(np.uint8([[1, 2]]), [9, 6], axis=1).repeat(7, axis=0), 3)
+    cases = []
+    for number, dots in enumerate((254000, 254000, 508000)):  # an inch: 0.1 and 0.05 micrometres a pixel
+        image = write_picture(tmp_path / "images" / f"{number}.png", 80 * labels + 9, dpi=(dots, dots))
+        cases.append({"image": image, "label": write_picture(tmp_path / "labels" / f"{number}.png", labels)})
+    write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
+    places = (tmp_path / "package", tmp_path / "weights.pt")
+    write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, 2)
+    content = HandoverPackage(tmp_path / "package").content
+    assert content["spacing_mm"] == median_spacing([case["image"] for case in cases]) == [0.1, 0.1, 0.1]
+    assert content["spacing_mm"] != median_spacing([case["label"] for case in cases])
 
 
 def test_packages_of_earlier_versions_name_no_extent(package):
@@ -324,6 +340,15 @@ def test_a_missing_file_is_named(package, name):
         ({"weights__sha256": "../../etc"}, "weights#sha256 is '../../etc'"),
         ({"spacing_mm": [1.0, 1.0]}, "spacing_mm is [1.0, 1.0]"),
         ({"source_validation__mean": 7}, "source_validation#mean is 7"),
+        ({"source_validation": {"scans": 2}}, "source_validation#mean is 'absent'"),
+        ({"source_validation__structures": [0.5]}, "source_validation#structures is [0.5]"),
+        ({"source_validation__structures__first": 2}, "source_validation#structures is {'first': 2"),
+        ({"volumes__structures": [1]}, "volumes#structures is [1]"),
+        ({"volumes__structures__first": {"scans": 2}}, "volumes#structures#first#volume_mm3 is 'absent'"),
+        ({"volumes__structures__first": 7}, "volumes#structures#first#volume_mm3 is 'absent'"),
+        ({"volumes__structures__first__volume_mm3": {"mean": 9}}, "volumes#structures#first#volume_mm3 is {'mean': 9}"),
+        ({"volumes__structures__first__volume_mm3__range": [9, 1]}, "'range': [9, 1]"),
+        ({"volumes__structures__a#b": {}}, "volumes#structures#a#b#volume_mm3 is 'absent'"),
     ],
 )
 def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, changes, words):
@@ -333,6 +358,15 @@ def test_impossible_values_are_refused_by_name(package, tmp_path, monkeypatch, c
         HandoverPackage(package).settings  # noqa: B018
     assert words in str(caught.value) and str(package / "handover.json") in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "SENTINEL").exists()
+
+
+def test_figures_that_are_not_told_are_null_and_not_left_out(package):
+    change(package, source_validation__mean=None, volumes__structures__first=None)
+    untold = HandoverPackage(package)
+    assert untold.share_ranges == {} and figures_of(untold)["ranges_ml"] == {}
+    change(package, volumes__structures__first={"scans": 2})
+    with pytest.raises(ConfigError, match="copy the whole package again, or ask for one with null in the place of"):
+        HandoverPackage(package).share_ranges  # noqa: B018
 
 
 def test_a_network_that_cannot_be_made_is_an_error_of_the_package(package):

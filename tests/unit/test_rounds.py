@@ -14,8 +14,9 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import DynUNet
 
 from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.federated.privacy import epsilon_of
 from mapseg_components.plans.bundle import check_epochs, check_names, settled
-from mapseg_components.plans.effects import check_effects, read_by
+from mapseg_components.plans.effects import check_effects, check_parties, read_by
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
 from mapseg_components.plans.recipes import PSEUDO_LABELS, read_recipe
 from mapseg_components.plans.rounds import check_options, divided, options_of, written_out
@@ -246,6 +247,35 @@ def test_a_setting_is_refused_where_no_stage_of_the_method_refers_to_it(method, 
             ConfigError, match=rf"settings \['{name}'\] have no effect, .* {method} in preset single-gpu"
         ):
             check_effects(recipe, plan, {**request_of(**{name: 1}), **request})
+
+
+@pytest.mark.parametrize("method, stage", [("federated", "federation"), ("test_time", "adaptation")])
+def test_class_shares_of_a_source_are_refused_where_the_last_stage_has_none(method, stage):
+    recipe, plan = read_recipe(method), plan_of("small-data-cpu")
+    request = {"random_contrasts": True, "pretraining": True}
+    with pytest.raises(ConfigError, match=rf"prior_weight is 0\.1, and stage {stage} of method {method} learns from"):
+        check_parties(recipe, plan, {**request_of(prior_weight=0.1), **request})
+    check_parties(recipe, plan, {**request_of(prior_weight=0), **request})
+    check_parties(read_recipe("mapseg"), plan, {**request_of(prior_weight=0.1), **request})
+
+
+def test_a_privacy_budget_that_ends_before_the_last_round_is_refused_before_any_stage():
+    """An update at noise 5 costs mu squared 0.16; 20 rounds are the recipe's."""
+    recipe, plan = read_recipe("federated"), plan_of("small-data-cpu")
+    noise = {"privacy_clip": 0.003, "privacy_noise": 5.0}
+    request = {**request_of(**noise, privacy_max_epsilon=5.0), "random_contrasts": True, "pretraining": True}
+    fit = max(number for number in range(20) if epsilon_of(0.16 * number, 1e-5) <= 5)
+    assert 0 < fit < 20
+    with pytest.raises(
+        ConfigError, match=rf"20 rounds cost every site epsilon 8\.7.*rounds that fit: {fit}: set rounds"
+    ):
+        check_parties(recipe, plan, request)
+    for changes in ({"rounds": fit}, {"participation": 0.5}, {"privacy_max_epsilon": 9.0}):
+        check_parties(recipe, plan, request | {"settings": request["settings"] | changes})
+    check_parties(recipe, plan, request | {"length": fit / 20})
+    check_parties(recipe, plan, request | {"adaptation_length": fit / 20})
+    with pytest.raises(ConfigError, match=f"{fit + 1} rounds cost"):
+        check_parties(recipe, plan, request | {"settings": request["settings"] | {"rounds": fit + 1}})
 
 
 def test_what_is_read_is_followed_through_lists_macros_and_parts_but_not_what_is_disabled():

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site's process in an NVFlare federation: ``python -m mapseg_components.federated.flare.client --side target``.
 
-NVFlare starts it, by the job's command, in the site's environment. It reads the site's settings (`Party`), and
-takes weights, two counts and an identity from each task; a config, code or a path that a server might send is not
-looked at.
+NVFlare starts it, by the job's command, in the site's environment. It reads the site's settings (`Party`), takes
+weights, two counts and an identity from each task, and compares the number of rounds; a config, code or a path that a
+server might send is not looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import nvflare.client as flare
 import torch
 
-from mapseg_components.errors import MAPSegError
+from mapseg_components.errors import user_error
 from mapseg_components.federated.flare.messages import from_update, refusal, to_broadcast
 from mapseg_components.federated.flare.party import Party
 from mapseg_components.keys import SOURCE, TARGET
@@ -43,11 +43,12 @@ def main() -> None:
                 checked = Party.read(flare.get_site_name()).site(side)
                 checked.check()
                 site = checked
-            task = to_broadcast(model, side)
+            task = to_broadcast(model, side, site.plan.rounds)
             answer = from_update(site.train(task), task.weights if given.differences else None)
-        except MAPSegError as error:
-            logger.error(f"{type(error).__name__}: {error}")
-            answer = refusal(error)
+        except Exception as error:  # MONAI wraps what a component refuses; the site stays whatever it was
+            known = user_error(error) or error
+            logger.error(f"{type(known).__name__}: {known}", exc_info=known is error)
+            answer = refusal(known)
         flare.send(answer)
 
 

@@ -47,16 +47,27 @@ def from_broadcast(broadcast: Broadcast, rounds: int, side: str) -> FLModel:
     )
 
 
-def to_broadcast(model: FLModel, side: str) -> Broadcast:
+def to_broadcast(model: FLModel, side: str, rounds: int) -> Broadcast:
     """What a site takes from a task: tensors, two counts and an identity; whatever else came along is not looked at.
 
+    Args:
+        model: the task.
+        side: of the site.
+        rounds: of the site's plan, which the learning rate of a round follows from; compared with the server's.
+
     Raises:
-        FederationError: the task is for the other side, its counts are no counts, or its identity is none.
+        FederationError: the task is for the other side or of another number of rounds, its counts are no counts, or its
+            identity is none.
     """
     meta = model.meta or {}
     if meta.get(SIDE) != side:
         raise FederationError(
             f"the server sent a task for the {meta.get(SIDE)!r} side, expected {side!r}: correct source_site of the job"
+        )
+    if model.total_rounds != rounds:
+        raise FederationError(
+            f"the server's federation has {str(model.total_rounds)[:20]} rounds, and rounds is {rounds} here, so that "
+            "learning rates would differ: set rounds to the same number in the settings of both"
         )
     counts = {key: meta.get(key) for key in (ROUND, STEPS)}
     if not all(type(value) is int and value >= 0 for value in counts.values()):
