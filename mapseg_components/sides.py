@@ -120,7 +120,7 @@ def axis_across(
         directions: as for `across_body`.
 
     Raises:
-        ConfigError: a structure's name says a side, or all axes are oblique.
+        ConfigError: a structure's name says a side, or axes are more than 17 degrees oblique.
 
     Examples:
         >>> from mapseg_components.sides import axis_across
@@ -132,7 +132,7 @@ def axis_across(
     refuse_sides(option, labels)
     across = across_body(directions)
     axis = int(np.argmax(across))
-    if across[axis] <= 1 - ACROSS:
+    if any(share >= ACROSS for other, share in enumerate(across) if other != axis):
         raise ConfigError(
             f"{option} mirrors left and right, and no axis of the scans as they are segmented runs between them "
             f"(working_directions is {directions}): leave {option} out"

@@ -664,6 +664,8 @@ def test_masks_and_pixel_sizes_stand_beside_test_images_under_their_names(scans,
     (tmp_path / "x" / "pixel_size.json").write_text(json.dumps({"PixelSize": 0.25, "PixelSizeUnits": "um"}))
     content["test"] = [{"image": "x/1.png", "label": "y/1.png", "case_id": "first"}]
     content["target"] = [{"image": "t/2.png", "mask": "t/other_mask.png", "case_id": "second"}]
+    twin = {**content, "test": [{"image": "x/1.png", "label": "x/1_mask.png"}]}
+    assert "mask" not in read_task(write_task(scans, twin)).parts["test"][0], "the truth is not shown to a method"
     inputs = write_inputs(read_task(write_task(scans, content)), tmp_path / "inputs")
     for folder in (inputs.images, inputs.truth):
         assert sorted(path.name for path in folder.iterdir()) == ["first.json", "first.png", "first_mask.png"]

@@ -20,14 +20,13 @@ import yaml
 
 from mapseg_components.commands.adapt import adapt
 from mapseg_components.data import load_datalist
-from mapseg_components.data.datalist import labels_file, list_scans
+from mapseg_components.data.datalist import labels_file, list_scans, with_mask
 from mapseg_components.data.layouts import labels_of_scans
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import sha256_of, write_json
 from mapseg_components.keys import MASK
 from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.masks import MASK as MASK_OF
-from mapseg_components.scans.masks import mask_beside
 from mapseg_components.scans.pixel_size import pixel_size_of
 from mapseg_components.structures import structures_of
 
@@ -188,8 +187,8 @@ def cases_of(content: Any, base: Path, origin: str, labelled: bool) -> list[Case
         if lacking:
             raise ConfigError(f"{origin}, entry {number} is {entry!r}, expected {' and '.join(keys)}, each a path")
         case = {key: str((base / given[key]).absolute()) for key in keys}
-        mask = given.get(MASK) or mask_beside(case["image"])
-        case |= {MASK: str((base / mask).absolute())} if mask else {}
+        named = {MASK: str((base / given[MASK]).absolute())} if given.get(MASK) else {}
+        case = with_mask(case | named)
         found.append(case | {"case_id": str(given.get("case_id") or stem_of(given["image"]))})
     unsafe = [case["case_id"] for case in found if not re.fullmatch(r"\w[\w.\- ]*", case["case_id"])]
     if unsafe:

@@ -17,7 +17,7 @@ from mapseg_components.boxes import corner_distance
 from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.file_audit import GEOMETRY_TOLERANCE_MM
-from mapseg_components.data.label_maps import label_maps, matched, without_channels
+from mapseg_components.data.label_maps import ENDINGS_OF_RESULTS, label_maps, matched, without_channels
 from mapseg_components.data.labels import label_mapping, named_beside, numbered
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
@@ -224,7 +224,9 @@ def on_grid(path: Path, truth: np.ndarray, affine: np.ndarray, origin: Path) -> 
 
 def outside_of_case(truth: Path, case: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """Where a case counts nowhere, by a mask beside its true label map; ``None`` without. Raises `DataError`."""
-    mask = mask_beside(truth.with_name(f"{case or stem(truth)}{truth.suffix}"))
+    names = [case, stem(truth), ENDINGS_OF_RESULTS.sub("", stem(truth))]
+    masks = [mask_beside(truth.with_name(f"{name}{truth.suffix}")) for name in names if name]
+    mask = next((one for one in masks if one not in (None, truth)), None)
     outside = None if mask is None else np.asarray(read_nifti(mask).voxels == 0)
     if outside is not None and outside.shape != shape:
         raise fault(

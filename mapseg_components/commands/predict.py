@@ -221,7 +221,7 @@ def fit_size(
     if not (isinstance(known, list) and len(known) == 3 and all(type(s) in (int, float) and s > 0 for s in known)):
         raise ConfigError(f"{FOREGROUND} of bundle {home} is {known!r}, expected three lengths in mm, or null")
     found_before = earlier_spacings(earlier) if match and earlier is not None else {}
-    if found_before.get("working_spacing") not in (None, bundle["working_spacing"]):
+    if "working_spacing" in found_before:
         for name, value in found_before.items():
             bundle[name] = value
         logger.warning(f"match_size: the model works on voxels of {bundle['working_spacing']} mm as before.")

@@ -68,7 +68,8 @@ def scan_statistics(scan: Scan) -> ScanStatistics | None:
         float(np.percentile(voxels.ravel()[:: max(voxels.size // MOST_VOXELS, 1)], BRIGHTEST)),
         np.nextafter(lowest, highest),
     )
-    faces = np.concatenate([np.take(above, end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    axes = [axis for axis in range(3) if above.shape[axis] > 1]  # both faces of a single slice are all of it
+    faces = np.concatenate([np.take(above, end, axis).ravel() for axis in axes for end in (0, -1)])
     scaled = np.clip((drawn - lowest) / (top - lowest), 0, 1)
     box = tuple(slice(*limits) for limits in box_of(above))
     return ScanStatistics(

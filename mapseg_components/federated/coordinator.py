@@ -48,8 +48,8 @@ class Coordinator:
     target loss, weighted by their scans, or alike where the aggregation takes them so), or of the last one, with
     ``model_selection.json``; in ``output_dir``, ``rounds.jsonl``, a line per round, and its main figures as
     ``history.jsonl``, as of any training. Each is written whole or not at all; nothing changes on disk before a round
-    is closed. Where the plan ships what the server sends next, `unfinished` says after the last round whether it is
-    still to be made, for `finish`.
+    is closed, but that a federation which starts anew sets the files of the one before aside. Where the plan ships what
+    the server sends next, `unfinished` says after the last round whether it is still to be made, for `finish`.
 
     Args:
         plan: settings of the federation.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mapseg_components.configs import running_settings
-from mapseg_components.errors import ConfigError, FederationError, MAPSegError
+from mapseg_components.errors import ConfigError, FederationError, user_error
 from mapseg_components.federated.coordinator import Coordinator
 from mapseg_components.federated.plan import Plan
 from mapseg_components.federated.site import Site, class_names, initial_weights
@@ -81,8 +81,11 @@ def simulate(
                         "raise it, or start anew with fewer client_steps"
                     )
                 coordinator.accept(update)
-            except MAPSegError as error:
-                coordinator.exclude(name, error)
+            except Exception as error:  # MONAI wraps what a component refuses
+                known = user_error(error)
+                if known is None:
+                    raise
+                coordinator.exclude(name, known)
         coordinator.close()
     if coordinator.unfinished and server is not None:
         coordinator.finish(server.train(coordinator.start()))

@@ -91,11 +91,11 @@ class EpochHistory:
 
     def _reset(self, engine: Engine) -> None:
         engine.state.metrics.clear()
-        self._learning_rate = self.optimizer.param_groups[0]["lr"]  # at the end the schedule may have stepped
         if engine.state.iteration % engine.state.epoch_length == 0:  # else it was resumed within the epoch
             self._sums, self._counts, self._started = {}, {}, time.monotonic()
 
     def _accumulate(self, engine: Engine) -> None:
+        self._learning_rate = self.optimizer.param_groups[0]["lr"]  # at the epoch's end the schedule may have stepped
         for name, value in loss_terms(engine).items():
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1

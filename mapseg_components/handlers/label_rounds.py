@@ -19,6 +19,8 @@ from mapseg_components.handlers.ema_teacher import EMATeacher
 
 __all__ = ["PseudoLabelRounds"]
 
+PLACE = ("last_epoch", "_step_count", "_last_lr", "T_cur")  # of a schedule, by PyTorch's names; not its length
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,7 +78,7 @@ class PseudoLabelRounds(EMATeacher):
         self.lr_scheduler = lr_scheduler
         self.round = 0
         self.first: dict[str, torch.Tensor] = {}  # the student's weights in the first round, for ``reinitialise``
-        self.rates: dict[str, Any] = {}  # state of the schedule and settings of the optimizer in it
+        self.rates: dict[str, Any] = {}  # where the schedule stands in it, and settings of the optimizer
 
     def round_of(self, epoch: int, epochs: int) -> int:
         """Number of the round, from 1, that an epoch (from 1) of so many belongs to; 0 in the warm-up."""
@@ -116,13 +118,14 @@ class PseudoLabelRounds(EMATeacher):
         groups = self.optimizer.param_groups
         if first:
             self.first = weights_of(self.student)
-            schedule = {} if self.lr_scheduler is None else copy.deepcopy(self.lr_scheduler.state_dict())
+            stands = {} if self.lr_scheduler is None else self.lr_scheduler.state_dict()
             kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-            self.rates = {"schedule": schedule, "groups": kept}
+            self.rates = copy.deepcopy({"at": {key: stands[key] for key in PLACE if key in stands}, "groups": kept})
             return
         self.student.load_state_dict(self.first)
         self.optimizer.state.clear()
         if self.lr_scheduler is not None and self.rates:  # a run that began before they were kept has none
-            self.lr_scheduler.load_state_dict(copy.deepcopy(self.rates["schedule"]))
+            cycle = {"T_i": self.lr_scheduler.T_0} if hasattr(self.lr_scheduler, "T_0") else {}  # the first one
+            self.lr_scheduler.load_state_dict(copy.deepcopy(self.rates["at"]) | cycle)
             for group, first_group in zip(groups, self.rates["groups"]):
                 group.update(first_group)

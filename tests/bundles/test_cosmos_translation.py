@@ -145,3 +145,14 @@ def test_settings_that_cannot_work_end_the_run_and_leave_no_weights(made, tmp_pa
         train(TRANSLATION, tmp_path, made / "data", **settings)
     assert message in str(user_error(raised.value))
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("epochs, after", [(2, 0), (5, 1), (16, 5), (50, 5)])
+def test_short_trainings_segment_translated_slices_as_well_and_keep_nothing_of_random_weights(epochs, after):
+    parser = ConfigParser(ConfigParser.load_config_file(TRANSLATION / "configs" / "train.json"))
+    parser["max_epochs"] = epochs
+    assert parser.get_parsed_content("translated_segmentation_after") == after
+    parser["translators"] = torch.nn.Linear(1, 1)
+    average = parser.get_parsed_content("average")
+    average.start()
+    assert average.followed(epochs * parser["epoch_length"]) > 0.999

@@ -13,8 +13,9 @@ import pytest
 
 from mapseg_components.commands import check
 from mapseg_components.commands.main import main
-from mapseg_components.data.scan_statistics import coarse
+from mapseg_components.data.scan_statistics import coarse, scan_statistics
 from mapseg_components.reports import text_table
+from mapseg_components.scans.nifti import read_nifti
 from tests.conftest import SAMPLE, make_dataset, write_nifti
 from tests.faults import damage
 from tests.pictures import write_picture
@@ -254,3 +255,10 @@ def test_a_mask_of_an_image_without_labels_is_looked_at(tmp_path):
     write_picture(tmp_path / "a_mask.png", np.ones((10, 10), np.uint8))
     report = check(str(tmp_path), quiet=True)
     assert any("mask of shape (10, 10, 1), its scan (50, 40, 1)" in finding.what for finding in report.findings)
+
+
+def test_an_image_with_nothing_around_is_masked_as_a_volume_is(tmp_path):
+    voxels = np.zeros((60, 60, 1), np.float32)
+    voxels[20:40, 20:40] = np.random.default_rng(0).uniform(1, 2, (20, 20, 1))
+    for name, shown in (("image", voxels), ("volume", np.pad(voxels, ((0, 0), (0, 0), (2, 2))))):
+        assert scan_statistics(read_nifti(write_nifti(tmp_path / f"{name}.nii.gz", shown))).border_share == 1

@@ -290,3 +290,11 @@ def test_the_mask_beside_a_truth_is_one_whatever_the_ending_of_its_name(tmp_path
     assert row["dice"] == 1 and row["truth_voxels"] == truth[7:].sum()
     with pytest.raises(DataError, match="are both label maps of 'a'"):
         evaluate(tmp_path / "pred", tmp_path / "wrong", quiet=True)
+    single = evaluate(tmp_path / "pred" / "a.png", tmp_path / "truth" / "a_seg.png", quiet=True).rows[0]
+    assert single["dice"] == 1
+    for names in (("a_0000.png", "a_0000_mask.png"), ("a_seg.png", "a_seg_mask.png")):
+        for name, voxels in zip(names, (truth, mask)):
+            write_picture(tmp_path / names[0][:-4] / name, voxels)
+        assert evaluate(tmp_path / "pred", tmp_path / names[0][:-4], quiet=True).rows[0]["dice"] == 1
+    write_picture(tmp_path / "alone" / "a_mask.png", truth)  # a label map, as nothing else is one of its case
+    assert evaluate(tmp_path / "pred", tmp_path / "alone", quiet=True).rows[-1]["dice"] < 1

@@ -559,6 +559,12 @@ def test_a_run_of_predict_goes_on_at_the_size_it_found_whatever_scans_there_are_
     again = call(bodies, continue_prediction=True)
     assert again["settings"]["working_spacing"] == [1.0, 1.0, 1.0] and len(again["scans"]) == 5
     assert "works on voxels of [1.0, 1.0, 1.0] mm as before" in caplog.text
+    settings = {"working_spacing": [2.0, 2.0, 2.0]}  # as of a first run that found no other size
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"settings": settings}))
+    bundle = open_bundle(of_larger, [], {"bundle_root": str(of_larger)}, [], (), False, False)
+    fit_size(bundle, of_larger, target_cases(str(bodies))[:2], True, manifest)
+    assert bundle["working_spacing"] == [2.0, 2.0, 2.0]
 
 
 def test_a_scan_too_large_for_memory_says_nothing_of_the_size_of_the_others(bodies, monkeypatch):

@@ -206,6 +206,28 @@ def test_one_pass_over_the_scans_is_a_round_of_null_steps(tmp_path):
     assert line["bytes_from_sites"] == 2 * payload_bytes(initial_weights(small_settings(), 0))
 
 
+@pytest.mark.parametrize("cause", [ConfigError("teacher_views is wrong"), ValueError("a bug")])
+def test_a_simulated_round_goes_on_without_a_site_that_refuses_its_settings(tmp_path, monkeypatch, cause):
+    """MONAI wraps what a component says in an error of its own."""
+    train = Site.train
+
+    def refusing(self, task):
+        if self.name == "site-1":
+            raise RuntimeError("Failed to instantiate a component") from cause
+        return train(self, task)
+
+    monkeypatch.setattr(Site, "train", refusing)
+    datalist, sites = make_federation(tmp_path, 2)
+    plan = small_plan(rounds=1, min_sites=1)
+    if isinstance(cause, ValueError):
+        with pytest.raises(RuntimeError, match="Failed to instantiate"):
+            simulate(plan, datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings())
+        return
+    simulate(plan, datalist, sites, tmp_path / "m", tmp_path / "o", settings=small_settings())
+    (line,) = [json.loads(line) for line in (tmp_path / "o" / "rounds.jsonl").read_text().splitlines()]
+    assert list(line["sites"]) == ["site-2"] and line["excluded"] == {"site-1": "teacher_views is wrong"}
+
+
 def test_the_round_with_the_highest_score_becomes_the_model(tmp_path):
     coordinator = Coordinator(small_plan(rounds=3, min_sites=1), {"w": torch.zeros(2)}, ["a"], tmp_path, tmp_path / "o")
     for number, loss in enumerate([0.5, 0.2, 0.4]):

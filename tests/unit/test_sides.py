@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from mapseg_components.errors import ConfigError
@@ -108,9 +109,14 @@ def test_the_axis_between_left_and_right_is_that_of_the_frame():
     assert axis_across("flip_tta", ["heart"], sagittal) == 2
     with pytest.raises(ConfigError, match=r"flip_tta mirrors.*Lung_Lt"):
         axis_across("flip_tta", ["Lung_Lt"], sagittal)
-    oblique = [[0.7, 0.7, 0.0], [-0.7, 0.7, 0.0], [0.0, 0.0, 1.0]]
-    with pytest.raises(ConfigError, match=r"symmetric mirrors left and right, and no axis.*leave symmetric out"):
-        axis_across("symmetric", ["heart"], oblique)
+    for degrees in (5, 15, 20, 45):
+        far, near = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
+        oblique = [[near, far, 0.0], [-far, near, 0.0], [0.0, 0.0, 1.0]]
+        if degrees < 17:
+            assert axis_across("symmetric", ["heart"], oblique) == 0
+            continue
+        with pytest.raises(ConfigError, match=r"symmetric mirrors left and right, and no axis.*leave symmetric out"):
+            axis_across("symmetric", ["heart"], oblique)
 
 
 def test_structures_without_names_may_have_sides():

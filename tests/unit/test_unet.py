@@ -117,7 +117,7 @@ def test_the_autoencoders_encoder_is_the_networks(network):
 @pytest.mark.parametrize("epochs", range(1, 11))
 def test_the_schedule_fits_any_number_of_epochs(epochs):
     parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "unet.yaml"))
-    parser["max_epochs"] = epochs
+    parser["schedule_epochs"] = epochs
     parser["optimizer"] = optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     schedule, rates = parser.get_parsed_content("lr_scheduler"), []
     for _ in range(epochs):

@@ -46,9 +46,9 @@ def main() -> None:
             task = to_broadcast(model, side, site.plan.rounds)
             answer = from_update(site.train(task), task.weights if given.differences else None)
         except Exception as error:  # MONAI wraps what a component refuses; the site stays whatever it was
-            known = user_error(error) or error
-            logger.error(f"{type(known).__name__}: {known}", exc_info=known is error)
-            answer = refusal(known)
+            known = user_error(error)
+            logger.error(f"{type(known or error).__name__}: {known or error}", exc_info=known is None)
+            answer = refusal(known or error)
         flare.send(answer)
 
 
