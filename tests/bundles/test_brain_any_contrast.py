@@ -21,8 +21,8 @@ ADULTS = ROOT / "sample" / "adult_t1_to_t2"
 TISSUES = {"white matter": [[9], [3]], "grey matter": [[1, 2, 3, 4, 5, 6, 7, 10], [2]]}
 
 
-# T1w of one person, T2w of another one; the Dice of the weights is 0.74 and 0.57
-@pytest.mark.parametrize(("section", "least"), [("validation", 0.7), ("test", 0.55)])
+# T1w of one person, T2w of another one; the Dice of the weights is 0.73 and 0.61
+@pytest.mark.parametrize(("section", "least"), [("validation", 0.7), ("test", 0.6)])
 def test_white_matter_is_found_in_both_contrasts(section, least, tmp_path):
     for kind in ("images", "labels"):
         first = sorted((ADULTS / section / kind).iterdir())[0]
