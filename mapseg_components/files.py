@@ -35,6 +35,7 @@ __all__ = [
     "readable",
     "replacing",
     "require_writable",
+    "set_aside",
     "sha256_of",
     "sweep_temporaries",
     "unlock_folders",
@@ -104,6 +105,18 @@ def free_space_error(path: Path, error: BaseException) -> ResourceError:
     full = getattr(error, "errno", None) in NO_SPACE or not isinstance(error, OSError)
     remedy = "free space, or choose another folder" if full else "choose a folder that you may write to"
     return ResourceError(f"cannot write {path} ({reason}{space}); what was there before is untouched: {remedy}")
+
+
+def set_aside(paths: Iterable[Path]) -> list[Path]:
+    """Rename files, those that are there, to ``<name>.earlier``, so that none is taken for a new run's.
+
+    Returns:
+        their former paths.
+    """
+    found = [path for path in paths if path.is_file()]
+    for path in found:
+        path.replace(path.with_name(f"{path.name}.earlier"))
+    return found
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

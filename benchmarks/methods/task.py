@@ -325,7 +325,10 @@ def describe(case: Case, folder: Path) -> None:
 
 
 def link(file: str, folder: Path, name: str) -> None:
-    """Put a file into a folder under another name: a link, or a copy where links cannot be made."""
+    """Put a file into a folder under another name: a link, or a copy where links cannot be made.
+
+    Raises `DataError` if another file has that name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{name}{Path(file).name[len(stem_of(file)) :]}"
     if place.is_symlink() or place.exists():  # a copy would go into the file that a link names

@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from mapseg_components.data.volumes import faces_of
 from mapseg_components.scans.facts import AuditRecord, Facts, facts_of_scan
 from mapseg_components.scans.nifti import Scan, read_nifti
 from mapseg_components.structures import are_whole
@@ -68,8 +69,7 @@ def scan_statistics(scan: Scan) -> ScanStatistics | None:
         float(np.percentile(voxels.ravel()[:: max(voxels.size // MOST_VOXELS, 1)], BRIGHTEST)),
         np.nextafter(lowest, highest),
     )
-    axes = [axis for axis in range(3) if above.shape[axis] > 1]  # both faces of a single slice are all of it
-    faces = np.concatenate([np.take(above, end, axis).ravel() for axis in axes for end in (0, -1)])
+    faces = np.concatenate([face.ravel() for face in faces_of(above)])
     scaled = np.clip((drawn - lowest) / (top - lowest), 0, 1)
     box = tuple(slice(*limits) for limits in box_of(above))
     return ScanStatistics(

@@ -24,6 +24,7 @@ from mapseg_components.structures import structures_of, to_whole
 
 __all__ = [
     "class_weights",
+    "faces_of",
     "read_volumes_csv",
     "readable_size",
     "share_ranges",
@@ -127,8 +128,7 @@ def structure_volumes(
     voxel_mm3 = abs(float(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3])))
     label_map = np.asarray(label_map)
     counts = sums_by_label(label_map, len(names) + 1)
-    axes = [axis for axis in range(3) if label_map.shape[axis] > 1]  # both faces of a single slice are all of it
-    at_edge = {int(v) for axis in axes for end in (0, -1) for v in np.unique(np.take(label_map, end, axis))}
+    at_edge = {int(value) for face in faces_of(label_map) for value in np.unique(face)}
     rows: list[dict[str, Any]] = [
         {
             "structure": name,
@@ -143,6 +143,20 @@ def structure_volumes(
         for index, row in enumerate(rows, start=1):
             row["confidence"] = round(float(sums[index] / counts[index]), 4) if counts[index] else None
     return rows
+
+
+def faces_of(volume: np.ndarray) -> list[np.ndarray]:
+    """The outer slices of a volume (X, Y, Z), two along each axis; none along that of a single slice, which is all of
+    it.
+
+    Examples:
+        >>> import numpy as np
+        >>> from mapseg_components.data.volumes import faces_of
+        >>> [face.shape for face in faces_of(np.zeros((3, 4, 1)))]
+        [(4, 1), (4, 1), (3, 1), (3, 1)]
+    """
+    axes = [axis for axis in range(3) if volume.shape[axis] > 1]
+    return [np.take(volume, end, axis) for axis in axes for end in (0, -1)]
 
 
 def readable_size(size: float, decimals: int) -> float:

@@ -28,7 +28,7 @@ from mapseg_components.federated.core import (
     validate_update,
 )
 from mapseg_components.federated.plan import BROADCAST, LAST, Plan
-from mapseg_components.files import write_json, write_text
+from mapseg_components.files import set_aside, write_json, write_text
 from mapseg_components.keys import TARGET_LOSS
 
 __all__ = ["Coordinator"]
@@ -265,9 +265,7 @@ class Coordinator:
     def _set_aside(self) -> None:
         """Rename what an earlier federation left, so that none of it is taken for this one's."""
         names = {self.ckpt_dir: (STATE, PREVIOUS, MODEL, SELECTION), self.output_dir: (ROUNDS, HISTORY)}
-        found = [folder / name for folder, listed in names.items() for name in listed if (folder / name).is_file()]
-        for path in found:
-            path.replace(path.with_name(f"{path.name}.earlier"))
+        found = set_aside(folder / name for folder, listed in names.items() for name in listed)
         if found:
             logger.warning(f"resume is false: renamed {[str(path) for path in found]} to *.earlier.")
 

@@ -126,11 +126,12 @@ class Plan:
         most, cost, delta = self.privacy.max_epsilon, self.privacy.cost, self.privacy.delta
         if most is None or self.participation < 1:
             return
-        epsilons = [epsilon_of(number * cost, delta) for number in range(rounds + 1)]
-        if epsilons[-1] > most:
+        whole = epsilon_of(rounds * cost, delta)
+        if whole > most:
+            fit = sum(epsilon_of(number * cost, delta) <= most for number in range(1, rounds))
             raise ConfigError(
-                f"privacy_max_epsilon is {most:g}, and {rounds} rounds cost every site epsilon {epsilons[-1]:.4g} "
-                f"(delta {delta:g}); rounds that fit: {sum(one <= most for one in epsilons) - 1}: set rounds to that, "
+                f"privacy_max_epsilon is {most:g}, and {rounds} rounds cost every site epsilon {whole:.4g} "
+                f"(delta {delta:g}); rounds that fit: {fit}: set rounds to that, "
                 "raise privacy_noise, or agree on a larger epsilon"
             )
 

@@ -32,6 +32,7 @@ from mapseg_components.checkpoints import (
 )
 from mapseg_components.configs import require_same_settings, running_settings
 from mapseg_components.errors import CheckpointError
+from mapseg_components.files import set_aside
 from mapseg_components.handlers.signals import EndRequest
 
 __all__ = ["TrainingCheckpoint", "WeightsLoader"]
@@ -247,10 +248,9 @@ class TrainingCheckpoint:
         own = processes[idist.get_rank()] if idist.get_rank() < len(processes) else {}
         if hasattr(engine, "optimization"):
             engine.optimization.scaler.load_state_dict(state["scaler"])
-        schedules = [name for name, thing in self.save_dict.items() if isinstance(thing, LRScheduler)]
-        for name in [*(one for one in self.save_dict if one not in schedules), *schedules]:
-            thing = self.save_dict[name]
-            restore = put_back_schedule if name in schedules else put_back
+        # schedules last, after the optimizers whose rates they set
+        for name, thing in sorted(self.save_dict.items(), key=lambda part: isinstance(part[1], LRScheduler)):
+            restore = put_back_schedule if isinstance(thing, LRScheduler) else put_back
             restore(thing, own.get(name, state[name]), f"{path}: its {name!r}")
         engine.state.epoch, engine.state.iteration = run["epoch"], run["iteration"]
         if own:
@@ -275,9 +275,7 @@ class TrainingCheckpoint:
         """Rename what an earlier run left, so that none of it is taken for this run's."""
         if idist.get_rank() != 0:
             return
-        found = [path for name in FILES_OF_A_RUN if (path := self.path.with_name(name)).is_file()]
-        for path in found:
-            path.replace(path.with_name(f"{path.name}.earlier"))
+        found = set_aside(self.path.with_name(name) for name in FILES_OF_A_RUN)
         if found:
             logger.warning(
                 f"resume is false: renamed {[path.name for path in found]} of {self.path.parent} to *.earlier."
