@@ -57,7 +57,7 @@ SAFE_TO_CHANGE = {
     *("cache_dir", "handover_dir", "handover_min_scans", "save_steps", "window_batch_size", "batched_passes"),
     *("audit", "audit_file", "network", "backend", "_disabled_", "diagnostics_scans", "picture_scans"),
     *("compile", "activation_checkpointing", "fused", "pin_memory", "keep_freed_memory", "stitching_device"),
-    *("sites", "share_statistics", "statistics_min_scans", *OF_ROUNDS),
+    *("memory_format", "sites", "share_statistics", "statistics_min_scans", *OF_ROUNDS),
     *TRACKING,
 }
 # lists of what is reported and when

@@ -170,6 +170,8 @@ def training_pass(
     device: torch.device | str | None = None,
     activation_checkpointing: bool = False,
     global_view: bool = True,
+    memory_format: str | None = None,
+    amp: str | None = None,
 ) -> PlainPass:
     """The training pass that fits a network: `GlobalLocalPass` if it has the parts for it, otherwise `PlainPass`.
 
@@ -178,6 +180,11 @@ def training_pass(
         device: where it will run; by default where it is.
         activation_checkpointing: see `prepare_network`.
         global_view: whether samples have one; without it `PlainPass` fits every network.
+        memory_format: see `prepare_network`.
+        amp: see `prepare_network`.
+
+    Raises:
+        ConfigError: ``memory_format`` or ``amp`` is unknown.
 
     Examples:
         >>> import torch
@@ -186,5 +193,5 @@ def training_pass(
         'PlainPass'
     """
     if device is not None:
-        prepare_network(network, device, activation_checkpointing)
+        prepare_network(network, device, activation_checkpointing, memory_format, amp)
     return GlobalLocalPass(network) if global_view and collaborates(network) else PlainPass(network)

@@ -11,16 +11,27 @@ import sys
 
 import pytest
 import torch
+from monai.networks.nets import DynUNet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mapseg_components import losses
 from mapseg_components.engines import AdaptationTrainer, MAETrainer
-from mapseg_components.errors import NonFiniteError
+from mapseg_components.errors import ConfigError, NonFiniteError
 from mapseg_components.handlers import EMATeacher
 from mapseg_components.losses import MaskedReconstructionLoss
 from mapseg_components.methods import ArgmaxLabels, MAPSeg
-from mapseg_components.networks import ASPP, GlobalLocalPass, MultiScaleMAE, prepare_network
+from mapseg_components.networks import (
+    ASPP,
+    GlobalLocalDeepLabV3,
+    GlobalLocalPass,
+    GlobalLocalUNet,
+    MultiScaleMAE,
+    TwoHeadDynUNet,
+    UNetMAE,
+    prepare_network,
+)
 from mapseg_components.networks.decoders import PatchUpsample, pointwise_conv
+from mapseg_components.networks.memory_format import resolved_memory_format
 
 BLOCKS = {"mask_ratio": 0.5, "local_block_size": 4, "global_block_size": 4}
 
@@ -241,3 +252,65 @@ def test_freed_memory_is_kept_or_returned(way):
     assert done.returncode == 0, done.stderr
     kept = int(done.stdout)
     assert (kept > 100e6) if way == "keep" else (kept < 30e6)
+
+
+def volumes():
+    """Networks of every kind that is trained, by name."""
+    levels = {"filters": [8, 12, 16], "kernel_size": [3, 3, 3], "strides": [1, 2, 2]}
+    dynunet = {"spatial_dims": 3, "in_channels": 1, "out_channels": 3, "upsample_kernel_size": [2, 2], **levels}
+    return {
+        "MAPSeg": GlobalLocalDeepLabV3(
+            in_channels=1, num_classes=3, width=8, depth=1, stride=4, dilations=(1, 2), head_channels=8, dropout=0.0
+        ),
+        "planned U-Net": GlobalLocalUNet(1, 3, **levels),
+        "autoencoder": autoencoder(),
+        "U-Net's autoencoder": UNetMAE(1, **levels),
+        "DynUNet": DynUNet(norm_name=("INSTANCE", {"affine": True}), **dynunet),
+        "two heads": TwoHeadDynUNet(norm_name=("INSTANCE", {"affine": True}), variance="softplus", **dynunet),
+    }
+
+
+@pytest.mark.parametrize("name", volumes())
+def test_the_memory_format_changes_a_step_by_rounding_alone(name):
+    torch.manual_seed(0)
+    first = volumes()[name].double().train()
+    second = copy.deepcopy(first)
+    prepare_network(first, "cpu", memory_format=None)
+    prepare_network(second, "cpu", memory_format="auto")
+    assert any(
+        not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last_3d)
+        for weight in second.parameters()
+        if weight.dim() == 5
+    )
+    image = torch.rand(2, 1, 16, 16, 16, dtype=torch.float64)
+    for network in (first, second):
+        torch.manual_seed(1)
+        output = network(image)
+        (output[0] if isinstance(output, tuple) else output).square().mean().backward()
+    for ours, theirs in zip(second.parameters(), first.parameters()):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "amp", "expected"),
+    [
+        (3, "cpu", None, "channels_last_3d"),
+        ((3, 3, 1), "cpu", None, None),  # images of one slice
+        (3, "cpu", "bf16", None),
+        (3, "meta", None, None),
+    ],
+)
+def test_auto_is_channels_last_for_volumes_in_float32_on_a_cpu(monkeypatch, kernel, device, amp, expected):
+    monkeypatch.setattr("mapseg_components.precision.bf16_instructions", lambda: frozenset({"amx_bf16"}))
+    network = torch.nn.Conv3d(2, 4, kernel)
+    assert resolved_memory_format(network, device, "auto", amp) == expected
+    assert resolved_memory_format(network, "cpu", "auto", "auto") is None  # which is bf16 there
+    assert resolved_memory_format(network, device, "channels_last_3d", amp) == "channels_last_3d"
+    assert resolved_memory_format(network, device, None, amp) is None
+
+
+def test_an_unknown_memory_format_is_named():
+    with pytest.raises(ConfigError, match=r"memory_format is 'last'.*'channels_last_3d' or null"):
+        prepare_network(torch.nn.Conv3d(1, 1, 3), "cpu", memory_format="last")
