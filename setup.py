@@ -16,11 +16,15 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SHIPPED = "mapseg_components/shipped"  # mapseg_components/shipped_files.py looks here
 SAMPLE = ("LICENSE.txt", "datalist.json", "*.md", "SHA256SUMS", "*/images/*.nii.gz", "*/labels/*.nii.gz")
-# folder, what it must hold; results of runs in a clone stay out, and bundles that are made of mapseg_adaptation
+BUNDLE = ("LICENSE", "configs/*", "docs/*", "models/model.pt")
+# folder, what it must hold; results of runs in a clone stay out
 CONTENT = {
-    "bundles/cosmos_translation": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
-    "bundles/mapseg_adaptation": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "recipes/*"),
-    "bundles/mapseg_pretraining": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
+    "bundles/brain_any_contrast": BUNDLE,
+    "bundles/buda_seg": BUNDLE,
+    "bundles/cosmos_selftraining": BUNDLE,
+    "bundles/cosmos_translation": BUNDLE,
+    "bundles/mapseg_adaptation": (*BUNDLE, "recipes/*"),
+    "bundles/mapseg_pretraining": BUNDLE,
     "sample/adult_t1_to_t2": SAMPLE,
     "sample/fetal_age": SAMPLE,
 }

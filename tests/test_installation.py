@@ -29,7 +29,6 @@ from mapseg_components.shipped_files import PACKAGE, SEGMENTS
 from setup import LINK, readme_for_packages
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.warm import Server, python
-from tools.make_bundles import made_bundles
 
 # name of an import, where it is not that of the distribution
 DISTRIBUTIONS = {"yaml": "pyyaml", "skimage": "scikit-image", "ignite": "pytorch-ignite", "PIL": "pillow"}
@@ -84,14 +83,14 @@ def test_the_wheel_holds_bundles_weights_and_sample_and_nothing_of_a_run(wheel):
     kept = {
         f"mapseg_components/shipped/{path.relative_to(ROOT).as_posix()}"
         for path in wanted
-        if not {"eval", "data", "__pycache__", *made_bundles()} & set(path.relative_to(ROOT).parts)
+        if not {"eval", "data", "__pycache__"} & set(path.relative_to(ROOT).parts)
         and (path.parent.name != "models" or path.name == "model.pt")
     }
     assert found == kept
     assert {"train.json", "inference.json", "evaluate.json", "metadata.json", "model.pt", "datalist.json"} <= {
         Path(name).name for name in found
     }
-    assert wheel.stat().st_size < 20e6
+    assert wheel.stat().st_size < 30e6
 
 
 def test_its_page_has_no_link_that_leads_nowhere(wheel):

@@ -32,7 +32,7 @@ from mapseg_components.commands.source_choice import (
     is_choice_due,
 )
 from mapseg_components.commands.stages import threads
-from mapseg_components.commands.training import Run
+from mapseg_components.commands.training import CHECK, Run
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
@@ -317,7 +317,7 @@ class Adaptation(Run):
     def _resume(self) -> None:
         path = self.folder / "run.json"
         if not path.is_file():
-            own = {".run.lock", ".run.lock.json", FOLDER, SIZED}
+            own = {".run.lock", ".run.lock.json", FOLDER, SIZED, CHECK}
             own |= {"prepared"} if self.request["prepare"] is not None else set()
             if self.stages.is_dir() and {p.name for p in self.stages.iterdir()} <= {PACKAGE}:
                 own.add(self.stages.name)  # a call that was refused

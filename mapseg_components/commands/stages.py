@@ -25,7 +25,7 @@ __all__ = ["run_stage"]
 
 logger = logging.getLogger(__name__)
 
-USER_ERROR = re.compile(r"(\w+Error): (.+)")
+USER_ERROR = re.compile(r"^(\w+Error): (.+)", re.MULTILINE)
 
 
 def run_stage(
@@ -131,17 +131,17 @@ def training_samples(config: Mapping[str, Any], epochs: int, patches: int = 1) -
 
 
 def error_of(title: str, log: Path, code: int) -> MAPSegError:
-    """The error that a stage ended with, read from the last line of its log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    found = USER_ERROR.fullmatch(lines[-1]) if lines else None
-    kind = getattr(errors, found.group(1), None) if found else None
-    if found and isinstance(kind, type) and issubclass(kind, MAPSegError):
-        return kind(found.group(2))
+    """The error that a stage ended with, read from the end of its log; its message may have several lines."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    found = list(USER_ERROR.finditer(text))
+    kind = getattr(errors, found[-1].group(1), None) if found else None
+    if isinstance(kind, type) and issubclass(kind, MAPSegError):
+        return kind(text[found[-1].start(2) :])
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return errors.ResourceError(
             f"{title} was killed, by the system if memory ran out: use smaller sizes; log: {log}"
         )
-    last = lines[-1][:300] if lines else "it printed nothing"
+    last = text.rpartition("\n")[2][:300] or "it printed nothing"
     return MAPSegError(
         f"{title} ended with exit code {code} ({last}): see {log}; if data and settings are right, this is a bug in "
         "mapseg: please report it"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from mapseg_components.plans.recipes import (
     scaled,
 )
 from mapseg_components.plans.rounds import REQUIRED, divided, require_engine, written_out
+from mapseg_components.scans.findings import raise_findings
 from mapseg_components.session import versions
 from mapseg_components.shipped_files import bundles_folder
 
@@ -44,6 +46,8 @@ __all__ = ["Run"]
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
 DATALIST = "datalist.json"
+RECORD = "run.json"
+CHECK = "check"  # folder of the findings about all scans
 SECTIONS = ("source_training", "source_validation", "target_training", "target_labelled")
 MEMBER_SEEDS = 1000  # between the seeds of several source models, so that those of runs with other seeds differ
 SOURCE_ALONE = "source_only.yaml"  # overlay of stages whose samples are a patch each: others have the target's, too
@@ -86,19 +90,29 @@ class Run:
 
     def save(self) -> None:
         """Write the record."""
-        write_json(self.record, self.folder / "run.json")
+        write_json(self.record, self.folder / RECORD)
 
     def check_scans(self) -> None:
-        """Findings about all scans, for the report; what blocks a training ends the first stage."""
+        """Findings about all scans, for the report.
+
+        Raises:
+            ConfigError, DataError or ResourceError: one blocks a training; the folder is free for the next command.
+        """
         found = check(
             str(self.folder / DATALIST),
             dropped_labels=self.asked.get("dropped_labels"),
             assume_orientation=self.asked.get("assume_orientation"),
             non_finite=self.asked.get("non_finite"),
-            output=str(self.folder / "check"),
+            output=str(self.folder / CHECK),
             overwrite=True,
             quiet=self.quiet,
         )
+        if found.exit_code:
+            for name in (RECORD, DATALIST, "LICENSE"):
+                (self.folder / name).unlink(missing_ok=True)
+            for name in ("configs", "docs"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            raise_findings(one for one in found.findings if one.severity == "error")
         self.record["check"] = {"verdict": found.verdict(), "findings": found.rows()}
         logger.info(f"Check of all scans: {found.verdict()}")
 
@@ -174,7 +188,8 @@ class Run:
         merged = ConfigParser.load_config_files([str(bundle / config) for config in configs])
         factors = stage.factors(self.record["plan"]["preset"])
         own = {name: scaled(merged[name], factor) for name, factor in factors.items()} | dict(stage.settings)
-        own = {name: value for name, value in own.items() if name not in self.asked} | dict(stage.fixed)
+        own = {name: value for name, value in own.items() if name.partition("#")[0] not in self.asked}
+        own |= dict(stage.fixed)
         listed = read_json(self.datalist_of(stage))
         if stage.fold is not None:
             earlier["datalist"] = output / DATALIST

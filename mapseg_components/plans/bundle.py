@@ -20,12 +20,12 @@ from mapseg_components.plans.components import TITLES
 from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.federation import federation_names
 from mapseg_components.plans.label_maps import add_synthetic_validation
-from mapseg_components.plans.recipes import ADAPTATION, ANY_ORDER, FEDERATION, Recipe, scaled
+from mapseg_components.plans.recipes import ADAPTATION, ANY_ORDER, Recipe, read_recipe, recipe_names
 from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_epochs", "check_names", "check_network", "overlaid", "settled", "unlearnt", "write_bundle"]
+__all__ = ["check_names", "check_network", "overlaid", "settled", "unlearnt", "write_bundle"]
 
 PRETRAINING = "mapseg_pretraining"
 LABELLING = "pseudo_labels.yaml"  # of inference, for stages of pseudo labels
@@ -184,13 +184,13 @@ def is_planned(config: Mapping[str, Any]) -> bool:
 
 
 def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
-    """Refuse settings that no bundle has, nor the recipe. Raises `ConfigError`."""
+    """Refuse settings that no bundle has, nor any recipe. Raises `ConfigError`."""
+    if "labels" in settings:
+        raise ConfigError("settings has labels, which the whole plan follows from: give them as the argument labels")
     names = dict.fromkeys((ADAPTATION, PRETRAINING, *(bundles_of(recipe) if recipe is not None else ())))
     known = {key for name in names for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}
     known |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
-    if recipe is not None:
-        known |= set(options_of(recipe))
-        known |= federation_names() if any(stage.kind == FEDERATION for stage in recipe.stages) else set()
+    known |= {name for method in recipe_names() for name in options_of(read_recipe(method))} | federation_names()
     unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")
@@ -208,22 +208,6 @@ def check_network(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str,
         raise ConfigError(
             f"settings {without_effect} are of the paper's network, and preset {plan['preset']} or method "
             f"{recipe.name} has a U-Net, planned from patch_size and spacing: leave them out, or set network_def too"
-        )
-
-
-def check_epochs(recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-    """Refuse training that would choose no weights. Raises `ConfigError`."""
-    config = settled(bundles_folder() / ADAPTATION, "train.json", recipe, plan, request)
-    epochs, interval = config["max_epochs"], config["val_interval"]
-    if isinstance(epochs, int) and "max_epochs" not in (request["settings"] or {}):
-        own = [stage for stage in recipe.stages if stage.bundle == ADAPTATION]
-        epochs = min(
-            scaled(epochs, stage.factors(plan["preset"]).get("max_epochs", 1)) for stage in own
-        )  # of the shortest stage
-    if isinstance(epochs, int) and isinstance(interval, int) and epochs < interval:
-        raise ConfigError(
-            f"settings: max_epochs is {epochs}, val_interval {interval}, so that no epoch would be validated and "
-            "no weights chosen: set val_interval to 1, or more epochs"
         )
 
 

@@ -16,14 +16,23 @@ from monai.bundle.utils import merge_kv
 from mapseg_components.configs import parser_of
 from mapseg_components.errors import ConfigError
 from mapseg_components.keys import SOURCE, TARGET
-from mapseg_components.plans.bundle import check_epochs, check_network, configs_of, settled
+from mapseg_components.plans.bundle import check_network, configs_of, settled
 from mapseg_components.plans.federation import rounds_of
 from mapseg_components.plans.length import epochs_of_length
-from mapseg_components.plans.recipes import ADAPTATION, FEDERATION, Recipe, Stage, recipe_for, recipe_names
+from mapseg_components.plans.recipes import (
+    ADAPTATION,
+    FEDERATION,
+    TRAINING,
+    Recipe,
+    Stage,
+    recipe_for,
+    recipe_names,
+    scaled,
+)
 from mapseg_components.plans.rounds import options_of, written_out
 from mapseg_components.sides import axis_across
 
-__all__ = ["check_effects", "check_parties", "check_plan", "merged_config", "read_by"]
+__all__ = ["check_effects", "check_epochs", "check_parties", "check_plan", "merged_config", "read_by"]
 
 ROOTS = ("initialize", "run")  # of a config: what MONAI evaluates
 PLACES = ("ckpt_dir", "output_dir")  # of a stage, whatever a user sets
@@ -40,12 +49,12 @@ def check_plan(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
         plan: see `mapseg_components.plans.bundle.write_bundle`; request likewise.
 
     Raises:
-        ConfigError: scans cannot be mirrored for ``symmetric``; see `check_effects`, `check_parties`, and
-            `check_network` and `check_epochs` of `mapseg_components.plans.bundle`.
+        ConfigError: scans cannot be mirrored for ``symmetric``; see `check_epochs`, `check_windows`,
+            `check_effects`, `check_parties`, and `check_network` of `mapseg_components.plans.bundle`.
     """
     if request["symmetric"]:
         axis_across("symmetric", plan["labels"], plan["settings"]["working_directions"])
-    for check in (check_network, check_epochs, check_effects, check_parties):
+    for check in (check_network, check_epochs, check_windows, check_effects, check_parties):
         check(recipe, plan, request)
 
 
@@ -126,6 +135,44 @@ def settings_read(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> set
             found = read_by(merged_config(stage, recipe, plan, request), roots)
             read |= found - {*stage.paths, *stage.fixed, *PLACES}
     return read
+
+
+def check_epochs(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
+    """Refuse a training that would choose no weights.
+
+    Args:
+        recipe: see `merged_config`; plan and request likewise.
+
+    Raises:
+        ConfigError: names the stage.
+    """
+    for stage in recipe.stages:
+        if stage.weights or stage.kind != TRAINING or (stage.optional and not request["pretraining"]):
+            continue
+        config = merged_config(stage, recipe, plan, request)
+        epochs, interval = config.get("max_epochs"), config.get("val_interval")
+        if not isinstance(epochs, int) or not isinstance(interval, int):
+            continue
+        if "max_epochs" not in (request["settings"] or {}):
+            epochs = scaled(epochs, stage.factors(plan["preset"]).get("max_epochs", 1))
+        if not 0 < interval <= epochs:
+            raise ConfigError(
+                f"settings: in stage {stage.name} max_epochs is {epochs}, val_interval {interval}, so that no epoch "
+                "would be validated and no weights chosen: set val_interval to 1, or more epochs"
+            )
+
+
+def check_windows(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
+    """Refuse windows of inference that leave gaps. Arguments as of `check_epochs`; raises `ConfigError`."""
+    config = settled(configs_of(ADAPTATION).parent, "inference.json", recipe, plan, request)
+    patch, stride = config["patch_size"], config["window_stride"]
+    window = patch if config["window_size"] == "@patch_size" else config["window_size"]
+    sides = [value if isinstance(value, list) else [value] for value in (stride, window)]
+    if all(type(side) is int for value in sides for side in value):
+        if not all(0 < step <= side for step, side in zip(*sides)):
+            raise ConfigError(
+                f"settings: window_stride is {stride}, expected 1 up to the window, {window}: windows would leave gaps"
+            )
 
 
 def check_effects(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:

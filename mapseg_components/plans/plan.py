@@ -49,7 +49,7 @@ def make_plan(
     if preset == "auto":
         preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
     frame = find_frame(labelled, target, structures, preset, asked)
-    planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine)
+    planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine, asked)
     if not frame.needs_view(planned["patch_size"]):
         planned["global_view"] = False
     return {

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.files import write_json, write_text
 from mapseg_components.handover import resized_spacing
 from mapseg_components.plans.extents import factor_between
-from mapseg_components.shipped_files import bundle_of
+from mapseg_components.shipped_files import bundle_of, shipped_bundles
 from mapseg_components.structures import structures_of
 
 __all__ = ["ANY_CONTRAST", "SECOND", "SPACING_OF_SECOND", "add_second_model", "describe_second", "second_model_for"]
@@ -36,7 +36,7 @@ def second_model_for(structures: Iterable[str], target_mm: list[float] | None) -
     Returns:
         ``bundle``, its name, and ``working_spacing``, mm; ``None`` where no model suits, or the extent is not known.
     """
-    for name in ANY_CONTRAST:
+    for name in set(ANY_CONTRAST) & set(shipped_bundles()):
         home = bundle_of(name)
         config = ConfigParser.load_config_file(home / "configs" / "inference.json")
         factor = factor_between(config["foreground_mm"], target_mm)

@@ -57,7 +57,11 @@ def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
 
 
 def plan_sizes(
-    shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float]], preset: str, fine: bool = False
+    shapes: Sequence[Sequence[int]],
+    spacings: Sequence[Sequence[float]],
+    preset: str,
+    fine: bool = False,
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Sizes of patch and network for the median scan, as settings of the bundles.
 
@@ -70,13 +74,14 @@ def plan_sizes(
         spacings: mm per axis. Both in the working frame, thick slices on the last axis.
         preset: one of `PRESETS`.
         fine: a planned U-Net works at full resolution, on smaller patches: for structures a few voxels wide.
+        asked: settings of the user; the other sizes follow from ``patch_size`` and ``window_size`` among them.
 
     Returns:
         ``patch_size``, ``window_stride``, ``stride``, ``dilations``, ``local_block_size``, ``global_block_size``, and
         for thick slices ``rotation_deg``, about the axis across them alone.
 
     Raises:
-        ConfigError: the preset is unknown, or a patch would be smaller than 8 voxels.
+        ConfigError: the preset is unknown, or the network's stride does not divide the user's patch or window.
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown, expected one of {sorted(PRESETS)} or auto")
@@ -105,12 +110,18 @@ def plan_sizes(
         else:
             side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
         patch.append(max(math.ceil(side / step - 0.5), 2) * step)
-    if min(side for side in patch if side > 1) == 32:  # few blocks are left to hide
+    asked = asked or {}
+    if "patch_size" in asked:
+        patch = checked_sides("patch_size", asked["patch_size"], stride)
+        local_block = [math.gcd(side, block) for side, block in zip(patch, local_block)]
+        global_block = [math.gcd(side, block) for side, block in zip(patch, global_block)]
+    if min((side for side in patch if side > 1), default=1) <= 32:  # few blocks are left to hide
         local_block = [min(block, 4) for block in local_block]
+    window = checked_sides("window_size", asked["window_size"], stride) if asked.get("window_size") else patch
     features = [side // s for side, s in zip(patch, stride)]
     settings: dict[str, Any] = {
         "patch_size": patch,
-        "window_stride": [max(side * 5 // 6 // s * s, s) for side, s in zip(patch, stride)],
+        "window_stride": [max(side * 5 // 6 // s * s, s) for side, s in zip(window, stride)],
         "stride": stride,
         "local_block_size": local_block,
         "global_block_size": global_block,
@@ -122,6 +133,17 @@ def plan_sizes(
     if ratio.max() >= THICK:
         settings["rotation_deg"] = [0 if ratio[axis] < THICK else IN_PLANE_DEG for axis in range(3)]
     return settings
+
+
+def checked_sides(name: str, sides: Any, stride: Sequence[int]) -> list[int]:
+    """A patch or window as the user set it. Raises `ConfigError`."""
+    whole = isinstance(sides, (list, tuple)) and len(sides) == 3 and all(type(side) is int for side in sides)
+    if not whole or not all(side > 0 and side % step == 0 for side, step in zip(sides, stride)):
+        raise ConfigError(
+            f"settings: {name} is {sides!r}, expected three whole numbers of voxels, multiples of {[*stride]}, 1 along "
+            "the slices of 2D images"
+        )
+    return [*sides]
 
 
 def plan_slices(shapes: Sequence[Sequence[int]], preset: str) -> list[int]:

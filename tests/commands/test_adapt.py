@@ -418,6 +418,8 @@ def test_a_stages_error_comes_back_as_it_was(tmp_path):
     log.write_text("Traceback ...\n\nResourceError: the disk is full: free space")
     error = error_of("source", log, 1)
     assert isinstance(error, ResourceError) and str(error) == "the disk is full: free space"
+    log.write_text("INFO: begun\nDataError: a.nii.gz: unknown values\nb.nii.gz: unknown values\n")
+    assert str(error_of("source", log, 1)) == "a.nii.gz: unknown values\nb.nii.gz: unknown values"
     log.write_text("Traceback\nKeyError: 'x'")
     assert type(error_of("source", log, 1)) is MAPSegError and "KeyError: 'x'" in str(error_of("source", log, 1))
     log.write_text("SystemError: nothing of ours")
@@ -430,3 +432,31 @@ def test_a_stage_that_fails_says_why(warm_processes, tmp_path):
     bundle = ROOT / "bundles" / "mapseg_adaptation"
     with pytest.raises(ConfigError, match="no datalist at"):
         run_stage("source", bundle, ["configs/train.json", "configs/tiny.yaml"], tmp_path, {"dataset_dir": tmp_path})
+
+
+def test_faults_of_all_files_end_the_call_before_any_stage_and_leave_the_folder_free(tmp_path, monkeypatch):
+    domains, begun = make_domains(tmp_path), []
+    monkeypatch.setattr(
+        "mapseg_components.commands.training.run_stage", lambda *args, **kwargs: begun.append(args) or 1.0
+    )
+    given = {"source": str(domains / "t1"), "target": str(domains / "t2"), "output": str(tmp_path / "run")}
+    with pytest.raises(DataError) as caught:
+        adapt(**given, labels={"a": 1}, quiet=True)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3 and all(f"labels/{seed}.nii.gz" in str(caught.value) for seed in range(3))
+    assert begun == [] and not (tmp_path / "run" / "run.json").exists()
+    assert (tmp_path / "run" / "check" / "check.html").is_file()
+    with pytest.raises(ConfigError, match="no epoch was validated"):  # the stages do nothing here
+        adapt(**given, labels={"a": 1, "b": 2}, random_contrasts=False, quiet=True)
+    assert begun
+
+
+@pytest.mark.parametrize("asked", [{"student_change": None}, {}])
+def test_a_part_of_a_setting_gives_way_to_the_whole_one(tmp_path, monkeypatch, asked):
+    domains, given = make_domains(tmp_path), {}
+    name = "mapseg_components.commands.training.run_stage"
+    monkeypatch.setattr(name, lambda *args: given.update({args[0]: args[4]}) or 1.0)  # settings of each stage
+    call = {"source": str(domains / "t1"), "target": str(domains / "t2"), "output": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match="no epoch was validated"):
+        adapt(**call, labels={"a": 1, "b": 2}, source_label_maps=True, settings=asked, quiet=True)
+    assert ("student_change#invert_prob" in given["adaptation"]) == (not asked)

@@ -75,6 +75,22 @@ def test_a_planned_network_takes_the_planned_patch(shape, spacing, fine):
     assert network.encoder.levels[0](patch).shape[2] == plan["patch_size"][0] // (1 if fine else 2)
 
 
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_sizes_follow_from_the_patch_and_the_window_of_the_user(preset):
+    isotropic = [(120, 140, 120)], [(1, 1, 1)], preset, True
+    plan = plan_sizes(*isotropic, {"patch_size": [32, 32, 40]})
+    assert plan["patch_size"] == [32, 32, 40] and plan["local_block_size"] == [4, 4, 4]
+    assert all(0 < step <= side for step, side in zip(plan["window_stride"], plan["patch_size"]))
+    wide = plan_sizes(*isotropic, {"patch_size": [32, 32, 32], "window_size": [48, 48, 48]})
+    assert (
+        wide["window_stride"] == [40, 40, 40]
+        and wide["dilations"] == plan_sizes(*isotropic, {"patch_size": [32, 32, 32]})["dilations"]
+    )
+    for wrong in (32, [32, 32], ["32", 32, 32], [33, 32, 32], [0, 32, 32], None):
+        with pytest.raises(ConfigError, match=r"settings: patch_size is .* expected three whole numbers"):
+            plan_sizes(*isotropic, {"patch_size": wrong})
+
+
 def test_preset_by_machine():
     assert choose_preset(0, 500)[0] == "small-data-cpu"
     assert choose_preset(24, 500)[0] == "single-gpu"

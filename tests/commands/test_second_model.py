@@ -46,6 +46,11 @@ def test_a_model_that_knows_all_structures_at_the_target_s_size(structures, exte
     assert "brain_any_contrast" in describe_second(found) and "second_model" in describe_second(found)
 
 
+def test_an_installation_without_that_model_goes_on_without_it(monkeypatch):
+    monkeypatch.setattr("mapseg_components.plans.second_model.shipped_bundles", lambda: ["mapseg_adaptation"])
+    assert second_model_for(["caudate", "thalamus"], NEWBORN) is None
+
+
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     """A call of `adapt` that trains nothing and so ends in an error; the record that it leaves."""

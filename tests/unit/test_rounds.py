@@ -15,8 +15,8 @@ from monai.networks.nets import DynUNet
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.federated.privacy import epsilon_of
-from mapseg_components.plans.bundle import check_epochs, check_names, settled
-from mapseg_components.plans.effects import check_effects, check_parties, read_by
+from mapseg_components.plans.bundle import check_names, settled
+from mapseg_components.plans.effects import check_effects, check_epochs, check_parties, check_windows, read_by
 from mapseg_components.plans.pseudo_labels import agreement_of, keep_pseudo_labels
 from mapseg_components.plans.recipes import PSEUDO_LABELS, read_recipe
 from mapseg_components.plans.rounds import check_options, divided, options_of, written_out
@@ -78,8 +78,12 @@ def test_wrong_numbers_of_rounds_are_named(settings, message):
 
 def test_settings_of_a_recipe_are_its_own_alone():
     assert options_of(read_recipe("mapseg")) == {} and written_out(read_recipe("mapseg"), {"rounds": -1}).rounds is None
-    with pytest.raises(ConfigError, match=r"settings \['rounds'\] are in no bundle"):
-        check_names({"rounds": 3}, read_recipe("mapseg"))
+    for name in ("rounds", "folds", "engine", "sites"):  # of a method, which check_effects names
+        check_names({name: 3}, read_recipe("mapseg"))
+    with pytest.raises(ConfigError, match=r"settings \['round'\] are in no bundle"):
+        check_names({"round": 3}, read_recipe("mapseg"))
+    with pytest.raises(ConfigError, match="as the argument labels"):
+        check_names({"labels": {"liver": 1}})
     check_options(COSMOS, {"folds": 3, "required_structures": ["tumour"]}, LABELS, [1, 2, 3])
     with pytest.raises(ConfigError, match="folds is 4, and the source has 3 cases"):
         check_options(COSMOS, {"folds": 4}, LABELS, [1, 2, 3])
@@ -170,7 +174,7 @@ def plan_of(preset, shape=(120, 130, 110), spacing=(1, 1, 1)):
 
 
 def request_of(**settings):
-    return {"seed": 3, "device": "cpu", "settings": settings}
+    return {"seed": 3, "device": "cpu", "settings": settings, "pretraining": True, "random_contrasts": True}
 
 
 @pytest.mark.parametrize("name", ["train.json", "inference.json"])
@@ -224,6 +228,17 @@ def test_the_shortest_stage_must_reach_a_validation():
     with pytest.raises(ConfigError, match="max_epochs is 14, val_interval 15"):
         check_epochs(COSMOS, plan, request_of(val_interval=15))
     check_epochs(COSMOS, plan, request_of(val_interval=15, max_epochs=15))
+    with pytest.raises(ConfigError, match="in stage adaptation max_epochs is 16, val_interval 17"):
+        check_epochs(read_recipe("mapseg"), plan, request_of(val_interval=17))
+    with pytest.raises(ConfigError, match="val_interval 0"):
+        check_epochs(COSMOS, plan, request_of(val_interval=0))
+
+
+def test_windows_that_would_leave_gaps_are_refused():
+    plan = plan_of("small-data-cpu")
+    check_windows(COSMOS, plan, request_of(window_stride=plan["settings"]["patch_size"]))
+    with pytest.raises(ConfigError, match=r"window_stride is .*, expected 1 up to the window"):
+        check_windows(COSMOS, plan, request_of(window_stride=[400, 400, 400]))
 
 
 @pytest.mark.parametrize(
