@@ -4,6 +4,9 @@
 
 python -m benchmarks.choices slices            a planned 2D U-Net, volumes of one slice against images
 python -m benchmarks.choices precision         four layers of a U-Net in float32 against bf16
+python -m benchmarks.choices memory_format     a step of a planned U-Net, PyTorch's own format against channels_last_3d
+python -m benchmarks.choices memory_format_thick, memory_format_images, memory_format_dynunet, memory_format_mapseg
+                                               the same of thick slices, images, and other networks
 python -m benchmarks.choices resampling        eight classes to the scan's grid, along its axes against MONAI's way
 python -m benchmarks.choices onnx              windows through a planned U-Net, PyTorch against ONNX Runtime (export)
 python -m benchmarks.choices onnx_slices       the same for images
@@ -13,18 +16,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer
+from monai.networks.nets import DynUNet
 from monai.transforms import SpatialResample
 from torch import nn
 
 from benchmarks.timing import CLOCKS, interleaved, machine
 from mapseg_components.inferers import OnnxInferer
-from mapseg_components.networks import GlobalLocalUNet
+from mapseg_components.memory import keep_freed_memory
+from mapseg_components.networks import GlobalLocalDeepLabV3, GlobalLocalUNet
+from mapseg_components.networks.memory_format import set_memory_format
 from mapseg_components.networks.slices import SliceConv3d
 from mapseg_components.plans.sizes import plan_unet
 from mapseg_components.precision import autocast
@@ -89,6 +95,28 @@ def precision_sides() -> dict[str, Callable[[], None]]:
     return {"bf16": step(network, image, "bf16"), "float32": step(network, image)}
 
 
+def formats_sides(network: nn.Module, *shape: int) -> dict[str, Callable[[], None]]:
+    keep_freed_memory()  # as a training does
+    image, other = torch.rand(2, 1, *shape), set_memory_format(copy.deepcopy(network), "channels_last_3d")
+    return {"PyTorch's own": step(network, image), "channels_last_3d": step(other, image)}
+
+
+def planned_formats(shape: Sequence[int], spacing: Sequence[float], reduced: bool) -> dict[str, Callable[[], None]]:
+    sizes = plan_unet(shape, spacing, reduced)
+    del sizes["upsample_kernel_size"]
+    return formats_sides(GlobalLocalUNet(1, 8, **sizes), *shape)
+
+
+def dynunet_formats() -> dict[str, Callable[[], None]]:
+    sizes, norm = plan_unet([48] * 3, [1, 1, 1]), ("INSTANCE", {"affine": True})
+    return formats_sides(DynUNet(3, 1, 8, **sizes, norm_name=norm), 48, 48, 48)
+
+
+def mapseg_formats() -> dict[str, Callable[[], None]]:
+    sizes = {"width": 32, "depth": 6, "stride": 2, "dilations": [2, 4, 6], "head_channels": 16}  # small_data.yaml
+    return formats_sides(GlobalLocalDeepLabV3(in_channels=1, num_classes=8, **sizes), 48, 48, 48)
+
+
 def resampling_sides() -> dict[str, Callable[[], None]]:
     old, new = torch.diag(torch.tensor([1.5, 1.5, 1.5, 1])), torch.eye(4)
     scores, shape = torch.rand(8, 80, 96, 80), (120, 144, 120)
@@ -109,6 +137,11 @@ def resampling_sides() -> dict[str, Callable[[], None]]:
 SIDES: Mapping[str, Callable[[], dict[str, Callable[[], None]]]] = {
     "slices": slices_sides,
     "precision": precision_sides,
+    "memory_format": lambda: planned_formats([48, 48, 48], [1, 1, 1], False),
+    "memory_format_thick": lambda: planned_formats([80, 80, 8], [1.6, 1.6, 8], True),
+    "memory_format_images": lambda: planned_formats([192, 192, 1], [1, 1, 1], True),
+    "memory_format_dynunet": dynunet_formats,
+    "memory_format_mapseg": mapseg_formats,
     "resampling": resampling_sides,
     "onnx": lambda: windows_sides(48, 48, 48),
     "onnx_slices": lambda: windows_sides(192, 192, 1),

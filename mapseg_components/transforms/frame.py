@@ -147,10 +147,13 @@ def frame_of(directions: Sequence[Sequence[float]] | None) -> np.ndarray:
     """Directions (3, 3) of a frame. Raises `ConfigError`."""
     if directions is None:
         return RAS
-    found = np.asarray(directions, dtype=float)
+    try:
+        found = np.asarray(directions, dtype=float)
+    except (TypeError, ValueError):  # letters, or rows of different lengths
+        found = np.zeros(0)
     if found.shape != (3, 3) or not np.allclose(found @ found.T, RAS, atol=0.01):
         raise ConfigError(
-            f"working_directions is {np.round(found, 3).tolist()}, expected three unit vectors at right angles, the "
+            f"working_directions is {directions!r}, expected three unit vectors at right angles, the "
             "direction of each array axis in RAS+, or null"
         )
     return found

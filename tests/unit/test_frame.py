@@ -80,9 +80,10 @@ def test_other_slices_are_laid_by_the_body():
     assert [axis for axis, _ in axes_in_frame(affine_of(np.diag([5.0, 0.8, 0.8])), np.eye(3))] == [0, 1, 2]
 
 
-def test_directions_that_are_no_frame_are_refused():
+@pytest.mark.parametrize("directions", [[[1, 0, 0], [1, 0, 0], [0, 0, 1]], "RAS", [[1, 0], [0, 1, 0]], 3])
+def test_directions_that_are_no_frame_are_refused(directions):
     with pytest.raises(ConfigError, match=r"working_directions is .* three unit vectors at right angles"):
-        WorkingFrame([[1, 0, 0], [1, 0, 0], [0, 0, 1]])
+        WorkingFrame(directions)
 
 
 def test_directions_of_thick_stacks_have_the_slices_last_and_those_of_cubes_are_the_bodys():
