@@ -22,6 +22,7 @@ __all__ = ["PACKAGE", "Recipe", "Stage", "read_recipe", "recipe_for", "recipe_na
 ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
 # kinds of stages; PACKAGE is the folder of a package that was given as well
+MORE_OF_ANY_ORDER, LESS_AFTER_IT = 1.5, 0.5  # epochs of a source stage in any order, and of those after it
 TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "package", "federation"
 INVERTS = "any_contrast.yaml"
 ANY_ORDER = "any_order.yaml"
@@ -208,15 +209,20 @@ class Recipe:
     def in_any_order(self) -> Recipe:
         """With the source in contrasts of any order, from the stage on that is for a target as it is alone.
 
-        That stage is as long as the preset says: such contrasts take more steps to learn than two orders do. Stages
-        after a translation learn the target's own contrast, and keep theirs.
+        That stage is half as long again as the preset says, and those after it have half of their epochs: such
+        contrasts take more steps to learn than two orders do, and bring more than adaptation does in the same minutes
+        (docs/decisions/0017-size-and-order.md). Stages after a translation learn the target's own contrast, and stay.
         """
         first = next((number for number, stage in enumerate(self.stages) if stage.only_as_is), len(self.stages))
         stages = [*self.stages[:first]]
         translated = False
         for stage in self.stages[first:]:
             translated |= stage.bundle == TRANSLATION
-            scale = stage.scale | ({"max_epochs": 1.0} if stage.only_as_is else {})
+            scale = stage.scale
+            if stage.only_as_is:
+                scale = scale | {"max_epochs": MORE_OF_ANY_ORDER}
+            elif not translated:
+                scale = scale | {"max_epochs": LESS_AFTER_IT * scale.get("max_epochs", 1.0)}
             contrasts = ANY_ORDER if stage.contrasts and not translated else stage.contrasts
             stages.append(replace(stage, contrasts=contrasts, only_as_is=False, scale=scale))
         return replace(self, stages=tuple(stages))
