@@ -66,7 +66,7 @@ def planned(folder, **changes):
     output.mkdir(exist_ok=True)
     run = Adaptation(output, request, True)
     run._plan()
-    write_bundle(output, run.recipe, run.record["plan"], request, str(folder / "t2"))
+    write_bundle(output, run.recipe, run.record["plan"], request)
     return output, run
 
 
