@@ -61,6 +61,12 @@ def test_a_folder_of_a_like_name_is_another_one_and_own_files_count_by_their_con
     assert identity(tmp_path / "run", source) == identity(tmp_path / "other", source)
 
 
+@pytest.mark.parametrize("letters", ["Köpfe", os.fsdecode(b"K\xf6pfe")])  # the second in another encoding
+def test_folders_are_named_in_any_letters(tmp_path, scan, letters):
+    runs = [tmp_path / letters / name for name in ("one", "two")]
+    assert identity(runs[0], scan) == identity(runs[1], scan)
+
+
 def test_what_a_stage_builds_on_belongs_to_it(tmp_path, scan):
     files = {"initial_weights": "source/source_only.pt"}
     first, second = (
