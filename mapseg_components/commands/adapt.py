@@ -36,7 +36,7 @@ from mapseg_components.commands.training import CHECK, Run
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
-from mapseg_components.plans.bundle import check_names, write_bundle
+from mapseg_components.plans.bundle import check_names, write_bundle, write_device
 from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.effects import check_plan
 from mapseg_components.plans.extents import SIZED, sized_source
@@ -244,8 +244,10 @@ class Adaptation(Run):
             plan = self.record.pop("plan")
             self.save()  # a call that is killed before the bundle is written plans again
             self.record["plan"] = plan
-            write_bundle(self.folder, self.recipe, self.record["plan"], self.request, self._scans("target"))
+            write_bundle(self.folder, self.recipe, self.record["plan"], self.request)
             self.save()
+        else:
+            write_device(self.folder, self.recipe, self.request)
         logger.info(describe(self.record["plan"]))
         if "check" not in self.record:
             self.check_scans()

@@ -75,10 +75,10 @@ def identity_of(
         "threads": request["num_threads"] or os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
         "device": str(choose_device(request["device"])),
     }
-    text = json.dumps(content, sort_keys=True, default=str)
+    text = json.dumps(content, sort_keys=True, default=str, ensure_ascii=False)  # the folder's name as it is
     for mark in '/"':  # a folder beside it may begin with the same name
         text = text.replace(f"{folder}{mark}", f"{OWN_FOLDER}{mark}")
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -233,6 +233,8 @@ class Run:
         if not output.exists():
             run = finished_in(stage, identity, self.reuse)
             if run is None:
+                if reused.pop(stage, None):  # of a call whose copy failed
+                    self.save()
                 if self.reuse and identity is not None:
                     logger.info(f"Stage {stage}: none of the runs to reuse has trained it with the same settings.")
                 return None

@@ -25,16 +25,22 @@ from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_names", "check_network", "overlaid", "settled", "unlearnt", "write_bundle"]
+__all__ = ["check_names", "check_network", "overlaid", "settled", "unlearnt", "write_bundle", "write_device"]
 
 PRETRAINING = "mapseg_pretraining"
 LABELLING = "pseudo_labels.yaml"  # of inference, for stages of pseudo labels
 UNETS = ("GlobalLocalUNet", "UNetMAE")  # those that begin at half the resolution
 SIZES = {"width", "depth", "stride", "dilations", "head_channels", "dropout"}  # of MAPSeg's network
+# scans of inference: those of the run's target, unless dataset_dir names a folder
+OWN_SCANS = {
+    "dataset_dir": "@bundle_root",
+    "cases": "$mapseg_components.data.datalist.all_targets(@dataset_dir + '/datalist.json') "
+    "if @dataset_dir == @bundle_root else mapseg_components.data.load_scans(@dataset_dir)",
+}
 BESIDE = ("logging.conf", "evaluate.json", "multi_gpu_train.json")
 
 
-def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any], scans: str) -> None:
+def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     """Write configs, licence and a README into the folder; of label maps alone, synthetic validation scans as well.
 
     Args:
@@ -43,7 +49,6 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         plan: ``preset``, ``labels``, ``settings``, ``working_spacing_mm``, ``fine`` and ``after_network``, see
             `mapseg_components.plans.sizes`, `mapseg_components.plans.frame` and `mapseg_components.plans.components`.
         request: arguments of ``mapseg adapt``.
-        scans: folder of the target's scans, the bundle's ``dataset_dir`` in inference.
     """
     origin = bundles_folder() / ADAPTATION
     configs = folder / "configs"
@@ -60,7 +65,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     shutil.copyfile(origin / "LICENSE", folder / "LICENSE")
     train = settled(origin, "train.json", recipe, plan, request) | {"datalist": "$@bundle_root + '/datalist.json'"}
     write_json(train, configs / "train.json")
-    inference = settled(origin, "inference.json", recipe, plan, request) | {"dataset_dir": scans}
+    inference = settled(origin, "inference.json", recipe, plan, request) | OWN_SCANS
     write_json(inference, configs / "inference.json")
     beside = () if "package" in plan else (PRETRAINING,)
     for name in {*beside, *bundles_of(recipe)} - {ADAPTATION}:
@@ -69,6 +74,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
         wanted = settled(other, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
         write_json({key: wanted[key] for key in known if wanted[key] != known[key]}, configs / config_of(name))
     asked = {key: train[key] for key in request["settings"] or {} if key in train}  # a network as it is planned
+    asked.pop("device", None)  # no overlay has one, and a run may go on with another
     write_json(asked, configs / "settings.json")
     bound = ConfigParser.load_config_file(origin / "configs" / "handover.yaml")  # of the package, whatever was asked
     bound = {} if "package" in plan else bound  # what may be asked for of a package that was given was checked before
@@ -123,8 +129,7 @@ def settled(
     if "target_negative_values" in asked:
         wanted["negative_values"] = asked["target_negative_values"]
     wanted |= {"labels": plan["labels"], "seed": request["seed"], **asked}
-    if request["device"] != "auto":
-        wanted["device"] = f"$torch.device('{request['device']}')"
+    wanted |= device_of(request["device"])
     config = {key: wanted.get(key, value) for key, value in config.items()}
     if "package" in plan:
         return config | {"network_def": plan["network"]}
@@ -139,6 +144,25 @@ def settled(
             unet["deep_supr_num"] = max(len(unet["strides"]) - 3, 1)
         config["network_def"] = config["network_def"] | unet
     return config
+
+
+def device_of(device: str) -> dict[str, str]:
+    """The setting for a device; none for ``auto``, which is what the bundles have."""
+    return {} if device == "auto" else {"device": f"$torch.device('{device}')"}
+
+
+def write_device(folder: Path, recipe: Recipe, request: Mapping[str, Any]) -> None:
+    """Write the device into the configs of a bundle whose run goes on.
+
+    Args:
+        folder: the bundle; recipe and request as for `write_bundle`.
+    """
+    known = ConfigParser.load_config_file(configs_of(ADAPTATION) / "train.json")
+    wanted = known | (request["settings"] or {}) | device_of(request["device"])
+    others = [config_of(name) for name in {PRETRAINING, *bundles_of(recipe)} - {ADAPTATION}]
+    for path in (folder / "configs" / name for name in ("train.json", "inference.json", *others)):
+        if path.is_file():
+            write_json(json.loads(path.read_text(encoding="utf-8")) | {"device": wanted["device"]}, path)
 
 
 def overlaid(base: Mapping[str, Any], overlays: Sequence[Path]) -> dict[str, Any]:

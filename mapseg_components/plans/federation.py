@@ -121,7 +121,7 @@ def federation_settings(
         ConfigError: see `sites_of` and `rounds_of`.
     """
     cases = content["target_training"]
-    wanted = asked.get(SITES, min(config[SITES], len(cases)))
+    wanted = asked[SITES] if SITES in asked else min(config[SITES], len(cases))
     split = sites_of(cases, wanted, seed, content.get("target_heldout", ()))
     rounds = rounds_of(config["max_epochs"], config["epoch_length"], asked.get("rounds", config["rounds"]))
     own = {name: "$None" if value is None else value for name, value in asked.items() if name in federation_names()}
@@ -172,7 +172,8 @@ def check_federation(
     for stage in recipe.stages:
         if stage.kind != FEDERATION:
             continue
-        number = len(sites_of(cases, asked[SITES], seed, held_out)) if SITES in asked else stage.settings[SITES]
+        wanted = asked[SITES] if SITES in asked else min(stage.settings[SITES], len(cases))
+        number = len(sites_of(cases, wanted, seed, held_out))
         if asked.get("min_sites", 1) > number:
             raise ConfigError(f"min_sites is {asked['min_sites']}, and there are {number} sites: lower it")
         config = ConfigParser.load_config_files([config_path("train.json"), config_path(CONFIG)])

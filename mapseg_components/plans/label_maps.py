@@ -78,9 +78,8 @@ def labelled_cases(
         structures = {name: number for number, name in enumerate(parts, start=1)}
         dropped = "others" if from_maps else (request["settings"] or {}).get("dropped_labels", [])
         logger.info(f"Label maps are written with one number for each structure: {structures}.")
-        training, validation = (
-            merged(part, parts, dropped, folder / FOLDER / "merged") for part in (training, validation)
-        )
+        cases = merged(cases, parts, dropped, folder / FOLDER / "merged")
+        training, validation = cases[: len(training)], cases[len(training) :]
     if not from_maps:
         return training, validation, structures, {}
     absent = [f"{name} ({', '.join(map(str, values))})" for name, values in parts.items() if not {*values} & found]
@@ -185,7 +184,7 @@ def merged(cases: Sequence[Mapping[str, Any]], parts: Mapping[str, Sequence[int]
         cases: with ``label``.
         parts: structures and their values, numbered in this order from 1.
         dropped: values that become background; ``"others"`` for all.
-        folder: of the new label maps, ``<case id>.nii.gz``.
+        folder: of the new label maps, ``<number of the case>_<case id>.nii.gz``: two folders may use the same names.
 
     Raises:
         DataError: a label map cannot be read, or has values that are neither named nor dropped.
@@ -194,12 +193,13 @@ def merged(cases: Sequence[Mapping[str, Any]], parts: Mapping[str, Sequence[int]
     save = SaveLabelMap(str(folder), num_classes=len(parts) + 1, overwrite=True)
     audit, result = Audit(), []
     known = None if dropped == "others" else [value for part in (*parts.values(), dropped) for value in part]
-    for case in cases:
+    for number, case in enumerate(cases):
+        path = folder / f"{number:04d}_{case[CASE_ID]}"
         if audit.label(case[LABEL], known, case[LABEL], None) is not None and not errors_of(audit):
             scan = read_nifti(case[LABEL])
             numbers = numbered(to_whole(scan.voxels), parts)[None]
-            save(torch.from_numpy(numbers), {"affine": torch.from_numpy(scan.affine)}, folder / case[CASE_ID])
-        result.append({**case, LABEL: str(folder / f"{case[CASE_ID]}.nii.gz")})
+            save(torch.from_numpy(numbers), {"affine": torch.from_numpy(scan.affine)}, path)
+        result.append({**case, LABEL: f"{path}.nii.gz"})
     raise_findings(errors_of(audit))
     return result
 

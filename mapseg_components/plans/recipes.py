@@ -183,7 +183,11 @@ class Recipe:
         """With so many source models to choose from, in the place of the first one."""
         (origin,) = self.first
         place = self.stages.index(origin)
-        members = [replace(origin, name=f"{origin.name}_{one + 1}", member=one) for one in range(1, number)]
+        names = [f"{origin.name}_{one + 1}" for one in range(1, number)]
+        members = [
+            replace(origin, name=name, member=one, paths=paths_of(origin.paths, {origin.name: name}))
+            for one, name in enumerate(names, start=1)
+        ]
         return replace(self, stages=(*self.stages[: place + 1], *members, *self.stages[place + 1 :]))
 
     def with_source_model(self, name: str) -> Recipe:
@@ -194,17 +198,13 @@ class Recipe:
     def moved(self, instead: Mapping[str, str]) -> Recipe:
         """Without some stages; what they would have made is another one's, by name."""
 
-        def of_paths(paths: dict[str, str]) -> dict[str, str]:
-            parts = {key: path.partition("/") for key, path in paths.items()}
-            return {key: "".join([instead.get(first, first), *rest]) for key, (first, *rest) in parts.items()}
-
         def of(stage: Stage) -> Stage:
-            weights = of_paths(dict(zip(stage.weights, stage.weights)))
-            return replace(stage, paths=of_paths(stage.paths), weights=tuple(weights.values()))
+            weights = paths_of(dict(zip(stage.weights, stage.weights)), instead)
+            return replace(stage, paths=paths_of(stage.paths, instead), weights=tuple(weights.values()))
 
-        order = None if self.order is None else of_paths({"order": self.order})["order"]
+        order = None if self.order is None else paths_of({"order": self.order}, instead)["order"]
         kept = tuple(of(stage) for stage in self.stages if stage.name not in instead)
-        return replace(self, stages=kept, models=of_paths(self.models), order=order)
+        return replace(self, stages=kept, models=paths_of(self.models, instead), order=order)
 
     def in_any_order(self) -> Recipe:
         """With the source in contrasts of any order, from the stage on that is for a target as it is alone.
@@ -237,6 +237,12 @@ class Recipe:
             else:
                 last = stage.name
         return self.moved(instead)
+
+
+def paths_of(paths: Mapping[str, str], instead: Mapping[str, str]) -> dict[str, str]:
+    """Paths below ``stages``, where other stages have made what some of these name."""
+    parts = {key: path.partition("/") for key, path in paths.items()}
+    return {key: "".join([instead.get(first, first), *rest]) for key, (first, *rest) in parts.items()}
 
 
 def scaled(value: float, factor: float) -> float:

@@ -67,7 +67,7 @@ def plan_sizes(
 
     Axes with larger voxels get smaller patches (about the same millimetres), less stride and smaller blocks: slices
     four times as thick are not reduced at all. A patch is at most two thirds of the median scan, where that leaves 32
-    voxels.
+    voxels. An image has no thick slices, however much longer than wide its pixels are.
 
     Args:
         shapes: voxels per axis of each scan.
@@ -92,6 +92,7 @@ def plan_sizes(
     base = PRESETS[preset].get("fine_patch", base) if fine else base
     base = plane_side(shape, spacing, base) if planned else base
     ratio = np.where(flat, 1.0, spacing / spacing[~flat].min()) if not flat.all() else np.ones(3)
+    thick = (ratio >= THICK) & ~flat.any()
     halvings = [min(round(math.log2(r)), int(math.log2(reduction))) for r in ratio]
     stride = [reduction >> k for k in halvings]
     local_block = [max(8 >> k, 4) for k in halvings]
@@ -106,7 +107,8 @@ def plan_sizes(
         if planned:  # a level is halved three times where it can be
             step = max(step, 16 >> halvings[axis] * 2)
             whole = math.ceil(shape[axis] / step) * step
-            side = min(base, max(whole, 32)) if ratio[axis] < THICK else min(MOST_SLICES, max(whole, 4))
+            most = base / ratio[axis] if flat.any() else base
+            side = min(MOST_SLICES, max(whole, 4)) if thick[axis] else min(most, max(whole, 32))
         else:
             side = min(base / ratio[axis], max(shape[axis] * 2 / 3, 32 / ratio[axis]))
         patch.append(max(math.ceil(side / step - 0.5), 2) * step)
@@ -130,8 +132,8 @@ def plan_sizes(
         settings["dilations"] = [4, 8, 16]
     else:
         settings["dilations"] = [[max(round(side * share), 1) for side in features] for share in (1 / 6, 1 / 3, 1 / 2)]
-    if ratio.max() >= THICK:
-        settings["rotation_deg"] = [0 if ratio[axis] < THICK else IN_PLANE_DEG for axis in range(3)]
+    if thick.any():
+        settings["rotation_deg"] = [IN_PLANE_DEG if one else 0 for one in thick]
     return settings
 
 

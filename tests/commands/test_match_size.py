@@ -70,6 +70,14 @@ def test_the_source_is_copied_at_the_target_s_size_and_all_that_follows_knows_it
     assert call()["plan"] == plan, "the same command goes on"
 
 
+def test_a_run_goes_on_with_another_device(call, tmp_path):
+    for device in ("auto", "cpu"):
+        call(device=device)
+        for name in ("train.json", "inference.json"):
+            config = json.loads((tmp_path / "run" / "configs" / name).read_text())
+            assert (config["device"] == "$torch.device('cpu')") == (device == "cpu")
+
+
 def test_a_run_is_planned_again_after_the_copies_were_cut_short(call, tmp_path):
     plan = call()["plan"]
     again = tmp_path / "again"

@@ -50,6 +50,15 @@ def test_thick_slices_get_flat_patches_that_are_not_reduced_along_them():
     assert plan["stride"] == [4, 4, 1] and plan["rotation_deg"] == [0, 0, 15]
 
 
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("spacing", [(0.012, 0.004, 0.007), (0.004, 0.012, 0.004), (0.01, 0.01, 0.01)])
+def test_long_pixels_of_an_image_are_no_thick_slices(spacing, preset):
+    plan = plan_sizes([(512, 496, 1)], [spacing], preset)
+    widths = [side * mm for side, mm in zip(plan["patch_size"][:2], spacing)]
+    assert plan["patch_size"][2] == 1 and "rotation_deg" not in plan
+    assert max(widths) <= 1.1 * min(widths), "about as wide as high"
+
+
 def test_the_median_decides():
     odd = [(64, 64, 64), (182, 218, 182), (182, 218, 182)]
     assert plan_sizes(odd, [(1, 1, 1)] * 3, "paper") == plan_sizes(odd[1:], [(1, 1, 1)] * 2, "paper")

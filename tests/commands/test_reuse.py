@@ -61,6 +61,12 @@ def test_a_folder_of_a_like_name_is_another_one_and_own_files_count_by_their_con
     assert identity(tmp_path / "run", source) == identity(tmp_path / "other", source)
 
 
+@pytest.mark.parametrize("letters", ["Köpfe", os.fsdecode(b"K\xf6pfe")])  # the second in another encoding
+def test_folders_are_named_in_any_letters(tmp_path, scan, letters):
+    runs = [tmp_path / letters / name for name in ("one", "two")]
+    assert identity(runs[0], scan) == identity(runs[1], scan)
+
+
 def test_what_a_stage_builds_on_belongs_to_it(tmp_path, scan):
     files = {"initial_weights": "source/source_only.pt"}
     first, second = (
@@ -103,6 +109,25 @@ def test_a_copy_that_was_made_before_a_kill_is_known_again_and_a_stage_begun_her
     assert again._take_over("source", "this") == 7.0 and again.record["processor_seconds"] == {"source": 5.0}
     (one.stages / "contrasts").mkdir()
     assert again._take_over("contrasts", "this") is None
+
+
+def test_a_stage_whose_copy_failed_and_that_is_then_begun_here_is_not_taken_for_finished(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    (run / "stages" / "source").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"done": ["source"], "identities": {"source": "this"}}))
+    request = {"method": "mapseg", "settings": None, "source": "x", "target": "y"}
+
+    def full(other, output):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mapseg_components.commands.training.copy_stage", full)
+    with pytest.raises(OSError, match="No space left"):
+        Run(tmp_path / "out", request, True, [run])._take_over("source", "this")
+    for _ in range(2):  # the second call goes on with what the first one left
+        again = Run(tmp_path / "out", request, True)
+        again.record = json.loads((tmp_path / "out" / "run.json").read_text())
+        assert again._take_over("source", "this") is None
+        (again.stages / "source").mkdir(parents=True, exist_ok=True)
 
 
 def test_runs_are_named_by_commas_and_one_that_is_none_is_refused_before_anything_is_written(tmp_path):

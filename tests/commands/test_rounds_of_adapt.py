@@ -201,6 +201,15 @@ def test_each_stage_is_given_what_the_ones_before_made(stages, scans):
     assert agreement["mean"] == 1.0 and "with_round_before" not in run.record["pseudo_labels"]["labels_1"]
 
 
+@pytest.mark.parametrize(
+    "asked, expected", [({}, 3), ({"sites": 2}, 2), ({"sites": {"berlin": ["7", "8"], "lyon": ["9"]}}, 2)]
+)
+def test_a_federation_has_the_sites_that_are_asked_for(stages, scans, asked, expected):
+    run_of(scans, method="federated", **asked).train()
+    title, _, _, settings = stages.calls[-1]
+    assert title == "federation" and len(settings["sites"]) == expected
+
+
 def test_each_fold_trains_on_its_own_part_of_the_source(stages, scans):
     run, _ = finish(scans, rounds=1, folds=3)
     given = {title: settings for title, _, _, settings in stages.calls}

@@ -42,6 +42,8 @@ def test_one_of_them_takes_the_place_of_the_only_one(name):
     several = recipe.with_source_models(3)
     assert recipe.with_source_models(1) == recipe and len(several.stages) == len(recipe.stages) + 2
     names = [stage.name for stage in several.first]
+    for stage in several.first:  # what it writes itself is in its own folder
+        assert not {path.partition("/")[0] for path in stage.paths.values()} & ({*names} - {stage.name})
     assert several.with_source_model(names[0]) == recipe
     for number, chosen in enumerate(names):
         found = several.with_source_model(chosen)

@@ -16,8 +16,9 @@ from scipy import ndimage
 
 from mapseg_components.commands.adapt import Adaptation
 from mapseg_components.errors import ConfigError
-from mapseg_components.plans.bundle import check_names, write_bundle
+from mapseg_components.plans.bundle import check_names, write_bundle, write_device
 from mapseg_components.plans.components import describe_after, find_after
+from mapseg_components.plans.recipes import read_recipe
 from mapseg_components.prediction.bundle import open_bundle
 from mapseg_components.shipped_files import bundles_folder
 from mapseg_components.transforms import FillEnclosed, named_classes
@@ -278,7 +279,7 @@ def test_without_scikit_image_the_plan_leaves_components_and_a_wish_is_refused(t
     assert named_classes("largest_component", [], LABELS) == []
 
 
-def planned(tmp_path, settings):
+def planned(tmp_path, settings, target="t2", scan="t2/7.nii.gz"):
     """A bundle as ``mapseg adapt`` writes it before it trains; returns its folder and the plan."""
     for seed in range(3):
         image, label = make_scan(seed=seed)
@@ -286,9 +287,9 @@ def planned(tmp_path, settings):
         label[2:4, 3:5, 4:6] = label[15:17, 18:20, 22:24] = 2
         write_nifti(tmp_path / "t1" / "images" / f"{seed}.nii.gz", image)
         write_nifti(tmp_path / "t1" / "labels" / f"{seed}.nii.gz", label)
-    write_nifti(tmp_path / "t2" / "7.nii.gz", make_scan(seed=7)[0])
+    write_nifti(tmp_path / scan, make_scan(seed=7)[0])
     request = {
-        **{"source": str(tmp_path / "t1"), "target": str(tmp_path / "t2"), "labels": {"one": 1, "two": 2}},
+        **{"source": str(tmp_path / "t1"), "target": str(tmp_path / target), "labels": {"one": 1, "two": 2}},
         **{"method": "mapseg", "preset": "small-data-cpu", "prepare": None, "validation_share": 0.2, "seed": 0},
         **{"held_out": 0.2, "pretraining": True, "random_contrasts": True},
         **{"symmetric": False, "device": "cpu", "settings": settings},
@@ -297,7 +298,7 @@ def planned(tmp_path, settings):
     folder.mkdir()
     run = Adaptation(folder, request, True)
     run._plan()
-    write_bundle(folder, run.recipe, run.record["plan"], request, str(tmp_path / "t2"))
+    write_bundle(folder, run.recipe, run.record["plan"], request)
     return folder, json.loads(json.dumps(run.record["plan"]))
 
 
@@ -317,6 +318,30 @@ def test_the_bundle_that_adapt_makes_has_the_plan(tmp_path, settings, largest):
     names = [type(one).__name__ for one in parser.get_parsed_content("postprocessing").transforms]
     assert names[-3:] == ["KeepComponentsd", "FillEnclosedd", "SaveLabelMapd"]
     assert ("KeepLargestConnectedComponentd" in names) == bool(largest)
+
+
+@pytest.mark.parametrize(
+    "target, scan", [("t2", "t2/7.nii.gz"), ("t2", "t2/images/7.nii.gz"), ("list.json", "some/7.nii.gz")]
+)
+def test_inference_of_that_bundle_reads_the_targets_scans_unless_a_folder_is_named(tmp_path, target, scan):
+    write_nifti(tmp_path / "some" / "8.nii.gz", make_scan(seed=8)[0])
+    (tmp_path / "list.json").write_text(json.dumps({"target_training": [{"image": "some/7.nii.gz"}]}))
+    folder, _ = planned(tmp_path, None, target, scan)
+    for changes, names in (({}, ["7"]), ({"dataset_dir": str(tmp_path / "t1" / "images")}, ["0", "1", "2"])):
+        parser = ConfigParser()
+        parser.read_config(str(folder / "configs" / "inference.json"))
+        parser.update({"bundle_root": str(folder), **changes})
+        assert [case["case_id"] for case in parser.get_parsed_content("cases")] == names
+
+
+@pytest.mark.parametrize("settings, default", [(None, "'cuda' if"), ({"device": "$torch.device('meta')"}, "'meta'")])
+def test_a_run_that_goes_on_has_the_device_that_it_is_given_then(tmp_path, settings, default):
+    folder, _ = planned(tmp_path, settings)
+    for device, expected in (("cuda:1", "'cuda:1'"), ("auto", default)):
+        write_device(folder, read_recipe("mapseg"), {"settings": settings, "device": device})
+        for name in ("train.json", "inference.json", "pretraining.json"):
+            assert expected in json.loads((folder / "configs" / name).read_text())["device"]
+    assert "device" not in json.loads((folder / "configs" / "settings.json").read_text()), "which comes last"
 
 
 def test_a_network_that_is_asked_for_is_planned_alike_for_training_and_inference(tmp_path):

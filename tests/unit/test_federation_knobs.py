@@ -311,6 +311,9 @@ def test_settings_of_the_federation_are_checked_before_any_training_of_the_sourc
     check_federation(recipe, {"aggregation": "$lambda: mapseg_components.federated.TrimmedMean(0.3)"}, CASES, [], 0)
     with pytest.raises(ConfigError, match=r"the federation's settings cannot be used .*Median"):
         check_federation(recipe, {"aggregation": "$mapseg_components.federated.Median"}, CASES, [], 0)
+    check_federation(recipe, {"min_sites": 3}, CASES[:3], [], 0)
+    with pytest.raises(ConfigError, match="min_sites is 3, and there are 2 sites: lower it"):
+        check_federation(recipe, {"min_sites": 3}, CASES[:2], [], 0)
     check_federation(read_recipe("mapseg"), {"ship": "mean"}, CASES, [], 0)  # no setting of that method
 
 

@@ -17,7 +17,7 @@ from mapseg_components.commands.check import check
 from mapseg_components.data import check_training_data, load_datalist
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.plans.bundle import write_bundle
-from mapseg_components.plans.label_maps import label_map_cases, merged, several_values
+from mapseg_components.plans.label_maps import label_map_cases, labelled_cases, merged, several_values
 from mapseg_components.plans.recipes import recipe_for
 from mapseg_components.structures import parts_of
 from mapseg_components.transforms import SelectLabels
@@ -66,7 +66,7 @@ def planned(folder, **changes):
     output.mkdir(exist_ok=True)
     run = Adaptation(output, request, True)
     run._plan()
-    write_bundle(output, run.recipe, run.record["plan"], request, str(folder / "t2"))
+    write_bundle(output, run.recipe, run.record["plan"], request)
     return output, run
 
 
@@ -124,6 +124,16 @@ def test_merged_label_maps_have_a_number_for_each_structure_and_nothing_else(map
     assert set(np.unique(numbers)) == {0, 1, 2} and np.array_equal(before.affine, after.affine)
     with pytest.raises(DataError, match=r"unknown values 2 \(48 voxels\), 3 \(.*known are \[0, 16, 17, 53\]"):
         merged(training, PARTS, [], maps / "new")
+
+
+def test_a_validation_map_of_a_training_maps_name_takes_nothing_of_its_place(maps):
+    for folder, seed in (("source", 0), ("validation", 1)):
+        write_nifti(maps / "data" / folder / "labels" / "1.nii.gz", head(seed))
+    request = request_of(maps, source=str(maps / "data"))
+    parts = labelled_cases(request, request["source"], maps / "out")[:2]
+    for (case,), seed in zip(parts, (0, 1)):
+        assert case["case_id"] == "1"
+        np.testing.assert_array_equal(np.asarray(nib.load(case["label"]).dataobj) == 2, head(seed) == 16)
 
 
 def test_structures_of_several_values_are_merged_for_a_source_of_images_too(maps):
