@@ -31,6 +31,7 @@ from mapseg_components.keys import IMAGE, LABEL, TISSUES
 from mapseg_components.prediction.inputs import NO_DICOM, nifti_inputs
 from mapseg_components.reports import answer, page, sortable_table, text_table
 from mapseg_components.session import listed, working
+from mapseg_components.transforms import AssumeOrientation, FillNonFinite, NegativeValues
 
 __all__ = ["CheckReport", "check"]
 
@@ -164,6 +165,12 @@ def check(
         if output is not None:
             refuse_existing([Path(output) / JSON, Path(output) / HTML], output, overwrite)
             require_writable(output)
+        for transform, value in (
+            (NegativeValues, negative_values),
+            (AssumeOrientation, assume_orientation),
+            (FillNonFinite, non_finite),
+        ):
+            transform(value)  # refuses what it does not know
         audit, record = Audit(None, "full", assume_orientation, non_finite), StatisticsRecord()
         audit.record = record
         policy = negative_values or "keep"
@@ -176,7 +183,7 @@ def check(
         for path, (side, is_label) in files.items():
             if not is_label:
                 groups.setdefault(side, []).append(path)
-        found = [*audit.findings, *plausibility(groups, record.statistics, facts)]
+        found = [*audit.findings, *plausibility(groups, record.statistics, facts, negative_values)]
         findings = sorted(dict.fromkeys(found), key=lambda f: SEVERITIES.index(f.severity))
         result = CheckReport(input, [row_of(path, *files[path], record, findings) for path in files], findings)
         if output is not None:

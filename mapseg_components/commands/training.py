@@ -47,6 +47,7 @@ logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's,
 
 DATALIST = "datalist.json"
 RECORD = "run.json"
+NEGATIVE_VALUES = ("negative_values", "source_negative_values", "target_negative_values")
 CHECK = "check"  # folder of the findings about all scans
 SECTIONS = ("source_training", "source_validation", "target_training", "target_labelled")
 MEMBER_SEEDS = 1000  # between the seeds of several source models, so that those of runs with other seeds differ
@@ -98,9 +99,11 @@ class Run:
         Raises:
             ConfigError, DataError or ResourceError: one blocks a training; the folder is free for the next command.
         """
+        told = {self.asked.get(name) for name in NEGATIVE_VALUES} - {None}
         found = check(
             str(self.folder / DATALIST),
             dropped_labels=self.asked.get("dropped_labels"),
+            negative_values=told.pop() if len(told) == 1 else "keep" if told else None,
             assume_orientation=self.asked.get("assume_orientation"),
             non_finite=self.asked.get("non_finite"),
             output=str(self.folder / CHECK),

@@ -14,7 +14,7 @@ import numpy as np
 from mapseg_components.boxes import corner_distance
 from mapseg_components.data.layouts import misplaced
 from mapseg_components.errors import ConfigError, DataError, MAPSegError
-from mapseg_components.keys import MASK
+from mapseg_components.keys import IMAGE, MASK
 from mapseg_components.scans.facts import AuditRecord, Facts
 from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.findings import Finding, findings_of, raise_findings
@@ -205,25 +205,23 @@ class FileAudit:
         facts = self.facts(case[MASK], with_values=True) if MASK in case else None
         if facts is None or facts.values is None:
             return
-        if image is not None and facts.shape != image.shape:
-            self.add(case[MASK], f"mask of shape {facts.shape}, its scan {image.shape}", "draw it on the scan's grid")
+        if image is not None:
+            self.pair(case[MASK], facts, image, case[IMAGE], "mask")
         if all(value == 0 for value, _ in facts.values):
             self.add(case[MASK], "a mask of 0 alone, nothing of its scan is left", "draw 1 where there is tissue")
         elif len(facts.values) > MOST_MASK_VALUES:
             what = f"a mask of {len(facts.values)} values: 0 is left out, all others count"
             self.warn(case[MASK], what, "draw 0 and 1, without smoothing or JPEG")
 
-    def pair(self, path: str, label: Facts, image: Facts, scan: str) -> None:
-        """A label map must lie on the grid of its scan, a file with the facts ``image``."""
+    def pair(self, path: str, label: Facts, image: Facts, scan: str, name: str = "label map") -> None:
+        """A label map or mask, by its name, must lie on the grid of its scan, a file with the facts ``image``."""
         if label.shape != image.shape:
-            self.add(
-                path, f"label map of shape {label.shape}, its scan {image.shape}", "resample it to the scan's grid"
-            )
+            self.add(path, f"{name} of shape {label.shape}, its scan {image.shape}", "resample it to the scan's grid")
             return
         if is_picture(path) and is_picture(scan):
             return  # pixel for pixel; a pixel size may stand in one of the two files alone
         if label.has_orientation != image.has_orientation:
-            who = "label map, not its scan," if label.has_orientation else "scan, not its label map,"
+            who = f"{name}, not its scan," if label.has_orientation else f"scan, not its {name},"
             self.add(path, f"only the {who} names an orientation", "copy the header of the one that is right")
             return
         distance = corner_distance(image.shape, np.array(label.affine), np.array(image.affine))

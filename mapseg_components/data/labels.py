@@ -70,8 +70,8 @@ def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
     """
     if labels is None:
         return {}, False
-    path = Path(labels)
-    if path.is_dir():
+    path, is_text = Path(labels), labels.lstrip().startswith("{")  # which may be longer than a path can be
+    if not is_text and path.is_dir():
         config, named = path / "configs" / "inference.json", labels_file(path)
         if config.is_file():
             parser = ConfigParser()
@@ -81,7 +81,7 @@ def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
             raise ConfigError(f"no config at {config}: set labels to the folder of a bundle, or to a JSON file")
         path = named
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig") if path.is_file() else labels)
+        content = json.loads(labels if is_text or not path.is_file() else path.read_text(encoding="utf-8-sig"))
         found = content.get("labels", content)  # a datalist or dataset.json
         return (found if isinstance(found, dict) else dict(content)), False
     except (OSError, ValueError, TypeError, AttributeError) as error:

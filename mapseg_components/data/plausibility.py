@@ -38,7 +38,10 @@ StatisticsByFile = Mapping[str, ScanStatistics]
 
 
 def plausibility(
-    groups: Mapping[str, Sequence[str]], statistics: StatisticsByFile, facts: Mapping[str, Facts]
+    groups: Mapping[str, Sequence[str]],
+    statistics: StatisticsByFile,
+    facts: Mapping[str, Facts],
+    negative_values: str | None = None,
 ) -> list[Finding]:
     """Look at each set, then compare the target with the source.
 
@@ -46,13 +49,14 @@ def plausibility(
         groups: set, ``"source"`` and ``"target"`` or any other name, to its files.
         statistics: statistics of the images that could be read, by file.
         facts: facts of the same files.
+        negative_values: what a run makes of them; they are unusual where it is not said.
     """
     known = {name: [file for file in files if file in statistics] for name, files in groups.items()}
     known = {name: files for name, files in known.items() if files}
     findings: list[Finding] = []
     for name, files in known.items():
         findings += grids(name, files, statistics)
-        findings += intensities(name, files, statistics, facts)
+        findings += intensities(name, files, statistics, facts, negative_values)
         findings += masking(name, files, statistics)
         findings += unusual_histograms(name, files, statistics)
         findings += copies(files, facts)
@@ -118,7 +122,11 @@ def kind_of_ct(statistics: ScanStatistics, facts: Facts) -> str | None:
 
 
 def intensities(
-    name: str, files: Sequence[str], statistics: StatisticsByFile, facts: Mapping[str, Facts]
+    name: str,
+    files: Sequence[str],
+    statistics: StatisticsByFile,
+    facts: Mapping[str, Facts],
+    negative_values: str | None = None,
 ) -> Iterator[Finding]:
     """CT in HU, CT with 1024 added, or other negative values."""
     kinds = {file: kind_of_ct(statistics[file], facts[file]) for file in files}
@@ -138,7 +146,7 @@ def intensities(
         text = f"{counts['shifted']} of {len(files)} scans look like CT with {CT_SHIFT} added"
         yield note(name, text, "leave negative_values null; do not shift again")
     for file in files:
-        if facts[file].negative and kinds[file] != "HU":
+        if facts[file].negative and kinds[file] != "HU" and negative_values is None:
             span = f"values from {facts[file].lowest:g} to {facts[file].highest:g}"
             text = f"{facts[file].negative} voxels are negative ({span})"
             yield warning(

@@ -227,6 +227,9 @@ def with_labels(sources: list[Source], labels: Path, findings: list[Finding]) ->
         if label is None:
             result.append(Source(f"{IMAGES}/{source.name}", source.image))
         else:
+            if label in used:
+                what = f"label map of two scans, {source.name} among them"
+                findings.append(Finding("error", str(label), what, "name scans and label maps apart, one for each"))
             used.add(label)
             name = (Path(source.name).parent / stem(label)).as_posix()
             result.append(Source(f"{IMAGES}/{source.name}", source.image, label, f"{LABELS}/{name}"))

@@ -29,13 +29,13 @@ from mapseg_components.scans.facts import facts_of
 from mapseg_components.scans.files import FORMATS, is_picture
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.sides import unnamed
-from mapseg_components.structures import structures_of, value_fault
+from mapseg_components.structures import IGNORED, structures_of, value_fault
 
 __all__ = ["hold_out", "source_cases", "structure_names", "target_cases"]
 
 logger = logging.getLogger("mapseg_components.commands.adapt")  # the command's, whose level its options set
 
-MOST_LABELS = 255
+MOST_LABELS = IGNORED - 1
 FEWEST_TO_HOLD_OUT = 5  # target scans; below it, all are adapted on
 FEWEST_HELD_OUT = 2
 

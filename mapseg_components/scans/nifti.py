@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import zlib
@@ -122,7 +123,7 @@ def decode(path: Path, stream: BinaryIO, size: int) -> Scan:
     needed = promised + 4 * math.prod(shape)
     require_memory(needed, "cpu", f"{path}: shape {shape}", "crop the scan, or use a larger machine")
     content, read = bytearray(promised), 0
-    for piece in (start, *([] if len(start) > promised else pieces)):
+    for piece in itertools.chain([start], [] if len(start) > promised else pieces):
         part = piece[: max(promised - read, 0)]
         content[read : read + len(part)] = part
         read += len(piece)

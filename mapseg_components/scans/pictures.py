@@ -38,7 +38,8 @@ PALETTE = "it has a palette: the indices of the colours are its values"
 SAVE_GREY = "save it as grey values or RGB, 8 or 16 bits, in PNG or TIFF"
 ONE_PAGE = "save each page as a file, or a volume as NIfTI"
 # tags of TIFF
-SUBFILE, BITS, COMPRESSION, DESCRIPTION, ORIENTATION, PLANAR, SAMPLES = 254, 258, 259, 270, 274, 284, 339
+SUBFILE, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION, ORIENTATION, PLANAR = 254, 258, 259, 262, 270, 274, 284
+SAMPLES = 339
 JPEG = (6, 7, 34892, 33007)  # compressions that change values
 IMAGEJ_STACK = re.compile(r"^images=(\d+)$", re.MULTILINE)
 REDUCED = 1  # bit of SUBFILE: a page that is a smaller copy of another, of a pyramid
@@ -271,6 +272,15 @@ def header_of(
     return Header(tuple(image.size), deep, channels, sides, (*remarks, *more), clear)
 
 
+def as_stored(pixels: np.ndarray, image: Any) -> np.ndarray:
+    """Grey values of an image of 8 bits or less as they lie in the file: of TIFF, Pillow turns those round whose 0 is
+    white, and reads those with a sign without it."""
+    tags = getattr(image, "tag_v2", {})
+    if image.mode in ("1", "L") and tags.get(PHOTOMETRIC) == 0:
+        pixels = ~pixels
+    return pixels.view(np.int8) if image.mode == "L" and tags.get(SAMPLES, (1,))[0] == 2 else pixels
+
+
 def pixels_of(path: Path, image: Any, header: Header) -> tuple[np.ndarray, np.ndarray | None]:
     """Grey values (rows, columns) or colours (rows, columns, 3), and where they are not fully transparent.
 
@@ -291,7 +301,7 @@ def pixels_of(path: Path, image: Any, header: Header) -> tuple[np.ndarray, np.nd
         return np.asarray(image).view(np.uint32), None  # Pillow has signed numbers alone
     if image.mode == "YCbCr":
         image = image.convert("RGB")
-    found = np.asarray(image)
+    found = as_stored(np.asarray(image), image)
     if image.mode == "1":
         return found.astype(np.uint8), None
     if image.mode in ("LA", "PA"):

@@ -12,7 +12,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapLabelValue, Transform
 
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.structures import structures_of, to_whole, unknown_values, value_fault
+from mapseg_components.structures import IGNORED, structures_of, to_whole, unknown_values, value_fault
 from mapseg_components.transforms.dictionary import EachKey
 from mapseg_components.transforms.inputs import as_volume, scan_name
 
@@ -29,7 +29,7 @@ class SelectLabels(Transform):
         dropped: values that the dataset has and this task does not want; ``"others"`` for all that are not kept.
 
     Raises:
-        ConfigError: a value is named twice, or 0 is among them.
+        ConfigError: a value is named twice, 0 is among them, or there are more values than 254, as 255 is ignored.
 
     Examples:
         >>> import torch
@@ -51,6 +51,8 @@ class SelectLabels(Transform):
             raise ConfigError(
                 f"labels {values} and dropped_labels {list(dropped)} must name each value once, and 0 is background"
             )
+        if len(values) >= IGNORED:
+            raise ConfigError(f"labels name {len(values)} structures, expected {IGNORED - 1} at most: merge some")
         self.known = torch.tensor(sorted([0, *named]))
         targets = [*range(1, len(values) + 1), *([0] * len(dropped))]
         self.mapping = MapLabelValue(orig_labels=named, target_labels=targets, dtype=torch.uint8)

@@ -14,9 +14,10 @@ import pytest
 from mapseg_components.commands import check
 from mapseg_components.commands.main import main
 from mapseg_components.data.scan_statistics import coarse, scan_statistics
+from mapseg_components.errors import ConfigError
 from mapseg_components.reports import text_table
 from mapseg_components.scans.nifti import read_nifti
-from tests.conftest import SAMPLE, make_dataset, write_nifti
+from tests.conftest import SAMPLE, make_dataset, make_scan, write_nifti
 from tests.faults import damage
 from tests.pictures import write_picture
 
@@ -255,6 +256,20 @@ def test_a_mask_of_an_image_without_labels_is_looked_at(tmp_path):
     write_picture(tmp_path / "a_mask.png", np.ones((10, 10), np.uint8))
     report = check(str(tmp_path), quiet=True)
     assert any("mask of shape (10, 10, 1), its scan (50, 40, 1)" in finding.what for finding in report.findings)
+
+
+@pytest.mark.parametrize("option", ["negative_values", "assume_orientation", "non_finite"])
+def test_a_policy_that_no_run_has_is_refused(tmp_path, option):
+    write_nifti(tmp_path / "a.nii.gz", make_scan()[0])
+    with pytest.raises(ConfigError, match=f"{option} is 'XYZ'"):
+        check(str(tmp_path), quiet=True, **{option: "XYZ"})
+
+
+def test_negative_values_are_no_finding_where_it_is_said_what_they_are(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", make_scan()[0] - 0.25)
+    assert any("voxels are negative" in f.what for f in check(str(tmp_path), quiet=True).findings)
+    told = check(str(tmp_path), quiet=True, negative_values="clip").findings
+    assert not any("voxels are negative" in f.what for f in told)
 
 
 def test_an_image_with_nothing_around_is_masked_as_a_volume_is(tmp_path):

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -59,6 +61,18 @@ def test_label_map_of_another_grid_is_named(dataset, tmp_path, fault, what, reme
     }
     with refused(tmp_path, "target_test/0_label.nii.gz: ", what, remedy):
         check_labelled_scans([case], LABELS)
+
+
+@pytest.mark.parametrize("fault", [damage.flipped, damage.moved])
+def test_a_mask_of_another_grid_is_named(dataset, tmp_path, fault):
+    mask, content = dataset / "mask.nii.gz", json.loads((dataset / "datalist.json").read_text())
+    shutil.copyfile(dataset / "source_training" / "0_label.nii.gz", mask)
+    content["target_training"][0]["mask"] = str(mask)
+    (dataset / "datalist.json").write_text(json.dumps(content))
+    check_training_data(dataset / "datalist.json", LABELS)
+    fault(mask)
+    with refused(tmp_path, "mask.nii.gz: its affine puts a corner", "resample it to the scan's grid"):
+        check_training_data(dataset / "datalist.json", LABELS)
 
 
 @pytest.mark.parametrize("fault", [fault for fault, *_ in SCAN_FAULTS if fault is not damage.singular_affine])

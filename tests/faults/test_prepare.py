@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -113,6 +114,19 @@ def test_a_label_map_without_a_scan_is_a_failure(scans):
     (scans / "images/a.nii.gz").unlink()
     result = prepare(scans, scans.parent / "out", **PLAIN)
     assert result.exit_code == 3 and "label map without a scan of the same name" in str(result)
+
+
+def test_one_label_map_is_not_that_of_scans_of_one_name_in_two_folders(scans):
+    labels = scans.parent / "elsewhere"
+    labels.mkdir()
+    (scans / "labels/a.nii.gz").rename(labels / "a.nii.gz")
+    for folder in ("one", "two"):
+        (scans / folder).mkdir()
+        shutil.copyfile(scans / "images/a.nii.gz", scans / folder / "a.nii.gz")
+    shutil.rmtree(scans / "images")
+    shutil.rmtree(scans / "labels")
+    result = prepare(scans, scans.parent / "out", labels=labels, **PLAIN)
+    assert result.exit_code == 3 and "label map of two scans, two/a" in str(result)
 
 
 def test_a_spacing_that_no_memory_holds_is_refused_before_it_is_tried(scans):

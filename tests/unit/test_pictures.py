@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import itk
@@ -93,6 +94,22 @@ def test_palettes_and_few_bits_keep_the_values_that_are_stored(tmp_path):
     assert np.array_equal(read_nifti(tmp_path / "one.png").voxels[..., 0].T, indices > 1)
     write_png(tmp_path / "two.png", bytes([0b00011011, 0b11000000]), (5, 1), 2, 1)
     assert read_nifti(tmp_path / "two.png").voxels.flatten().tolist() == [0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("pixels", [GREY8, GREY16, GREY8 > 100])
+def test_values_of_a_tiff_whose_0_is_white_are_those_that_are_stored(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    content, tag = (tmp_path / "a.tif").read_bytes(), struct.pack("<HHI", 262, 3, 1)
+    assert content.count(tag + b"\1") == 1
+    (tmp_path / "b.tif").write_bytes(content.replace(tag + b"\1", tag + b"\0"))
+    stored = [read_nifti(tmp_path / name).voxels[..., 0].T for name in ("a.tif", "b.tif")]
+    assert np.array_equal(stored[0], pixels) and np.array_equal(stored[1], pixels)
+
+
+def test_numbers_of_8_bits_may_have_a_sign(tmp_path):
+    values = (GREY8.astype(int) - 128).astype(np.int8)
+    Image.fromarray(values.view(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    assert np.array_equal(read_nifti(tmp_path / "a.tif").voxels[..., 0].T, values) and values.min() < 0
 
 
 CM, INCH, NO_UNIT = ({"resolution_unit": unit} for unit in (3, 2, 1))

@@ -13,6 +13,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from mapseg_components.data import class_weights
+from mapseg_components.data.labels import label_mapping
 from mapseg_components.data.volumes import structure_sizes
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.scans.facts import facts_of
@@ -134,6 +135,20 @@ def test_a_scaled_label_map_is_read_as_the_plain_one_everywhere(tmp_path):
 def test_select_labels_refuses_fractions_with_all_digits():
     with pytest.raises(DataError, match=r"fractions: 0\.9882 \(1 voxels\)"):
         SelectLabels({"one": 1})(torch.tensor([[[[0.0, 0.9882, 1.0]]]]))
+
+
+def test_as_many_structures_as_class_indices_below_the_one_that_is_ignored():
+    last = SelectLabels(range(1, 255))(torch.tensor([[[[0.0, 254.0]]]]))
+    assert last.flatten().tolist() == [0, 254]
+    with pytest.raises(ConfigError, match="labels name 255 structures, expected 254 at most"):
+        SelectLabels(range(1, 256))
+
+
+def test_labels_as_text_may_be_longer_than_a_path():
+    text = json.dumps({f"structure number {value}": value for value in range(1, 30)})
+    assert len(text) > 400 and len(label_mapping(text)[0]) == 29
+    with pytest.raises(ConfigError, match="expected a bundle, or JSON such as"):
+        label_mapping(text[:-1])
 
 
 @pytest.mark.parametrize("name", ["train.json", "inference.json", "evaluate.json"])
