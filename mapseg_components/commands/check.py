@@ -231,7 +231,7 @@ def of_datalist(
     sections = audit.datalist(source, wanted)
     files = {case[IMAGE]: (SIDE[section], TISSUES in case) for section, cases in sections.items() for case in cases}
     maps = {case[LABEL]: SIDE[s] for s, cases in sections.items() for case in cases if LABEL in case}
-    named = {name: value for name, (_, value) in read_labels(labels or labels_of(source)).items()}
+    named = read_labels(labels or labels_of(source))
     with bar(len(files) + len(maps), record, quiet):
         known = named or {str(value): value for value in values_of(record, list(maps))}
         try:
