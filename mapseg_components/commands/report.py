@@ -238,12 +238,13 @@ def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return []
     by, what = by_of(assessment), title_of(assessment)
     pairs = [(a[by], b[by]) for a, b in worst_first(assessment) if a[by] is not None and b[by] is not None]
-    low, high = verdict["interval"]
     result = []
     for (name, title), own in zip(MODELS.items(), zip(*pairs)):
         used = "this model is used" if verdict["ship"] == name else ""
         result.append((f"{what}, {title}", f"{np.mean(own):.3f}", used))
-    result.append(("Difference", f"{verdict['gain']:+.3f}", f"95 % interval {low:+.3f} to {high:+.3f}"))
+    interval = verdict["interval"] if len(pairs) > 1 else None
+    ends = "one scan: no interval" if interval is None else "95 % interval {:+.3f} to {:+.3f}".format(*interval)
+    result.append(("Difference", f"{verdict['gain']:+.3f}", ends))
     calibration = assessment["models"][verdict["ship"]]["calibration"]
     if calibration:
         result.append(("Error of an estimate", f"± {calibration['error']:.2f}", "of one structure in one scan"))

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 from monai.utils import ensure_tuple_rep
 
+from mapseg_components.configs import check_numbers
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
 from mapseg_components.plans.components import TITLES
@@ -184,10 +185,13 @@ def is_planned(config: Mapping[str, Any]) -> bool:
 
 
 def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
-    """Refuse settings that no bundle has, nor the recipe. Raises `ConfigError`."""
+    """Refuse settings that no bundle has, nor the recipe, and text in the place of numbers. Raises `ConfigError`."""
     names = dict.fromkeys((ADAPTATION, PRETRAINING, *(bundles_of(recipe) if recipe is not None else ())))
-    known = {key for name in names for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}
-    known |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
+    configs = [configs_of(name) / "train.json" for name in names] + [configs_of(ADAPTATION) / "inference.json"]
+    known = set()
+    for config in map(ConfigParser.load_config_file, configs):
+        check_numbers(settings, config)
+        known |= set(config)
     if recipe is not None:
         known |= set(options_of(recipe))
         known |= federation_names() if any(stage.kind == FEDERATION for stage in recipe.stages) else set()
