@@ -368,10 +368,8 @@ def verdict_of(
         why.append(WITHOUT_LABELS)
     outside = sum(not case["within_calibration"] for case in adapted["cases"]) if by == ESTIMATE else 0
     if outside:
-        why.append(
-            f"{outside} of {len(adapted['cases'])} target scans lie outside the consistency of all labelled scans: "
-            "guesses."
-        )
+        scans = f"{outside} of {len(adapted['cases'])} target scans"
+        why.append(f"{scans} lie outside the consistency of all labelled scans: guesses.")
     if gain > 0 and np.mean(differences > 0) > 0.5:
         verdict = "adapted"
         if interval is not None and interval[0] <= 0:
@@ -380,8 +378,7 @@ def verdict_of(
         verdict = "worse than source"
     else:
         verdict = "no gain"
-    if interval is None:
-        why.append("One scan: no interval, the gain is uncertain.")
+    why += [] if interval else ["One scan: no interval, the gain is uncertain."]
     ship = "adapted" if verdict == "adapted" else "source_only"
     best = float(np.mean([pair[ship == "adapted"] for pair in pairs]))
     reference = after if ship == "adapted" else before
