@@ -323,8 +323,7 @@ def verdict_of(
 
     The estimates of Dice are compared scan by scan. Better means: by their mean, and in more than half of the scans.
     Worse: the mean difference is 0.01 at least, and the bootstrap interval (95 %, over scans) does not hold 0. An
-    adapted model that is not better is not shipped. A gain whose interval holds 0, or that one scan alone shows, is
-    said to be uncertain.
+    adapted model that is not better is not shipped. A gain whose interval holds 0, or of one scan, is called uncertain.
 
     Args:
         source: figures of the source-only model, as `assess` makes them.
@@ -368,8 +367,8 @@ def verdict_of(
         why.append(WITHOUT_LABELS)
     outside = sum(not case["within_calibration"] for case in adapted["cases"]) if by == ESTIMATE else 0
     if outside:
-        scans = f"{outside} of {len(adapted['cases'])} target scans"
-        why.append(f"{scans} lie outside the consistency of all labelled scans: guesses.")
+        of = f"{outside} of {len(adapted['cases'])}"
+        why.append(f"{of} target scans lie outside the consistency of all labelled scans: guesses.")
     if gain > 0 and np.mean(differences > 0) > 0.5:
         verdict = "adapted"
         if interval is not None and interval[0] <= 0:
@@ -391,7 +390,7 @@ def verdict_of(
         "verdict": verdict,
         "ship": ship,
         "gain": rounded(gain),
-        "interval": None if interval is None else [rounded(end) for end in interval],
+        "interval": [rounded(end) for end in interval] if interval else None,
         "why": why,
     }
 

@@ -239,7 +239,12 @@ def of_datalist(
         except ValueError as error:
             raise ConfigError(f"dropped_labels is {','.join(dropped)!r}, expected whole numbers") from error
         audit.training(
-            source, known, ignored, policy, policy, [name for name in (*APART, "target_heldout") if name in wanted]
+            source,
+            known or [],
+            ignored,
+            policy,
+            policy,
+            [name for name in (*APART, "target_heldout") if name in wanted],
         )
         if has_section(source, "target_test"):
             try:

@@ -163,11 +163,14 @@ def report(directory: str, output: str | None = None) -> str:
         its path.
 
     Raises:
-        ConfigError: the folder holds no finished run, or matplotlib is missing.
+        ConfigError: the folder holds no finished run, output is a folder, or matplotlib is missing.
         ResourceError: the file cannot be written.
     """
     require_matplotlib()
     folder = Path(directory)
+    target = Path(output) if output else folder / "report.html"
+    if target.is_dir():
+        raise ConfigError(f"output {target} is a folder: name the file to write, such as {target / 'report.html'}")
     path = folder / "run.json"
     if not path.is_file():
         raise ConfigError(f"{folder} has no run.json: name the output folder of mapseg adapt")
@@ -207,11 +210,7 @@ def report(directory: str, output: str | None = None) -> str:
         "<h2>Settings</h2><details><summary>Arguments, plan, seconds, versions</summary><pre>"
         f"{escape(json.dumps({key: run[key] for key in MANIFEST}, indent=2))}</pre></details>",
     ]
-    target = Path(output) if output else folder / "report.html"
-    write_text(
-        page("Adaptation report", "\n".join(body), STYLES, SCRIPT + SLICES_SCRIPT),
-        target,
-    )
+    write_text(page("Adaptation report", "\n".join(body), STYLES, SCRIPT + SLICES_SCRIPT), target)
     return str(target)
 
 

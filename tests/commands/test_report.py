@@ -28,6 +28,7 @@ from mapseg_components.commands.report import (
     source_stage,
     verdict_line,
 )
+from mapseg_components.errors import ConfigError
 from mapseg_components.plans.recipes import read_recipe, recipe_names
 from mapseg_components.reports import ComparedScan, curves, sortable_table
 from mapseg_components.reports.comparison import comparison_figure
@@ -339,6 +340,11 @@ def test_a_single_judged_scan_has_no_interval(tmp_path):
     text = open(report(str(make_run(tmp_path, structures=2, scans=1, epochs=3)))).read()
     assert "one scan: no interval" in text and "One scan: no interval, the gain is uncertain." in text
     assert "95 % interval" not in text
+
+
+def test_a_folder_in_the_place_of_the_page_is_a_usage_error(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder: name the file to write, such as .*report.html"):
+        report(str(run), str(tmp_path))
 
 
 def test_a_scan_is_chosen_by_its_name_with_all_blanks(tmp_path):
