@@ -97,11 +97,10 @@ def merged_values(run: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(run.read_text(encoding="utf-8"))
-        values = (
-            content["plan"].get("label_values") or content["request"].get("labels") or {}
-        )  # or of an earlier version
+        values = content.get("plan", {}).get("label_values")
+        values = values or content.get("request", {}).get("labels") or {}  # as a run of an earlier version has them
         return values if any(isinstance(own, list) and len(own) > 1 for own in values.values()) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{run} is no record of mapseg adapt ({error}): name the output folder of a run") from error
 
 
