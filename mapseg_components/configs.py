@@ -26,6 +26,7 @@ from mapseg_components.files import lock_folder, require_writable, sweep_tempora
 __all__ = [
     "OF_ROUNDS",
     "begin_run",
+    "check_numbers",
     "check_settings",
     "end_run",
     "given_lists",
@@ -140,6 +141,36 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
             f"unknown setting {', '.join(problems)}: correct it in the overlay or on the command line; "
             "additional keys begin with '_'"
         )
+
+
+def check_numbers(asked: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse text in the place of numbers; expressions and references are none.
+
+    Args:
+        asked: settings of a user.
+        known: a config with the values that they replace.
+
+    Raises:
+        ConfigError: names the first such setting, and the value that it has by default.
+
+    Examples:
+        >>> from mapseg_components.configs import check_numbers
+        >>> check_numbers({"max_epochs": "$2 * @rounds", "amp": "bf16"}, {"max_epochs": 30, "amp": "auto"})
+        >>> check_numbers({"max_epochs": "ten"}, {"max_epochs": 30})
+        Traceback (most recent call last):
+            ...
+        mapseg_components.errors.ConfigError: settings: max_epochs is "ten", expected a number such as 30
+    """
+    for name, value in asked.items():
+        default = known.get(name)
+        usual = default if isinstance(default, list) else [default]
+        numeric = usual and all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in usual)
+        given = value if isinstance(value, list) else [value]
+        if numeric and any(isinstance(one, str) and not one.startswith(("$", "@", "%")) for one in given):
+            expected = "numbers" if isinstance(default, list) else "a number"
+            raise ConfigError(
+                f"settings: {name} is {json.dumps(value)}, expected {expected} such as {json.dumps(default)}"
+            )
 
 
 def known_keys(config_folder: Path) -> dict[str, set[str]]:

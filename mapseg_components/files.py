@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mapseg_components.errors import ResourceError
+from mapseg_components.errors import ConfigError, ResourceError
 
 __all__ = [
     "as_written",
@@ -190,8 +190,12 @@ def require_writable(folder: str | os.PathLike[str]) -> None:
     """Make a folder and try to write into it, before work that would be lost starts.
 
     Raises:
+        ConfigError: it is a file, or would lie in one.
         ResourceError: it cannot be made or written.
     """
+    files = [place for place in (Path(folder), *Path(folder).parents) if os.path.isfile(place)]
+    if files:
+        raise ConfigError(f"{files[0]} is a file: name a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as stream:

@@ -105,12 +105,13 @@ def structures_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: boo
     return found
 
 
-def parts_of(labels: Mapping[Any, Any], origin: str = "labels") -> dict[str, list[int]]:
+def parts_of(labels: Mapping[Any, Any], origin: str = "labels", ignore: bool = False) -> dict[str, list[int]]:
     """Structure to its values in label maps, of which it may have several, such as one for each side.
 
     Args:
         labels: as of `structures_of`; a value may be a list, or value to name may have a name twice.
         origin: for messages, the file or setting that it comes from.
+        ignore: as of `structures_of`.
 
     Raises:
         ConfigError: a list is empty, a value occurs twice, or as `structures_of`.
@@ -134,7 +135,7 @@ def parts_of(labels: Mapping[Any, Any], origin: str = "labels") -> dict[str, lis
         for name, values in several.items()
         for number in range(len(values))
     }
-    single = structures_of({text: several[name][number] for (name, number), text in names.items()}, origin)
+    single = structures_of({text: several[name][number] for (name, number), text in names.items()}, origin, ignore)
     return {
         name: [single[names[name, number]] for number in range(len(values))]
         for name, values in several.items()

@@ -75,7 +75,9 @@ def test_tables_tell_right_from_wrong_and_single_scans_within_and_without():
     adapted = {**source, "model": "adapted", "dice": 0.7, **judged, "scans": [scan(0.7, 0.4, False)]}
     unknown = {**source, "model": "federated", **judged, "estimated_gain": None, "interval": None}
     unknown["scans"] = [scan(0.5, None)]
+    single = {**source, "model": "test-time", **judged, "interval": None, "scans": []}
     lines = verdict.tables([source, adapted, unknown]).splitlines()
+    assert "| 1 | test-time | 0.500 | +0.200 | -0.050 | no gain | 0.200 |" in verdict.tables([source, adapted, single])
     assert lines[2] == "| 1 | source-only | 0.500 |  |  |  |  |"
     assert lines[3] == "| 1 | adapted | 0.700 | +0.200 | -0.050 (-0.100 to +0.000) | no gain | 0.200 |"
     assert lines[4] == "| 1 | federated | 0.500 | +0.200 | none | no gain | 0.200 |"

@@ -88,8 +88,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
         if row["model"] == SOURCE:
             cells += [""] * 4
         else:
-            interval = row["interval"] and " ({:+.3f} to {:+.3f})".format(*row["interval"])
-            estimate = f"{row['estimated_gain']:+.3f}{interval}" if interval else "none"
+            interval = " ({:+.3f} to {:+.3f})".format(*row["interval"]) if row["interval"] else ""
+            estimate = "none" if row["estimated_gain"] is None else f"{row['estimated_gain']:+.3f}{interval}"
             cells += [f"{row['gain']:+.3f}", estimate, row["verdict"], f"{row['lost']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     scans = [scan for row in rows for scan in row["scans"] if scan["estimated_dice"] is not None]

@@ -355,7 +355,7 @@ class Adaptation(Run):
         if request["prepare"] is not None:
             self._prepare()
         if request.get("package") is None:
-            training, validation, structures, own = labelled_cases(request, self._scans("source"), self.folder)
+            training, validation, structures, values, own = labelled_cases(request, self._scans("source"), self.folder)
         target = target_cases(self._scans("target"))
         adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
         if request.get("package") is not None:
@@ -363,11 +363,12 @@ class Adaptation(Run):
             return
         check_options(self.recipe, self.asked, structures, [*training, *validation])
         check_federation(self.recipe, self.asked, adapted_on, held_out, request["seed"])
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"label_values": values}
         if not self.recipe.of_label_maps:
-            training, validation, found = sized_source(
+            training, validation, sized = sized_source(
                 training, validation, target, self.folder / SIZED, bool(request.get("match_size")), self.asked
             )
+            found |= sized
         plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request) | found
         plan["settings"] |= own
         content = {

@@ -323,7 +323,7 @@ def verdict_of(
 
     The estimates of Dice are compared scan by scan. Better means: by their mean, and in more than half of the scans.
     Worse: the mean difference is 0.01 at least, and the bootstrap interval (95 %, over scans) does not hold 0. An
-    adapted model that is not better is not shipped. A gain whose interval holds 0 is said to be uncertain.
+    adapted model that is not better is not shipped. A gain whose interval holds 0, or of one scan, is called uncertain.
 
     Args:
         source: figures of the source-only model, as `assess` makes them.
@@ -333,7 +333,7 @@ def verdict_of(
 
     Returns:
         ``verdict`` ("adapted", "no gain", "worse than source"), ``ship`` (the model's name), ``gain`` (mean difference
-        of the estimates), ``interval``, ``why`` (sentences).
+        of the estimates), ``interval`` (``None`` of a single scan), ``why`` (sentences).
     """
     pairs = [
         (a[by], b[by]) for a, b in zip(source["cases"], adapted["cases"]) if a[by] is not None and b[by] is not None
@@ -344,17 +344,18 @@ def verdict_of(
         return {"verdict": "no gain", "ship": "source_only", "gain": None, "interval": None, "why": why}
     differences = np.array([b - a for a, b in pairs])
     gain = float(differences.mean())
-    low, high = bootstrap_interval(differences) or (gain, gain)
+    interval = bootstrap_interval(differences)
+    shown = "one scan: no interval" if interval is None else "95 % interval {:+.3f} to {:+.3f}".format(*interval)
     why.append(
         f"{TITLES[by]} on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: "
         f"source-only {np.mean([a for a, _ in pairs]):.3f}, adapted {np.mean([b for _, b in pairs]):.3f}; "
-        f"difference {gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
+        f"difference {gain:+.3f} ({shown})."
     )
     before, after = source["validation_dice"]["mean"], adapted["validation_dice"]["mean"]
     if before is not None and after is not None:
-        shown = ", translated for the adapted model" if adapted.get("translated_validation") else ""
+        translated = ", translated for the adapted model" if adapted.get("translated_validation") else ""
         why.append(
-            f"Dice on the labelled validation scans of the source{shown}: {before:.3f} before, {after:.3f} after."
+            f"Dice on the labelled validation scans of the source{translated}: {before:.3f} before, {after:.3f} after."
         )
     off = [sum(bool(case.get("misplaced")) for case in model["cases"]) for model in (source, adapted)]
     if any(off):
@@ -366,17 +367,17 @@ def verdict_of(
         why.append(WITHOUT_LABELS)
     outside = sum(not case["within_calibration"] for case in adapted["cases"]) if by == ESTIMATE else 0
     if outside:
-        why.append(
-            f"{outside} of {len(adapted['cases'])} target scans are less consistent than any labelled scan: guesses."
-        )
+        of = f"{outside} of {len(adapted['cases'])}"
+        why.append(f"{of} target scans lie outside the consistency of all labelled scans: guesses.")
     if gain > 0 and np.mean(differences > 0) > 0.5:
         verdict = "adapted"
-        if low <= 0:
+        if interval is not None and interval[0] <= 0:
             why.append("The interval holds 0: the gain is uncertain.")
-    elif gain <= -LEAST_LOSS and high < 0:
+    elif gain <= -LEAST_LOSS and interval is not None and interval[1] < 0:
         verdict = "worse than source"
     else:
         verdict = "no gain"
+    why += [] if interval else ["One scan: no interval, the gain is uncertain."]
     ship = "adapted" if verdict == "adapted" else "source_only"
     best = float(np.mean([pair[ship == "adapted"] for pair in pairs]))
     reference = after if ship == "adapted" else before
@@ -389,7 +390,7 @@ def verdict_of(
         "verdict": verdict,
         "ship": ship,
         "gain": rounded(gain),
-        "interval": [rounded(low), rounded(high)],
+        "interval": [rounded(end) for end in interval] if interval else None,
         "why": why,
     }
 

@@ -238,7 +238,7 @@ def of_datalist(
     sections = audit.datalist(source, wanted)
     files = {case[IMAGE]: (SIDE[section], TISSUES in case) for section, cases in sections.items() for case in cases}
     maps = {case[LABEL]: SIDE[s] for s, cases in sections.items() for case in cases if LABEL in case}
-    named = {name: value for name, (_, value) in read_labels(labels or labels_of(source)).items()}
+    named = read_labels(labels or labels_of(source))
     with bar(len(files) + len(maps), record, quiet):
         known = named or {str(value): value for value in values_of(record, list(maps))}
         try:
@@ -246,7 +246,12 @@ def of_datalist(
         except ValueError as error:
             raise ConfigError(f"dropped_labels is {','.join(dropped)!r}, expected whole numbers") from error
         audit.training(
-            source, known, ignored, policy, policy, [name for name in (*APART, "target_heldout") if name in wanted]
+            source,
+            known or [],
+            ignored,
+            policy,
+            policy,
+            [name for name in (*APART, "target_heldout") if name in wanted],
         )
         if has_section(source, "target_test"):
             try:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mapseg_components.data import read_nifti, refuse_existing
 from mapseg_components.data.datalist import stem
 from mapseg_components.data.file_audit import GEOMETRY_TOLERANCE_MM
 from mapseg_components.data.label_maps import ENDINGS_OF_RESULTS, label_maps, matched, without_channels
-from mapseg_components.data.labels import label_mapping, named_beside, numbered
+from mapseg_components.data.labels import label_mapping, named_beside
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import require_writable, write_json, write_text
 from mapseg_components.metrics import FEWEST_CASES, MEAN, METRICS, agreement, compared_sets, require_scipy, summarised
@@ -31,11 +32,12 @@ from mapseg_components.scans.masks import mask_beside
 from mapseg_components.scans.pictures import LOSSY
 from mapseg_components.session import progress, working
 from mapseg_components.shipped_files import SHIPPED, bundle_of, shipped_bundles
-from mapseg_components.structures import ignored_value, listed_values, structures_of, to_whole, value_fault
+from mapseg_components.structures import ignored_value, listed_values, numbered, parts_of, to_whole, value_fault
 
 __all__ = ["Evaluation", "evaluate"]
 
 TABLE, SUMMARY = "evaluation.csv", "evaluation.json"
+Parts = Mapping[str, Sequence[int]]  # structure to its values
 
 
 @dataclass
@@ -115,7 +117,9 @@ def evaluate(
         labels: a JSON object of structure name to value, as text or a file (also a datalist, or dataset.json of nnU-Net
             or the Decathlon), or a bundle (a folder or a name, as in mapseg predict); by default the dataset.json
             beside labelsTr, or every value of the truth is a structure. Background is none; voxels of nnU-Net's ignore
-            are left out of the comparison. With a bundle, predictions hold class indices and the truth the values.
+            are left out of the comparison. With a bundle, predictions hold class indices and the truth the values. A
+            structure may have several values, as in {"hippocampus": [17, 53]}; label maps without any of all values
+            hold the numbers of the structures, from 1 in the order given, as mapseg adapt merges them.
         versus: other predictions of the same scans, for a paired comparison (Wilcoxon signed rank test).
         tolerance_mm: surfaces nearer than this agree, for the surface Dice.
         common: evaluate the cases that all folders have; otherwise a file without its partner is an error.
@@ -130,30 +134,39 @@ def evaluate(
 
     Raises:
         ConfigError: a path or option is wrong, scipy is missing, or an earlier evaluation exists.
-        DataError: files without a partner, unreadable, or on different grids; all of them, one a line.
+        DataError: files without a partner, unreadable, or on different grids; all of them, one a line. Or the truth has
+            no structure.
     """
     with working(num_threads, quiet, verbose):
         require_scipy()
         if labels in (SHIPPED, *shipped_bundles()):
             labels = str(bundle_of(labels))
-        if not tolerance_mm >= 0:
-            raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected 0 or more")
+        if not 0 <= tolerance_mm < math.inf:
+            raise ConfigError(f"tolerance_mm is {tolerance_mm}, expected a finite number, 0 or more")
         sets = {"pred": label_maps(pred), "truth": label_maps(truth)}
         if versus is not None:
             sets["versus"] = label_maps(versus)
         sets = without_channels(sets)
-        cases = matched(sets, {"pred": pred, "truth": truth, "versus": str(versus)}, common)
+        places = {"pred": pred, "truth": truth} | ({} if versus is None else {"versus": versus})
+        cases = matched(sets, places, common)
         if output is not None:
             refuse_existing([Path(output) / TABLE, Path(output) / SUMMARY], output, overwrite)
             require_writable(output)
         given = named_beside(Path(truth)) if labels is None else labels
         mapping, named_by_bundle = label_mapping(given)
-        structures = {}
-        if given is not None:
-            structures = numbered(structures_of(mapping, f"labels is {given}", ignore=True), named_by_bundle)
+        structures = {} if given is None else parts_of(mapping, f"labels is {given}", ignore=True)
         ignored = ignored_value(mapping)
         notes: list[Finding] = []
-        unsized = 0
+        parts: dict[str, Parts] = {}
+        for key, found in sets.items():
+            by_index = named_by_bundle and key != "truth"
+            parts[key] = read_as(found.values(), structures, by_index)
+            if parts[key] != structures and not by_index:
+                what = f"no value of {structures} is in its label maps: they are read as {parts[key]}"
+                notes.append(
+                    Finding("warning", places[key], what, "name their own values by labels if that is not meant")
+                )
+        unsized, seen = 0, {0}
         rows: dict[str, list[dict[str, Any]]] = {key: [] for key in sets if key != "truth"}
         findings: list[Finding] = []
         for case in progress(cases, "comparing", quiet):
@@ -162,15 +175,20 @@ def evaluate(
                 unsized += is_picture(sets["truth"][case]) and set(spacing) == {1.0}
                 outside = outside_of_case(sets["truth"][case], case, true.shape)
                 true = true if outside is None else np.where(outside, 0, true)
-                named = structures or {str(v): (int(v), int(v)) for v in np.unique(true) if v > 0}
-                if not (true[true != ignored] if ignored is not None else true).any():
+                named = parts["truth"] or {str(v): [int(v)] for v in np.unique(true) if v > 0}
+                known = true if ignored is None else np.where(true == ignored, 0, true)
+                if not known.any():
                     notes.append(Finding("warning", str(sets["truth"][case]), "the truth has background alone"))
-                for key, found in rows.items():
+                notes += unnamed_values(sets["truth"][case], known, named)
+                seen |= set(np.unique(known).tolist())
+                for key, compared_rows in rows.items():
                     path = sets[key][case]
                     prediction = on_grid(path, true, affine, sets["truth"][case])
                     prediction = prediction if outside is None else np.where(outside, 0, prediction)
-                    notes += unnamed_values(path, prediction, [value for value, _ in named.values()])
-                    found += compared(case or stem(path), prediction, true, spacing, named, tolerance_mm, ignored)
+                    own = parts[key] or named
+                    notes += unnamed_values(path, prediction, own)
+                    name = case or stem(path)
+                    compared_rows += compared(name, prediction, true, spacing, own, named, tolerance_mm, ignored)
             except DataError as error:
                 findings += error.findings or (Finding("error", case, str(error)),)
         raise_findings(findings)
@@ -179,13 +197,15 @@ def evaluate(
             what = f"{images} of {len(cases)} cases are 2D images, whose distances are in um"
             what += f", in pixels of {unsized} without a pixel size" if unsized else ""
             notes.append(Finding("note", truth, what, "the tolerance likewise"))
-        if not rows["pred"]:
-            raise DataError(f"{truth}: no label map has a structure, all are background: name the folder of the truth")
+        if not any(row["truth_voxels"] for row in rows["pred"]):
+            what = f"no label map has a structure, their values are {sorted(seen)}"
+            what += f" and those of labels {structures}" if structures else ""
+            raise DataError(f"{truth}: {what}: name the folder of the truth, and its values by labels")
         result = Evaluation(rows["pred"], summarised(rows["pred"]), {}, tolerance_mm, len(cases), notes=notes)
         if versus is not None:
             result.versus = compared_sets(rows["pred"], rows["versus"])
         if output is not None:
-            write(result, Path(output), {"pred": pred, "truth": truth, "versus": versus})
+            write(result, Path(output), places)
         return result
 
 
@@ -235,13 +255,39 @@ def outside_of_case(truth: Path, case: str, shape: tuple[int, ...]) -> np.ndarra
     return outside
 
 
-def unnamed_values(path: Path, prediction: np.ndarray, named: Sequence[int]) -> list[Finding]:
-    """A warning about values of a prediction that no structure has, and that are compared with nothing."""
-    values, counts = np.unique(prediction, return_counts=True)
+def read_as(files: Iterable[Path], structures: Parts, by_index: bool) -> Parts:
+    """Structures and the values that they have in a set of label maps.
+
+    Args:
+        files: the set.
+        structures: their values as they are named.
+        by_index: the label maps hold class indices.
+
+    Returns:
+        the values as they are named; or the numbers of the structures from 1, by index, or where structures have
+        several values and no label map has any of all these, as `mapseg adapt` merges them.
+    """
+    listed = [value for own in structures.values() for value in own]
+    merged = len(listed) > len(structures) and not any(has_one_of(path, listed) for path in files)
+    return {name: [n] for n, name in enumerate(structures, start=1)} if by_index or merged else structures
+
+
+def has_one_of(path: Path, values: Sequence[int]) -> bool:
+    """Whether a label map has one of some values; not if it cannot be read, which is told where it is compared."""
+    try:
+        return bool(np.isin(whole(path)[0], values).any())
+    except DataError:
+        return False
+
+
+def unnamed_values(path: Path, label_map: np.ndarray, structures: Parts) -> list[Finding]:
+    """A warning about values of a label map that no structure has, and that are compared with nothing."""
+    named = [value for own in structures.values() for value in own]
+    values, counts = np.unique(label_map, return_counts=True)
     other = [(value, count) for value, count in zip(values.tolist(), counts.tolist()) if value not in {0, *named}]
     if not other:
         return []
-    what = f"its values {listed_values(other)} belong to no structure that is compared (background and {list(named)})"
+    what = f"its values {listed_values(other)} belong to no structure that is compared (background and {named})"
     return [Finding("warning", str(path), what, "name all structures by labels if that is not meant")]
 
 
@@ -250,24 +296,25 @@ def compared(
     prediction: np.ndarray,
     truth: np.ndarray,
     spacing: Sequence[float],
-    structures: Mapping[str, tuple[int, int]],
+    predicted: Parts,
+    structures: Parts,
     tolerance_mm: float,
     ignored: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of one case; voxels whose true value is ``ignored`` count as background in both."""
-    indices = np.zeros_like(truth)  # the truth in the values of the prediction
-    for value, true_value in structures.values():
-        indices[truth == true_value] = value
+    """Rows of one case, by the values of the prediction and of the truth; voxels to ignore are background in both."""
+    if not structures:
+        return []
     if ignored is not None:
         prediction = np.where(truth == ignored, 0, prediction)
-    rows = agreement(prediction, indices, [value for value, _ in structures.values()], spacing, tolerance_mm)
+    maps = numbered(prediction, predicted), numbered(truth, structures)
+    rows = agreement(*maps, range(1, len(structures) + 1), spacing, tolerance_mm)
     return [
         {"case": case, "structure": one, **row, "missed": bool(row["truth_voxels"] and not row["predicted_voxels"])}
         for one, row in zip(structures, rows)
     ]
 
 
-def write(result: Evaluation, folder: Path, places: Mapping[str, str | None]) -> None:
+def write(result: Evaluation, folder: Path, places: Mapping[str, str]) -> None:
     """CSV of all cases, JSON of the summary. Raises `ResourceError`."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(result.rows[0]) if result.rows else ["case", "structure"])
@@ -275,7 +322,7 @@ def write(result: Evaluation, folder: Path, places: Mapping[str, str | None]) ->
     writer.writerows(result.rows)
     write_text(table.getvalue(), folder / TABLE)
     content = {
-        **{key: str(place) for key, place in places.items() if place is not None},
+        **{key: str(place) for key, place in places.items()},
         "cases": result.cases,
         "tolerance_mm": result.tolerance_mm,
         "interval": "percentile bootstrap of the mean over cases, 10000 resamples, seed 0",

@@ -25,7 +25,8 @@ __all__ = ["main"]
 COMMANDS = ("demo", "check", "prepare", "methods", "adapt", "predict", "restore", "evaluate", "report")
 WIDTH = 100
 EXIT_CODES = """Exit codes: 0 all that was asked exists and was verified, 2 usage or setting, 3 data, 4 weights,
-5 a result is not finite, 6 disk, memory or permission, 130 interrupted, 143 stopped (SIGTERM)."""
+5 a result is not finite, 6 disk, memory or permission, 7 a federation, 130 interrupted,
+143 stopped (SIGTERM)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,7 +208,7 @@ def default_text(p: Parameter) -> str:
 def described(command: Declaration) -> tuple[str, list[str], dict[str, str]]:
     """Summary, paragraphs and texts of the arguments of a Google docstring, on plain lines."""
     document = command.document.replace("``", "").replace("`", "")
-    head, _, rest = document.partition("\nArgs:\n")
+    head, rest = re.split(r"\n(?:Args|Returns|Raises):\n", document)[0], document.partition("\nArgs:\n")[2]
     summary, *about = [" ".join(part.split()) for part in head.split("\n\n") if part.strip()]
     texts: dict[str, str] = {}
     name = ""

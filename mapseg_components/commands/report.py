@@ -30,6 +30,7 @@ from mapseg_components.commands.report_rounds import (
     rounds_section,
     translation_section,
 )
+from mapseg_components.commands.report_sizes import MODELS, Unit, sizes, unit_of, volume_section
 from mapseg_components.commands.source_choice import describe_choice
 from mapseg_components.commands.stages import read_history
 from mapseg_components.data import read_nifti
@@ -49,7 +50,6 @@ from mapseg_components.reports import (
     curves,
     page,
     slice_viewer,
-    small_multiples,
     sortable_table,
     uncertainty_section,
 )
@@ -59,7 +59,6 @@ from mapseg_components.transforms.resampling import spacing_of, to_canonical
 __all__ = ["report"]
 
 MOST_SCANS = 12  # shown slice by slice; all are in the tables
-MODELS = {"source_only": "source-only", "adapted": "adapted"}
 MANIFEST = ("request", "plan", "seconds", "versions")
 KINDS = {"adapted": "good", "no gain": "warning", "worse than source": "error"}
 VERDICTS = {
@@ -87,14 +86,6 @@ SYNTHETIC_NOTE = (
     "The source is label maps without images. Every Dice on its validation scans, here and below, is of synthetic "
     "images of label maps that were held out of training, and so is what the estimates on the target are calibrated by."
 )
-VOLUMES_NOTE = (
-    "Median over the judged target scans, in ml, and the range over the source's label maps. Another age or disease "
-    "may well lie outside of it; a model that fails does too."
-)
-SIZES_NOTE = (
-    "Mean over the target scans that were looked at during training. Each structure has a separate axis from 0."
-)
-BAND_NOTE = " Shaded: the range over the source's label maps, as far as the axis has it."
 UNCERTAINTIES = {
     "where it agrees with the pseudo label": "target_uncertainty_agree",
     "where it differs": "target_uncertainty_differ",
@@ -172,11 +163,14 @@ def report(directory: str, output: str | None = None) -> str:
         its path.
 
     Raises:
-        ConfigError: the folder holds no finished run, or matplotlib is missing.
+        ConfigError: the folder holds no finished run, output is a folder, or matplotlib is missing.
         ResourceError: the file cannot be written.
     """
     require_matplotlib()
     folder = Path(directory)
+    target = Path(output) if output else folder / "report.html"
+    if target.is_dir():
+        raise ConfigError(f"output {target} is a folder: name the file to write, such as {target / 'report.html'}")
     path = folder / "run.json"
     if not path.is_file():
         raise ConfigError(f"{folder} has no run.json: name the output folder of mapseg adapt")
@@ -185,6 +179,7 @@ def report(directory: str, output: str | None = None) -> str:
         raise ConfigError(f"{path} has no assessment yet: repeat the mapseg adapt command, it goes on")
     plan, assessment = run["plan"], run["assessment"]
     names, verdict = list(plan["labels"]), assessment["verdict"]
+    unit = unit_of(next(iter(all_targets(folder / "datalist.json")))["image"])
     shown = key_figures(assessment)
     reasons = [text for text in verdict["why"] if not (shown and text.startswith(f"{title_of(assessment)} on"))]
     held = plan.get("target_heldout")
@@ -204,23 +199,18 @@ def report(directory: str, output: str | None = None) -> str:
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
         f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(quality)}</p>{case_table(assessment)}',
-        f'<h2>Each structure</h2><div class="tables"><div><h3>Volume on the target</h3>'
-        f'<p class="quiet">{escape(VOLUMES_NOTE)}</p>{volume_table(assessment, names)}</div>'
+        f'<h2>Each structure</h2><div class="tables"><div>{volume_section(assessment, names, unit)}</div>'
         f"<div><h3>Dice on the source's validation scans</h3>{validation_table(run, names)}</div></div>",
         translation_section(folder),
         rounds_section(run),
         uncertainty_section(uncertainties(folder), names),
-        f"<h2>Training</h2>{figures(folder, assessment, names, adapted_stage(run), source_stage(run))}",
+        f"<h2>Training</h2>{figures(folder, assessment, names, unit, adapted_stage(run), source_stage(run))}",
         f"<h2>What this cannot know</h2><ul>{''.join(f'<li>{escape(text)}</li>' for text in CANNOT_KNOW)}</ul>",
         f"<h2>Check of the scans</h2>{check_section(run.get('check'))}",
         "<h2>Settings</h2><details><summary>Arguments, plan, seconds, versions</summary><pre>"
         f"{escape(json.dumps({key: run[key] for key in MANIFEST}, indent=2))}</pre></details>",
     ]
-    target = Path(output) if output else folder / "report.html"
-    write_text(
-        page("Adaptation report", "\n".join(body), STYLES, SCRIPT + SLICES_SCRIPT),
-        target,
-    )
+    write_text(page("Adaptation report", "\n".join(body), STYLES, SCRIPT + SLICES_SCRIPT), target)
     return str(target)
 
 
@@ -238,12 +228,13 @@ def key_figures(assessment: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return []
     by, what = by_of(assessment), title_of(assessment)
     pairs = [(a[by], b[by]) for a, b in worst_first(assessment) if a[by] is not None and b[by] is not None]
-    low, high = verdict["interval"]
     result = []
     for (name, title), own in zip(MODELS.items(), zip(*pairs)):
         used = "this model is used" if verdict["ship"] == name else ""
         result.append((f"{what}, {title}", f"{np.mean(own):.3f}", used))
-    result.append(("Difference", f"{verdict['gain']:+.3f}", f"95 % interval {low:+.3f} to {high:+.3f}"))
+    interval = verdict["interval"] if len(pairs) > 1 else None
+    ends = "one scan: no interval" if interval is None else "95 % interval {:+.3f} to {:+.3f}".format(*interval)
+    result.append(("Difference", f"{verdict['gain']:+.3f}", ends))
     calibration = assessment["models"][verdict["ship"]]["calibration"]
     if calibration:
         result.append(("Error of an estimate", f"± {calibration['error']:.2f}", "of one structure in one scan"))
@@ -273,25 +264,6 @@ def case_table(assessment: Mapping[str, Any]) -> str:
     return sortable_table([*head, "missing or off their place"], rows, caption=caption)
 
 
-def volume_table(assessment: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Median volumes of both models beside the range of the source's labels."""
-    rows = []
-    for name in names:
-        prior = assessment["prior_ml"][name]
-        medians = [
-            float(np.median([case["volumes_ml"][name] for case in assessment["models"][model]["cases"]]))
-            for model in MODELS
-        ]
-        if not prior:  # a package without figures of this structure
-            rows.append([name, *medians, None, None, "not known"])
-            continue
-        outside = [title for title, value in zip(MODELS.values(), medians) if not prior[0] <= value <= prior[-1]]
-        rows.append([name, *medians, float(prior[0]), float(prior[-1]), ", ".join(outside)])
-    titles = [f"{title}, ml" for title in MODELS.values()]
-    head = ["structure", *titles, "source lowest, ml", "source highest, ml", "outside"]
-    return sortable_table(head, rows, compact=True)
-
-
 def validation_table(run: Mapping[str, Any], names: Sequence[str]) -> str:
     """Dice on the labelled validation scans of the source; of a package, that of its weights as it says."""
     assessment = run["assessment"]
@@ -316,7 +288,7 @@ def source_stage(run: Mapping[str, Any]) -> str:
 
 
 def figures(
-    folder: Path, assessment: Mapping[str, Any], names: Sequence[str], stage: str = "adaptation", first: str = "source"
+    folder: Path, assessment: Mapping[str, Any], names: Sequence[str], unit: Unit, stage: str, first: str
 ) -> str:
     """Curves of the first stage and of the one that the adapted model is from."""
     source, made, adapted = (read_history(folder / "stages" / name) for name in (first, "synthesis", stage))
@@ -337,7 +309,7 @@ def figures(
     if not any(parts):
         return "<p>No epoch was validated.</p>"
     prior = {name: ml for name, ml in assessment["prior_ml"].items() if ml}
-    return f'<div class="figures">{"".join(parts)}</div>{sizes(adapted, prior, names)}'
+    return f'<div class="figures">{"".join(parts)}</div>{sizes(adapted, prior, names, unit)}'
 
 
 def uncertainties(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -352,14 +324,6 @@ def uncertainties(folder: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.nda
             yield read_nifti(size).voxels, adapted, source_only
 
 
-def sizes(history: Sequence[Mapping[str, Any]], prior: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
-    """Volume of each of the teacher's structures over the epochs; in voxels if an earlier version wrote the history."""
-    ml = small_multiples(history, {name: f"target_ml_{name}" for name in names}, "Volume", "ml", prior)
-    shown = ml or small_multiples(history, {name: f"target_voxels_{name}" for name in names}, "Size", "voxels")
-    note = SIZES_NOTE + (BAND_NOTE if ml else "")
-    return f'<h3>Size of the teacher\'s structures</h3><p class="quiet">{note}</p>{shown}' if shown else ""
-
-
 def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -> str:
     """Scans slice by slice with the label maps of both models, the least certain first."""
     cases = {case["case_id"]: case for case in all_targets(folder / "datalist.json")}
@@ -368,10 +332,12 @@ def viewers(folder: Path, assessment: Mapping[str, Any], names: Sequence[str]) -
         f'<li><i class="swatch" style="background:{colour}"></i>{escape(name)}</li>'
         for name, colour in zip(names, structure_colours(len(names)))
     )
-    options = "".join(f"<option>{escape(case['case_id'])}</option>" for case in shown)
+    options = "".join(f'<option value="{escape(case["case_id"])}">{escape(case["case_id"])}</option>' for case in shown)
     judged = len(worst_first(assessment))
     more = f" {judged - len(shown)} more are in the tables only." if judged > len(shown) else ""
-    note = f"The least certain first.{more} Coronal and axial slices show the right side of the body on the left."
+    body = not is_picture(shown[0]["image"])
+    sides = " Coronal and axial slices show the right side of the body on the left." if body else ""
+    note = f"The least certain first.{more}{sides}"
     head = (
         f'<p class="quiet">{note}</p><p class="choice"><label>Scan <select id="scan">{options}</select></label>'
         f'<label><input type="checkbox" id="painted" checked> label maps</label></p><ul class="key">{key}</ul>'

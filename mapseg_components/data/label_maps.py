@@ -13,7 +13,7 @@ from mapseg_components.data.bids import is_bids
 from mapseg_components.data.datalist import list_scans, scans_below, stem
 from mapseg_components.data.layouts import case_name
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.scans.files import FORMATS, is_picture
+from mapseg_components.scans.files import FORMATS, is_picture, is_scan
 from mapseg_components.scans.findings import Finding, raise_findings
 from mapseg_components.scans.masks import MASK
 
@@ -27,6 +27,8 @@ def label_maps(place: str) -> dict[str, Path]:
     """Case name to file of a file, a folder or a BIDS derivative. Raises `ConfigError` if there is none."""
     path = Path(place)
     if path.is_file():
+        if not is_scan(path.name):
+            raise ConfigError(f"{path} is no label map, expected {FORMATS}: name a label map, or a folder of them")
         return {"": path}
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist: correct the path of the label maps")

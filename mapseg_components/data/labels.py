@@ -14,47 +14,37 @@ from monai.bundle import ConfigParser
 from mapseg_components.data.datalist import labels_file
 from mapseg_components.data.layouts import DATASET, images_beside
 from mapseg_components.errors import ConfigError
-from mapseg_components.structures import structures_of
+from mapseg_components.structures import parts_of
 
-__all__ = ["label_mapping", "named_beside", "numbered", "read_labels"]
+__all__ = ["label_mapping", "named_beside", "read_labels"]
 
 
-def read_labels(labels: str | None) -> dict[str, tuple[int, int]]:
-    """Structure name to its value in predictions and in the truth; empty if none are named.
+def read_labels(labels: str | None) -> dict[str, int]:
+    """Structure name to its value in label maps; of several values each by a name of its own; empty if none are named.
 
     Args:
         labels: see `label_mapping`.
 
     Raises:
-        ConfigError: as `label_mapping` and `mapseg_components.structures.structures_of`.
+        ConfigError: as `label_mapping` and `mapseg_components.structures.parts_of`.
 
     Examples:
         >>> from mapseg_components.data.labels import read_labels
-        >>> read_labels('{"liver": 1, "spleen": 5}')
-        {'liver': (1, 1), 'spleen': (5, 5)}
+        >>> read_labels('{"liver": 1, "kidneys": [2, 3]}')
+        {'liver': 1, 'kidneys (2)': 2, 'kidneys (3)': 3}
     """
-    mapping, named_by_bundle = label_mapping(labels)
-    return {} if labels is None else numbered(structures_of(mapping, f"labels is {labels}"), named_by_bundle)
-
-
-def numbered(structures: Mapping[str, int], by_index: bool) -> dict[str, tuple[int, int]]:
-    """Structure name to its value in predictions and in the truth.
-
-    Args:
-        structures: name to value in the truth.
-        by_index: predictions hold class indices, counted from 1 in the order given; else the values of the truth.
-
-    Examples:
-        >>> from mapseg_components.data.labels import numbered
-        >>> numbered({"liver": 1, "spleen": 5}, by_index=True)
-        {'liver': (1, 1), 'spleen': (2, 5)}
-    """
-    indices = enumerate(structures.items(), start=1)
-    return {name: (index if by_index else value, value) for index, (name, value) in indices}
+    if labels is None:
+        return {}
+    parts = parts_of(label_mapping(labels)[0], f"labels is {labels}")
+    return {
+        name if len(values) == 1 else f"{name} ({value})": value for name, values in parts.items() for value in values
+    }
 
 
 def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
     """A mapping of labels, and whether it is that of a bundle.
+
+    Of a run of `mapseg adapt` that merged values it is the one from before: the values of the source's label maps.
 
     Args:
         labels: JSON, a JSON file with or without ``labels`` (such as a datalist), a folder of nnU-Net or the Medical
@@ -76,7 +66,9 @@ def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
         if config.is_file():
             parser = ConfigParser()
             parser.read_config(str(config))
-            return dict(parser.get_parsed_content("labels")), True
+            if "labels" not in parser:
+                raise ConfigError(f"{config} names no labels, expected a bundle that segments: name another one")
+            return merged_values(path / "run.json") or dict(parser.get_parsed_content("labels")), True
         if named is None:
             raise ConfigError(f"no config at {config}: set labels to the folder of a bundle, or to a JSON file")
         path = named
@@ -87,6 +79,29 @@ def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         expected = 'expected a bundle, or JSON such as {"hippocampus": 1}'
         raise ConfigError(f"labels is {labels!r}, {expected} ({error})") from error
+
+
+def merged_values(run: Path) -> dict[str, Any] | None:
+    """Structures of a run of `mapseg adapt` and their values in the source's label maps, as its ``run.json`` has it.
+
+    Args:
+        run: the file.
+
+    Returns:
+        ``None`` without such a file, or where no structure has several values.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    if not run.is_file():
+        return None
+    try:
+        content = json.loads(run.read_text(encoding="utf-8"))
+        values = content.get("plan", {}).get("label_values")
+        values = values or content.get("request", {}).get("labels") or {}  # as a run of an earlier version has them
+        return values if any(isinstance(own, list) and len(own) > 1 for own in values.values()) else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{run} is no record of mapseg adapt ({error}): name the output folder of a run") from error
 
 
 def named_beside(truth: Path) -> str | None:

@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 from monai.utils import ensure_tuple_rep
 
+from mapseg_components.configs import check_numbers
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_json
 from mapseg_components.plans.components import TITLES
@@ -208,13 +209,15 @@ def is_planned(config: Mapping[str, Any]) -> bool:
 
 
 def check_names(settings: Mapping[str, Any], recipe: Recipe | None = None) -> None:
-    """Refuse settings that no bundle has, nor any recipe. Raises `ConfigError`."""
+    """Refuse settings that no bundle has, nor any recipe, and text in the place of numbers. Raises `ConfigError`."""
     if "labels" in settings:
         raise ConfigError("settings has labels, which the whole plan follows from: give them as the argument labels")
     names = dict.fromkeys((ADAPTATION, PRETRAINING, *(bundles_of(recipe) if recipe is not None else ())))
-    known = {key for name in names for key in ConfigParser.load_config_file(configs_of(name) / "train.json")}
-    known |= set(ConfigParser.load_config_file(configs_of(ADAPTATION) / "inference.json"))
-    known |= {name for method in recipe_names() for name in options_of(read_recipe(method))} | federation_names()
+    configs = [configs_of(name) / "train.json" for name in names] + [configs_of(ADAPTATION) / "inference.json"]
+    known = {name for method in recipe_names() for name in options_of(read_recipe(method))} | federation_names()
+    for config in map(ConfigParser.load_config_file, configs):
+        check_numbers(settings, config)
+        known |= set(config)
     unknown = set(settings) - known
     if unknown:
         raise ConfigError(f"settings {sorted(unknown)} are in no bundle: correct their names")

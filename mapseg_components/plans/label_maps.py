@@ -46,7 +46,7 @@ Cases = list[dict[str, Any]]
 
 def labelled_cases(
     request: Mapping[str, Any], source: str, folder: Path
-) -> tuple[Cases, Cases, dict[str, int], dict[str, Any]]:
+) -> tuple[Cases, Cases, dict[str, int], dict[str, list[int]], dict[str, Any]]:
     """Cases of the source, and the structures and their values in these.
 
     Where a structure has several values, its label maps are written anew, with the numbers of the structures.
@@ -57,7 +57,8 @@ def labelled_cases(
         folder: output of the run.
 
     Returns:
-        cases for training, those for validation, structures, and settings that follow.
+        cases for training, those for validation, structures, their values in the label maps as they were given, and
+        settings that follow.
 
     Raises:
         ConfigError: there is no such source, or the labels are wrong.
@@ -81,7 +82,7 @@ def labelled_cases(
         cases = merged(cases, parts, dropped, folder / FOLDER / "merged")
         training, validation = cases[: len(training)], cases[len(training) :]
     if not from_maps:
-        return training, validation, structures, {}
+        return training, validation, structures, parts, {}
     absent = [f"{name} ({', '.join(map(str, values))})" for name, values in parts.items() if not {*values} & found]
     if absent:
         raise ConfigError(
@@ -93,12 +94,8 @@ def labelled_cases(
         f"{len(cases)} label maps without images: {len(training)} to learn from synthetic images, {len(validation)} "
         f"for validation. Structures: {parts}. Other values, which images are made of as well: {others or 'none'}."
     )
-    return (
-        training,
-        validation,
-        structures,
-        {"synthesis_alike": [values for values in parts.values() if len(values) > 1]},
-    )
+    alike = [values for values in parts.values() if len(values) > 1]
+    return training, validation, structures, parts, {"synthesis_alike": alike}
 
 
 def several_values(labels: Mapping[str, Any] | None, source: str) -> dict[str, list[int]] | None:

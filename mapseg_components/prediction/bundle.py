@@ -14,7 +14,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from mapseg_components import __version__
-from mapseg_components.configs import check_settings
+from mapseg_components.configs import check_numbers, check_settings
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import sha256_of
 from mapseg_components.inferers.onnx_runtime import require_onnxruntime
@@ -192,7 +192,8 @@ def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, An
     """A bundle's ``inference.json`` with overlays and settings on top.
 
     Raises:
-        ConfigError: there is no such bundle or overlay, it has no part that is needed, or a setting is unknown.
+        ConfigError: there is no such bundle or overlay, it has no part that is needed, or a setting is unknown
+            or text in the place of a number.
     """
     configs = bundle / "configs"
     files = [configs / "inference.json"]
@@ -210,6 +211,7 @@ def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, An
     missing = [name for name in NEEDED if name not in parser.config]
     if missing:
         raise ConfigError(f"{files[0]} has no {', '.join(missing)}: predict runs bundles of MAPSeg segmenters")
+    check_numbers(settings, parser.config)
     for name, value in settings.items():
         parser[name] = value
     check_settings({key: value for key, value in parser.config.items() if key != "_meta_"}, configs)

@@ -14,7 +14,7 @@ from monai.utils import optional_import
 from mapseg_components.colours import structure_colours
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import replacing
-from mapseg_components.reports.preview import PLANES, mark, plane_of
+from mapseg_components.reports.preview import PLANES, as_written, mark, plane_of
 
 __all__ = ["ComparedScan", "draw_comparison"]
 
@@ -77,6 +77,6 @@ def comparison_figure(scans: Sequence[ComparedScan], models: Sequence[str], name
         title = f"{scan.name.replace('_', ' ')}\nslice {level + 1} of {scan.grey.shape[2]}"
         row[0].set_ylabel(title, fontsize=11, parse_math=False)
     handles = [patches.Patch(color=colour, label=name) for colour, name in zip(palette[1:], names)]
-    figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False, fontsize=11)
+    as_written(figure.legend(handles=handles, loc="lower center", ncol=4, frameon=False, fontsize=11))
     figure.tight_layout(rect=(0, 0.1, 1, 1))
     return figure

@@ -13,6 +13,7 @@ from monai.utils import optional_import
 
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import replacing
+from mapseg_components.reports.preview import as_written
 
 __all__ = ["draw_domain_gap", "sites_of"]
 
@@ -72,7 +73,9 @@ def draw_domain_gap(result: str | Path, path: str | Path, asked: Sequence[str] =
         axis.stairs([each[2] for each in bins], edges, color=colours[site], label=f"{site}, {scans[site]} scans")
     axis.set_xlabel("intensity (0: lowest value, 1: 99.5th percentile of each scan)")
     axis.set_ylabel("% of the foreground of an average scan")
-    axis.legend(fontsize=8, title=f"no answer: {', '.join(missing)}" if missing else None, title_fontsize=8)
+    legend = axis.legend(fontsize=8, title=f"no answer: {', '.join(missing)}" if missing else None, title_fontsize=8)
+    as_written(legend)
+    legend.get_title().set_parse_math(False)
     for panel, (name, (title, logarithmic)) in zip(right.subplots(2, 2).ravel(), PANELS.items()):
         for number, (site, mean, spread) in enumerate(zip(sites, *rows[name])):
             panel.errorbar(mean, -number, xerr=spread, fmt="o", color=colours[site])

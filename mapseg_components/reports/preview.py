@@ -16,7 +16,7 @@ from mapseg_components.colours import structure_colours
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import readable, replacing
 
-__all__ = ["can_draw", "draw_preview"]
+__all__ = ["as_written", "can_draw", "draw_preview"]
 
 # plane: fixed axis, horizontal axis, vertical axis of a RAS volume, and what stands left, right, below and above
 PLANES = {"sagittal": (0, 1, 2, "PAIS"), "coronal": (1, 0, 2, "RLIS"), "axial": (2, 0, 1, "RLPA")}
@@ -88,9 +88,9 @@ def preview_figure(
     centre = middle(label > 0)
     whole, counts = label.shape, [np.count_nonzero(label == value) for value in range(1, len(names) + 1)]
     flat = [axis for axis, side in enumerate(whole) if side == 1]
-    planes = {name: plane for name, plane in PLANES.items() if flat != [2] or plane[0] == 2}
+    planes = {name: plane for name, plane in PLANES.items() if len(flat) != 1 or plane[0] == flat[0]}
     step = 1 if len(planes) > 1 else max(-(-max(whole) // MOST_ACROSS), 1)  # volumes are no larger than that
-    grey, label = grey[::step, ::step].astype(np.float32), label[::step, ::step]
+    grey, label = grey[::step, ::step, ::step].astype(np.float32), label[::step, ::step, ::step]
     spacing = np.where(np.equal(whole, 1), spacing, spacing * step)
     finite = grey[np.isfinite(grey)]
     low, high = float(finite.min()), float(np.percentile(finite, BRIGHTEST, overwrite_input=True))
@@ -118,11 +118,17 @@ def preview_figure(
         axis.set_yticks([])
         mark(axis, letters if body else "", overlay.shape, float(spacing[across]))
     handles = [patches.Patch(color=colour, label=text) for text, colour in zip(texts, structure_colours(len(names)))]
-    figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=10)
+    as_written(figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=10))
     voxel = " x ".join(f"{side:.3g}" for side in nib.affines.voxel_sizes(affine)[np.argsort(turn[:, 0])])
     size = f"voxels of {voxel} mm" if body else " x ".join(map(str, whole[:2])) + " pixels"
     figure.suptitle(f"{shortened(readable(title))}\n{size}", fontsize=10, parse_math=False)
     return figure
+
+
+def as_written(legend: Any) -> None:
+    """Let matplotlib draw the names of a legend as they are, with dollars that are no formulas."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def mark(axis: Any, letters: str, shape: Sequence[int], spacing: float) -> None:

@@ -69,16 +69,16 @@ def slice_viewer(
         case: name of the scan.
         body: the axes are those of a body, so that sides have letters.
     """
-    image_alone = scan.shape[2] == 1 and min(scan.shape[:2]) > 1
-    if image_alone:
+    flat = [axis for axis, side in enumerate(scan.shape) if side == 1]
+    if len(flat) == 1:
         step = max(-(-max(scan.shape) // MOST_ACROSS), 1)
-        scan = scan[::step, ::step]
-        label_maps = {title: label_map[::step, ::step] for title, label_map in label_maps.items()}
+        scan = scan[::step, ::step, ::step]
+        label_maps = {title: label_map[::step, ::step, ::step] for title, label_map in label_maps.items()}
     grey = grey_of(scan)
     image_type, _ = optional_import("PIL", name="Image")
     planes = []
     for plane, (axis, left, right) in PLANES.items():
-        if image_alone and axis != 2:
+        if len(flat) == 1 and axis != flat[0]:
             continue
         chosen = slices_of(grey, axis)
         across, up = (grey.shape[other] * float(spacing[other]) for other in range(3) if other != axis)

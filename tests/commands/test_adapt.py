@@ -268,6 +268,7 @@ SUPERVISED = "mapseg_components.methods.Supervised"
             {**FEDERATED, "settings": {"labels_by": "broadcast", "method": {**ADVENT, "_target_": SUPERVISED}}},
             "labels_by is broadcast, and this method has no '@pseudo_labels'",
         ),
+        ({"settings": {"max_epochs": "x"}}, 'max_epochs is "x", expected a number such as 30'),
         ({"settings": {"max_epochs": 2}}, "max_epochs is 2, val_interval 5, .*: set val_interval to 1, or more epochs"),
     ],
 )
@@ -360,8 +361,17 @@ def test_verdicts():
     assert "uncertain" not in " ".join(verdict_of(figures(base), figures(better))["why"])
     failing = verdict_of(figures([0.1, 0.1]), figures([0.3, 0.3]))
     assert failing["verdict"] == "adapted" and "look at its label maps before any use" in failing["why"][-1]
-    assert "guesses" in " ".join(verdict_of(figures(base), figures(better, within=False))["why"])
+    outside = "4 of 4 target scans lie outside the consistency of all labelled scans: guesses."
+    assert outside in verdict_of(figures(base), figures(better, within=False))["why"]
     assert verdict_of(figures([None]), figures([None]))["ship"] == "source_only"
+
+
+@pytest.mark.parametrize("after, verdict", [(0.6, "adapted"), (0.5, "no gain"), (0.3, "no gain")])
+def test_one_scan_has_no_interval_and_an_uncertain_gain(after, verdict):
+    said = verdict_of(figures([0.5]), figures([after]))
+    assert said["verdict"] == verdict and said["interval"] is None and said["gain"] == pytest.approx(after - 0.5)
+    assert "(one scan: no interval)" in said["why"][0]
+    assert "One scan: no interval, the gain is uncertain." in said["why"]
 
 
 def test_an_estimate_is_no_higher_than_the_places_of_the_structures_allow():

@@ -277,3 +277,24 @@ def test_an_image_with_nothing_around_is_masked_as_a_volume_is(tmp_path):
     voxels[20:40, 20:40] = np.random.default_rng(0).uniform(1, 2, (20, 20, 1))
     for name, shown in (("image", voxels), ("volume", np.pad(voxels, ((0, 0), (0, 0), (2, 2))))):
         assert scan_statistics(read_nifti(write_nifti(tmp_path / f"{name}.nii.gz", shown))).border_share == 1
+
+
+def test_an_empty_folder_of_a_datalist_lacks_scans_and_not_labels(tmp_path):
+    report = check(str(tmp_path), datalist=True, quiet=True)
+    assert report.exit_code == 3 and "put scans into" in str(report) and "labels" not in str(report)
+
+
+@pytest.mark.parametrize("labels", ['{"a": [1, 2], "b": 3}', '{"1": "a", "2": "a", "3": "b"}'])
+def test_values_that_adapt_merges_are_known(tmp_path, labels):
+    label = np.zeros((20, 24, 28), np.uint8)
+    label[5:15, 5:15, 5:15] = 1
+    label[5:15, 5:15, 15:20] = 3
+    for number in range(2):
+        chance = np.random.default_rng(number)
+        for side in ("source", "target"):
+            scan = chance.uniform(1, 2, label.shape).astype(np.float32)
+            write_nifti(tmp_path / side / "images" / f"{side}{number}.nii.gz", scan)
+        write_nifti(tmp_path / "source" / "labels" / f"source{number}.nii.gz", label)
+    report = check(str(tmp_path), labels=labels, quiet=True)
+    assert report.counts["error"] == 0
+    assert "no label map has a (2)" in str(report)

@@ -155,6 +155,71 @@ def test_labels_of_a_bundle_translate_the_truth_to_class_indices(folders):
     assert {name: result.summary[name]["dice"]["mean"] for name in ("corner", "box")} == {"corner": 1.0, "box": 1.0}
 
 
+PARTS = {"sides": [17, 53], "stem": [2, 16]}
+RECORDS = [
+    {"plan": {"label_values": PARTS}, "request": {"labels": None}},
+    {"plan": {}, "request": {"labels": PARTS}},  # of a run before label_values were kept
+]
+
+
+def sides(values):
+    """Two sides of a structure and two parts of another one, by their values."""
+    voxels = np.zeros((20, 18, 16), np.int16)
+    for number, value in enumerate(values):
+        voxels[2 + 4 * number : 5 + 4 * number, 4:10, 4:10] = value
+    return voxels
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize(
+    "true, notes", [([17, 53, 2, 16], []), ([1, 1, 2, 2], ["its values 1"]), ([1, 1, 0, 0], ["read as"])]
+)
+def test_a_truth_of_values_that_adapt_merged_is_compared_by_them(tmp_path, record, true, notes):
+    """Value 2 is one of the truth, and in merged label maps the number of its structure."""
+    configs = tmp_path / "run" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "inference.json").write_text(json.dumps({"labels": {"sides": 1, "stem": 2}}))
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    pred = write_nifti(tmp_path / "pred.nii.gz", sides([1, 1, 2, 2]), SPACING)
+    truth = write_nifti(tmp_path / "truth.nii.gz", sides(true), SPACING)
+    result = evaluate(pred, truth, labels=str(tmp_path / "run"), quiet=True)
+    dice = {name: result.summary[name]["dice"]["mean"] for name in ("sides", "stem")}
+    assert dice == {"sides": 1 if true != [1, 1, 2, 2] else None, "stem": 1 if true != [1, 1, 0, 0] else None}
+    assert len(result.notes) == len(notes) and all(part in note.what for part, note in zip(notes, result.notes))
+
+
+@pytest.mark.parametrize("found", [[17, 53, 4, 16], [1, 1, 2, 2], [16, 4, 17, 53]])
+def test_lists_of_values_are_those_of_the_truth_and_of_predictions_that_have_them(tmp_path, found):
+    pred = write_nifti(tmp_path / "pred.nii.gz", sides(found), SPACING)
+    truth = write_nifti(tmp_path / "truth.nii.gz", sides([17, 53, 4, 16]), SPACING)
+    result = evaluate(pred, truth, labels='{"sides": [17, 53], "stem": [4, 16]}', quiet=True)
+    assert result.summary["mean of structures"]["dice"]["mean"] == (0 if found[0] == 16 else 1)
+
+
+def test_a_truth_without_any_of_the_structures_is_refused(folders, capsys):
+    assert main(["evaluate", str(folders / "pred"), str(folders / "truth"), "--labels", '{"a": 9}']) == 3
+    assert "no label map has a structure, their values are [0, 1, 2] and those of labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["--tolerance_mm", "inf"], "tolerance_mm is inf, expected a finite number"),
+        (["--labels", "cosmos_translation"], "names no labels, expected a bundle that segments"),
+        (["--output", "file.txt"], "file.txt is a file: name a folder"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(folders, words, part, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
+    (folders / "file.txt").write_text("")
+    assert main(["evaluate", "pred", "truth", *words]) == 2
+    assert part in capsys.readouterr().err
+    assert main(["evaluate", "file.txt", "truth"]) == 2
+    assert "file.txt is no label map, expected *.nii" in capsys.readouterr().err
+    assert main(["evaluate", "pred/case0_seg.nii.gz", "truth"]) == 2
+    assert "folder: pred/case0_seg.nii.gz, truth\n" in capsys.readouterr().err
+
+
 def test_an_interval_holds_the_mean_and_is_the_same_again():
     values = [0.5, 0.6, 0.9, 0.7]
     low, high = bootstrap_interval(values)
@@ -218,8 +283,8 @@ def test_background_is_no_structure_in_any_spelling(folders, labels, place):
 
 def test_regions_are_refused_and_voxels_to_ignore_are_left_out(folders, capsys):
     words = ["evaluate", str(folders / "pred"), str(folders / "truth"), "--labels"]
-    assert main([*words, json.dumps({"background": 0, "both": [1, 2]})]) == 2
-    assert "'both' is a region" in capsys.readouterr().err
+    assert main([*words, json.dumps({"background": 0, "both": [1, 2], "core": 2})]) == 2
+    assert "'core' or its value 2 occurs twice" in capsys.readouterr().err
     truth = boxes()
     truth[10:12] = 3  # where the moved box of the prediction goes beyond the true one
     write_nifti(folders / "annotated" / "case0.nii.gz", truth, SPACING)
@@ -232,7 +297,8 @@ def test_regions_are_refused_and_voxels_to_ignore_are_left_out(folders, capsys):
 
 def test_values_that_are_not_compared_are_reported(folders):
     result = evaluate(folders / "pred", folders / "truth", labels='{"box": 1}', quiet=True)
-    assert len(result.notes) == 6 and "its values 2 (64 voxels) belong to no structure that is compared" in str(result)
+    assert len(result.notes) == 12 and "its values 2 (64 voxels) belong to no structure that is compared" in str(result)
+    assert {note.file for note in result.notes} >= {str(folders / "truth" / f"case{n}.nii.gz") for n in range(6)}
     for number in range(6):  # a structure that the truth lacks, without labels
         write_nifti(folders / "truth" / f"case{number}.nii.gz", boxes(second=False), SPACING)
     result = evaluate(folders / "pred", folders / "truth", output=str(folders / "out"), quiet=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import configparser
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -15,9 +16,11 @@ import pytest
 from mapseg_components import commands
 from mapseg_components.commands.declarations import declaration_of
 from mapseg_components.commands.main import COMMANDS, arguments_of, main
-from mapseg_components.errors import CheckpointError, ConfigError, DataError
+from mapseg_components.errors import CheckpointError, ConfigError, DataError, MAPSegError
 from mapseg_components.session import choose_device, exit_code_of, working
 from tests.conftest import ROOT
+
+EXITS = sorted(error.exit_code for error in MAPSegError.__subclasses__())
 
 
 def test_the_console_script_is_installed_with_the_package():
@@ -90,7 +93,13 @@ def test_help_of_a_command_explains_every_argument_and_option(name, capsys):
         text = (line[28:] + " " + following[28:] * following.startswith(" " * 28)).partition("(default")[0]
         assert text.strip(), f"{argument} has no text"
     assert ":\n\n" not in printed and "find_sources" not in printed, "an empty list, or the name of a function inside"
-    assert "Exit codes" in printed and "``" not in printed and max(map(len, printed.splitlines())) <= 120
+    assert "Returns" not in printed and "Raises" not in printed, "sections for readers of the source"
+    assert (
+        all(re.search(rf"\b{code} ", printed) for code in EXITS)
+        and "Exit codes" in printed
+        and "``" not in printed
+        and max(map(len, printed.splitlines())) <= 120
+    )
 
 
 @pytest.mark.parametrize(

@@ -206,10 +206,11 @@ def test_overwriting_leaves_nothing_of_the_label_map_before(folder, tmp_path, mo
     assert {path.name for path in out.rglob("oblique*")} == {"oblique_seg.nii.gz", "oblique_seg.dcm"}
 
 
-def test_an_output_below_a_file_is_a_resource_error(folder, tmp_path, capsys):
+@pytest.mark.parametrize("below", ["file", "file/out"])
+def test_a_file_in_the_place_of_the_output_folder_is_a_usage_error(folder, tmp_path, capsys, below):
     (tmp_path / "file").write_text("in the way")
-    assert main(["predict", str(folder), str(tmp_path / "file" / "out"), "--bundle", str(BUNDLE)]) == 6
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert main(["predict", str(folder), str(tmp_path / below), "--bundle", str(BUNDLE)]) == 2
+    assert f"{tmp_path / 'file'} is a file: name a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,12 @@ def test_an_output_below_a_file_is_a_resource_error(folder, tmp_path, capsys):
         (["SCANS", "OUT", "--bundle", str(BUNDLE), "--keep_largest", "spleen"], 2, ""),
         (["SCANS", "OUT", "--bundle", str(BUNDLE), "--modality", "T2w"], 2, "no BIDS dataset"),
         (["SCANS", "OUT", "--bundle", str(BUNDLE), "--device", "gpu"], 2, "device is 'gpu'"),
+        (["SCANS", "OUT", "--bundle", str(BUNDLE), "--settings", '{"window_stride": "x"}'], 2, 'window_stride is "x"'),
+        (
+            ["SCANS", "OUT", "--bundle", str(BUNDLE), "--settings", '{"window_stride": ["x", 1, 1]}'],
+            2,
+            "numbers such as",
+        ),
     ],
 )
 def test_bad_input_ends_with_its_exit_code_and_no_label_map(words, code, part, folder, tmp_path, capsys):

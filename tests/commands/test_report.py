@@ -28,14 +28,17 @@ from mapseg_components.commands.report import (
     source_stage,
     verdict_line,
 )
+from mapseg_components.errors import ConfigError
 from mapseg_components.plans.recipes import read_recipe, recipe_names
 from mapseg_components.reports import ComparedScan, curves, sortable_table
 from mapseg_components.reports.comparison import comparison_figure
 from mapseg_components.reports.curves import small_multiples
 from mapseg_components.reports.page import STYLE, breakable
 from mapseg_components.reports.preview import plane_of, preview_figure
+from mapseg_components.reports.slices import slice_viewer
 from tests.commands.made_run import ML, NAMES, make_run
 from tests.conftest import write_nifti
+from tests.pictures import write_picture
 
 VOID = {"meta", "wbr", "input", "br", "path", "use", "rect"}
 AXIS_TITLE = re.compile(r".+ \((ml|voxels|epochs|0 to 1|no unit)\)")
@@ -299,6 +302,82 @@ def test_a_preview_has_the_right_side_on_the_left():
     assert np.argwhere(plane_of(volume, 1, 4)).tolist() == [[5, 0]]
     assert np.argwhere(plane_of(volume, 2, 5)).tolist() == [[4, 0]]
     assert np.argwhere(plane_of(volume, 0, 3)).tolist() == [[5, 4]]
+
+
+def run_of_images(folder, **options):
+    """A made run whose target scans are PNG images."""
+    make_run(folder, structures=2, scans=2, epochs=3)
+    listed = json.loads((folder / "datalist.json").read_text())
+    for case in listed["target_training"]:
+        pixels = np.random.default_rng(0).integers(20, 200, (50, 80)).astype(np.uint8)
+        case["image"] = write_picture(folder / "png" / f"{case['case_id']}.png", pixels, **options)
+        for model in ("source_only", "adapted"):
+            write_picture(
+                folder / "predictions" / model / f"{case['case_id']}_seg.png", np.uint8(pixels > 150), **options
+            )
+    (folder / "datalist.json").write_text(json.dumps(listed))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options, unit", [({}, "pixels"), ({"dpi": (25400, 25400)}, "pixels"), ({"dpi": (5080, 5080)}, "um^3")]
+)
+def test_structures_of_images_have_no_volume_in_ml_and_no_side_of_a_body(tmp_path, options, unit):
+    """What the record of a run calls ml is a thousandth of a cubic um, or of a pixel."""
+    folder = run_of_images(tmp_path, **options)
+    assessment = json.loads((folder / "run.json").read_text())["assessment"]
+    text = open(report(str(folder))).read()
+    page = Page(text)
+    assert f"adapted, {unit}" in heads(page) and not any(" ml" in head for head in heads(page))
+    assert sum(f"Size ({unit})" in texts for texts in page.svg) == 2
+    assert "side of the body" not in text and "Images" in text
+    (table,) = (table for table in page.tables if f"source lowest, {unit}" in [cell[2] for cell in table[0]])
+    lowest = assessment["prior_ml"][NAMES[0]][0]
+    assert table[1][3][2] == f"{1000 * lowest:.3f}"
+
+
+def test_a_single_judged_scan_has_no_interval(tmp_path):
+    text = open(report(str(make_run(tmp_path, structures=2, scans=1, epochs=3)))).read()
+    assert "one scan: no interval" in text and "One scan: no interval, the gain is uncertain." in text
+    assert "95 % interval" not in text
+
+
+def test_a_folder_in_the_place_of_the_page_is_a_usage_error(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"is a folder: name the file to write, such as .*report.html"):
+        report(str(run), str(tmp_path))
+
+
+def test_a_scan_is_chosen_by_its_name_with_all_blanks(tmp_path):
+    folder = make_run(tmp_path, structures=2, scans=1, epochs=3)
+    for name in ("run.json", "datalist.json"):
+        record = (folder / name).read_text()
+        (folder / name).write_text(record.replace('": "sub-101_ses-baseline_acq-highres_run-01_T2w"', '": "a  b"'))
+    record = json.loads((folder / "run.json").read_text())
+    record["assessment"]["between"] = {"a  b": 0.8}
+    (folder / "run.json").write_text(json.dumps(record))
+    assert '<option value="a  b">' in open(report(str(folder))).read()
+
+
+@pytest.mark.parametrize("axis, plane", enumerate(["sagittal", "coronal", "axial"]))
+def test_a_volume_of_one_slice_shows_that_alone(axis, plane):
+    shape = [20, 30, 24]
+    shape[axis] = 1
+    label_map = np.zeros(shape, np.uint8)
+    label_map[..., :8] = 1
+    grey = np.random.default_rng(0).random(shape)
+    (shown,) = preview_figure(grey, label_map, np.eye(4), ["a"], "title").axes
+    assert shown.get_title() == f"{plane}, slice 1 of 1" and min(shown.images[0].get_array().shape) > 1
+    drawn = slice_viewer(grey, (1, 1, 1), {"a": label_map}, 2, "case")
+    assert re.findall('data-name="(.*?)"', drawn) == [plane]
+
+
+def test_a_dollar_in_the_name_of_a_structure_is_a_dollar():
+    label = np.ones((6, 7, 8), np.uint8)
+    preview = preview_figure(label, label, np.eye(4), ["a$_{b", "$$x^"], "title")
+    compared = comparison_figure([ComparedScan("a", (1, 1, 1), label, [label])], [], ["a$_{b", "$$x^"])
+    for figure in (preview, compared):
+        figure.canvas.draw()
+        assert [text.get_text().partition(",")[0] for text in figure.legends[0].get_texts()] == ["a$_{b", "$$x^"]
 
 
 PROBE = """<script>{

@@ -349,7 +349,7 @@ def test_a_long_name_that_the_file_system_takes_is_written(tmp_path, name):
 def test_a_folder_below_a_file_is_refused(tmp_path, below):
     (tmp_path / "file.txt").write_text("old")
     folder = tmp_path / below
-    refusal(ResourceError, lambda: files.require_writable(folder), str(folder), "choose a folder")
+    refusal(ConfigError, lambda: files.require_writable(folder), f"{tmp_path / 'file.txt'} is a file: name a folder")
     for write in (lambda: files.write_text("x", folder / "a.txt"), lambda: SaveLabelMap(folder)(label_map())):
         refusal(ResourceError, write, str(folder), "choose a folder")
     assert names(tmp_path) == ["file.txt"] and (tmp_path / "file.txt").read_text() == "old"

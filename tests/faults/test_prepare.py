@@ -310,7 +310,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_there(scans):
 
 def test_an_output_that_is_a_file_or_in_use_is_refused(scans, monkeypatch):
     (scans.parent / "file").write_text("")
-    with refused(scans.parent, "cannot write", kind=ResourceError):
+    with refused(scans.parent, "is a file: name a folder", kind=ConfigError):
         prepare(scans, scans.parent / "file", **PLAIN)
     out = scans.parent / "out"
     out.mkdir()

@@ -246,9 +246,9 @@ def test_what_is_no_tensor_is_refused(tmp_path):
         mapped(tmp_path, Compose([LoadImaged("image"), Lambdad("case_id", func=len)]))
 
 
-def test_an_unwritable_folder_is_named(tmp_path):
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ResourceError, match="cache"):
+    with pytest.raises(ConfigError, match="cache is a file: name a folder"):
         mapped(tmp_path)
 
 

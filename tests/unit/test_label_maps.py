@@ -144,6 +144,7 @@ def test_structures_of_several_values_are_merged_for_a_source_of_images_too(maps
     changes = {"source": str(maps / "t1"), "source_label_maps": False, "method": "mapseg", "settings": settings}
     output, run = planned(maps, **changes)
     assert run.record["plan"]["labels"] == {"hippocampus": 1, "brainstem": 2}
+    assert run.record["plan"]["label_values"] == PARTS, "what the truth has"
     cases = load_datalist(output / "datalist.json", "source_training")
     assert all("t1/images" in case["image"] and "out/label_maps/merged" in case["label"] for case in cases)
     check_training_data(output / "datalist.json", {"hippocampus": 1, "brainstem": 2}, label_maps=False)
