@@ -30,6 +30,8 @@ from monai.transforms.traits import RandomizableTrait
 import mapseg_components
 from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import replacing, require_writable, sha256_of, sweep_temporaries, write_json
+from mapseg_components.scans.files import is_picture
+from mapseg_components.scans.nifti import read_geometry
 
 __all__ = ["MappedCacheDataset"]
 
@@ -131,9 +133,11 @@ class MappedCacheDataset(CacheDataset):
 
 
 def content(value: Any) -> Any:
-    """Digest of a file's content; any other entry of a case as it is."""
+    """Digest of a file's content, of an image with where it lies, which may stand in a file beside it; any other entry
+    of a case as it is."""
     if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
-        return sha256_of(value)
+        digest = sha256_of(value)
+        return [digest, read_geometry(value).affine.tolist()] if is_picture(value) else digest
     return describe(value)
 
 

@@ -270,8 +270,20 @@ def decathlon_content(content: Mapping[str, Any], folder: Path) -> dict[str, Any
         folder: where it lies.
     """
     listed = {key: content.get(key) for key in ("training", "validation")}
-    beside = dataset_content(folder)
-    if isinstance(listed["training"], list) and listed["training"] and beside is None:
-        named = {"source_training": listed["training"]}
-        return {**content, **named, **({"source_validation": listed["validation"]} if listed["validation"] else {})}
-    return None if beside is None else {**content, **beside}
+    found = dataset_content(folder) or {}
+    for section, key in (("source_training", "training"), ("source_validation", "validation")):
+        if isinstance(listed[key], list) and listed[key] and (key == "training" or found):
+            found[section] = [with_channel(entry, folder) for entry in listed[key]]
+    return {**content, **found} if found else None
+
+
+def with_channel(entry: Any, folder: Path) -> Any:
+    """An entry of a list, whose scan nnU-Net names without ``_0000``, the channel that its file has."""
+    image = entry.get("image") if isinstance(entry, Mapping) else None
+    if not isinstance(image, str) or (folder / image).exists():
+        return entry
+    for ending in (".nii.gz", ".nii"):
+        first = f"{image.removesuffix(ending)}_0000{ending}"
+        if image.endswith(ending) and (folder / first).is_file():
+            return {"case_id": Path(image).name.removesuffix(ending), **entry, "image": first}
+    return entry

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,8 @@ def find_sources(
     if series is not None:
         every, sources = sources, chosen(sources, series)
         known |= {file: NOT_CHOSEN for one in every if one not in sources for file in files_of(one)}
+    whole = in_one_folder([one.image for one in sources if isinstance(one.image, Series)], findings, known)
+    sources = [one for one in sources if not isinstance(one.image, Series) or one.image in whole]
     taken = [file for one in sources for file in files_of(one)] + [finding.file for finding in findings]
     left = left_out(folder, taken, known, leave_out)
     if not sources and not findings:
@@ -120,17 +122,24 @@ def find_series(
     """
     findings: list[Finding] = []
     known: dict[Path, str] = {}
+    places = walk_folders(Path(folder), findings, leave_out)
+    found = [one for place, files in places for one in series_of(place, files, findings, known).series]
+    return sorted(in_one_folder(found, findings, known), key=lambda one: one.name), findings, known
+
+
+def in_one_folder(found: Iterable[Series], findings: list[Finding], known: dict[Path, str]) -> list[Series]:
+    """Series whose files all lie in one folder; of others there would be volumes with slices less, so that they are
+    added to the arguments."""
     series: dict[str, list[Series]] = {}
-    for place, files in walk_folders(Path(folder), findings, leave_out):
-        for one in series_of(place, files, findings, known).series:
-            series.setdefault(one.name, []).append(one)
+    for one in found:
+        series.setdefault(one.name, []).append(one)
     for parts in series.values():
         if len(parts) > 1:
             what = f"files of one series, number {parts[0].number}, lie in {len(parts)} folders"  # names are a person's
             remedy = "move the slices into one folder, or take copies out"
             findings.append(Finding("error", str(parts[0].folder), what, remedy))
             known |= {file: f"{what}: {remedy}" for one in parts for file in one.files}
-    return [series[name][0] for name in sorted(series) if len(series[name]) == 1], findings, known
+    return [parts[0] for parts in series.values() if len(parts) == 1]
 
 
 def one_file(path: Path) -> Source:

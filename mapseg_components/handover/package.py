@@ -255,7 +255,7 @@ def check_content(content: Any, path: Path) -> None:
         wrong += faults_of_fragment(content["network"])
         wrong += [f"weights#{name}" for name in ("sha256", "fingerprint") if not is_hex(content["weights"].get(name))]
         spacing = content.get("spacing_mm")
-        is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(map(is_number(0.001, 1000), spacing))
+        is_spacing = isinstance(spacing, list) and len(spacing) == 3 and all(map(is_number(1e-6, 1e6), spacing))
         unknown = "spacing_mm" in content and spacing is None  # of a bundle
         wrong += [] if is_spacing or unknown else ["spacing_mm"]
         sides = content.get("foreground_mm")  # `None`, or absent, where it is not known

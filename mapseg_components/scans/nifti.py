@@ -217,9 +217,9 @@ def along_ras(values: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 
 def median_spacing(paths: Sequence[str | Path]) -> list[float]:
-    """Median voxel size in mm along the RAS axes over several scans, two decimals; only headers are read."""
+    """Median voxel size in mm along the RAS axes over several scans, four digits; only headers are read."""
     spacings = []
     for path in paths:
         affine = read_geometry(path).affine
         spacings.append(along_ras(nib.affines.voxel_sizes(affine), affine))
-    return [round(float(value), 2) for value in np.median(spacings, axis=0)]
+    return [float(f"{value:.4g}") for value in np.median(spacings, axis=0)]

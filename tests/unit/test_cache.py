@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from monai.data import CacheDataset, DataLoader, MetaTensor
 from monai.transforms import Compose, Lambdad, LoadImaged, Orientationd, RandLambdad
 
 from mapseg_components.data import MappedCacheDataset, SeededDataset, load_datalist
-from mapseg_components.data.cache import describe, narrowed
+from mapseg_components.data.cache import content, describe, narrowed
 from mapseg_components.errors import ConfigError, DataError, ResourceError
 from mapseg_components.transforms import (
     AxisExtremesd,
@@ -30,6 +31,7 @@ from mapseg_components.transforms import (
     SelectLabelsd,
 )
 from tests.conftest import make_dataset, make_scan, write_nifti
+from tests.pictures import cells, write_picture
 
 KEYS = ["image", "label"]
 
@@ -117,6 +119,15 @@ def test_a_changed_scan_is_a_new_entry(tmp_path, change, new):
     data = mapped(tmp_path)
     assert len(set(entries(tmp_path)) - set(before)) == new
     assert torch.equal(data._cache[0]["image"].float(), LoadImaged("image")(cases(tmp_path)[0])["image"][None])
+
+
+def test_a_corrected_pixel_size_is_a_new_entry(tmp_path):
+    image = write_picture(tmp_path / "a.png", cells(0)[0])
+    keys = []
+    for side in (0.5, 2.0):
+        (tmp_path / "pixel_size.json").write_text(json.dumps({"PixelSize": [side, side], "PixelSizeUnits": "um"}))
+        keys.append(content(image))
+    assert keys[0] != keys[1] and keys[0][0] == keys[1][0]
 
 
 def test_changed_settings_are_new_entries_and_random_ones_are_not(tmp_path):

@@ -198,18 +198,28 @@ def test_a_list_of_the_decathlon_is_a_source_wherever_its_files_lie(tmp_path):
     assert [len(cases) for cases in source_cases(str(tmp_path / "list.json"), 0.5, 0)] == [1, 1]
 
 
+@pytest.mark.parametrize("kind", ["nnU-Net v1", "Decathlon"])
+def test_a_list_says_what_is_trained_on_and_what_chooses_weights_whatever_lies_beside_it(tmp_path, kind):
+    dataset(tmp_path, kind)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["training"], content["validation"] = content["training"][:1], content["training"][1:2]
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    training, validation = source_cases(str(tmp_path / "dataset.json"), 0.5, 0)
+    assert [[case["case_id"] for case in cases] for cases in (training, validation)] == [["c_1"], ["c_2"]]
+
+
 @pytest.mark.parametrize(
-    "labels, message",
+    "labels, message, of_check",
     [
-        ({"background": 0, "all": [1, 2], "inner": [2]}, "is a region"),
-        ({"background": 0, "a": 1, "ignore": 2}, "'ignore' is 2"),
+        ({"background": 0, "all": [1, 2], "inner": [2]}, "is a region", "'inner' or its value 2 occurs twice"),
+        ({"background": 0, "a": 1, "ignore": 2}, "'ignore' is 2", "'ignore' is 2"),
     ],
 )
-def test_regions_and_ignore_are_refused_by_name(tmp_path, capsys, labels, message):
+def test_regions_and_ignore_are_refused_by_name(tmp_path, capsys, labels, message, of_check):
     dataset(tmp_path, "nnU-Net v2")
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
     assert main(["check", str(tmp_path), "--quiet"]) == 2
-    assert message in capsys.readouterr().err
+    assert of_check in capsys.readouterr().err
     with pytest.raises(ConfigError, match=f"dataset.json, labels: .*{message}"):
         structure_names(None, str(tmp_path), [])
 

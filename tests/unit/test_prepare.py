@@ -330,6 +330,19 @@ def test_series_of_one_folder_become_scans_and_one_can_be_chosen(tmp_path):
     assert [source.name for source in find_sources(folder)[0]] == names
 
 
+def test_a_series_in_two_folders_is_no_scan(tmp_path):
+    path = tmp_path / "in" / "one"
+    dicom.write_series(path, stored(), modality="MR")
+    dicom.write_series(tmp_path / "in" / "other", stored(), modality="MR", number=9, uid="1.2.9")
+    files = sorted(path.iterdir())
+    (tmp_path / "in" / "two").mkdir()
+    for file in files[: len(files) // 2]:
+        file.rename(tmp_path / "in" / "two" / file.name)
+    found = prepare(tmp_path / "in", tmp_path / "out", bias_correction=False, quiet=True)
+    assert found.exit_code == 3 and "files of one series, number 3, lie in 2 folders" in str(found)
+    assert [path.name for path in (tmp_path / "out").rglob("*.nii.gz")] == ["other_9.nii.gz"]
+
+
 def test_nothing_about_the_person_leaves_the_dicom_header(tmp_path, caplog):
     uid = dicom.write_series(tmp_path / "in/head", stored(), step=3.0)
     dicom.write_series(tmp_path / "in/gap", stored(), positions=[(0, 0, z) for z in (0, 1, 2, 4, 5)])
