@@ -15,12 +15,14 @@ PNG and TIFF images are laid out alike; there ``a_mask`` beside ``a`` is a mask,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mapseg_components.scans.files import is_picture, scans_among
 from mapseg_components.scans.files import stem as stem_of
@@ -37,6 +39,7 @@ __all__ = [
     "labels_among",
     "labels_beside",
     "labels_of_scans",
+    "listing_of",
     "masks_among",
     "misplaced",
     "scans_of_label",
@@ -57,20 +60,59 @@ BIDS_SUFFIX = re.compile(r"_(dseg|probseg|mask|seg|roi|dlabel)$")
 LABELS_REMEDY = (
     "put label maps into labels beside images, under their scans' names, or take them out; rename it if it is a scan"
 )
+SETTLED_NS = 3 * 10**9  # since a folder changed last
 ONE_CHANNEL = "the network takes one image of one channel: keep the files of one channel in a separate folder"
+
+
+class Listing(NamedTuple):
+    """Files of a folder.
+
+    Args:
+        scans: names of scans, see `scans_among`; hidden ones are none.
+        masks: those of masks of images among them.
+        stems: the others by name without ending.
+        channels: names of files by the case that they may be channels of, see `channels_of`.
+    """
+
+    scans: frozenset[str]
+    masks: set[str]
+    stems: dict[str, Path]
+    channels: dict[str, list[str]]
+
+
+def listing_of(folder: Path) -> Listing:
+    """Files of a folder; none of one that cannot be listed. A folder that is asked for once for each of its files is
+    listed once, unless it has changed in between."""
+    try:
+        changed = os.stat(folder).st_mtime_ns
+        # clocks of file systems are coarse: what has changed just now may change again at the same time
+        return kept_listing(folder, changed) if time.time_ns() - changed > SETTLED_NS else made_listing(folder)
+    except OSError:
+        return Listing(frozenset(), set(), {}, {})
+
+
+def made_listing(folder: Path) -> Listing:
+    """Files of a folder, listed now. Raises `OSError`."""
+    names = scans_among(sorted(os.listdir(folder)))
+    masks = masks_among(names)
+    stems = {stem_of(Path(name)): folder / name for name in names if name not in masks}
+    channels: dict[str, list[str]] = {}
+    for stem, file in stems.items():
+        if CHANNEL.fullmatch(stem):
+            channels.setdefault(case_name(stem), []).append(file.name)
+    return Listing(frozenset(names), masks, stems, channels)
+
+
+@functools.lru_cache(maxsize=8)
+def kept_listing(folder: Path, changed: int) -> Listing:
+    """Files of a folder as it was when it changed last. Raises `OSError`."""
+    return made_listing(folder)
 
 
 def stems_of(folder: Path) -> dict[str, Path]:
     """Scans of a folder by name without ending, see `scans_among`; hidden ones, masks of images, and what cannot be
     listed, are left out."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return {}
-    names = scans_among(names)
-    masks = masks_among(names)
-    names = [name for name in names if name not in masks]
-    return {stem_of(Path(name)): folder / name for name in names}
+    return listing_of(folder).stems
 
 
 def masks_among(names: Sequence[str]) -> set[str]:
@@ -149,17 +191,19 @@ def channels_of(path: Path) -> list[str]:
     named ``imagesTs`` and the like, unless ``dataset.json`` says that there is one channel.
     """
     folder = path.absolute().parent
-    stems = stems_of(folder)
     stem = stem_of(path)
     match, kind = CHANNEL.fullmatch(stem), FOLDER.fullmatch(folder.name)
     if match is None or kind is None or kind[1].casefold() != "images":
         return []
     beside = labels_beside(folder)
     labels = {} if beside is None else stems_of(beside)
-    channels = [file.name for one, file in stems.items() if CHANNEL.fullmatch(one) and case_name(one) == match[1]]
+    found = listing_of(folder)
+    channels = found.channels.get(match[1], [])
     if stem in labels or len(channels) < 2:
         return []
-    numbered = not kind[2] or f"{match[1]}_0000" not in stems or declared_channels(folder.parent) == 1  # of many scans
+    numbered = (
+        not kind[2] or f"{match[1]}_0000" not in found.stems or declared_channels(folder.parent) == 1
+    )  # of many scans
     return channels if match[1] in labels or not numbered else []
 
 
@@ -207,6 +251,7 @@ def scans_of_label(stem: str, stems: Sequence[str]) -> list[str] | None:
     return found or None
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def named_as_label(stem: str) -> bool:
     """Whether a name may be a label map's, if its scan lies beside it."""
     return any(pattern.fullmatch(stem) for pattern in (BIDS_RESULT, ENDING, BEGINNING))

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mapseg_components.data.datalist import stem
-from mapseg_components.data.layouts import masks_among, named_as_label, scans_of_label, stems_of
+from mapseg_components.data.layouts import listing_of, named_as_label, scans_of_label, stems_of
 from mapseg_components.files import readable
 from mapseg_components.scans.dicom import has_dicom
-from mapseg_components.scans.files import is_nifti, is_picture, is_scan, scans_among
+from mapseg_components.scans.files import is_nifti, is_picture, is_scan
 from mapseg_components.scans.findings import Finding
 
 __all__ = ["LeftOut", "in_one_line", "left_out", "notes_of", "records_of", "scans_and_label_maps", "summary"]
@@ -175,10 +175,10 @@ def reason_of(path: Path, nifti: str, dicom: str) -> str:
 
 def reason_of_picture(path: Path, reason: str) -> str:
     """Why a PNG or TIFF image is not used; ``reason`` is that of a scan elsewhere."""
-    names = sorted(one.name for one in path.parent.iterdir())
-    if path.name not in scans_among(names):
+    found = listing_of(path.parent)
+    if path.name not in found.scans:
         return BESIDE
-    if path.name in masks_among(names):
+    if path.name in found.masks:
         return MASK_OF_SCAN
     return IS_LABEL_MAP if is_label_map(path) else reason
 

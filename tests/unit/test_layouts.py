@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -267,3 +268,18 @@ def test_images_and_labels_pair_without_the_number_of_the_channel(tmp_path):
     with pytest.raises(DataError, match=r"c1_0000\.nii\.gz: one of 2 channels"):
         source_cases(str(tmp_path), 0.5, 0)
     assert "one of 2 channels" in str(check(str(tmp_path / "data"), quiet=True))
+
+
+def test_a_folder_is_listed_once_for_all_its_files_until_it_changes(tmp_path, monkeypatch):
+    folder, listed = tmp_path / "imagesTr", []
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"c_{number:03d}_0000.nii.gz").write_bytes(b"")
+    os.utime(folder, (1e9, 1e9))  # long ago
+    names = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda place: listed.append(place) or names(place))
+    assert [misplaced(folder / name) for name in names(folder)] == [None] * 40
+    assert listed.count(folder) == 1
+    (folder / "c_000_0001.nii.gz").write_bytes(b"")
+    what, _ = misplaced(folder / "c_000_0000.nii.gz")
+    assert what == "one of 2 channels of a scan (c_000_0000.nii.gz, c_000_0001.nii.gz)"
