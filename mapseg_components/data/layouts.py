@@ -201,9 +201,8 @@ def channels_of(path: Path) -> list[str]:
     channels = found.channels.get(match[1], [])
     if stem in labels or len(channels) < 2:
         return []
-    numbered = (
-        not kind[2] or f"{match[1]}_0000" not in found.stems or declared_channels(folder.parent) == 1
-    )  # of many scans
+    first = f"{match[1]}_0000" in found.stems  # else it is the number of one of many scans
+    numbered = not kind[2] or not first or declared_channels(folder.parent) == 1
     return channels if match[1] in labels or not numbered else []
 
 

@@ -228,7 +228,8 @@ def with_labels(sources: list[Source], labels: Path, findings: list[Finding]) ->
     known = {path.resolve() for path in list_scans(labels)}
     maps = {stem(path): path for path in list_scans(labels)}
     findings[:] = [finding for finding in findings if Path(finding.file).resolve() not in known]
-    result, used = [], set()
+    result: list[Source] = []
+    used: dict[Path, Path] = {}  # label map to the folder of its scans
     for source in sources:
         if isinstance(source.image, Path) and source.image.resolve() in known:
             continue  # labels lie below the input
@@ -236,11 +237,11 @@ def with_labels(sources: list[Source], labels: Path, findings: list[Finding]) ->
         if label is None:
             result.append(Source(f"{IMAGES}/{source.name}", source.image))
         else:
-            if label in used:
-                what = f"label map of two scans, {source.name} among them"
+            place = Path(source.name).parent
+            if used.setdefault(label, place) != place:  # in one folder they are contrasts of one scan
+                what = f"label map of scans in two folders, {source.name} among them"
                 findings.append(Finding("error", str(label), what, "name scans and label maps apart, one for each"))
-            used.add(label)
-            name = (Path(source.name).parent / stem(label)).as_posix()
+            name = (place / stem(label)).as_posix()
             result.append(Source(f"{IMAGES}/{source.name}", source.image, label, f"{LABELS}/{name}"))
     findings += [orphan(path) for path in maps.values() if path not in used]
     return result

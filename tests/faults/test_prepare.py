@@ -126,7 +126,7 @@ def test_one_label_map_is_not_that_of_scans_of_one_name_in_two_folders(scans):
     shutil.rmtree(scans / "images")
     shutil.rmtree(scans / "labels")
     result = prepare(scans, scans.parent / "out", labels=labels, **PLAIN)
-    assert result.exit_code == 3 and "label map of two scans, two/a" in str(result)
+    assert result.exit_code == 3 and "label map of scans in two folders, two/a" in str(result)
 
 
 def test_a_spacing_that_no_memory_holds_is_refused_before_it_is_tried(scans):
