@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mapseg_components.boxes import is_thick
-from mapseg_components.data.scan_statistics import ScanStatistics
+from mapseg_components.data.scan_statistics import BRIGHTEST, ScanStatistics
 from mapseg_components.scans.facts import Facts
 from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.findings import Finding
@@ -146,6 +146,10 @@ def intensities(
         text = f"{counts['shifted']} of {len(files)} scans look like CT with {CT_SHIFT} added"
         yield note(name, text, "leave negative_values null; do not shift again")
     for file in files:
+        above = 1 - statistics[file].background_share
+        if above < 1 - BRIGHTEST / 100 and not is_picture(file):
+            text = f"{above:.2%} of its voxels lie above the lowest value: its percentile {BRIGHTEST:g} is background"
+            yield warning(file, text, "crop it, or set percentile_foreground to true: runs refuse it otherwise")
         if facts[file].negative and kinds[file] != "HU" and negative_values is None:
             span = f"values from {facts[file].lowest:g} to {facts[file].highest:g}"
             text = f"{facts[file].negative} voxels are negative ({span})"

@@ -63,40 +63,50 @@ def percentile_table(image: torch.Tensor, foreground: bool = False) -> torch.Ten
     return torch.tensor(np.asarray(rows), dtype=torch.float32)
 
 
-def clip_limits(image: torch.Tensor, table: torch.Tensor, percentile: float) -> torch.Tensor:
+def clip_limits(
+    image: torch.Tensor, table: torch.Tensor, percentile: float, otherwise: float | None = None
+) -> torch.Tensor:
     """Intensities that `clipped` maps to 0 and to 1 in each channel: its minimum and its percentile.
 
     Args:
         image: (C, ...), the volume or a part of it.
         table: `percentile_table` of the whole volume.
         percentile: from 90 to 100; linear between the table's steps.
+        otherwise: percentile of channels whose own one equals their minimum.
 
     Returns:
         float32 (C, 2), for `clipped`.
 
     Raises:
-        ConfigError: the percentile is out of bounds.
+        ConfigError: a percentile is out of bounds.
         DataError: a channel's percentile equals its minimum, or image and table differ in their channels.
     """
-    if not TABLE_LOWEST <= percentile <= 100:
-        raise ConfigError(f"percentile {percentile} is outside [{TABLE_LOWEST:g}, 100]")
     if table.ndim != 2 or len(table) != len(image):
         raise DataError(
             f"{scan_name(image)}: an image of {len(image)} channels, its percentile table has shape "
             f"{tuple(table.shape)}, expected one row per channel: make it from the same image"
         )
-    position = (percentile - TABLE_LOWEST) / (100 - TABLE_LOWEST) * (TABLE_STEPS - 1)
-    below = min(int(position), TABLE_STEPS - 2)
-    lowest, values = table[:, 0], table[:, 1:]
-    top = torch.lerp(values[:, below], values[:, below + 1], position - below)
+    lowest, top = table[:, 0], percentile_of(table, percentile)
+    if otherwise is not None:
+        top = torch.where(top > lowest, top, percentile_of(table, otherwise))
+        percentile = otherwise
     flat = torch.nonzero(top <= lowest).flatten().tolist()
     if flat:
         raise DataError(
             f"{channel_name(image, flat[0])}: its percentile {percentile:g} equals its minimum "
             f"({float(lowest[flat[0]]):g}), nearly all voxels are background: crop the scan, or take the percentiles "
-            "over the foreground"
+            "over the foreground (percentile_foreground)"
         )
     return torch.stack([lowest, top], dim=1)
+
+
+def percentile_of(table: torch.Tensor, percentile: float) -> torch.Tensor:
+    """One percentile of each channel, (C,), of a `percentile_table`. Raises `ConfigError`."""
+    if not TABLE_LOWEST <= percentile <= 100:
+        raise ConfigError(f"percentile {percentile} is outside [{TABLE_LOWEST:g}, 100]")
+    position = (percentile - TABLE_LOWEST) / (100 - TABLE_LOWEST) * (TABLE_STEPS - 1)
+    below = min(int(position), TABLE_STEPS - 2)
+    return torch.lerp(table[:, 1 + below], table[:, 2 + below], position - below)
 
 
 def clipped(image: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
@@ -223,7 +233,8 @@ class PercentileClipd(MapTransform):
 class RandPercentileClip(RandomizableTransform):
     """Clip at a random percentile with probability ``prob``, at the default one otherwise, and scale to [0, 1].
 
-    The defaults are the paper's (MAPSeg, section 4.1).
+    The defaults are the paper's (MAPSeg, section 4.1). Channels whose random percentile is their minimum, because so few
+    of their voxels lie above it, are clipped at the default one.
 
     Args:
         lower: smallest random percentile, from 90.
@@ -263,12 +274,13 @@ class RandPercentileClip(RandomizableTransform):
         """Image of the same shape in [0, 1]; see `PercentileClip`."""
         if randomize:
             self.randomize()
-        return self.drawn(img, table)
+        img = as_volume(img)
+        return clipped(img, self.limits(img, table))
 
-    @property
-    def drawn(self) -> PercentileClip:
-        """Clipping at the percentile of the last draw."""
-        return PercentileClip(self.percentile, self.foreground)
+    def limits(self, img: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        """Intensities that become 0 and 1 in each channel by the last draw, float32 (C, 2)."""
+        table = percentile_table(img, self.foreground) if table is None else table
+        return clip_limits(img, table, self.percentile, otherwise=self.default)
 
 
 class RandPercentileClipd(Randomizable, MapTransform):
@@ -326,7 +338,7 @@ class RandPercentileClipd(Randomizable, MapTransform):
         self.transform.randomize()
         for key in self.key_iterator(result):
             if self.deferred:
-                result[f"{key}_{LIMITS_POSTFIX}"] = self.transform.drawn.limits(result[key], table)
+                result[f"{key}_{LIMITS_POSTFIX}"] = self.transform.limits(result[key], table)
             else:
                 result[key] = self.transform(result[key], table, randomize=False)
         return result

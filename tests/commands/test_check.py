@@ -153,6 +153,15 @@ def test_spacing_masking_contrast_and_copies(scans):
     assert report.exit_code == 0
 
 
+@pytest.mark.parametrize("above, warned", [(8, True), (11, False)])
+def test_a_scan_whose_percentile_is_background_is_warned_about(tmp_path, above, warned):
+    voxels = np.zeros((20, 10, 10), np.float32)
+    voxels[:above, 5, 5] = np.random.default_rng(0).uniform(1, 2, above)
+    path = write_nifti(tmp_path / "a.nii.gz", voxels)
+    report = check(path, quiet=True)
+    assert any("its percentile 99.5 is background" in what for _, what in warnings_of(report)) == warned
+
+
 @pytest.mark.parametrize("factor", [0.4, 2.5])
 def test_voxels_that_are_smaller_or_larger_than_the_others_are_reported(scans, factor):
     path = scans / "GA30_operated.nii.gz"

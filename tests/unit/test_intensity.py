@@ -90,6 +90,21 @@ def test_a_channel_without_contrast_is_named():
         PercentileClip()(scan)
 
 
+@pytest.mark.parametrize("percentile", [99.0, 99.25])
+def test_a_drawn_percentile_of_background_falls_back_to_the_default(percentile):
+    image = torch.zeros(2, 10, 10, 100)
+    image[0, :, 0, :7] = torch.arange(1.0, 71).view(10, 7)  # 0.7 % of the voxels
+    image[1, :, 0, :20] = torch.arange(1.0, 201).view(10, 20)
+    drawn = RandPercentileClip(lower=percentile, upper=percentile, prob=1.0)
+    expected = torch.cat([PercentileClip(99.5)(image[:1]), PercentileClip(percentile)(image[1:])])
+    torch.testing.assert_close(drawn(image), expected)
+    deferred = RandPercentileClipd("image", lower=percentile, upper=percentile, prob=1.0, deferred=True)
+    torch.testing.assert_close(clipped(image, deferred({"image": image})["image_limits"]), expected)
+    image[0, :, 0, 4:] = 0
+    with pytest.raises(DataError, match=r"channel 0: its percentile 99.5 equals.* \(percentile_foreground\)"):
+        drawn(image)
+
+
 def test_a_table_of_another_image_is_refused():
     with pytest.raises(DataError, match=r"image of 2 channels.*\(1, 1002\), expected one row per channel"):
         PercentileClip()(torch.cat([volume(), volume(1)]), percentile_table(volume()))
