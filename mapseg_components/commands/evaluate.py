@@ -29,7 +29,7 @@ from mapseg_components.scans.facts import facts_of_scan
 from mapseg_components.scans.files import is_picture
 from mapseg_components.scans.findings import Finding, fault, raise_findings
 from mapseg_components.scans.masks import mask_beside
-from mapseg_components.scans.pictures import LOSSY
+from mapseg_components.scans.pictures import LOSSY, has_pixel_size
 from mapseg_components.session import progress, working
 from mapseg_components.shipped_files import SHIPPED, bundle_of, shipped_bundles
 from mapseg_components.structures import ignored_value, listed_values, numbered, parts_of, to_whole, value_fault
@@ -172,7 +172,7 @@ def evaluate(
         for case in progress(cases, "comparing", quiet):
             try:
                 true, affine, spacing = whole(sets["truth"][case])
-                unsized += is_picture(sets["truth"][case]) and set(spacing) == {1.0}
+                unsized += is_picture(sets["truth"][case]) and not has_pixel_size(sets["truth"][case])
                 outside = outside_of_case(sets["truth"][case], case, true.shape)
                 true = true if outside is None else np.where(outside, 0, true)
                 named = parts["truth"] or {str(v): [int(v)] for v in np.unique(true) if v > 0}

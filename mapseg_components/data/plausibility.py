@@ -189,7 +189,7 @@ def pictures(
 ) -> Iterator[Finding]:
     """PNG and TIFF images: without a pixel size, and of several bit depths."""
     found = [file for file in files if is_picture(file)]
-    unsized = [file for file in found if set(statistics[file].spacing_mm) == {1.0}]
+    unsized = [file for file in found if not statistics[file].sized]
     if unsized:
         text = f"{len(unsized)} of {len(files)} images name no pixel size: lengths are in pixels"
         remedy = "none needed if all are of one size; else pixel_size.json beside them, see docs/how-to/data.md"

@@ -14,6 +14,7 @@ import numpy as np
 from mapseg_components.data.volumes import faces_of
 from mapseg_components.scans.facts import AuditRecord, Facts, facts_of_scan
 from mapseg_components.scans.nifti import Scan, read_nifti
+from mapseg_components.scans.pictures import Picture
 from mapseg_components.structures import are_whole
 
 __all__ = ["ScanStatistics", "StatisticsRecord", "scan_statistics"]
@@ -41,6 +42,7 @@ class ScanStatistics:
             percentile.
         view: (16, 16, 16), the box of what is above the lowest value, in RAS by the header, on a coarse grid: mean
             intensity of each cell, scaled as the quantiles.
+        sized: lengths are known; of an image without a pixel size they are in pixels.
     """
 
     spacing_mm: tuple[float, float, float]
@@ -53,6 +55,7 @@ class ScanStatistics:
     soft_tissue_shifted: float
     quantiles: np.ndarray
     view: np.ndarray
+    sized: bool
 
 
 def scan_statistics(scan: Scan) -> ScanStatistics | None:
@@ -83,6 +86,7 @@ def scan_statistics(scan: Scan) -> ScanStatistics | None:
         soft_tissue_shifted=float(((drawn > 874) & (drawn < 1274)).mean()),
         quantiles=np.quantile(scaled, np.linspace(0, 1, QUANTILES)),
         view=coarse(np.clip((voxels[box] - lowest) / (top - lowest), 0, 1)),
+        sized=not isinstance(scan, Picture) or scan.sized,
     )
 
 

@@ -71,7 +71,7 @@ class Writer:
             )
         rows = structure_volumes(label_map, affine, self.bundle.names, confidence)
         if PROBABILITIES in output:
-            grid = in_mm(affine) if is_picture(case[IMAGE]) else affine
+            grid = in_mm(affine, case[IMAGE]) if is_picture(case[IMAGE]) else affine
             save_probabilities(np.asarray(output[PROBABILITIES]), grid, place.probabilities)
             one.probabilities = str(place.probabilities)
         staged = result_path(case[IMAGE], self.staging, self.bundle.postfix)

@@ -27,7 +27,7 @@ def write_picture(temporary: Path, voxels: np.ndarray, affine: np.ndarray, like:
     Args:
         temporary: where, with an ending of `mapseg_components.scans.files.PICTURES`.
         voxels: (X, Y, 1), uint8, uint16 or, in TIFF, float32.
-        affine: (4, 4) in um; its pixel size is written unless it is 1, which stands for an unknown one.
+        affine: (4, 4) in um; its pixel size is written where that of the scan is known.
         like: file of the scan: its resolution is repeated as it is, where its header has one.
         path: the file's later name, for messages.
 
@@ -73,11 +73,15 @@ def write_picture(temporary: Path, voxels: np.ndarray, affine: np.ndarray, like:
 
 
 def resolution_like(like: str | Path, affine: np.ndarray) -> Resolution | None:
-    """Resolution of a file's header, whatever it means; without one, that of an affine (4, 4) in um."""
+    """Resolution of a file's header, whatever it means; without one, that of an affine (4, 4) in um, if the pixel size
+    is known: of a file that is gone, unless it is 1."""
     path = Path(like)
+    sides = np.linalg.norm(np.asarray(affine, dtype=float)[:3, :2], axis=0)
+    sized = not np.allclose(sides, 1.0)
     if is_picture(path) and path.is_file():
         with opened(path, KIND) as stream:
-            image, _ = parse(path, stream)
+            image, header = parse(path, stream)
+            sized = header.sides is not None
             if path.suffix.lower() == ".png":
                 dots = image.info.get("dpi")
                 found = None if dots is None else Resolution(dots[0] / 25.4, dots[1] / 25.4)
@@ -85,5 +89,4 @@ def resolution_like(like: str | Path, affine: np.ndarray) -> Resolution | None:
                 found = resolution_of(image.tag_v2, str(image.tag_v2.get(270, "")))
         if found is not None and found.sides is not None:
             return found
-    sides = np.linalg.norm(np.asarray(affine, dtype=float)[:3, :2], axis=0)
-    return None if np.allclose(sides, 1.0) else Resolution(UM_IN_MM / float(sides[0]), UM_IN_MM / float(sides[1]))
+    return Resolution(UM_IN_MM / float(sides[0]), UM_IN_MM / float(sides[1])) if sized else None

@@ -27,7 +27,16 @@ from mapseg_components.scans.findings import fault
 from mapseg_components.scans.headers import Geometry, Remark
 from mapseg_components.scans.pixel_size import Resolution, pixel_size_of, resolution_of
 
-__all__ = ["LOSSY", "RGB_RULES", "Picture", "in_mm", "picture_geometry", "picture_outside", "read_picture"]
+__all__ = [
+    "LOSSY",
+    "RGB_RULES",
+    "Picture",
+    "has_pixel_size",
+    "in_mm",
+    "picture_geometry",
+    "picture_outside",
+    "read_picture",
+]
 
 KIND = "an image"
 UM_IN_MM = 1000.0
@@ -139,6 +148,13 @@ def picture_geometry(path: str | Path) -> Geometry:
         return geometry_from(parse(path, stream)[1])
 
 
+def has_pixel_size(path: str | Path) -> bool:
+    """Whether the pixel size of an image is known, by its header or a file beside it. Errors as `picture_geometry`."""
+    path = Path(path)
+    with opened(path, KIND) as stream:
+        return parse(path, stream)[1].sides is not None
+
+
 def picture_outside(path: str | Path) -> np.ndarray | None:
     """Where an image is fully transparent, bool (X, Y, 1); ``None`` if it is nowhere. Errors as `read_picture`."""
     path = Path(path)
@@ -175,10 +191,10 @@ def geometry_from(header: Header) -> Geometry:
     return Geometry((*header.shape, 1), affine, affine, None, header.remarks)
 
 
-def in_mm(affine: np.ndarray) -> np.ndarray:
+def in_mm(affine: np.ndarray, path: str | Path) -> np.ndarray:
     """Affine (4, 4) in mm of an image's, for a volume on its grid; of one without a pixel size as it is."""
     result = np.array(affine, dtype=float)
-    if not np.allclose(np.linalg.norm(result[:3, :3], axis=0), 1.0):
+    if has_pixel_size(path):
         result[:3] /= UM_IN_MM
     return result
 
@@ -289,7 +305,8 @@ def pixels_of(path: Path, image: Any, header: Header) -> tuple[np.ndarray, np.nd
     """
     if header.deep:
         return deep_colours(path, header)
-    step = SMALL_GREYS.get(str(image.tile[0][3]) if image.tile else "", 1)
+    packing = image.tile[0][3] if image.tile else ""  # of TIFF with more than its name
+    step = SMALL_GREYS.get((packing if isinstance(packing, str) else packing[0])[:3], 1)
     try:
         image.load()
     except MemoryError:

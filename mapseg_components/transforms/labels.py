@@ -89,7 +89,7 @@ class SelectLabelsd(EachKey):
         allow_missing_keys: pass over keys that a sample does not have; by default they are a ``KeyError``.
 
     Raises:
-        ConfigError: a value is named twice, or 0 is among them.
+        ConfigError: a value is named twice, 0 is among them, or there are more than 254.
         DataError: in a call, a value is neither kept nor dropped; the message names the file.
 
     Examples:

@@ -16,11 +16,13 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, Spacing
 from PIL import Image
 
+from mapseg_components.commands import evaluate
 from mapseg_components.data import NiftiReader, read_nifti, result_path
 from mapseg_components.data.datalist import list_scans, load_scans
+from mapseg_components.data.scan_statistics import scan_statistics
 from mapseg_components.errors import ConfigError
 from mapseg_components.scans.nifti import read_geometry
-from mapseg_components.scans.pictures import RGB_RULES, read_picture
+from mapseg_components.scans.pictures import RGB_RULES, has_pixel_size, in_mm, read_picture
 from mapseg_components.transforms import ArgmaxOnScand, SaveLabelMap, SaveVolume, WorkingFrame
 from tests.pictures import write_deep_png, write_picture, write_png
 
@@ -163,6 +165,25 @@ def test_a_label_map_has_its_scans_format_pixels_and_resolution(tmp_path, ending
     with Image.open(path) as image:
         assert np.asarray(image).dtype == kind and np.allclose(image.info["dpi"], 72, rtol=0.01)
         np.testing.assert_array_equal(np.asarray(image), label[0, ..., 0].T)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_pixel_of_1_um_has_a_size_and_a_pixel_without_one_has_none(tmp_path, sized):
+    scan = write_picture(tmp_path / "a.png", GREY8)
+    if sized:
+        (tmp_path / "a.json").write_text('{"PixelSize": [1, 1], "PixelSizeUnits": "um"}')
+    affine = read_geometry(scan).affine
+    assert np.diag(affine).tolist() == [-1, -1, 1, 1]
+    assert np.diag(in_mm(affine, scan))[0] == (-0.001 if sized else -1)
+    assert scan_statistics(read_nifti(scan)).sized == sized
+    (tmp_path / "out").mkdir()
+    SaveLabelMap(tmp_path / "out", num_classes=2)(
+        MetaTensor(torch.ones(1, 7, 5, 1), meta={"filename_or_obj": scan, "affine": affine})
+    )
+    result = result_path(scan, tmp_path / "out", "seg")
+    assert has_pixel_size(result) == sized
+    text = " ".join(f"{one.what}" for one in evaluate(result, result, quiet=True).notes)
+    assert "distances are in um" in text and ("without a pixel size" in text) != sized
 
 
 def test_fractions_of_an_image_are_saved_as_tiff(tmp_path):
