@@ -233,8 +233,8 @@ class PercentileClipd(MapTransform):
 class RandPercentileClip(RandomizableTransform):
     """Clip at a random percentile with probability ``prob``, at the default one otherwise, and scale to [0, 1].
 
-    The defaults are the paper's (MAPSeg, section 4.1). Channels whose random percentile is their minimum, because so few
-    of their voxels lie above it, are clipped at the default one.
+    The defaults are the paper's (MAPSeg, section 4.1). Channels whose random percentile is their minimum, because so
+    few of their voxels lie above it, are clipped at the default one.
 
     Args:
         lower: smallest random percentile, from 90.

@@ -290,7 +290,8 @@ def test_an_image_with_nothing_around_is_masked_as_a_volume_is(tmp_path):
 
 def test_an_empty_folder_of_a_datalist_lacks_scans_and_not_labels(tmp_path):
     report = check(str(tmp_path), datalist=True, quiet=True)
-    assert report.exit_code == 3 and "put scans into" in str(report) and "labels" not in str(report)
+    (finding,) = report.findings
+    assert report.exit_code == 3 and "put scans into" in str(finding) and "name no structure" not in str(finding)
 
 
 @pytest.mark.parametrize("labels", ['{"a": [1, 2], "b": 3}', '{"1": "a", "2": "a", "3": "b"}'])

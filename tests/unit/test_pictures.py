@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import itk
@@ -24,7 +23,7 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.scans.pictures import RGB_RULES, has_pixel_size, in_mm, read_picture
 from mapseg_components.transforms import ArgmaxOnScand, SaveLabelMap, SaveVolume, WorkingFrame
-from tests.pictures import write_deep_png, write_picture, write_png
+from tests.pictures import write_deep_png, write_picture, write_png, write_tiff
 
 GENERATOR = np.random.default_rng(0)
 GREY8 = GENERATOR.integers(0, 256, (5, 7)).astype(np.uint8)
@@ -98,20 +97,26 @@ def test_palettes_and_few_bits_keep_the_values_that_are_stored(tmp_path):
     assert read_nifti(tmp_path / "two.png").voxels.flatten().tolist() == [0, 1, 2, 3, 3]
 
 
-@pytest.mark.parametrize("pixels", [GREY8, GREY16, GREY8 > 100])
-def test_values_of_a_tiff_whose_0_is_white_are_those_that_are_stored(tmp_path, pixels):
-    Image.fromarray(pixels).save(tmp_path / "a.tif")
-    content, tag = (tmp_path / "a.tif").read_bytes(), struct.pack("<HHI", 262, 3, 1)
-    assert content.count(tag + b"\1") == 1
-    (tmp_path / "b.tif").write_bytes(content.replace(tag + b"\1", tag + b"\0"))
-    stored = [read_nifti(tmp_path / name).voxels[..., 0].T for name in ("a.tif", "b.tif")]
-    assert np.array_equal(stored[0], pixels) and np.array_equal(stored[1], pixels)
+@pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
+@pytest.mark.parametrize("bits, stored", [(1, [0, 1, 1, 0, 1]), (2, [0, 1, 2, 3, 3]), (4, [0, 15, 7, 8, 2])])
+def test_few_bits_of_a_tiff_are_as_stored(tmp_path, photometric, bits, stored):
+    packed = int("".join(f"{value:0{bits}b}" for value in stored).ljust(24, "0"), 2).to_bytes(3, "big")
+    path = write_tiff(tmp_path / "a.tif", packed[: -(-5 * bits // 8)], (5, 1), bits, photometric)
+    assert read_nifti(path).voxels.flatten().tolist() == stored
 
 
-def test_numbers_of_8_bits_may_have_a_sign(tmp_path):
-    values = (GREY8.astype(int) - 128).astype(np.int8)
-    Image.fromarray(values.view(np.uint8)).save(tmp_path / "a.tif", tiffinfo={339: 2})
-    assert np.array_equal(read_nifti(tmp_path / "a.tif").voxels[..., 0].T, values) and values.min() < 0
+@pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
+@pytest.mark.parametrize("pixels", [GREY8, GREY16], ids=["8 bits", "16 bits"])
+def test_greys_of_a_tiff_are_as_stored_whatever_is_white(tmp_path, photometric, pixels):
+    path = write_tiff(tmp_path / "a.tif", pixels.tobytes(), (7, 5), 8 * pixels.itemsize, photometric)
+    assert np.array_equal(read_nifti(path).voxels[..., 0].T, pixels)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+def test_signed_greys_of_a_tiff_stay_signed(tmp_path, kind):
+    pixels = np.array([[-100, -1, 0, 100]], kind)
+    path = write_tiff(tmp_path / "a.tif", pixels.tobytes(), (4, 1), 8 * pixels.itemsize, kind=2)
+    assert read_nifti(path).voxels.flatten().tolist() == [-100, -1, 0, 100]
 
 
 CM, INCH, NO_UNIT = ({"resolution_unit": unit} for unit in (3, 2, 1))
