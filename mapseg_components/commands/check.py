@@ -16,11 +16,11 @@ from mapseg_components.data import (
     SECTIONS,
     Audit,
     Finding,
-    load_datalist,
+    is_bids,
     refuse_existing,
 )
 from mapseg_components.data.audit import APART
-from mapseg_components.data.datalist import has_section, labels_file, open_datalist
+from mapseg_components.data.datalist import labels_file, open_datalist
 from mapseg_components.data.labels import read_labels
 from mapseg_components.data.left_out import left_out, notes_of
 from mapseg_components.data.plausibility import plausibility
@@ -171,12 +171,17 @@ def check(
             (FillNonFinite, non_finite),
         ):
             transform(value)  # refuses what it does not know
+        if modality is not None and not is_bids(source):
+            raise ConfigError(f"modality is {modality!r}, but {source} is no BIDS dataset: leave it out")
         audit, record = Audit(None, "full", assume_orientation, non_finite), StatisticsRecord()
         audit.record = record
         policy = negative_values or "keep"
         if datalist or source.suffix == ".json" or is_datalist_folder(source):
             files = of_datalist(audit, record, source, labels, listed(dropped_labels), policy, quiet)
         else:
+            for name, value in (("labels", labels), ("dropped_labels", dropped_labels)):
+                if value is not None:
+                    raise ConfigError(f"{name} is {value!r}, but {source} is no datalist: leave it out")
             files = of_scans(audit, record, source, modality, policy, quiet, None if output is None else Path(output))
         facts = {path: found for (path, with_values), found in record.known.items() if not with_values}
         groups: dict[str, list[str]] = {}
@@ -253,11 +258,8 @@ def of_datalist(
             policy,
             [name for name in (*APART, "target_heldout") if name in wanted],
         )
-        if has_section(source, "target_test"):
-            try:
-                audit.labelled(load_datalist(source, "target_test"), known, ignored, policy)
-            except MAPSegError:  # found above
-                pass
+        if "target_test" in sections:
+            audit.labelled(sections["target_test"], known, ignored, policy)
     if source.is_dir():
         reported = [labels_of(source) or "", *(finding.file for finding in audit.findings)]
         taken = [*files, *maps, *(file for file in reported if file)]

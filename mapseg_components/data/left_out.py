@@ -107,6 +107,7 @@ def left_out(
     if not place.is_dir():
         return []
     used = {os.path.abspath(path) for path in taken}
+    holding = used | {str(folder) for path in used for folder in Path(path).parents}
     reasons = {os.path.abspath(path): reason for path, reason in (known or {}).items()}
     closed = None if results is None else os.path.realpath(results)
     found: list[LeftOut] = []
@@ -114,7 +115,7 @@ def left_out(
         here = Path(folder)
         entries = [(name, reason_of_folder(here / name, closed)) for name in folders]
         folders[:] = sorted(name for name, reason in entries if not reason)
-        found += [LeftOut(here / n, reason) for n, reason in entries if reason and os.path.join(folder, n) not in used]
+        found += [LeftOut(here / n, why) for n, why in entries if why and os.path.join(folder, n) not in holding]
         for name in files:
             path = os.path.join(folder, name)
             if path not in used:

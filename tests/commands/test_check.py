@@ -132,6 +132,39 @@ def spoilt_target(folder, function):
     return folder / "datalist.json"
 
 
+@pytest.mark.parametrize(
+    "option, what",
+    [
+        ({"labels": '{"nonsense'}, "is no datalist"),
+        ({"dropped_labels": "9"}, "is no datalist"),
+        ({"modality": "T2w"}, "is no BIDS dataset"),
+    ],
+)
+def test_an_option_that_a_folder_of_scans_is_not_read_with_is_refused(tmp_path, option, what):
+    write_nifti(tmp_path / "a.nii.gz", np.ones((4, 5, 6), np.float32))
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is .*{what}: leave it out"):
+        check(tmp_path, quiet=True, **option)
+
+
+def test_one_bad_entry_of_a_test_does_not_hide_the_others(tmp_path):
+    datalist = make_dataset(tmp_path)
+    content = json.loads(datalist.read_text())
+    sound = content["target_test"][0]["label"]
+    datalist.write_text(json.dumps({**content, "target_test": [*content["target_test"], {"image": "absent.nii.gz"}]}))
+    change(tmp_path / sound, lambda voxels: np.where(voxels == 2, 7, voxels))
+    found = [one.what for one in check(datalist, quiet=True).findings if one.severity == "error"]
+    assert len(found) == 2 and any("unknown values 7" in what for what in found), found
+
+
+def test_a_link_to_a_folder_that_is_read_is_not_left_out(tmp_path):
+    for place, kind in (("elsewhere", 0), ("set/source/labels", 1), ("set/target/images", 0)):
+        write_nifti(tmp_path / place / "a.nii.gz", make_scan()[kind])
+    (tmp_path / "set/source/images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/source/more").symlink_to(tmp_path / "elsewhere")
+    notes = [one for one in check(tmp_path / "set", quiet=True).findings if "not followed" in one.what]
+    assert [one.file.rpartition("/")[2] for one in notes] == ["more"]
+
+
 def test_spacing_masking_contrast_and_copies(scans):
     scan = nib.load(scans / "GA30_operated.nii.gz")
     wide = scan.affine @ np.diag([2.0, 1, 1, 1])

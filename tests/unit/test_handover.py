@@ -179,11 +179,11 @@ def test_the_pixel_size_is_that_of_the_images_whatever_their_label_maps_name(tmp
 @pytest.mark.parametrize("size, unit, um", [(4, "nm", 0.004), (1.2, "mm", 1200.0), (0.12345, "um", 0.1235)])
 def test_a_package_of_any_pixel_size_is_written_and_read(tmp_path, tiny_network, size, unit, um):
     labels = np.pad(np.repeat(np.uint8([[1, 2]]), [9, 6], axis=1).repeat(7, axis=0), 3)
-    cases = [{key: write_picture(tmp_path / f"{key}.png", labels) for key in ("image", "label")}]
+    cases = [{key: write_picture(tmp_path / f"{n}_{key}.png", labels) for key in ("image", "label")} for n in range(2)]
     (tmp_path / "pixel_size.json").write_text(json.dumps({"PixelSize": size, "PixelSizeUnits": unit}))
     write_atomic(tiny_network.state_dict(), tmp_path / "weights.pt")
     places = (tmp_path / "package", tmp_path / "weights.pt")
-    write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, 1)
+    write_handover(*places, tiny_network, NETWORK, SETTING, LABELS, Validation(), cases, 2)
     assert HandoverPackage(tmp_path / "package").content["spacing_mm"] == [um, um, um]
 
 
