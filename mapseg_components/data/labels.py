@@ -60,7 +60,7 @@ def label_mapping(labels: str | None) -> tuple[Mapping[str, Any], bool]:
     """
     if labels is None:
         return {}, False
-    path, is_text = Path(labels), labels.lstrip().startswith("{")  # which may be longer than a path can be
+    path, is_text = Path(labels), str(labels).lstrip().startswith("{")  # which may be longer than a path can be
     if not is_text and path.is_dir():
         config, named = path / "configs" / "inference.json", labels_file(path)
         if config.is_file():

@@ -17,7 +17,7 @@ from mapseg_components.commands.adapt import adapt
 from mapseg_components.data import load_datalist
 from mapseg_components.errors import ConfigError
 from mapseg_components.scans.nifti import read_nifti
-from tests.scans import make_domains
+from tests.scans import make_domains, write_nifti
 
 FACTOR = 0.6
 
@@ -89,7 +89,10 @@ def test_a_run_is_planned_again_after_the_copies_were_cut_short(call, tmp_path):
 def test_it_can_be_turned_off_and_scans_of_one_size_stay_where_they_are(call, folders, tmp_path):
     assert "size" not in call(match_size=False)["plan"]
     assert not (tmp_path / "run" / "sized").exists()
-    alike = call(tmp_path / "alike", target=str(folders / "t1" / "images"))
+    for path in (folders / "t1" / "images").iterdir():  # others of the same size
+        scan = nib.load(path)
+        write_nifti(tmp_path / "others" / path.name, 0.9 * scan.get_fdata(dtype=np.float32), scan.affine)
+    alike = call(tmp_path / "alike", target=str(tmp_path / "others"))
     assert "size" not in alike["plan"] and not (tmp_path / "alike" / "sized").exists()
 
 
