@@ -36,7 +36,8 @@ def second_model_for(structures: Iterable[str], target_mm: list[float] | None) -
     Returns:
         ``bundle``, its name, and ``working_spacing``, mm; ``None`` where no model suits, or the extent is not known.
     """
-    for name in set(ANY_CONTRAST) & set(shipped_bundles()):
+    shipped = shipped_bundles()
+    for name in (one for one in ANY_CONTRAST if one in shipped):  # the first that suits
         home = bundle_of(name)
         config = ConfigParser.load_config_file(home / "configs" / "inference.json")
         factor = factor_between(config["foreground_mm"], target_mm)
