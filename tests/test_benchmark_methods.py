@@ -358,6 +358,19 @@ def test_a_common_source_length_leaves_the_budget_to_adaptation_and_runs_know_ea
     assert folders[2] == ["calibration/mapseg", "runs/mapseg_0"]
 
 
+def test_without_a_budget_a_task_may_set_the_length_of_the_adaptation(scans, tmp_path):
+    commands = Commands({"mapseg": (2, 1)})
+    task = read_task(scans)
+    task.arguments["adaptation_length"] = 0.25
+    bench = Bench(task, tmp_path / "out", source_length=0.5, command=commands)
+    results_of(bench, THREE[:1], [0])
+    called = [words for words in commands.called if words[0] == "adapt"]
+    assert [word for word in called[0] if "length=" in word] == ["--length=0.5", "--adaptation_length=0.25"]
+    assert len(called) == 1
+    with pytest.raises(ConfigError, match="set adaptation_length, and the budget of 20 minutes sets it, too"):
+        Bench(task, tmp_path / "other", budget_minutes=20, command=commands)
+
+
 def test_runs_made_by_hand_are_scored_where_they_lie(scans, tmp_path):
     inputs = write_inputs(read_task(scans), tmp_path / "inputs")
     run = made_run(tmp_path / "elsewhere" / "run", inputs.datalist, (2, 1), "adapted")

@@ -37,6 +37,7 @@ __all__ = ["Bench"]
 STOP_AT = 1.25  # of the budget: a run that used more is ended
 SHORTEST = 1e-6  # factor that leaves each stage the fewest epochs
 DECIMALS = 4
+ADAPTATION_LENGTH = "adaptation_length"  # argument of mapseg adapt that a budget sets, or a task without one may set
 FAULT = "mapseg: this is a bug"  # the line before says which
 Command = Callable[..., Usage]
 
@@ -56,7 +57,7 @@ class Bench:
         command: runs ``mapseg``; another one in tests.
 
     Raises:
-        ConfigError: there are fewer processor cores than jobs.
+        ConfigError: there are fewer processor cores than jobs, or the task sets what a budget sets.
     """
 
     def __init__(
@@ -74,6 +75,11 @@ class Bench:
         self.task, self.folder, self.knobs, self.command = task, folder, knobs, command
         self.settings = {**task.settings, **(settings or {})}
         self.budget_minutes, self.source_length = budget_minutes, source_length
+        if budget_minutes is not None and ADAPTATION_LENGTH in task.arguments:
+            raise ConfigError(
+                f"the task's arguments set {ADAPTATION_LENGTH}, and the budget of {budget_minutes:g} minutes sets it, "
+                "too: leave one of them out"
+            )
         self.stop = threading.Event()
         self.writing = threading.Lock()
         self.calibrating: dict[str, threading.Lock] = {}
@@ -271,7 +277,8 @@ class Bench:
         if self.source_length is None:
             words += [f"--length={length}"] if length != 1 else []
         else:
-            words += [f"--length={self.source_length}", f"--adaptation_length={length}"]
+            words += [f"--length={self.source_length}"]
+            words += [] if ADAPTATION_LENGTH in given else [f"--{ADAPTATION_LENGTH}={length}"]
         others = [run for run in self._runs() if run != folder]
         words += [f"--reuse={','.join(map(str, others))}"] if others else []
         return words + [f"--{name}={text_of(value)}" for name, value in given.items()]
