@@ -38,7 +38,7 @@ def of_length(settings: Mapping[str, Any], length: float) -> dict[str, Any]:
         length: factor.
 
     Returns:
-        ``max_epochs`` and ``val_interval`` as far as the settings have them as numbers; empty for a factor of 1.
+        ``max_epochs`` and ``val_interval`` as far as the settings have them as numbers; empty where neither changes.
 
     Examples:
         >>> from mapseg_components.plans.length import of_length
@@ -46,9 +46,11 @@ def of_length(settings: Mapping[str, Any], length: float) -> dict[str, Any]:
         {'max_epochs': 4, 'val_interval': 4}
         >>> of_length({"max_epochs": 16, "val_interval": 5}, 1.0)
         {}
+        >>> of_length({"max_epochs": 8, "val_interval": 10}, 1.0)  # of a stage that a recipe has halved
+        {'max_epochs': 8, 'val_interval': 8}
     """
     epochs, interval = settings.get("max_epochs"), settings.get("val_interval")
-    if length == 1 or not isinstance(epochs, int):
+    if not isinstance(epochs, int) or (length == 1 and not (isinstance(interval, int) and interval > epochs)):
         return {}
     epochs = epochs_of_length(epochs, length)
     return {"max_epochs": epochs, **({"val_interval": min(interval, epochs)} if isinstance(interval, int) else {})}
