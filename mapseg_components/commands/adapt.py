@@ -20,7 +20,6 @@ from mapseg_components.commands.order import (
     recipe_of,
     settle_order,
 )
-from mapseg_components.commands.prepare import prepare as prepare_scans
 from mapseg_components.commands.report import report, require_matplotlib, verdict_line
 from mapseg_components.commands.request import preparation, resumed
 from mapseg_components.commands.reuse import runs_to_reuse
@@ -33,7 +32,7 @@ from mapseg_components.commands.source_choice import (
 )
 from mapseg_components.commands.stages import threads
 from mapseg_components.commands.training import CHECK, Run
-from mapseg_components.errors import ConfigError, DataError
+from mapseg_components.errors import ConfigError
 from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.bundle import check_names, write_bundle, write_device
@@ -41,11 +40,12 @@ from mapseg_components.plans.cases import hold_out, target_cases
 from mapseg_components.plans.effects import check_plan
 from mapseg_components.plans.extents import SIZED, sized_source
 from mapseg_components.plans.federation import check_federation
+from mapseg_components.plans.initial_model import describe_initial, initial_model_for, write_initial
 from mapseg_components.plans.label_maps import FOLDER, labelled_cases
 from mapseg_components.plans.length import check_length
 from mapseg_components.plans.package import check_method, open_package, place_of, plan_of_package, refuse_of_source
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.recipes import PACKAGE, Stage, recipe_for
+from mapseg_components.plans.recipes import INITIAL, PACKAGE, Stage, recipe_for
 from mapseg_components.plans.rounds import check_options
 from mapseg_components.plans.second_model import SECOND, add_second_model, describe_second, second_model_for
 from mapseg_components.plans.sizes import describe
@@ -96,6 +96,7 @@ def adapt(
     symmetric: bool = False,
     any_position: bool = False,
     match_size: bool = True,
+    initial_model: bool = True,
     second_model: bool = True,
     settings: str | Mapping[str, Any] | None = None,
     source_models: int = 1,
@@ -146,6 +147,8 @@ def adapt(
         match_size: where what the source's scans show is much larger or smaller than what the target's show, as adults'
             brains beside newborns', train on source scans at the target's size. Copies of them are written. A package's
             model works on larger or smaller voxels.
+        initial_model: where a model that comes with the package has learnt all structures in images of any contrast
+            (brain_any_contrast), learn the source from its weights, by its network, for a third of the epochs.
         second_model: where the target is far from the source, and a model that comes with the package knows all
             structures in images of any contrast (brain_any_contrast), label maps are the mean of both models.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
@@ -205,6 +208,7 @@ def adapt(
         "symmetric": symmetric,
         "any_position": any_position,
         "match_size": match_size and not recipe.of_label_maps,
+        INITIAL: initial_model and package is None,
         SECOND: second_model,
         "settings": read_mapping("settings", settings),
         "source_models": source_models,
@@ -245,10 +249,14 @@ class Adaptation(Run):
             self.save()  # a call that is killed before the bundle is written plans again
             self.record["plan"] = plan
             write_bundle(self.folder, self.recipe, self.record["plan"], self.request)
+            if INITIAL in self.record["plan"]:
+                self.record["identities"] = {INITIAL: write_initial(self.folder, self.record["plan"])}
             self.save()
         else:
             write_device(self.folder, self.recipe, self.request)
         logger.info(describe(self.record["plan"]))
+        if INITIAL in self.record["plan"]:
+            logger.info(describe_initial(self.record["plan"][INITIAL]))
         if "check" not in self.record:
             self.check_scans()
             self.save()
@@ -331,32 +339,15 @@ class Adaptation(Run):
             return
         self.record = resumed(path, self.request)
 
-    def _scans(self, side: str) -> str:
-        """Where the scans of the source or the target are read."""
-        given = str(self.request[side])
-        return given if self.request["prepare"] is None else str(self.folder / "prepared" / side)
-
-    def _prepare(self) -> None:
-        """Prepared scans of both sides; what is there already is skipped."""
-        sides = [side for side in ("source", "target") if self.request[side] is not None]
-        for side in sides:
-            if not Path(self.request[side]).is_dir():
-                raise ConfigError(f"prepare needs {side} as a folder of scans, {self.request[side]} is none")
-        for side in sides:
-            logger.info(f"Preparing the {side}'s scans ...")
-            found = prepare_scans(self.request[side], self._scans(side), **self.request["prepare"], quiet=self.quiet)
-            if found.exit_code:
-                raise DataError(f"{side}: {found}")
-
     def _plan(self) -> None:
         """Cases, structures, sizes."""
         request = self.request
         check_names(self.asked, self.recipe)
         if request["prepare"] is not None:
-            self._prepare()
+            self.prepare_scans()
         if request.get("package") is None:
-            training, validation, structures, values, own = labelled_cases(request, self._scans("source"), self.folder)
-        target = target_cases(self._scans("target"))
+            training, validation, structures, values, own = labelled_cases(request, self.scans("source"), self.folder)
+        target = target_cases(self.scans("target"))
         adapted_on, held_out = hold_out(target, request["held_out"], request["seed"])
         if request.get("package") is not None:
             self._plan_of_package(target, adapted_on, held_out)
@@ -369,8 +360,11 @@ class Adaptation(Run):
                 training, validation, target, self.folder / SIZED, bool(request.get("match_size")), self.asked
             )
             found |= sized
-        plan = self.record["plan"] = make_plan(training, validation, target, held_out, structures, request) | found
+        given = [*training, *validation], target, found.get("target_mm")
+        initial = initial_model_for(structures, *given, self.recipe, request)
+        plan = make_plan(training, validation, target, held_out, structures, request, initial) | found
         plan["settings"] |= own
+        self.record["plan"] = plan
         content = {
             "source_label_maps": self.recipe.of_label_maps,
             "labels": {"0": "background", **{str(value): name for name, value in structures.items()}},
@@ -380,7 +374,7 @@ class Adaptation(Run):
             **({"target_heldout": held_out} if held_out else {}),
         }
         # while the folder is not this run's yet: it stays free for the corrected command
-        check_plan(self.recipe, plan, request)
+        check_plan(recipe_of(self.recipe, self.record, request), plan, request)
         write_json(content, self.folder / "datalist.json")
 
     def _plan_of_package(self, target: Cases, adapted_on: Cases, held_out: Cases) -> None:

@@ -21,7 +21,7 @@ from mapseg_components.handover import HandoverPackage
 from mapseg_components.inferers.trial import TARGET_INVERTED, Trial
 from mapseg_components.keys import SOURCE
 from mapseg_components.plans.judging import evenly
-from mapseg_components.plans.recipes import Recipe, Stage
+from mapseg_components.plans.recipes import INITIAL, Recipe, Stage
 from mapseg_components.transforms.inputs import outside_tissue
 
 __all__ = [
@@ -177,10 +177,13 @@ def asks_for_order(recipe: Recipe, stage: Stage, record: Mapping[str, Any], requ
 def recipe_of(recipe: Recipe, record: Mapping[str, Any], request: Mapping[str, Any]) -> Recipe:
     """The stages that a run needs as far as is known.
 
-    Random contrasts of either order are for a target as it is, and those of any order for one that is far from both.
+    Random contrasts of either order are for a target as it is, and those of any order for one that is far from both, or
+    where the source is learnt from a model of any contrast.
 
     Args: see `asks_for_order`.
     """
+    if INITIAL in record.get("plan", {}):
+        return recipe.from_initial_model()
     if record.get("order", {}).get("far"):
         return recipe.in_any_order()
     needless = known_order(record, request) or not request["random_contrasts"]

@@ -39,7 +39,8 @@ from mapseg_components.data.results import result_path, uncertainty_path
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import write_text
 from mapseg_components.plans.extents import describe_size
-from mapseg_components.plans.recipes import Recipe, read_recipe, recipe_names
+from mapseg_components.plans.initial_model import describe_initial
+from mapseg_components.plans.recipes import INITIAL, Recipe, read_recipe, recipe_names
 from mapseg_components.plans.second_model import SECOND, describe_second
 from mapseg_components.reports import (
     FIGURES_STYLE,
@@ -194,6 +195,7 @@ def report(directory: str, output: str | None = None) -> str:
         f'<p class="quiet">{SYNTHETIC_NOTE}</p>' if run["request"].get("source_label_maps") else "",
         f'<p class="quiet">{escape(describe_choice(run[CHOICE]))}</p>' if CHOICE in run else "",
         f'<p class="quiet">{escape(describe_size(plan["size"]))}</p>' if "size" in plan else "",
+        f'<p class="quiet">{escape(describe_initial(plan[INITIAL]))}</p>' if INITIAL in plan else "",
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
         f'<p class="quiet">{escape(describe_second(run[SECOND]))}</p>' if SECOND in run else "",
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),

@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from mapseg_components.commands.assess import rounded
 from mapseg_components.commands.check import check
+from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.reuse import copy_stage, finished_in, identity_of, record_of
 from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, training_samples
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets, read_json, stem
 from mapseg_components.data.results import result_path
+from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import write_json
 from mapseg_components.plans.bundle import LABELLING, config_of, unlearnt
 from mapseg_components.plans.federation import federation_settings
@@ -92,6 +94,23 @@ class Run:
     def save(self) -> None:
         """Write the record."""
         write_json(self.record, self.folder / RECORD)
+
+    def scans(self, side: str) -> str:
+        """Where the scans of the source or the target are read."""
+        given = str(self.request[side])
+        return given if self.request["prepare"] is None else str(self.folder / "prepared" / side)
+
+    def prepare_scans(self) -> None:
+        """Prepared scans of both sides; what is there already is skipped."""
+        sides = [side for side in ("source", "target") if self.request[side] is not None]
+        for side in sides:
+            if not Path(self.request[side]).is_dir():
+                raise ConfigError(f"prepare needs {side} as a folder of scans, {self.request[side]} is none")
+        for side in sides:
+            logger.info(f"Preparing the {side}'s scans ...")
+            found = prepare(self.request[side], self.scans(side), **self.request["prepare"], quiet=self.quiet)
+            if found.exit_code:
+                raise DataError(f"{side}: {found}")
 
     def check_scans(self) -> None:
         """Findings about all scans, for the report.

@@ -21,12 +21,22 @@ from mapseg_components.plans.components import TITLES
 from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.federation import federation_names
 from mapseg_components.plans.label_maps import add_synthetic_validation
-from mapseg_components.plans.recipes import ADAPTATION, ANY_ORDER, Recipe, read_recipe, recipe_names
+from mapseg_components.plans.recipes import ADAPTATION, ANY_ORDER, INITIAL, Recipe, read_recipe, recipe_names
 from mapseg_components.plans.rounds import options_of
 from mapseg_components.plans.sizes import FILTERS_NNUNET, PRESETS, plan_unet, settings_of
 from mapseg_components.shipped_files import bundles_folder
 
-__all__ = ["check_names", "check_network", "overlaid", "settled", "unlearnt", "write_bundle", "write_device"]
+__all__ = [
+    "check_names",
+    "check_network",
+    "configs_of",
+    "of_method",
+    "overlaid",
+    "settled",
+    "unlearnt",
+    "write_bundle",
+    "write_device",
+]
 
 PRETRAINING = "mapseg_pretraining"
 LABELLING = "pseudo_labels.yaml"  # of inference, for stages of pseudo labels
@@ -115,13 +125,9 @@ def settled(
     Returns:
         the config's own keys, with new values.
     """
-    configs = bundle / "configs"
-    base = ConfigParser.load_config_file(configs / name)
-    known = set(ConfigParser.load_config_file(configs / "train.json")) | set(base)
-    overlays = [*PRESETS[plan["preset"]]["overlays"]]
-    if bundle.name == ADAPTATION:
-        overlays += [*recipe.presets.get(plan["preset"], ()), *recipe.overlays]
-    config = overlaid(base, [configs / overlay for overlay in overlays if (configs / overlay).is_file()])
+    known = set(ConfigParser.load_config_file(bundle / "configs" / "train.json"))
+    config = of_method(bundle, name, recipe, plan["preset"])
+    known |= set(config)
     wanted = settings_of(dict.fromkeys(known), plan["settings"])
     wanted |= {name: plan["after_network"][name] for name in TITLES}
     wanted |= {"slice_size": plan["slice_size"], "foreground_mm": plan.get("foreground_mm")}
@@ -143,8 +149,18 @@ def settled(
             del unet["upsample_kernel_size"]
         if deep:  # at all resolutions but the two lowest, as nnU-Net; one at least
             unet["deep_supr_num"] = max(len(unet["strides"]) - 3, 1)
-        config["network_def"] = config["network_def"] | unet
+        config["network_def"] = config["network_def"] | unet | plan.get(INITIAL, {}).get("network", {})
     return config
+
+
+def of_method(bundle: Path, name: str, recipe: Recipe, preset: str) -> dict[str, Any]:
+    """A config of a bundle with the overlays of preset and method. Arguments as of `settled`."""
+    configs = bundle / "configs"
+    overlays = [*PRESETS[preset]["overlays"]]
+    if bundle.name == ADAPTATION:
+        overlays += [*recipe.presets.get(preset, ()), *recipe.overlays]
+    base = ConfigParser.load_config_file(configs / name)
+    return overlaid(base, [configs / overlay for overlay in overlays if (configs / overlay).is_file()])
 
 
 def device_of(device: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any
 from mapseg_components.plans.components import find_after
 from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import find_frame
-from mapseg_components.plans.sizes import choose_preset, gpu_gib, plan_sizes, plan_slices
+from mapseg_components.plans.recipes import INITIAL
+from mapseg_components.plans.sizes import plan_sizes, plan_slices, preset_for
 
 __all__ = ["make_plan"]
 
@@ -24,6 +25,7 @@ def make_plan(
     held_out: Cases,
     structures: Mapping[str, int],
     request: Mapping[str, Any],
+    initial: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Preset, frame, sizes and what follows after the network.
 
@@ -34,6 +36,8 @@ def make_plan(
         held_out: those of the target that are judged apart.
         structures: and their values.
         request: arguments of ``mapseg adapt``.
+        initial: the model that the source is learnt from, see `mapseg_components.plans.initial_model`, whose settings
+            are as if the user had set them.
 
     Returns:
         plain values, of which ``settings`` are settings of the bundles; ``flip_axes`` is for methods that mirror scans,
@@ -44,14 +48,14 @@ def make_plan(
         DataError: a scan or label map cannot be read.
     """
     labelled = [*training, *validation]
-    asked = request["settings"] or {}
-    preset, reason = request["preset"], "asked for"
-    if preset == "auto":
-        preset, reason = choose_preset(gpu_gib(request["device"]), len(labelled) + len(target))
+    of_initial = {} if initial is None else initial["settings"]
+    asked = {**of_initial, **(request["settings"] or {})}
+    preset, reason = preset_for(request, len(labelled) + len(target))
     frame = find_frame(labelled, target, structures, preset, asked)
     planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine, asked)
     if not frame.needs_view(planned["patch_size"]):
         planned["global_view"] = False
+    planned |= of_initial
     return {
         "preset": preset,
         "reason": reason,
@@ -66,4 +70,5 @@ def make_plan(
         "slice_size": plan_slices(frame.shapes, preset),
         "flip_axes": find_flips(structures, planned, preset, asked),
         "after_network": find_after(labelled, structures, asked),
+        **({} if initial is None else {INITIAL: dict(initial)}),
     }

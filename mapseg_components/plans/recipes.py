@@ -23,6 +23,9 @@ ADAPTATION = "mapseg_adaptation"
 TRANSLATION = "cosmos_translation"
 # kinds of stages; PACKAGE is the folder of a package that was given as well
 MORE_OF_ANY_ORDER, LESS_AFTER_IT = 1.5, 0.5  # epochs of a source stage in any order, and of those after it
+INITIAL = "initial_model"  # argument, entry of the plan, and folder of the weights that the source is learnt from
+INITIAL_WEIGHTS = f"{INITIAL}/weights.pt"
+FROM_INITIAL = {"max_epochs": 1 / 3, "learning_rate": 0.5}  # of the stage that begins with them
 TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "package", "federation"
 INVERTS = "any_contrast.yaml"
 ANY_ORDER = "any_order.yaml"
@@ -226,6 +229,26 @@ class Recipe:
             contrasts = ANY_ORDER if stage.contrasts and not translated else stage.contrasts
             stages.append(replace(stage, contrasts=contrasts, only_as_is=False, scale=scale))
         return replace(self, stages=tuple(stages))
+
+    def from_initial_model(self) -> Recipe:
+        """With the source learnt from a model of any contrast (`INITIAL_WEIGHTS`), in contrasts of any order.
+
+        That stage is short, and one for a target as it is alone is not needed: neither is the order of the target's
+        intensities looked for. Stages after it have half of their epochs, as those of `in_any_order`.
+        """
+        if self.order is None:
+            return self  # it is so already
+        kept = self.without_contrasts()
+        stages = []
+        for stage in kept.stages:
+            contrasts = stage.contrasts and ANY_ORDER
+            if stage in kept.first:
+                paths = stage.paths | {"initial_weights": INITIAL_WEIGHTS}
+                stages.append(replace(stage, paths=paths, contrasts=contrasts, scale=stage.scale | FROM_INITIAL))
+            else:
+                scale = stage.scale | {"max_epochs": LESS_AFTER_IT * stage.scale.get("max_epochs", 1.0)}
+                stages.append(replace(stage, contrasts=contrasts, scale=scale))
+        return replace(kept, stages=tuple(stages), order=None)
 
     def without_contrasts(self) -> Recipe:
         """Without the stages that are for a target as it is alone; their weights are those of the stage before."""

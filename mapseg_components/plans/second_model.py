@@ -12,17 +12,14 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from mapseg_components.files import write_json, write_text
-from mapseg_components.handover import resized_spacing
-from mapseg_components.plans.extents import factor_between
-from mapseg_components.shipped_files import bundle_of, shipped_bundles
-from mapseg_components.structures import structures_of
+from mapseg_components.plans.initial_model import shipped_model
+from mapseg_components.shipped_files import bundle_of
 
-__all__ = ["ANY_CONTRAST", "SECOND", "SPACING_OF_SECOND", "add_second_model", "describe_second", "second_model_for"]
+__all__ = ["SECOND", "SPACING_OF_SECOND", "add_second_model", "describe_second", "second_model_for"]
 
 SECOND = "second_model"  # folder in the bundle, setting of its inference.json, and entry of run.json
 SPACING_OF_SECOND = "second_model_spacing"  # setting of its inference.json
 TOLD = ("negative_values", "assume_orientation", "non_finite")  # of a scan, by the user: of both models
-ANY_CONTRAST = ("brain_any_contrast",)  # shipped bundles whose models learnt images of any contrast
 COPIED = ("configs/inference.json", "configs/metadata.json", "models/model.pt", "LICENSE", "docs/data_license.txt")
 
 
@@ -36,17 +33,8 @@ def second_model_for(structures: Iterable[str], target_mm: list[float] | None) -
     Returns:
         ``bundle``, its name, and ``working_spacing``, mm; ``None`` where no model suits, or the extent is not known.
     """
-    shipped = shipped_bundles()
-    for name in (one for one in ANY_CONTRAST if one in shipped):  # the first that suits
-        home = bundle_of(name)
-        config = ConfigParser.load_config_file(home / "configs" / "inference.json")
-        factor = factor_between(config["foreground_mm"], target_mm)
-        known = structures_of(config["labels"])
-        if factor is None or not set(structures) <= set(known) or not (home / "models" / "model.pt").is_file():
-            continue
-        spacing = resized_spacing(config["working_spacing"], None, config["working_directions"], factor)
-        return {"bundle": name, "working_spacing": spacing}
-    return None
+    suiting = shipped_model(structures, target_mm)
+    return None if suiting is None else {"bundle": suiting[0].name, "working_spacing": suiting[2]}
 
 
 def add_second_model(folder: Path, found: Mapping[str, Any]) -> None:

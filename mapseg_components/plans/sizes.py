@@ -23,6 +23,7 @@ __all__ = [
     "plan_sizes",
     "plan_slices",
     "plan_unet",
+    "preset_for",
     "settings_of",
 ]
 
@@ -54,6 +55,13 @@ def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
             f"a GPU of {gpu_gib:.0f} GiB and {scans} scans (paper: {PAPER_GIB} GiB, {PAPER_SCANS} scans)",
         )
     return "paper", f"a GPU of {gpu_gib:.0f} GiB and {scans} scans"
+
+
+def preset_for(request: Mapping[str, Any], scans: int) -> tuple[str, str]:
+    """Preset and the reason, for the arguments of ``mapseg adapt`` and so many scans, source and target."""
+    if request["preset"] != "auto":
+        return request["preset"], "asked for"
+    return choose_preset(gpu_gib(request["device"]), scans)
 
 
 def plan_sizes(

@@ -47,7 +47,7 @@ def test_a_model_that_knows_all_structures_at_the_target_s_size(structures, exte
 
 
 def test_an_installation_without_that_model_goes_on_without_it(monkeypatch):
-    monkeypatch.setattr("mapseg_components.plans.second_model.shipped_bundles", lambda: ["mapseg_adaptation"])
+    monkeypatch.setattr("mapseg_components.plans.initial_model.shipped_bundles", lambda: ["mapseg_adaptation"])
     assert second_model_for(["caudate", "thalamus"], NEWBORN) is None
 
 
@@ -66,7 +66,7 @@ def call(tmp_path, monkeypatch):
 
     def run(far=True, output=tmp_path / "run", **options):
         monkeypatch.setattr(module, "settle_order", lambda *a: order | {"far": far})
-        options = {"labels": {"caudate": 1, "putamen": 2}, **options}
+        options = {"labels": {"caudate": 1, "putamen": 2}, "initial_model": False, **options}
         with pytest.raises(ConfigError, match="no epoch was validated"):
             adapt(source=str(folder / "t1"), target=str(folder / "t2"), output=str(output), quiet=True, **options)
         return json.loads((output / "run.json").read_text())
