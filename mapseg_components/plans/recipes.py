@@ -25,7 +25,8 @@ TRANSLATION = "cosmos_translation"
 MORE_OF_ANY_ORDER, LESS_AFTER_IT = 1.5, 0.5  # epochs of a source stage in any order, and of those after it
 INITIAL = "initial_model"  # argument, entry of the plan, and folder of the weights that the source is learnt from
 INITIAL_WEIGHTS = f"{INITIAL}/weights.pt"
-FROM_INITIAL = {"max_epochs": 1 / 3, "learning_rate": 0.5}  # of the stage that begins with them
+FROM_INITIAL = {"max_epochs": 1 / 3, "learning_rate": 0.5}  # factors of the stage that begins with them
+EQUAL_CLASSES = {"class_weight_power": 0.0}  # its setting: small structures are known, and need no weight to be found
 TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "package", "federation"
 INVERTS = "any_contrast.yaml"
 ANY_ORDER = "any_order.yaml"
@@ -243,8 +244,12 @@ class Recipe:
         for stage in kept.stages:
             contrasts = stage.contrasts and ANY_ORDER
             if stage in kept.first:
-                paths = stage.paths | {"initial_weights": INITIAL_WEIGHTS}
-                stages.append(replace(stage, paths=paths, contrasts=contrasts, scale=stage.scale | FROM_INITIAL))
+                own = {
+                    "paths": stage.paths | {"initial_weights": INITIAL_WEIGHTS},
+                    "scale": stage.scale | FROM_INITIAL,
+                    "settings": stage.settings | EQUAL_CLASSES,
+                }
+                stages.append(replace(stage, contrasts=contrasts, **own))
             else:
                 scale = stage.scale | {"max_epochs": LESS_AFTER_IT * stage.scale.get("max_epochs", 1.0)}
                 stages.append(replace(stage, contrasts=contrasts, scale=scale))

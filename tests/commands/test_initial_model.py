@@ -104,6 +104,7 @@ def test_the_source_is_learnt_from_it_in_any_order_for_a_third_of_the_epochs(nam
     assert first.paths["initial_weights"] == "initial_model/weights.pt" and first.contrasts == "any_order.yaml"
     factors = first.factors("small-data-cpu")
     assert factors["max_epochs"] == pytest.approx(1 / 3) and factors["learning_rate"] == 0.5
+    assert first.settings == recipe.first[0].settings | {"class_weight_power": 0.0}
     assert not any(stage.only_as_is for stage in found.stages)
     assert not asks_for_order(found, first, record, REQUEST), "a model of any contrast says nothing of an order"
     before = {stage.name: stage for stage in recipe.stages}
