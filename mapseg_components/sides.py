@@ -11,7 +11,7 @@ import numpy as np
 
 from mapseg_components.errors import ConfigError
 
-__all__ = ["ACROSS", "across_body", "axis_across", "refuse_sides", "sided_names", "unnamed"]
+__all__ = ["ACROSS", "across_body", "axis_across", "refuse_sides", "sided_names", "unnamed", "without_side"]
 
 ACROSS = 0.3  # share of left and right in the direction of an axis from which a flip exchanges the sides of the body
 
@@ -144,6 +144,17 @@ def parts_of(name: str) -> Iterator[str]:
     """Parts of a name in lower case, numbers as they stand."""
     for part in PARTS.findall(NO_SIDE.sub(" ", name)):
         yield part.casefold()
+
+
+def without_side(name: str) -> tuple[str, ...]:
+    """Parts of a name, in lower case, but those that say a side.
+
+    Examples:
+        >>> from mapseg_components.sides import without_side
+        >>> without_side("Left-Thalamus-Proper"), without_side("ctx_rh"), without_side("hippocampus")
+        (('thalamus', 'proper'), ('ctx',), ('hippocampus',))
+    """
+    return tuple(part for part in parts_of(name) if not (part in SIDE_PARTS or WITHIN.search(part)))
 
 
 def says_side(parts: tuple[str, ...]) -> bool:

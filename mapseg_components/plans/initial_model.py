@@ -23,6 +23,7 @@ from mapseg_components.plans.recipes import ADAPTATION, INITIAL, INITIAL_WEIGHTS
 from mapseg_components.plans.sizes import preset_for
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import bundle_of, shipped_bundles
+from mapseg_components.sides import without_side
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.resampling import spacing_of
 
@@ -31,6 +32,7 @@ __all__ = ["describe_initial", "initial_model_for", "shipped_model", "write_init
 ANY_CONTRAST = ("brain_any_contrast",)  # shipped bundles whose models learnt images of any contrast
 OWN = {"network_def", "in_channels", "uncertainty", "working_spacing", "working_directions", "patch_size"}
 PLANNED = ("filters", "kernel_size", "strides")  # of a network, from the voxels
+NO_MATTER = {"area", "proper", "nucleus", "cerebral", "globus"}  # words of atlases
 DATA_LICENSE = "data_license.txt"
 HEAD = "head."  # of its tensors: those with a row for each class
 
@@ -46,7 +48,7 @@ def initial_model_for(
     """A shipped model that has learnt the structures in images of any contrast, at the size of the target's bodies.
 
     Args:
-        structures: names; all of them must be among the model's.
+        structures: names; each must be one of the model's, a side and such words as "area" aside.
         labelled: cases of the source.
         target: all cases.
         target_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
@@ -54,8 +56,8 @@ def initial_model_for(
         request: arguments of ``mapseg adapt``; settings of the user for network, spacing or patch rule a model out.
 
     Returns:
-        ``bundle``, its name; ``network``, what is planned otherwise of one; and ``settings`` of the bundles that its
-        weights ask for. ``None`` where no model suits.
+        ``bundle``, its name; ``classes``, structure to that of the model; ``network``, what is planned otherwise of
+        one; and ``settings`` of the bundles that its weights ask for. ``None`` where no model suits.
     """
     others = any(stage.bundle != ADAPTATION for stage in recipe.stages)  # such as a translation
     if not request[INITIAL] or not request["random_contrasts"] or recipe.order is None or others:
@@ -74,7 +76,12 @@ def initial_model_for(
     if network["_target_"] != own["network_def"]["_target_"]:
         return None
     settings = {"working_spacing": spacing, **{key: config[key] for key in ("patch_size", "global_view")}}
-    return {"bundle": home.name, "network": {key: network[key] for key in PLANNED}, "settings": settings}
+    return {
+        "bundle": home.name,
+        "classes": counterparts(structures, structures_of(config["labels"])),
+        "network": {key: network[key] for key in PLANNED},
+        "settings": settings,
+    }
 
 
 def shipped_model(
@@ -83,21 +90,45 @@ def shipped_model(
     """The first shipped model of any contrast that knows the structures and suits the target's size.
 
     Args:
-        structures: names; all of them must be among the model's.
+        structures: names, see `counterparts`.
         target_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
 
     Returns:
         its bundle, config of inference, and the spacing to work on, mm; ``None`` where no model suits, or the extent is
         not known.
     """
-    shipped, names = shipped_bundles(), set(structures)
+    shipped, names = shipped_bundles(), [*structures]
     for home in (bundle_of(name) for name in ANY_CONTRAST if name in shipped):
         config = ConfigParser.load_config_file(home / "configs" / "inference.json")
         factor = factor_between(config["foreground_mm"], target_mm)
-        if factor is None or not names <= set(structures_of(config["labels"])) or not weights_in(home).is_file():
+        known = counterparts(names, structures_of(config["labels"]))
+        if factor is None or known is None or not weights_in(home).is_file():
             continue
         return home, config, resized_spacing(config["working_spacing"], None, config["working_directions"], factor)
     return None
+
+
+def counterparts(structures: Iterable[str], known: Iterable[str]) -> dict[str, str] | None:
+    """Structures to those of a model, by their names; ``None`` where one has none.
+
+    Letters count alone, without plurals, sides and words that tell nothing apart: a model that does not know sides is
+    where both begin.
+
+    Examples:
+        >>> from mapseg_components.plans.initial_model import counterparts
+        >>> counterparts(["Left-Accumbens-area", "Brain-Stem"], ["brainstem", "accumbens"])
+        {'Left-Accumbens-area': 'accumbens', 'Brain-Stem': 'brainstem'}
+        >>> counterparts(["caudate", "cochlea"], ["caudate"]) is None
+        True
+    """
+    own = {letters_of(name): name for name in known}
+    found = {name: own.get(letters_of(name)) for name in structures}
+    return None if None in found.values() else {name: str(other) for name, other in found.items()}
+
+
+def letters_of(name: str) -> str:
+    """What a structure's name is compared by."""
+    return "".join(part for part in without_side(name) if part not in NO_MATTER).rstrip("s")
 
 
 def weights_in(bundle: Path) -> Path:
@@ -121,8 +152,8 @@ def write_initial(folder: Path, plan: Mapping[str, Any]) -> str:
     """
     home = bundle_of(plan[INITIAL]["bundle"])
     config = ConfigParser.load_config_file(home / "configs" / "inference.json")
-    known = list(structures_of(config["labels"]))
-    rows = torch.tensor([0, *(known.index(name) + 1 for name in plan["labels"])])
+    known, classes = list(structures_of(config["labels"])), plan[INITIAL]["classes"]
+    rows = torch.tensor([0, *(known.index(classes[name]) + 1 for name in plan["labels"])])
     weights = read_checked(weights_in(home))
     chosen = {name: value[rows] if name.startswith(HEAD) else value for name, value in weights.items()}
     path = folder / "stages" / INITIAL_WEIGHTS

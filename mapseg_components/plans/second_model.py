@@ -14,6 +14,7 @@ from monai.bundle import ConfigParser
 from mapseg_components.files import write_json, write_text
 from mapseg_components.plans.initial_model import shipped_model
 from mapseg_components.shipped_files import bundle_of
+from mapseg_components.structures import structures_of
 
 __all__ = ["SECOND", "SPACING_OF_SECOND", "add_second_model", "describe_second", "second_model_for"]
 
@@ -33,8 +34,11 @@ def second_model_for(structures: Iterable[str], target_mm: list[float] | None) -
     Returns:
         ``bundle``, its name, and ``working_spacing``, mm; ``None`` where no model suits, or the extent is not known.
     """
-    suiting = shipped_model(structures, target_mm)
-    return None if suiting is None else {"bundle": suiting[0].name, "working_spacing": suiting[2]}
+    names = set(structures)
+    suiting = shipped_model(names, target_mm)
+    if suiting is None or not names <= set(structures_of(suiting[1]["labels"])):
+        return None
+    return {"bundle": suiting[0].name, "working_spacing": suiting[2]}
 
 
 def add_second_model(folder: Path, found: Mapping[str, Any]) -> None:

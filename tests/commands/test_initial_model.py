@@ -45,7 +45,9 @@ def cases(tmp_path_factory):
     [
         (["caudate", "thalamus"], NEWBORN, 1.378),
         (["caudate"], ADULT, 2.0),
+        (["Left-Caudate", "Right-Caudate", "Brain-Stem", "Left-Cerebral-White-Matter"], ADULT, 2.0),
         (["caudate", "cochlea"], ADULT, None),
+        (["Left-Cerebellum-Cortex"], ADULT, None),
         (["caudate"], None, None),
         (["caudate"], [150.0, 200.0, 230.0], None),  # a head with its neck
     ],
@@ -169,8 +171,9 @@ def test_a_run_begins_with_its_weights_network_and_spacing(call, tmp_path):
     assert again["plan"] == record["plan"]
 
 
-def test_its_structures_may_come_in_another_order(call, tmp_path):
-    call(labels={"putamen": 1, "caudate": 2})
+@pytest.mark.parametrize("names", [["putamen", "caudate"], ["Left-Putamen", "caudate_nucleus"]], ids=str)
+def test_its_structures_may_come_in_another_order_and_spelling(call, tmp_path, names):
+    call(labels={name: value for value, name in enumerate(names, start=1)})
     found = torch.load(tmp_path / "run" / "stages" / "initial_model" / "weights.pt", weights_only=True)
     shipped = torch.load(HOME / "models" / "model.pt", weights_only=True)
     for name in ("head.conv.conv.weight", "head.conv.conv.bias"):

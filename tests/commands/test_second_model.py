@@ -31,6 +31,7 @@ NEWBORN, ADULT = [92.0, 118.0, 94.0], [137.0, 165.0, 134.0]
         (["caudate", "thalamus"], NEWBORN, 1.378),
         (["caudate"], ADULT, 2.0),
         (["caudate", "cochlea"], ADULT, None),
+        (["Left-Caudate"], ADULT, None),
         (["caudate"], None, None),
         (["caudate"], [150.0, 200.0, 230.0], None),  # a head with its neck
     ],
