@@ -270,8 +270,7 @@ class Bench:
         """``mapseg adapt`` as a user types it."""
         data = self.inputs.oracle if variant.oracle else self.inputs.datalist
         settings = {**self.settings, **more, **variant.settings}
-        given = dict.fromkeys(("initial_model", "second_model"), False)  # methods are compared
-        given |= {**self.task.arguments, **variant.arguments}
+        given = {"initial_model": False, **self.task.arguments, **variant.arguments}  # methods are compared
         words = ["adapt", f"--source={data}", f"--target={data}", f"--output={folder}", f"--method={variant.method}"]
         words += [f"--seed={seed}", "--num_threads=1"]
         words += [f"--settings={json.dumps(settings)}"] if settings else []

@@ -47,7 +47,6 @@ from mapseg_components.plans.package import check_method, open_package, place_of
 from mapseg_components.plans.plan import make_plan
 from mapseg_components.plans.recipes import INITIAL, PACKAGE, Stage, recipe_for
 from mapseg_components.plans.rounds import check_options
-from mapseg_components.plans.second_model import SECOND, add_second_model, describe_second, second_model_for
 from mapseg_components.plans.sizes import describe
 from mapseg_components.session import choose_device, working
 
@@ -97,7 +96,6 @@ def adapt(
     any_position: bool = False,
     match_size: bool = True,
     initial_model: bool = True,
-    second_model: bool = True,
     settings: str | Mapping[str, Any] | None = None,
     source_models: int = 1,
     length: float = 1.0,
@@ -149,8 +147,6 @@ def adapt(
             model works on larger or smaller voxels.
         initial_model: where a model that comes with the package has learnt all structures in images of any contrast
             (brain_any_contrast), learn the source from its weights, by its network, for a third of the epochs.
-        second_model: where the target is far from the source, and a model that comes with the package knows all
-            structures in images of any contrast (brain_any_contrast), label maps are the mean of both models.
         settings: settings of the bundles to replace, by name, as a mapping, JSON text or a JSON file; each bundle takes
             those it has. The method may have some too, such as rounds of cosmos (docs/explanation/methods.md).
         source_models: train so many models of the source, alike but for the seed, and go on with the one that is surest
@@ -209,7 +205,6 @@ def adapt(
         "any_position": any_position,
         "match_size": match_size and not recipe.of_label_maps,
         INITIAL: initial_model and package is None,
-        SECOND: second_model,
         "settings": read_mapping("settings", settings),
         "source_models": source_models,
         "length": length,
@@ -283,12 +278,6 @@ class Adaptation(Run):
         if asks_for_order(self.recipe, done, self.record, self.request):
             self.record["order"] = settle_order(self.folder, self.stages / str(self.recipe.order))
             logger.info(describe_order(self.record["order"]))
-            plan = self.record["plan"]
-            asked = self.record["order"].get("far") and self.request[SECOND]
-            if asked and (found := second_model_for(plan["labels"], plan.get("target_mm"))):
-                add_second_model(self.folder, found)
-                self.record[SECOND] = found
-                logger.info(describe_second(found))
             self.save()
             self.recipe = recipe_of(self.recipe, self.record, self.request)
 

@@ -21,7 +21,6 @@ from mapseg_components.handover import resized_spacing
 from mapseg_components.keys import CASE_ID, IMAGE
 from mapseg_components.plans.arguments import read_mapping
 from mapseg_components.plans.extents import find_size
-from mapseg_components.plans.second_model import SPACING_OF_SECOND
 from mapseg_components.prediction.bundle import ONNX, InferenceBundle, open_bundle
 from mapseg_components.prediction.inputs import Inputs, inputs_of
 from mapseg_components.prediction.intake import begun, taken_over, unreadable, usable
@@ -220,10 +219,9 @@ def fit_size(
         return
     if not (isinstance(known, list) and len(known) == 3 and all(type(s) in (int, float) and s > 0 for s in known)):
         raise ConfigError(f"{FOREGROUND} of bundle {home} is {known!r}, expected three lengths in mm, or null")
-    found_before = earlier_spacings(earlier) if match and earlier is not None else {}
-    if "working_spacing" in found_before:
-        for name, value in found_before.items():
-            bundle[name] = value
+    before = earlier_spacing(earlier) if match and earlier is not None else None
+    if before is not None:
+        bundle["working_spacing"] = before
         logger.warning(f"match_size: the model works on voxels of {bundle['working_spacing']} mm as before.")
         return
     scans = [case[IMAGE] for case in cases if is_nifti(str(case[IMAGE]))]
@@ -246,18 +244,15 @@ def fit_size(
             f"{bundle['working_spacing']}): resample the scans, or leave out match_size"
         )
     bundle["working_spacing"] = spacing
-    if SPACING_OF_SECOND in bundle.parser.config:
-        bundle[SPACING_OF_SECOND] = resized_spacing(bundle[SPACING_OF_SECOND], None, None, size["factor"])
     logger.warning(f"{found}: the model works on voxels of {spacing} mm.")
 
 
-def earlier_spacings(manifest: Path) -> dict[str, Any]:
-    """The spacings that an earlier run worked on, as its manifest says; without a readable one none."""
+def earlier_spacing(manifest: Path) -> Any:
+    """The spacing that an earlier run worked on, as its manifest says; ``None`` without a readable one."""
     try:
-        settings = dict(json.loads(manifest.read_text(encoding="utf-8"))["settings"])
+        return json.loads(manifest.read_text(encoding="utf-8"))["settings"]["working_spacing"]
     except (OSError, KeyError, TypeError, ValueError):  # `read_earlier` says why
-        return {}
-    return {name: settings[name] for name in ("working_spacing", SPACING_OF_SECOND) if name in settings}
+        return None
 
 
 def check_options(call: Call, inputs: Inputs, overwrite: bool, continue_prediction: bool, dicom_seg: bool) -> None:

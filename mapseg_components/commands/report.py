@@ -41,7 +41,6 @@ from mapseg_components.files import write_text
 from mapseg_components.plans.extents import describe_size
 from mapseg_components.plans.initial_model import describe_initial
 from mapseg_components.plans.recipes import INITIAL, Recipe, read_recipe, recipe_names
-from mapseg_components.plans.second_model import SECOND, describe_second
 from mapseg_components.reports import (
     FIGURES_STYLE,
     SLICES_SCRIPT,
@@ -197,7 +196,6 @@ def report(directory: str, output: str | None = None) -> str:
         f'<p class="quiet">{escape(describe_size(plan["size"]))}</p>' if "size" in plan else "",
         f'<p class="quiet">{escape(describe_initial(plan[INITIAL]))}</p>' if INITIAL in plan else "",
         f'<p class="quiet">{escape(describe_order(run["order"]))}</p>' if "order" in run else "",
-        f'<p class="quiet">{escape(describe_second(run[SECOND]))}</p>' if SECOND in run else "",
         answer(KINDS[verdict["verdict"]], verdict_line(run), shown, reasons),
         f"<h2>Before and after</h2>{viewers(folder, assessment, names)}",
         f'<h2>Each judged target scan</h2><p class="quiet">{note} {escape(quality)}</p>{case_table(assessment)}',

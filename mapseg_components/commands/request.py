@@ -20,7 +20,7 @@ __all__ = ["comparable", "preparation", "resumed"]
 
 # arguments that records of earlier versions lack, and what these did
 ADDED = {"held_out": 0, "length": 1.0, "adaptation_length": None, "source_label_maps": False, "package": None}
-ADDED |= {"source_models": 1, "match_size": False, "initial_model": False, "second_model": False}
+ADDED |= {"source_models": 1, "match_size": False, "initial_model": False}
 NOT_ASKED = {"input", "output", "labels", "series", "overwrite", "quiet", "verbose"}  # of mapseg prepare
 
 

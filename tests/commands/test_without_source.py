@@ -421,13 +421,6 @@ def test_predict_says_that_bodies_are_smaller_and_works_at_their_size_if_asked(o
     assert "10 x 9 x 11 mm, what the model learnt from 20 x 18 x 22 mm (0.50): if both show" in caplog.text
     assert call("matched", match_size=True) == [1.0, 1.0, 1.0]
     assert "the model works on voxels of [1.0, 1.0, 1.0] mm" in caplog.text
-    path = of_larger / "configs" / "inference.json"
-    alone = path.read_text()
-    path.write_text(json.dumps(json.loads(alone) | {"second_model_spacing": [3.0, 3.0, 3.0]}))
-    bundle = open_bundle(of_larger, [], {"bundle_root": str(of_larger)}, [], (), False, False)
-    fit_size(bundle, of_larger, target_cases(str(bodies)), True)
-    assert bundle["working_spacing"] == [1.0] * 3 and bundle["second_model_spacing"] == [1.5] * 3
-    path.write_text(alone)
     by_hand = call("by_hand", settings={"working_spacing": [1.0, 1.0, 1.0]})
     assert by_hand == [1.0, 1.0, 1.0] and "what these scans show" not in caplog.text
     for scan in ("7_seg.nii.gz", "9_seg.nii.gz"):
