@@ -19,13 +19,13 @@ ACROSS = 0.3  # share of left and right in the direction of an axis from which a
 PARTS = re.compile(r"[^\W\d_]*?[^\W\d_A-Z](?=[A-Z])|[A-Z]+(?=[A-Z][a-z])|[^\W\d_]+|\d+")
 # Parts that are a side by themselves: English, hemispheres (FreeSurfer), abbreviations of radiotherapy, Latin,
 # German, French, Spanish, Portuguese, Italian, Dutch, Swedish.
-SIDE_PARTS = frozenset(
+LATERAL = frozenset(
     "l r lt rt lft rgt rght lh rh lhs rhs lhemi rhemi sin dex dext dxt dx sx "
     "links rechts gauche droit droite izq izquierdo izquierda derecho derecha esq esquerdo esquerda direito direita "
     "sinistro destro destra linker rechter höger".split()
 )
 # Abbreviations whose first letter is a side: chambers and vessels of the heart, lobes of the lungs, carotid arteries.
-SIDE_PARTS |= frozenset(
+SIDE_PARTS = LATERAL | frozenset(
     "lv rv la ra laa raa lvm rvm lvc rvc lvbp rvbp lvmyo rvmyo lvot rvot lpa rpa lpv rpv lspv rspv lipv ripv "
     "lad lcx lca rca lmca rmca lcca rcca lica rica leca reca "
     "lul lll rul rml rll".split()
@@ -147,14 +147,17 @@ def parts_of(name: str) -> Iterator[str]:
 
 
 def without_side(name: str) -> tuple[str, ...]:
-    """Parts of a name, in lower case, but those that say a side.
+    """Parts of a name, in lower case, without words that say a side.
 
     Examples:
         >>> from mapseg_components.sides import without_side
-        >>> without_side("Left-Thalamus-Proper"), without_side("ctx_rh"), without_side("hippocampus")
-        (('thalamus', 'proper'), ('ctx',), ('hippocampus',))
+        >>> without_side("Left-Thalamus-Proper"), without_side("ctx_rh"), without_side("rightputamen")
+        (('thalamus', 'proper'), ('ctx',), ('putamen',))
+        >>> without_side("Cortex LV")  # a chamber of the heart
+        ('cortex', 'lv')
     """
-    return tuple(part for part in parts_of(name) if not (part in SIDE_PARTS or WITHIN.search(part)))
+    kept = (WITHIN.sub("", part) for part in parts_of(name) if part not in LATERAL)
+    return tuple(part for part in kept if part)
 
 
 def says_side(parts: tuple[str, ...]) -> bool:

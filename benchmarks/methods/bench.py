@@ -57,7 +57,7 @@ class Bench:
         command: runs ``mapseg``; another one in tests.
 
     Raises:
-        ConfigError: there are fewer processor cores than jobs, or the task sets what a budget sets.
+        ConfigError: there are fewer processor cores than jobs.
     """
 
     def __init__(
@@ -75,11 +75,6 @@ class Bench:
         self.task, self.folder, self.knobs, self.command = task, folder, knobs, command
         self.settings = {**task.settings, **(settings or {})}
         self.budget_minutes, self.source_length = budget_minutes, source_length
-        if budget_minutes is not None and ADAPTATION_LENGTH in task.arguments:
-            raise ConfigError(
-                f"the task's arguments set {ADAPTATION_LENGTH}, and the budget of {budget_minutes:g} minutes sets it, "
-                "too: leave one of them out"
-            )
         self.stop = threading.Event()
         self.writing = threading.Lock()
         self.calibrating: dict[str, threading.Lock] = {}
@@ -116,8 +111,19 @@ class Bench:
             unlock_folders([self.folder])
 
     def run(self, variants: Sequence[Variant], seeds: Sequence[int], retry: bool = False) -> None:
-        """Every variant by every seed that has no record yet. Raises `StoppedError` when `stop` is set."""
+        """Every variant by every seed that has no record yet.
+
+        Raises:
+            ConfigError: arguments of the task or a variant set what the budget sets.
+            StoppedError: `stop` is set.
+        """
         self.calibrating = {variant.name: threading.Lock() for variant in variants}
+        for arguments in (self.task.arguments, *(variant.arguments for variant in variants)):
+            if self.budget_minutes is not None and ADAPTATION_LENGTH in arguments:
+                raise ConfigError(
+                    f"{ADAPTATION_LENGTH} is set, and the budget of {self.budget_minutes:g} minutes sets it, too: "
+                    "leave one of them out"
+                )
         todo = [(variant, seed) for seed in dict.fromkeys(seeds) for variant in variants]
         todo = [(variant, seed) for variant, seed in todo if self._is_due(f"{slug(variant.name)}_{seed}", retry)]
         with ThreadPoolExecutor(self.jobs) as pool:

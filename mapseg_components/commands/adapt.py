@@ -204,7 +204,7 @@ def adapt(
         "symmetric": symmetric,
         "any_position": any_position,
         "match_size": match_size and not recipe.of_label_maps,
-        INITIAL: initial_model and package is None,
+        INITIAL: initial_model and random_contrasts and recipe.order is not None and package is None,
         "settings": read_mapping("settings", settings),
         "source_models": source_models,
         "length": length,
@@ -244,8 +244,6 @@ class Adaptation(Run):
             self.save()  # a call that is killed before the bundle is written plans again
             self.record["plan"] = plan
             write_bundle(self.folder, self.recipe, self.record["plan"], self.request)
-            if INITIAL in self.record["plan"]:
-                self.record["identities"] = {INITIAL: write_initial(self.folder, self.record["plan"])}
             self.save()
         else:
             write_device(self.folder, self.recipe, self.request)
@@ -254,6 +252,9 @@ class Adaptation(Run):
             logger.info(describe_initial(self.record["plan"][INITIAL]))
         if "check" not in self.record:
             self.check_scans()
+            self.save()
+        if INITIAL in self.record["plan"] and INITIAL not in self.record.get("identities", {}):
+            self.record["identities"] = {INITIAL: write_initial(self.folder, self.record["plan"])}
             self.save()
         self.recipe = recipe_of(chosen_of(self.recipe, self.record), self.record, self.request)
         self._find_order(Stage(PACKAGE))
@@ -349,7 +350,7 @@ class Adaptation(Run):
                 training, validation, target, self.folder / SIZED, bool(request.get("match_size")), self.asked
             )
             found |= sized
-        given = [*training, *validation], target, found.get("target_mm")
+        given = [*training, *validation], target, found.get("foreground_mm")
         initial = initial_model_for(structures, *given, self.recipe, request)
         plan = make_plan(training, validation, target, held_out, structures, request, initial) | found
         plan["settings"] |= own
@@ -363,7 +364,7 @@ class Adaptation(Run):
             **({"target_heldout": held_out} if held_out else {}),
         }
         # while the folder is not this run's yet: it stays free for the corrected command
-        check_plan(recipe_of(self.recipe, self.record, request), plan, request)
+        check_plan(self.recipe, plan, request, recipe_of(self.recipe, self.record, request))
         write_json(content, self.folder / "datalist.json")
 
     def _plan_of_package(self, target: Cases, adapted_on: Cases, held_out: Cases) -> None:

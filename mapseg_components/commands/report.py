@@ -130,7 +130,7 @@ def recipe_of(run: Mapping[str, Any]) -> Recipe | None:
 
 def is_baseline(recipe: Recipe | None) -> bool:
     """Whether no stage of a method learns from the target: what is compared as ``adapted`` was trained on."""
-    return recipe is not None and all("source_only.yaml" in stage.overlays for stage in recipe.stages)
+    return recipe is not None and recipe.learns_source_alone
 
 
 def verdict_line(run: Mapping[str, Any]) -> str:

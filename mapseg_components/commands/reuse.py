@@ -68,6 +68,7 @@ def identity_of(
     request = record["request"]
     content = {
         "config": config,
+        "classes": list(config.get("labels", ())),  # their order is that of the network's
         "before": before,
         "sections": sections,
         "files": [state_of(Path(path), folder) for path in texts_of(sections) if Path(path).is_file()],

@@ -261,12 +261,13 @@ def described(metadata: dict[str, Any], plan: Mapping[str, Any], train: Mapping[
         steps = [2 * step for step in reductions(train["network_def"]["strides"])]
     else:
         steps = [2 * step for step in plan["settings"]["stride"]]  # one voxel of features cannot be normalised
+    begun = plan.get(INITIAL, {}).get("bundle")
     sizes = [f"{step}*n" if side > 1 else 1 for step, side in zip(steps, train["patch_size"])]
     metadata = {
         **metadata,
         "name": "Adapted segmentation model",
         "description": f"Made by mapseg adapt for {', '.join(plan['labels'])}.",
-        "data_source": "scans of the person who made it",
+        "data_source": "scans of the person who made it" + (f", after {begun} (see docs)" if begun else ""),
         "image_classes": "one channel scaled to [0, 1]",
         "label_classes": f"one channel, 0 background, then {', '.join(plan['labels'])}",
         "pred_classes": f"{len(channels)} channels: {', '.join(channels.values())}",

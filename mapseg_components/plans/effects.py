@@ -41,12 +41,13 @@ NAME = re.compile(r"[@%](\w+(?:#\w+)*)")  # a reference or a macro
 Plan = Mapping[str, Any]
 
 
-def check_plan(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
+def check_plan(recipe: Recipe, plan: Plan, request: Mapping[str, Any], changed: Recipe | None = None) -> None:
     """Refuse what the stages of a method could not do, or would not look at, before the first of them.
 
     Args:
         recipe: the method.
         plan: see `mapseg_components.plans.bundle.write_bundle`; request likewise.
+        changed: the method as the plan changes it.
 
     Raises:
         ConfigError: scans cannot be mirrored for ``symmetric``; see `check_epochs`, `check_windows`,
@@ -54,8 +55,9 @@ def check_plan(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None:
     """
     if request["symmetric"]:
         axis_across("symmetric", plan["labels"], plan["settings"]["working_directions"])
-    for check in (check_network, check_epochs, check_windows, check_effects, check_parties):
-        check(recipe, plan, request)
+    check_epochs(recipe, plan, request)  # stages that the plan makes shorter are validated by their last epoch
+    for check in (check_network, check_windows, check_effects, check_parties):
+        check(changed or recipe, plan, request)
 
 
 def read_by(config: Mapping[str, Any], roots: Sequence[str] = ROOTS) -> set[str]:
@@ -146,6 +148,8 @@ def check_epochs(recipe: Recipe, plan: Plan, request: Mapping[str, Any]) -> None
     Raises:
         ConfigError: names the stage.
     """
+    if not {"max_epochs", "val_interval"} & set(request["settings"] or {}):
+        return  # stages that are shorter than an interval are validated by their last epoch
     for stage in recipe.stages:
         if stage.weights or stage.kind != TRAINING or (stage.optional and not request["pretraining"]):
             continue

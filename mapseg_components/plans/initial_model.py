@@ -22,7 +22,7 @@ from mapseg_components.plans.extents import factor_between
 from mapseg_components.plans.recipes import ADAPTATION, INITIAL, INITIAL_WEIGHTS, Recipe
 from mapseg_components.plans.sizes import preset_for
 from mapseg_components.scans.nifti import read_geometry
-from mapseg_components.shipped_files import bundle_of, shipped_bundles
+from mapseg_components.shipped_files import bundles_folder, shipped_bundles
 from mapseg_components.sides import without_side
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.resampling import spacing_of
@@ -31,9 +31,10 @@ __all__ = ["describe_initial", "initial_model_for", "shipped_model", "write_init
 
 ANY_CONTRAST = ("brain_any_contrast",)  # shipped bundles whose models learnt images of any contrast
 OWN = {"network_def", "in_channels", "uncertainty", "working_spacing", "working_directions", "patch_size"}
+OWN |= {"global_view", "encoder_weights", "initial_weights"}
 PLANNED = ("filters", "kernel_size", "strides")  # of a network, from the voxels
 NO_MATTER = {"area", "proper", "nucleus", "cerebral", "globus"}  # words of atlases
-DATA_LICENSE = "data_license.txt"
+DATA_LICENSE, LICENSE_COPY = "data_license.txt", "initial_model_license.txt"
 HEAD = "head."  # of its tensors: those with a row for each class
 
 
@@ -41,7 +42,7 @@ def initial_model_for(
     structures: Iterable[str],
     labelled: Sequence[Mapping[str, Any]],
     target: Sequence[Mapping[str, Any]],
-    target_mm: Sequence[float] | None,
+    foreground_mm: Sequence[float] | None,
     recipe: Recipe,
     request: Mapping[str, Any],
 ) -> dict[str, Any] | None:
@@ -51,24 +52,27 @@ def initial_model_for(
         structures: names; each must be one of the model's, a side and such words as "area" aside.
         labelled: cases of the source.
         target: all cases.
-        target_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
-        recipe: of the method, which must learn the source's images in random contrasts by the model's kind of network.
-        request: arguments of ``mapseg adapt``; settings of the user for network, spacing or patch rule a model out.
+        foreground_mm: median extent of what the source's scans show, at the size they are trained on, see
+            `mapseg_components.plans.extents.sized_source`.
+        recipe: of the method, which must learn the source's images in random contrasts by the model's kind of network,
+            and then from the target.
+        request: arguments of ``mapseg adapt``; settings of the user for network, spacing, patch or weights rule a model
+            out. Without ``match_size`` it works on its own voxels.
 
     Returns:
         ``bundle``, its name; ``classes``, structure to that of the model; ``network``, what is planned otherwise of
         one; and ``settings`` of the bundles that its weights ask for. ``None`` where no model suits.
     """
     others = any(stage.bundle != ADAPTATION for stage in recipe.stages)  # such as a translation
-    if not request[INITIAL] or not request["random_contrasts"] or recipe.order is None or others:
+    if not request[INITIAL] or recipe.order is None or others or recipe.learns_source_alone:
         return None
-    if OWN & set(request["settings"] or {}) or target_mm is None:
+    if OWN & set(request["settings"] or {}):
         return None
     if any(is_thick(spacing_of(read_geometry(case[IMAGE]).affine)) for case in (*labelled, *target)):
         return None
     preset, _ = preset_for(request, len(labelled) + len(target))
     own = of_method(configs_of(ADAPTATION).parent, "train.json", recipe, preset)
-    suiting = shipped_model(structures, target_mm)
+    suiting = shipped_model(structures, foreground_mm, bool(request["match_size"]))
     if own["uncertainty"] or suiting is None:
         return None
     home, config, spacing = suiting
@@ -85,22 +89,23 @@ def initial_model_for(
 
 
 def shipped_model(
-    structures: Iterable[str], target_mm: Sequence[float] | None
+    structures: Iterable[str], foreground_mm: Sequence[float] | None, match: bool
 ) -> tuple[Path, dict[str, Any], list[float]] | None:
-    """The first shipped model of any contrast that knows the structures and suits the target's size.
+    """The first shipped model of any contrast that knows the structures and suits the size of the bodies.
 
     Args:
         structures: names, see `counterparts`.
-        target_mm: median extent of the target's bodies, see `mapseg_components.scans.extents.median_extent`.
+        foreground_mm: median extent of the bodies.
+        match: whether sizes are compared at all.
 
     Returns:
         its bundle, config of inference, and the spacing to work on, mm; ``None`` where no model suits, or the extent is
         not known.
     """
     shipped, names = shipped_bundles(), [*structures]
-    for home in (bundle_of(name) for name in ANY_CONTRAST if name in shipped):
+    for home in (bundles_folder() / name for name in ANY_CONTRAST if name in shipped):
         config = ConfigParser.load_config_file(home / "configs" / "inference.json")
-        factor = factor_between(config["foreground_mm"], target_mm)
+        factor = factor_between(config["foreground_mm"], foreground_mm) if match else 1.0
         known = counterparts(names, structures_of(config["labels"]))
         if factor is None or known is None or not weights_in(home).is_file():
             continue
@@ -128,7 +133,8 @@ def counterparts(structures: Iterable[str], known: Iterable[str]) -> dict[str, s
 
 def letters_of(name: str) -> str:
     """What a structure's name is compared by."""
-    return "".join(part for part in without_side(name) if part not in NO_MATTER).rstrip("s")
+    letters = "".join(part for part in without_side(name) if part not in NO_MATTER)
+    return letters.replace("pallidus", "pallidum").rstrip("s")
 
 
 def weights_in(bundle: Path) -> Path:
@@ -150,7 +156,7 @@ def write_initial(folder: Path, plan: Mapping[str, Any]) -> str:
         CheckpointError: the model's weights are missing or damaged.
         ResourceError: the disk is full.
     """
-    home = bundle_of(plan[INITIAL]["bundle"])
+    home = bundles_folder() / plan[INITIAL]["bundle"]
     config = ConfigParser.load_config_file(home / "configs" / "inference.json")
     known, classes = list(structures_of(config["labels"])), plan[INITIAL]["classes"]
     rows = torch.tensor([0, *(known.index(classes[name]) + 1 for name in plan["labels"])])
@@ -159,9 +165,12 @@ def write_initial(folder: Path, plan: Mapping[str, Any]) -> str:
     path = folder / "stages" / INITIAL_WEIGHTS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(chosen, path)
-    shutil.copyfile(home / "docs" / DATA_LICENSE, folder / "docs" / DATA_LICENSE)
+    shutil.copyfile(home / "docs" / DATA_LICENSE, folder / "docs" / LICENSE_COPY)
     readme = folder / "docs" / "README.md"
-    write_text(f"{readme.read_text(encoding='utf-8')}\n{describe_initial(plan[INITIAL])}\n", readme)
+    text, told = readme.read_text(encoding="utf-8"), describe_initial(plan[INITIAL])
+    if told not in text:
+        told = f"{told} What those were learnt from, and its licence: `{LICENSE_COPY}`."
+        write_text(f"{text}\n{told}\n", readme)
     return sha256_of(weights_in(home))
 
 

@@ -31,6 +31,7 @@ TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "pac
 INVERTS = "any_contrast.yaml"
 ANY_ORDER = "any_order.yaml"
 LABEL_MAPS = "label_maps.yaml"
+SOURCE_ALONE = "source_only.yaml"  # of a stage that learns the source alone
 HANDOVER = "handover.yaml"  # of a stage that has a package alone of the source
 METHOD, METHOD_OF_LABEL_MAPS, METHOD_OF_PACKAGE = "mapseg", "label_maps", "test_time"  # unless the user names one
 
@@ -131,6 +132,11 @@ class Recipe:
     def inverts(self) -> bool:
         """Whether every model has seen the source bright for dark as well."""
         return self.of_label_maps or all(stage.contrasts == INVERTS for stage in self.stages if not stage.optional)
+
+    @property
+    def learns_source_alone(self) -> bool:
+        """Whether no stage learns from the target."""
+        return all(SOURCE_ALONE in stage.overlays for stage in self.stages)
 
     @property
     def of_label_maps(self) -> bool:

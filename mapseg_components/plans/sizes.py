@@ -58,10 +58,20 @@ def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
 
 
 def preset_for(request: Mapping[str, Any], scans: int) -> tuple[str, str]:
-    """Preset and the reason, for the arguments of ``mapseg adapt`` and so many scans, source and target."""
+    """Preset and the reason, for the arguments of ``mapseg adapt`` and so many scans, source and target.
+
+    Raises `ConfigError` for an unknown one.
+    """
     if request["preset"] != "auto":
+        check_preset(request["preset"])
         return request["preset"], "asked for"
     return choose_preset(gpu_gib(request["device"]), scans)
+
+
+def check_preset(preset: str) -> None:
+    """Raises `ConfigError` for an unknown one."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown, expected one of {sorted(PRESETS)} or auto")
 
 
 def plan_sizes(
@@ -91,8 +101,7 @@ def plan_sizes(
     Raises:
         ConfigError: the preset is unknown, or the network's stride does not divide the user's patch or window.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown, expected one of {sorted(PRESETS)} or auto")
+    check_preset(preset)
     base, reduction = PRESETS[preset]["patch"], PRESETS[preset]["stride"]
     shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
     flat = shape == 1  # 2D images are volumes with one slice

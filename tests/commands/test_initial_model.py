@@ -15,8 +15,9 @@ from monai.bundle import ConfigParser
 from mapseg_components.checkpoints import load_weights
 from mapseg_components.commands.adapt import adapt
 from mapseg_components.commands.order import asks_for_order, recipe_of
-from mapseg_components.errors import ConfigError
-from mapseg_components.plans.initial_model import describe_initial, initial_model_for
+from mapseg_components.errors import MAPSegError
+from mapseg_components.files import sha256_of
+from mapseg_components.plans.initial_model import describe_initial, initial_model_for, write_initial
 from mapseg_components.plans.recipes import read_recipe, recipe_names
 from mapseg_components.shipped_files import bundle_of
 from tests.scans import make_domains
@@ -26,10 +27,26 @@ HOME = bundle_of("brain_any_contrast")
 REQUEST = {
     "initial_model": True,
     "random_contrasts": True,
+    "match_size": True,
     "settings": {"seed": 1},
     "preset": "small-data-cpu",
     "device": "cpu",
 }
+
+SET_BY_HAND = {
+    "working_spacing": [1, 1, 1],
+    "patch_size": [32, 32, 32],
+    "network_def": {"_target_": "DynUNet"},
+    "uncertainty": True,
+    "global_view": True,
+    "encoder_weights": "mae.pt",
+    "initial_weights": "own.pt",
+}
+FITTING = [
+    name
+    for name in recipe_names()
+    if read_recipe(name).order and name not in ("buda_seg", "cosmos", "translation", "intensity_order")
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +64,10 @@ def cases(tmp_path_factory):
         (["caudate"], ADULT, 2.0),
         (["Left-Caudate", "Right-Caudate", "Brain-Stem", "Left-Cerebral-White-Matter"], ADULT, 2.0),
         (["caudate", "cochlea"], ADULT, None),
+        (["globus pallidus", "leftcaudate"], ADULT, 2.0),
         (["Left-Cerebellum-Cortex"], ADULT, None),
+        (["cortex_rightfrontal"], ADULT, None),
+        (["Amygdala_LA"], ADULT, None),  # one of its nuclei
         (["caudate"], None, None),
         (["caudate"], [150.0, 200.0, 230.0], None),  # a head with its neck
     ],
@@ -71,11 +91,10 @@ def test_a_model_that_knows_all_structures_at_the_target_s_size(cases, structure
         ("translation", {}),
         ("mapseg_masked", {}),
         ("buda_seg", {}),  # two heads
+        ("intensity_order", {}),  # nothing of the target but its order
         ("mapseg", {"initial_model": False}),
-        ("mapseg", {"random_contrasts": False}),
         ("mapseg", {"preset": "single-gpu"}),
-        ("mapseg", {"settings": {"working_spacing": [1, 1, 1]}}),
-        ("mapseg", {"settings": {"uncertainty": True}}),
+        *[("mapseg", {"settings": {name: value}}) for name, value in SET_BY_HAND.items()],
     ],
 )
 def test_it_is_for_methods_that_learn_the_source_by_the_same_network(cases, method, change):
@@ -96,7 +115,22 @@ def test_an_installation_without_that_model_goes_on_without_it(cases, monkeypatc
     assert initial_model_for(["caudate"], *[cases["cubes"]] * 2, ADULT, read_recipe("mapseg"), REQUEST) is None
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if read_recipe(name).order])
+def test_without_a_comparison_of_sizes_it_works_on_its_own_voxels(cases):
+    given = (["caudate"], cases["cubes"], cases["cubes"])
+    for extent in (NEWBORN, None):
+        found = initial_model_for(*given, extent, read_recipe("mapseg"), REQUEST | {"match_size": False})
+        assert found["settings"]["working_spacing"] == [2.0, 2.0, 2.0]
+
+
+def test_a_folder_of_its_name_is_not_taken_for_it(cases, tmp_path, monkeypatch):
+    (tmp_path / "brain_any_contrast").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for names in (["caudate"], ["liver"]):
+        found = initial_model_for(names, *[cases["cubes"]] * 2, ADULT, read_recipe("mapseg"), REQUEST)
+        assert (found is None) is (names == ["liver"])
+
+
+@pytest.mark.parametrize("name", FITTING)
 def test_the_source_is_learnt_from_it_in_any_order_for_a_third_of_the_epochs(name):
     recipe = read_recipe(name)
     record = {"plan": {"initial_model": {}}, "done": [recipe.first[0].name]}
@@ -137,12 +171,13 @@ def call(tmp_path, monkeypatch):
         "mapseg_components.commands.training.run_stage", lambda *given, **named: stages.append(given) or 1.0
     )
 
-    def run(output=tmp_path / "run", **options):
+    def run(output=tmp_path / "run", ends="no epoch was validated", **options):
         stages.clear()
         options = {"labels": {"caudate": 1, "putamen": 2}, **options}
-        with pytest.raises(ConfigError, match="no epoch was validated"):
+        with pytest.raises(MAPSegError, match=ends):
             adapt(source=str(folder / "t1"), target=str(folder / "t2"), output=str(output), quiet=True, **options)
-        return json.loads((output / "run.json").read_text()), [*stages]
+        path = output / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else None, [*stages]
 
     return run
 
@@ -169,6 +204,52 @@ def test_a_run_begins_with_its_weights_network_and_spacing(call, tmp_path):
     assert "1.37 x 1.37 x 1.37 mm" in told and told in (folder / "docs" / "README.md").read_text()
     again, _ = call()
     assert again["plan"] == record["plan"]
+
+
+@pytest.mark.parametrize("method", FITTING)
+def test_each_method_that_begins_with_it_is_planned_and_run(call, tmp_path, method):
+    record, stages = call(method=method)
+    assert record["plan"]["initial_model"]["bundle"] == "brain_any_contrast"
+    assert stages[0][4]["initial_weights"] == tmp_path / "run" / "stages" / "initial_model" / "weights.pt"
+    assert stages[0][4]["max_epochs"] == 12
+
+
+def test_the_bundle_says_so(call, tmp_path):
+    record, _ = call()
+    folder = tmp_path / "run"
+    readme = (folder / "docs" / "README.md").read_text()
+    assert readme.count("brain_any_contrast") == 1 and "initial_model_license.txt" in readme
+    assert "SynthSeg" in (folder / "docs" / "initial_model_license.txt").read_text()
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+    assert "after brain_any_contrast" in metadata["data_source"]
+    assert record["identities"]["initial_model"] == sha256_of(HOME / "models" / "model.pt")
+    write_initial(folder, record["plan"])  # as after a call that was killed before the record was written
+    assert (folder / "docs" / "README.md").read_text() == readme
+
+
+def test_its_source_stage_is_reused_where_classes_are_in_the_same_order(call, tmp_path):
+    call()
+    (tmp_path / "run" / "stages" / "source").mkdir()
+    for names, taken in ((["caudate", "putamen"], True), (["putamen", "caudate"], False)):
+        labels = {name: ["caudate", "putamen"].index(name) + 1 for name in names}
+        _, stages = call(tmp_path / "_".join(names), labels=labels, reuse=str(tmp_path / "run"))
+        assert ("source" not in [stage[0] for stage in stages]) is taken
+
+
+def test_a_refused_check_leaves_the_folder_free(call, tmp_path):
+    path = next(iter(sorted(tmp_path.rglob("t1/images/*.nii*"))))
+    good = path.read_bytes()
+    scan = nib.load(path)
+    voxels = np.asarray(scan.dataobj).astype(np.float32)
+    voxels[5, 5, 5] = np.nan
+    nib.save(nib.Nifti1Image(voxels, scan.affine), path)
+    assert call(ends="NaN") == (None, [])
+    path.write_bytes(good)
+    assert call()[0]["plan"]["initial_model"]
+
+
+def test_an_unknown_preset_is_named(call):
+    call(ends="preset 'small' is unknown", preset="small")
 
 
 @pytest.mark.parametrize("names", [["putamen", "caudate"], ["Left-Putamen", "caudate_nucleus"]], ids=str)
