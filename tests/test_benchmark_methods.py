@@ -367,8 +367,14 @@ def test_without_a_budget_a_task_may_set_the_length_of_the_adaptation(scans, tmp
     called = [words for words in commands.called if words[0] == "adapt"]
     assert [word for word in called[0] if "length=" in word] == ["--length=0.5", "--adaptation_length=0.25"]
     assert len(called) == 1
-    with pytest.raises(ConfigError, match="set adaptation_length, and the budget of 20 minutes sets it, too"):
-        Bench(task, tmp_path / "other", budget_minutes=20, command=commands)
+    budgeted = Bench(task, tmp_path / "other", budget_minutes=20, command=commands)
+    longer = [dataclasses.replace(THREE[0], arguments={"adaptation_length": 2.0})]
+    for one, variants in (
+        (budgeted, THREE[:1]),
+        (bench_of(scans, tmp_path / "third", commands, budget_minutes=20), longer),
+    ):
+        with pytest.raises(ConfigError, match="adaptation_length is set, and the budget of 20 minutes sets it, too"):
+            one.run(variants, [0])
 
 
 def test_runs_made_by_hand_are_scored_where_they_lie(scans, tmp_path):

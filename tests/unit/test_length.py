@@ -24,9 +24,14 @@ def test_every_stage_has_an_epoch_that_is_validated_and_a_longer_run_is_never_sh
 
 
 def test_a_factor_of_one_and_a_stage_without_epochs_are_left_as_they_are():
-    assert of_length({"max_epochs": 16, "val_interval": 20}, 1.0) == {}
+    assert of_length({"max_epochs": 16, "val_interval": 16}, 1.0) == {}
+    assert of_length({"max_epochs": 16}, 1.0) == of_length({"max_epochs": 16, "val_interval": "@other"}, 1.0) == {}
     assert of_length({"rounds": 3}, 0.5) == of_length({"max_epochs": "@other"}, 0.5) == {}
     assert of_length({"max_epochs": 16}, 0.5) == {"max_epochs": 8}
+
+
+def test_a_stage_that_a_recipe_has_shortened_is_validated_by_its_last_epoch():
+    assert of_length({"max_epochs": 8, "val_interval": 10}, 1.0) == {"max_epochs": 8, "val_interval": 8}
 
 
 def test_what_was_planned_is_kept_beside_what_is_run():
