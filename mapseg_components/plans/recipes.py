@@ -27,6 +27,7 @@ INITIAL = "initial_model"  # argument, entry of the plan, and folder of the weig
 INITIAL_WEIGHTS = f"{INITIAL}/weights.pt"
 FROM_INITIAL = {"max_epochs": 1 / 3, "learning_rate": 0.5}  # factors of the stage that begins with them
 EQUAL_CLASSES = {"class_weight_power": 0.0}  # its setting: small structures are known, and need no weight to be found
+LAST_AS_WELL = {"val_interval": 4}  # of 12 and 8 epochs, whose last ones have the lowest rates
 TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "package", "federation"
 INVERTS = "any_contrast.yaml"
 ANY_ORDER = "any_order.yaml"
@@ -253,12 +254,13 @@ class Recipe:
                 own = {
                     "paths": stage.paths | {"initial_weights": INITIAL_WEIGHTS},
                     "scale": stage.scale | FROM_INITIAL,
-                    "settings": stage.settings | EQUAL_CLASSES,
+                    "settings": stage.settings | EQUAL_CLASSES | LAST_AS_WELL,
                 }
                 stages.append(replace(stage, contrasts=contrasts, **own))
             else:
                 scale = stage.scale | {"max_epochs": LESS_AFTER_IT * stage.scale.get("max_epochs", 1.0)}
-                stages.append(replace(stage, contrasts=contrasts, scale=scale))
+                settings = stage.settings | (LAST_AS_WELL if stage.kind == TRAINING else {})
+                stages.append(replace(stage, contrasts=contrasts, scale=scale, settings=settings))
         return replace(kept, stages=tuple(stages), order=None)
 
     def without_contrasts(self) -> Recipe:

@@ -140,7 +140,7 @@ def test_the_source_is_learnt_from_it_in_any_order_for_a_third_of_the_epochs(nam
     assert first.paths["initial_weights"] == "initial_model/weights.pt" and first.contrasts == "any_order.yaml"
     factors = first.factors("small-data-cpu")
     assert factors["max_epochs"] == pytest.approx(1 / 3) and factors["learning_rate"] == 0.5
-    assert first.settings == recipe.first[0].settings | {"class_weight_power": 0.0}
+    assert first.settings == recipe.first[0].settings | {"class_weight_power": 0.0, "val_interval": 4}
     assert not any(stage.only_as_is for stage in found.stages)
     assert not asks_for_order(found, first, record, REQUEST), "a model of any contrast says nothing of an order"
     before = {stage.name: stage for stage in recipe.stages}
@@ -189,6 +189,7 @@ def test_a_run_begins_with_its_weights_network_and_spacing(call, tmp_path):
     assert [stage[0] for stage in stages] == ["source", "adaptation"] and "order" not in record
     source, adaptation = (stage[4] for stage in stages)
     assert source["initial_weights"] == weights and source["max_epochs"] == 12 and adaptation["max_epochs"] == 8
+    assert all(stage["max_epochs"] % stage["val_interval"] == 0 for stage in (source, adaptation)), "the last as well"
     assert "configs/any_order.yaml" in stages[0][2] and "configs/any_order.yaml" in stages[1][2]
     for name in ("train.json", "inference.json"):
         config = json.loads((folder / "configs" / name).read_text())
