@@ -64,7 +64,7 @@ def initial_model_for(
         one; and ``settings`` of the bundles that its weights ask for. ``None`` where no model suits.
     """
     others = any(stage.bundle != ADAPTATION for stage in recipe.stages)  # such as a translation
-    if not request[INITIAL] or recipe.order is None or others or recipe.learns_source_alone:
+    if not request.get(INITIAL) or recipe.order is None or others or recipe.learns_source_alone:
         return None
     if OWN & set(request["settings"] or {}):
         return None
