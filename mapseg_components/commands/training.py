@@ -33,6 +33,7 @@ from mapseg_components.plans.recipes import (
     FEDERATION,
     PACKAGE,
     PSEUDO_LABELS,
+    SOURCE_ALONE,
     TRANSLATION,
     Stage,
     recipe_for,
@@ -53,7 +54,6 @@ NEGATIVE_VALUES = ("negative_values", "source_negative_values", "target_negative
 CHECK = "check"  # folder of the findings about all scans
 SECTIONS = ("source_training", "source_validation", "target_training", "target_labelled")
 MEMBER_SEEDS = 1000  # between the seeds of several source models, so that those of runs with other seeds differ
-SOURCE_ALONE = "source_only.yaml"  # overlay of stages whose samples are a patch each: others have the target's, too
 PSEUDO = "pseudo"  # folder of the pseudo labels that are kept, in that of their stage
 
 
@@ -244,7 +244,7 @@ class Run:
                     bar.update(done - bar.n)
 
                 seconds = run_stage(stage.name, bundle, configs, output, {**earlier, **own}, on_epoch)
-        # of the last stage, the adaptation
+        # of the last stage, the adaptation; a sample of the source alone is one patch, others have the target's, too
         patches = 1 if SOURCE_ALONE in stage.overlays else 2
         self.record["samples"] = training_samples(merged | own, finished_epochs(output), patches)
         return seconds

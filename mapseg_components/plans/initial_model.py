@@ -68,16 +68,16 @@ def initial_model_for(
         return None
     if OWN & set(request["settings"] or {}):
         return None
-    if any(is_thick(spacing_of(read_geometry(case[IMAGE]).affine)) for case in (*labelled, *target)):
-        return None
-    preset, _ = preset_for(request, len(labelled) + len(target))
-    own = of_method(configs_of(ADAPTATION).parent, "train.json", recipe, preset)
     suiting = shipped_model(structures, foreground_mm, bool(request["match_size"]))
-    if own["uncertainty"] or suiting is None:
+    if suiting is None:
         return None
     home, config, spacing = suiting
     network = config["network_def"]
-    if network["_target_"] != own["network_def"]["_target_"]:
+    preset, _ = preset_for(request, len(labelled) + len(target))
+    own = of_method(configs_of(ADAPTATION).parent, "train.json", recipe, preset)
+    if own["uncertainty"] or network["_target_"] != own["network_def"]["_target_"]:
+        return None
+    if any(is_thick(spacing_of(read_geometry(case[IMAGE]).affine)) for case in (*labelled, *target)):
         return None
     settings = {"working_spacing": spacing, **{key: config[key] for key in ("patch_size", "global_view")}}
     return {

@@ -32,7 +32,7 @@ TRAINING, PSEUDO_LABELS, PACKAGE, FEDERATION = "training", "pseudo_labels", "pac
 INVERTS = "any_contrast.yaml"
 ANY_ORDER = "any_order.yaml"
 LABEL_MAPS = "label_maps.yaml"
-SOURCE_ALONE = "source_only.yaml"  # of a stage that learns the source alone
+SOURCE_ALONE = "source_only.yaml"  # overlay of a stage that learns the source alone
 HANDOVER = "handover.yaml"  # of a stage that has a package alone of the source
 METHOD, METHOD_OF_LABEL_MAPS, METHOD_OF_PACKAGE = "mapseg", "label_maps", "test_time"  # unless the user names one
 
