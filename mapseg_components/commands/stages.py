@@ -107,15 +107,27 @@ def finished_epochs(output: Path) -> int:
 
 
 @contextlib.contextmanager
-def processor_time(record: dict[str, Any], name: str) -> Iterator[None]:
+def processor_time(record: dict[str, Any], name: str, save: Callable[[], None]) -> Iterator[None]:
     """Context that adds the processor seconds of the processes started in it, and of theirs, to those of a stage in
-    ``processor_seconds`` of a record; nothing where the stage fails."""
+    ``processor_seconds`` of a record; nothing where the stage fails. Where it is stopped its ``seconds`` are added as
+    well, and the record is saved."""
     before = os.times()
-    yield
-    after = os.times()
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    times = record.setdefault("processor_seconds", {})
-    times[name] = round(times.get(name, 0) + used, 1)
+
+    def add() -> float:
+        after = os.times()
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        times = record.setdefault("processor_seconds", {})
+        times[name] = round(times.get(name, 0) + used, 1)
+        return after.elapsed - before.elapsed
+
+    try:
+        yield
+    except SystemExit:
+        seconds = record.setdefault("seconds", {})
+        seconds[name] = round(seconds.get(name, 0) + add(), 1)
+        save()
+        raise
+    add()
 
 
 def training_samples(config: Mapping[str, Any], epochs: int, patches: int = 1) -> int | None:

@@ -146,9 +146,9 @@ class Run:
         """
         if stage.name in self.record["done"]:
             return
-        with processor_time(self.record, stage.name):
+        with processor_time(self.record, stage.name, self.save):
             seconds = self._label(stage) if stage.kind == PSEUDO_LABELS else self._train(stage)
-        self._done(stage.name, self.record["seconds"].get(stage.name, 0) + seconds)
+        self._done(stage.name, seconds)
 
     def predict(self, name: str) -> None:
         """Label maps of all target scans by a model of the bundle, unless they are there."""
@@ -161,7 +161,7 @@ class Run:
             **segmented(self.folder / DATALIST),
             **unlearnt(self.folder, name),
         }
-        with processor_time(self.record, stage):
+        with processor_time(self.record, stage, self.save):
             seconds = run_stage(stage, self.folder, ["configs/inference.json"], output, settings)
         if self.request["prepare"] is not None:
             for case in all_targets(self.folder / DATALIST):
@@ -190,7 +190,7 @@ class Run:
         return next(datalists, self.folder / DATALIST)  # of a package no stage is run
 
     def _done(self, name: str, seconds: float) -> None:
-        self.record["seconds"][name] = round(seconds, 1)
+        self.record["seconds"][name] = round(self.record["seconds"].get(name, 0) + seconds, 1)
         self.record["done"].append(name)
         self.save()
 

@@ -44,9 +44,17 @@ def test_seconds_of_a_stage_are_those_of_its_processes_and_add_up():
     record: dict = {}
     code = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     for _ in range(2):
-        with processor_time(record, "source"):
+        with processor_time(record, "source", lambda: None):
             subprocess.run([sys.executable, "-S", "-c", code], check=True)
     assert 0.5 <= record["processor_seconds"]["source"] < 2
-    with pytest.raises(ValueError), processor_time(record, "adaptation"):
+    with pytest.raises(ValueError), processor_time(record, "adaptation", lambda: None):
         raise ValueError
     assert list(record["processor_seconds"]) == ["source"]
+
+
+def test_a_stage_that_is_stopped_keeps_the_seconds_that_it_took():
+    record, saved = {"seconds": {"source": 5.0}}, []
+    with pytest.raises(SystemExit), processor_time(record, "source", lambda: saved.append(dict(record["seconds"]))):
+        subprocess.run([sys.executable, "-S", "-c", "import time; time.sleep(0.3)"], check=True)
+        raise SystemExit(143)
+    assert 5.2 <= saved[0]["source"] < 7 and "source" in record["processor_seconds"]
