@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from monai.bundle import ConfigParser
 
-from mapseg_components.commands.assess import assess, verdict_of
+from mapseg_components.commands.assess import assess
+from mapseg_components.commands.verdict import verdict_of
 from mapseg_components.data import load_datalist
 from mapseg_components.files import write_json
 

@@ -8,6 +8,10 @@ The estimates of a model's Dice are held against the truth, task by task. Their 
 task share: what a model gets wrong alike in every view shows in no agreement. So each task's estimates are also moved
 by the median error of the other tasks, with intervals as wide as four fifths of their errors are then. That is the
 error on a task that was not used.
+
+A second table has what other rules would have shipped: of a method that learns from the source's labels while it learns
+from the target the adapted model, unless its estimate is lower by more than a tolerance. Its last row takes for each
+task the tolerance that lost least on the others.
 """
 
 from __future__ import annotations
@@ -21,12 +25,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.methods.report import markdown, verdicts_of
+from benchmarks.methods.scoring import EQUAL
 from benchmarks.report import replace_between
+from mapseg_components.plans.recipes import read_recipe
 from mapseg_components.quality import COVERAGE, conformal_quantile
 
-__all__ = ["errors_of", "pooled", "table"]
+__all__ = ["errors_of", "pooled", "rules", "rules_table", "table"]
 
 MARKER = "verdicts"
+TOLERANCES = (0.0, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04)  # Dice
+OTHERS = "that of the other tasks"
 
 
 def errors_of(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -50,16 +58,16 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Figures of each task, and of all together.
 
     Args:
-        results: contents of ``results.json``, of different tasks.
+        results: contents of ``results.json``.
 
     Returns:
-        for each task, then for all: ``title``, what `benchmarks.methods.report.verdicts_of` finds, ``models`` (number
-        of estimates), ``error`` (mean absolute), ``bias`` (mean, positive where too high), and ``moved_error`` and
-        ``held``, once moved and with intervals by the other tasks; ``None`` with a single task.
+        for each of them, then for all: ``title``, what `benchmarks.methods.report.verdicts_of` finds, ``models``
+        (number of estimates), ``error`` (mean absolute), ``bias`` (mean, positive where too high), and ``moved_error``
+        and ``held``, once moved and with intervals by the other tasks; ``None`` with a single task.
     """
     errors = [errors_of(one["runs"]) for one in results]
     rows: list[dict[str, Any]] = []
-    for number, (one, own) in enumerate(zip(results, errors)):
+    for one, own in zip(results, errors):
         row = {
             "title": one["task"]["title"],
             **verdicts_of(one["runs"]),
@@ -67,7 +75,8 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "moved_error": None,
             "held": 0,
         }
-        others = [each for place, each in enumerate(errors) if place != number and len(each)]
+        name = one["task"]["name"]
+        others = [each for other, each in zip(results, errors) if other["task"]["name"] != name and len(each)]
         if others and len(own):
             # tasks weigh alike, however many runs they have
             shift = float(np.median([np.median(each) for each in others]))
@@ -114,13 +123,73 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(markdown(head, lines))
 
 
+def lost_by(tolerance: float, runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Dice that the other model has more, of each comparison, by the rule with this tolerance (see `rules`)."""
+    lost = []
+    for run in runs:
+        said, ship = run["verdict"], run["verdict"]["ship"] == "adapted"
+        if said["estimated_gain"] is not None and read_recipe(run["method"]).source:
+            ship = said["estimated_gain"] >= -tolerance
+        lost.append(max(-said["gain"] if ship else said["gain"], 0.0))
+    return lost
+
+
+def rules(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What verdicts with another tolerance would have shipped, over all benchmarks.
+
+    The tolerance is for methods that learn from the source's labels while they learn from the target; for the others
+    the verdict stays.
+
+    Args:
+        results: contents of ``results.json``; several may be of one task.
+
+    Returns:
+        a row for each tolerance and one where it is that of the other tasks, which loses least on them: ``tolerance``
+        (its name, or Dice), ``comparisons``, ``right`` (the better model, or a difference below 0.01), ``lost`` (Dice
+        that the other model has more, mean).
+    """
+    tasks: dict[str, list[Mapping[str, Any]]] = {}
+    for one in results:
+        judged = [run for run in one["runs"] if run["state"] == "done" and not run["oracle"] and not run["same_model"]]
+        tasks.setdefault(one["task"]["name"], []).extend(judged)
+    lost: dict[float | str, list[float]] = {
+        tolerance: [each for runs in tasks.values() for each in lost_by(tolerance, runs)] for tolerance in TOLERANCES
+    }
+    if len(tasks) > 1:
+        lost[OTHERS] = []
+        for name, runs in tasks.items():
+            others = [run for other, own in tasks.items() if other != name for run in own]
+            least = min(TOLERANCES, key=lambda tolerance: sum(lost_by(tolerance, others)))
+            lost[OTHERS] += lost_by(least, runs)
+    return [
+        {
+            "tolerance": tolerance,
+            "comparisons": len(values),
+            "right": sum(value < EQUAL for value in values),
+            "lost": float(np.mean(values)) if values else None,
+        }
+        for tolerance, values in lost.items()
+    ]
+
+
+def rules_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lines of Markdown."""
+    head = ["adapted, unless its estimate is lower by more than", "right", "lost"]
+    cells = []
+    for row in rows:
+        lost = "" if row["lost"] is None else f"{row['lost']:.4f}"
+        cells.append([str(row["tolerance"]), f"{row['right']} of {row['comparisons']}", lost])
+    return "\n".join(markdown(head, cells))
+
+
 def main() -> None:
     """Print the table, or write it into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks")
     parser.add_argument("--docs", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
-    text = table(pooled([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    text = f"{table(pooled(results))}\n\n{rules_table(rules(results))}"
     if arguments.docs:
         replace_between(arguments.docs, MARKER, text)
     else:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mapseg_components.commands.verdict import CONSISTENCY, ESTIMATE, rounded, verdict_of
 from mapseg_components.contrast import contrast_view
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import has_section
 from mapseg_components.data.volumes import readable_size, voxel_ml
 from mapseg_components.inferers.trial import TRANSLATED, LabelLoader, Trial
 from mapseg_components.keys import SOURCE
-from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.plans.judging import (
     DEGRADATIONS,
     affordable_images,
@@ -46,27 +46,13 @@ from mapseg_components.sides import axis_across
 from mapseg_components.structures import structures_of
 from mapseg_components.transforms.inputs import outside_tissue
 
-__all__ = ["assess", "verdict_of"]
+__all__ = ["assess"]
 
 logger = logging.getLogger(__name__)
 
 CONFIDENT = 0.95
-HELD_OUT = "target scans that were held out of adaptation"
-ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be less on others)"
-LEAST_LOSS = 0.01
-ESTIMATE, CONSISTENCY = "estimated_dice", "consistency"  # figures of a case by which models are compared
 EXPECTED = "expected_dice"
-TITLES = {ESTIMATE: "Estimated Dice", CONSISTENCY: "Consistency"}
-WITHOUT_LABELS = (
-    "There is no labelled scan, so Dice is not estimated: consistency is how alike a model's label maps of one scan "
-    "are when its intensities change. A model can be consistent and wrong."
-)
-OFF = {
-    ESTIMATE: "Structures are missing, or lie where no labelled scan has them,",
-    CONSISTENCY: "Structures have a share of all structures that no labelled scan had, by a factor of 3,",
-}
 MISPLACED_BELOW = 0.5  # the Dice that a structure's place allows
-FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
 
 
 def assess(
@@ -79,6 +65,7 @@ def assess(
     samples: int | None = None,
     validation: Mapping[str, str] | None = None,
     package: Mapping[str, Any] | None = None,
+    tolerance: float = 0.0,
 ) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
@@ -107,6 +94,7 @@ def assess(
             trained on them, such as translated ones; by default the bundle's. Cases and label maps are the same.
         package: of a bundle whose datalist names no source, ``share_ranges`` and ``ranges_ml`` of its structures, see
             `mapseg_components.plans.package.plan_of_package`.
+        tolerance: of the verdict, see `mapseg_components.commands.verdict.tolerance_of`.
 
     Returns:
         ``held_out``, ``passes`` (number of segmentations of a whole scan), ``coverage`` (nominal, of each case's
@@ -233,7 +221,8 @@ def assess(
         for case in figures["cases"]:
             case["interval"] = interval_of(calibrations[name], case["estimated_dice"])
     if "between" in result:
-        result["verdict"] = verdict_of(models["source_only"], models["adapted"], result["held_out"], result["by"])
+        both = models["source_only"], models["adapted"]
+        result["verdict"] = verdict_of(*both, result["held_out"], result["by"], tolerance)
     return result
 
 
@@ -314,87 +303,3 @@ def summary(dice: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, 
     known = [value for value in means if value is not None]
     mean = rounded(float(np.mean(known))) if known else None
     return {"scans": len(dice), "structures": dict(zip(names, means)), "mean": mean}
-
-
-def verdict_of(
-    source: Mapping[str, Any], adapted: Mapping[str, Any], held_out: bool = False, by: str = ESTIMATE
-) -> dict[str, Any]:
-    """The verdict: which model to use, with the reason, from the figures of both on the same target scans.
-
-    The estimates of Dice are compared scan by scan. Better means: by their mean, and in more than half of the scans.
-    Worse: the mean difference is 0.01 at least, and the bootstrap interval (95 %, over scans) does not hold 0. An
-    adapted model that is not better is not shipped. A gain whose interval holds 0, or of one scan, is called uncertain.
-
-    Args:
-        source: figures of the source-only model, as `assess` makes them.
-        adapted: those of the other one.
-        held_out: whether adaptation did not see these scans; the sentences say so.
-        by: which figure of a case is compared: ``estimated_dice``, or ``consistency`` where no scan is labelled.
-
-    Returns:
-        ``verdict`` ("adapted", "no gain", "worse than source"), ``ship`` (the model's name), ``gain`` (mean difference
-        of the estimates), ``interval`` (``None`` of a single scan), ``why`` (sentences).
-    """
-    pairs = [
-        (a[by], b[by]) for a, b in zip(source["cases"], adapted["cases"]) if a[by] is not None and b[by] is not None
-    ]
-    why = []
-    if not pairs:
-        why.append("No Dice could be estimated: the validation scans have too few structures.")
-        return {"verdict": "no gain", "ship": "source_only", "gain": None, "interval": None, "why": why}
-    differences = np.array([b - a for a, b in pairs])
-    gain = float(differences.mean())
-    interval = bootstrap_interval(differences)
-    shown = "one scan: no interval" if interval is None else "95 % interval {:+.3f} to {:+.3f}".format(*interval)
-    why.append(
-        f"{TITLES[by]} on {len(pairs)} {HELD_OUT if held_out else ADAPTED_ON}: "
-        f"source-only {np.mean([a for a, _ in pairs]):.3f}, adapted {np.mean([b for _, b in pairs]):.3f}; "
-        f"difference {gain:+.3f} ({shown})."
-    )
-    before, after = source["validation_dice"]["mean"], adapted["validation_dice"]["mean"]
-    if before is not None and after is not None:
-        translated = ", translated for the adapted model" if adapted.get("translated_validation") else ""
-        why.append(
-            f"Dice on the labelled validation scans of the source{translated}: {before:.3f} before, {after:.3f} after."
-        )
-    off = [sum(bool(case.get("misplaced")) for case in model["cases"]) for model in (source, adapted)]
-    if any(off):
-        why.append(
-            f"{OFF[by]} in {off[0]} of {len(source['cases'])} "
-            f"target scans by the source-only model, in {off[1]} by the adapted one."
-        )
-    if by == CONSISTENCY:
-        why.append(WITHOUT_LABELS)
-    outside = sum(not case["within_calibration"] for case in adapted["cases"]) if by == ESTIMATE else 0
-    if outside:
-        of = f"{outside} of {len(adapted['cases'])}"
-        why.append(f"{of} target scans lie outside the consistency of all labelled scans: guesses.")
-    if gain > 0 and np.mean(differences > 0) > 0.5:
-        verdict = "adapted"
-        if interval is not None and interval[0] <= 0:
-            why.append("The interval holds 0: the gain is uncertain.")
-    elif gain <= -LEAST_LOSS and interval is not None and interval[1] < 0:
-        verdict = "worse than source"
-    else:
-        verdict = "no gain"
-    why += [] if interval else ["One scan: no interval, the gain is uncertain."]
-    ship = "adapted" if verdict == "adapted" else "source_only"
-    best = float(np.mean([pair[ship == "adapted"] for pair in pairs]))
-    reference = after if ship == "adapted" else before
-    if reference is not None and best < reference - FAILS_BELOW:
-        why.append(
-            f"Even the better model is expected to do far worse on the target ({best:.2f}) than on the source "
-            f"({reference:.2f}): look at its label maps before any use."
-        )
-    return {
-        "verdict": verdict,
-        "ship": ship,
-        "gain": rounded(gain),
-        "interval": [rounded(end) for end in interval] if interval else None,
-        "why": why,
-    }
-
-
-def rounded(value: float) -> float | None:
-    """Four digits; ``None`` for NaN, which JSON does not have."""
-    return round(value, 4) if np.isfinite(value) else None

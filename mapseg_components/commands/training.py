@@ -13,12 +13,12 @@ from typing import Any
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
-from mapseg_components.commands.assess import rounded
 from mapseg_components.commands.check import check
 from mapseg_components.commands.prepare import prepare
 from mapseg_components.commands.restore import restore
 from mapseg_components.commands.reuse import copy_stage, finished_in, identity_of, record_of
 from mapseg_components.commands.stages import finished_epochs, processor_time, run_stage, training_samples
+from mapseg_components.commands.verdict import rounded
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets, read_json, stem
 from mapseg_components.data.results import result_path

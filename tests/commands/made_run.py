@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mapseg_components.commands.assess import verdict_of
+from mapseg_components.commands.verdict import verdict_of
 from tests.conftest import write_nifti
 
 NAMES = (

@@ -17,14 +17,16 @@ import pytest
 import torch
 
 from mapseg_components.commands.adapt import adapt, read_mapping
-from mapseg_components.commands.assess import case_figures, verdict_of
+from mapseg_components.commands.assess import case_figures
 from mapseg_components.commands.order import describe_order
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
+from mapseg_components.commands.verdict import tolerance_of, verdict_of
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
 from mapseg_components.plans.cases import hold_out, source_cases, structure_names, target_cases
+from mapseg_components.plans.recipes import read_recipe
 from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
@@ -364,6 +366,18 @@ def test_verdicts():
     outside = "4 of 4 target scans lie outside the consistency of all labelled scans: guesses."
     assert outside in verdict_of(figures(base), figures(better, within=False))["why"]
     assert verdict_of(figures([None]), figures([None]))["ship"] == "source_only"
+
+
+@pytest.mark.parametrize(
+    "method, change, ship",
+    [("mapseg", -0.015, "adapted"), ("mapseg", -0.03, "source_only"), ("test_time", -0.015, "source_only")],
+)
+def test_a_method_that_keeps_learning_the_source_is_kept_where_its_estimate_is_little_lower(method, change, ship):
+    base = [0.5, 0.6, 0.7, 0.55]
+    tolerance = tolerance_of(read_recipe(method))
+    said = verdict_of(figures(base), figures([each + change for each in base]), tolerance=tolerance)
+    assert said["ship"] == ship and said["verdict"] == ("adapted" if ship == "adapted" else "worse than source")
+    assert ("within what estimates are off by (0.02)" in " ".join(said["why"])) == (ship == "adapted")
 
 
 @pytest.mark.parametrize("after, verdict", [(0.6, "adapted"), (0.5, "no gain"), (0.3, "no gain")])

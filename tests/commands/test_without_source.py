@@ -20,9 +20,9 @@ from monai.data import MetaTensor
 from mapseg_components.checkpoints import write_atomic
 from mapseg_components.commands import adapt, check, predict
 from mapseg_components.commands.adapt_each import ScanAdaptation
-from mapseg_components.commands.assess import verdict_of
 from mapseg_components.commands.order import order_of_package
 from mapseg_components.commands.predict import fit_size
+from mapseg_components.commands.verdict import verdict_of
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, NonFiniteError, ResourceError
 from mapseg_components.handover import HandoverPackage, package_of_bundle
 from mapseg_components.handover.fragments import network_of
