@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 from pathlib import Path
@@ -26,6 +27,12 @@ LONGEST += ["test_adapt", "test_tutorials"]
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish():
+    """What the imports have made stays: no garbage collection goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(name="warm_processes")

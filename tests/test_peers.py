@@ -20,6 +20,7 @@ from benchmarks.peers.run import QUICK, case, dice, in_turns, measured
 from benchmarks.peers.scans import scan_folder, write_scans
 from benchmarks.peers.side import SIDES, Side
 from tests.conftest import ROOT
+from tests.warm import warm_processes
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 
@@ -35,7 +36,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(folder):
     """Weights, and what each side but nnU-Net needs for its command; the steps are made in a process of their own."""
-    sides = {name: Side(name, folder) for name in ("monai", "package")}
+    with warm_processes():
+        sides = {name: Side(name, folder) for name in ("monai", "package")}
     found = {
         name: [side.ask(what) for what in ("prepare", "step", "step_with_samples", "peak")]
         for name, side in sides.items()
@@ -54,6 +56,7 @@ def test_sides_time_their_own_steps(prepared):
         assert nothing is None and step > 0 and with_samples > 0 and peak > 1e8
 
 
+@pytest.mark.usefixtures("warm_processes")
 def test_a_side_that_fails_says_where_to_look(folder):
     side = Side("package", folder)
     with pytest.raises(RuntimeError, match=r"nothing: the process ended with 1, see .*package.log"):

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("torch.distributed.launcher", "monai.bundle", "ignite.engine", "fire", "nibabel", "yaml", "scipy.ndimage")
+LIBRARIES += ("torch._dynamo",)  # which PyTorch imports for the first optimizer
 # what is read after the start; the other variables of the interpreter and the locale must be those of the server
 READ_LATER = ("PYTHONPATH", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")
 READ_LATER += ("PYTHON_EXEC",)  # of torchrun

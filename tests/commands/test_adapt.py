@@ -31,7 +31,7 @@ from mapseg_components.quality import Calibration
 from mapseg_components.reports.slices import overlay, stack
 from tests.conftest import ROOT, make_scan, write_nifti
 from tests.scans import make_domains
-from tests.warm import warm_processes
+from tests.warm import python, warm_processes
 
 TINY = {
     "patch_size": [16, 16, 16],
@@ -71,7 +71,7 @@ def test_the_output_is_a_bundle_that_runs(finished, tmp_path):
         assert config["target_inverted"] is order
     shipped = record["assessment"]["verdict"]["ship"]
     assert (output / "models" / "model.pt").read_bytes() == (output / "models" / f"{shipped}.pt").read_bytes()
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    command = [python(), "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
     moved = tmp_path / "elsewhere"
     shutil.copytree(output, moved)
     subprocess.run([*command, "--output_dir", str(tmp_path / "again")], cwd=moved, check=True, capture_output=True)
