@@ -24,7 +24,7 @@ from benchmarks.methods.run import main
 from benchmarks.methods.splits import main as write_splits
 from benchmarks.methods.task import link, read_task, write_inputs
 from benchmarks.methods.variants import Variant, read_knobs
-from benchmarks.methods.verdicts import pooled
+from benchmarks.methods.verdicts import OTHERS, pooled, rules, rules_table
 from benchmarks.methods.verdicts import table as verdict_table
 from mapseg_components.commands.main import main as mapseg
 from mapseg_components.errors import ConfigError, DataError, ResourceError
@@ -411,7 +411,7 @@ def test_estimates_are_held_against_the_truth_over_tasks_and_moved_by_the_others
                 for error in errors
             )
         ]
-        return {"task": {"title": title}, "runs": [*runs, {"state": "failed", "oracle": False}]}
+        return {"task": {"title": title, "name": title}, "runs": [*runs, {"state": "failed", "oracle": False}]}
 
     rows = pooled([result("one", [0.1, 0.2, 0.3, 0.1, 0.2]), result("two", [0.25, 0.35])])
     one, two, both = rows
@@ -423,6 +423,28 @@ def test_estimates_are_held_against_the_truth_over_tasks_and_moved_by_the_others
     assert both["moved_error"] == pytest.approx((5 * 0.12 + 2 * 0.1) / 7)
     assert pooled([result("one", [0.1])])[0]["moved_error"] is None
     assert "| two | 2 of 2 | 0.000 | 2 | 0.300 | +0.300 | 0.100 | 1 of 2 |" in verdict_table(rows)
+
+
+def test_other_rules_are_judged_task_by_task_with_the_tolerance_of_the_others():
+    def result(task, *verdicts):
+        keys = {"state": "done", "oracle": False, "same_model": False, "seed": 0}
+        said = [
+            {"method": method, "verdict": {"ship": ship, "estimated_gain": estimated, "gain": gain}}
+            for method, ship, estimated, gain in verdicts
+        ]
+        return {"task": {"title": task, "name": task}, "runs": [keys | one for one in said]}
+
+    missed = ("mapseg", "source_only", -0.012, 0.03)  # a gain that the estimate does not see
+    found = ("mapseg", "source_only", -0.022, -0.05)
+    let_go = ("test_time", "source_only", -0.005, -0.04)  # without the source the verdict stays
+    rows = rules([result("hearts", missed, found), result("brains", found, let_go), result("hearts", missed)])
+    right = {row["tolerance"]: row["right"] for row in rows}
+    assert {row["comparisons"] for row in rows} == {5}
+    assert right == {0.0: 3, 0.005: 3, 0.01: 3, 0.015: 5, 0.02: 5, 0.025: 3, 0.03: 3, 0.04: 3, OTHERS: 3}
+    lost = {row["tolerance"]: row["lost"] for row in rows}
+    assert lost[0.0] == pytest.approx(0.06 / 5) and lost[0.02] == 0 and lost[0.03] == pytest.approx(0.1 / 5)
+    assert "| 0.02 | 5 of 5 | 0.0000 |" in rules_table(rows)
+    assert [row["tolerance"] for row in rules([result("hearts", missed)])][-1] == 0.04, "one task has no others"
 
 
 def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):

@@ -185,10 +185,11 @@ def rules_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Print the table, or write it into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks")
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks, or lists of them")
     parser.add_argument("--docs", type=Path, help="page whose table is replaced")
     arguments = parser.parse_args()
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+    results = [one for each in read for one in (each if isinstance(each, list) else [each])]
     text = f"{table(pooled(results))}\n\n{rules_table(rules(results))}"
     if arguments.docs:
         replace_between(arguments.docs, MARKER, text)
