@@ -19,15 +19,16 @@ from typing import Any
 import torch
 
 from benchmarks.methods.budget import costs_of
+from benchmarks.methods.curve import curve_of, curve_table, draw_curves, keep_weights
 from benchmarks.methods.figure import draw
-from benchmarks.methods.processes import StoppedError, Usage, run_mapseg
+from benchmarks.methods.processes import StoppedError, Usage, last_line, run_mapseg
 from benchmarks.methods.report import summary_of, tables
 from benchmarks.methods.scoring import CommandError, finished, refuse_seen, score
 from benchmarks.methods.task import Task, as_json, write_inputs
 from benchmarks.methods.variants import Variant, slug
 from benchmarks.timing import machine
 from mapseg_components.errors import ConfigError, MAPSegError, ResourceError
-from mapseg_components.files import lock_folder, readable, require_writable, unlock_folders, write_json, write_text
+from mapseg_components.files import lock_folder, require_writable, unlock_folders, write_json, write_text
 from mapseg_components.plans.recipes import read_recipe, recipe_names
 from mapseg_components.plans.rounds import REQUIRED
 from mapseg_components.session import versions
@@ -38,7 +39,6 @@ STOP_AT = 1.25  # of the budget: a run that used more is ended
 SHORTEST = 1e-6  # factor that leaves each stage the fewest epochs
 DECIMALS = 4
 ADAPTATION_LENGTH = "adaptation_length"  # argument of mapseg adapt that a budget sets, or a task without one may set
-FAULT = "mapseg: this is a bug"  # the line before says which
 Command = Callable[..., Usage]
 
 
@@ -54,6 +54,7 @@ class Bench:
             those that begin with the same model train it once; without, one factor for all stages of a run.
         jobs: runs at a time.
         knobs: content of the file of variants, if that is what is compared.
+        curve: whether the weights of every moment are kept and scored; no run takes over stages of another one then.
         command: runs ``mapseg``; another one in tests.
 
     Raises:
@@ -70,9 +71,10 @@ class Bench:
         source_length: float | None = None,
         jobs: int = 1,
         knobs: dict[str, Any] | None = None,
+        curve: bool = False,
         command: Command = run_mapseg,
     ) -> None:
-        self.task, self.folder, self.knobs, self.command = task, folder, knobs, command
+        self.task, self.folder, self.knobs, self.curve, self.command = task, folder, knobs, curve, command
         self.settings = {**task.settings, **(settings or {})}
         self.budget_minutes, self.source_length = budget_minutes, source_length
         self.stop = threading.Event()
@@ -94,10 +96,11 @@ class Bench:
         lock_folder(self.folder)
         try:
             same = {"task": as_json(self.task), "budget_minutes": self.budget_minutes, "settings": self.settings}
-            same = json.loads(json.dumps({**same, "source_length": self.source_length, "knobs": self.knobs}))
+            same |= {"source_length": self.source_length, "knobs": self.knobs, "curve": self.curve}
+            same = json.loads(json.dumps(same))
             path = self.folder / "benchmark.json"
             if path.is_file():
-                earlier = json.loads(path.read_text(encoding="utf-8"))
+                earlier = {"curve": False, **json.loads(path.read_text(encoding="utf-8"))}
                 changed = [name for name in same if earlier.get(name) != same[name]]
                 if changed:
                     raise ConfigError(
@@ -176,8 +179,11 @@ class Bench:
             results = self._results()
             if results["runs"]:
                 write_json(results, self.folder / "results.json")
-                write_text(tables(results) + "\n", self.folder / "results.md")
+                curve = f"\n{curve_table(results)}\n" if self.curve else ""
+                write_text(f"{tables(results)}\n{curve}", self.folder / "results.md")
                 draw(results, self.folder / "results.png")
+                if self.curve:
+                    draw_curves(results, self.folder / "curve.png")
         return results
 
     def _results(self) -> dict[str, Any]:
@@ -249,7 +255,11 @@ class Bench:
             return self._call(words, key, core)
 
         try:
-            found = score(run, self.folder / "scores" / key, self.task, self.inputs, command)
+            places = run, self.folder / "scores" / key
+            found = score(*places, self.task, self.inputs, command)
+            if self.curve:
+                kept, output = self.folder / "kept" / key, places[1] / "kept"
+                found["curve"] = curve_of(run, kept, output, self.task, self.inputs, command)
             self._finish({**record, "state": "done", **found}, key)
         except (CommandError, MAPSegError) as error:
             code = error.code if isinstance(error, CommandError) else error.exit_code
@@ -285,7 +295,7 @@ class Bench:
         else:
             words += [f"--length={self.source_length}"]
             words += [] if ADAPTATION_LENGTH in given else [f"--{ADAPTATION_LENGTH}={length}"]
-        others = [run for run in self._runs() if run != folder]
+        others = [] if self.curve else [run for run in self._runs() if run != folder]
         words += [f"--reuse={','.join(map(str, others))}"] if others else []
         return words + [f"--{name}={text_of(value)}" for name, value in given.items()]
 
@@ -312,6 +322,8 @@ class Bench:
         def keep(seconds: float, peak: int = 0, done: bool = False) -> None:
             spent = {"seconds": round(before["seconds"] + seconds, 1), "peak": max(before["peak"], peak), "done": done}
             write_json(spent, path)
+            if self.curve:
+                keep_weights(folder, variant.method, self.folder / "kept" / key, spent["seconds"])
             record.update(processor_seconds=spent["seconds"], peak_bytes=spent["peak"])
 
         words = self._words(variant, seed, folder, record["length"], {})
@@ -383,11 +395,3 @@ def reused_seconds(record: Mapping[str, Any]) -> float:
 def text_of(value: Any) -> str:
     """A value as ``mapseg`` reads it."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def last_line(log: Path, code: int, folder: Path) -> str:
-    """The last line of a log, by which a command says why it failed; paths below the benchmark's folder are short."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    before = lines[-2:-1] if lines and lines[-1].startswith(FAULT) else []
-    said = readable("; ".join([*before, *lines[-1:]])).replace(f"{folder}/", "")[:400] or "it printed nothing"
-    return f"{said} (exit code {code}; {log.relative_to(folder)})"

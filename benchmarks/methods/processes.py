@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.trees import tree_seconds
+from mapseg_components.files import readable
 
-__all__ = ["StoppedError", "Usage", "run_mapseg"]
+__all__ = ["StoppedError", "Usage", "last_line", "run_mapseg"]
 
+FAULT = "mapseg: this is a bug"  # the line before says which
 POLL_SECONDS = 0.25
 USED_SECONDS = 5.0  # between two looks at what was used
 GRACE_SECONDS = 120.0  # a stage saves its state within
@@ -105,3 +107,11 @@ def run_mapseg(
         raise StoppedError
     unit = 1 if sys.platform == "darwin" else 1024
     return Usage(code, spent, used.ru_maxrss * unit, over and code != 0)
+
+
+def last_line(log: Path, code: int, folder: Path) -> str:
+    """The last line of a log, by which a command says why it failed; paths below the benchmark's folder are short."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    before = lines[-2:-1] if lines and lines[-1].startswith(FAULT) else []
+    said = readable("; ".join([*before, *lines[-1:]])).replace(f"{folder}/", "")[:400] or "it printed nothing"
+    return f"{said} (exit code {code}; {log.relative_to(folder)})"

@@ -55,6 +55,7 @@ def arguments_of(line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--oracle_method", default=SUPERVISED, metavar="NAME", help="recipe of the oracle")
     parser.add_argument("--no_oracle", action="store_true")
     parser.add_argument("--knobs", type=Path, help="a file with variants of one method, in the place of --methods")
+    parser.add_argument("--curve", action="store_true", help="score the weights of every moment: minutes to a Dice")
     parser.add_argument("--from", dest="runs", nargs="+", type=Path, metavar="RUN", help="score finished runs alone")
     parser.add_argument("--name", help="of the runs of --from in the tables; by default METHOD, run by hand")
     parser.add_argument("--retry", action="store_true", help="try runs again that failed")
@@ -66,6 +67,8 @@ def arguments_of(line: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--source_length {arguments.source_length}: expected a factor above 0")
     if arguments.knobs and arguments.runs:
         parser.error("--knobs trains and --from does not: name one of them")
+    if arguments.curve and arguments.runs:
+        parser.error("--curve keeps weights while a run trains, and --from trains nothing: leave one of them out")
     if arguments.name and not arguments.runs:
         parser.error("--name is for --from")
     return arguments
@@ -95,6 +98,7 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, list[Variant]]:
         source_length=arguments.source_length,
         jobs=arguments.jobs,
         knobs=knobs,
+        curve=arguments.curve,
     )
     return bench, variants
 

@@ -19,7 +19,7 @@ from mapseg_components.errors import ConfigError, DataError
 from mapseg_components.files import sha256_of
 from mapseg_components.metrics import METRICS, case_means
 
-__all__ = ["MODELS", "CommandError", "finished", "mean_dice", "refuse_seen", "score", "verdict_beside_truth"]
+__all__ = ["MODELS", "CommandError", "finished", "mean_dice", "refuse_seen", "score", "scored", "verdict_beside_truth"]
 
 MODELS = ("source_only", "adapted")
 EQUAL = 0.01  # Dice: models that differ by less are both right choices
@@ -89,19 +89,12 @@ def score(folder: Path, output: Path, task: Task, inputs: Inputs, run: Run) -> d
     record = finished(folder)
     weights = {name: folder / "models" / f"{name}.pt" for name in MODELS}
     same = sha256_of(weights["source_only"]) == sha256_of(weights["adapted"])
-    device = [f"--device={task.arguments['device']}"] if "device" in task.arguments else []
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in MODELS:
         if same and rows:
             rows[name] = rows["source_only"]
             continue
-        common = ["--overwrite", "--quiet", "--num_threads=1"]
-        predicted = ["predict", str(inputs.images), str(output / name), f"--bundle={folder}"]
-        run([*predicted, f"--weights={weights[name]}", "--no_preview", "--no_overlap", *device, *common])
-        rows[name] = evaluated(output / name, inputs.truth, folder, output / f"{name}_figures", task.tolerance_mm, run)
-        lacking = {case["case_id"] for case in task.parts["test"]} - {row["case"] for row in rows[name]}
-        if lacking:
-            raise CommandError(f"no label map of the test scans {sorted(lacking)}", 1)
+        rows[name] = scored(folder, weights[name], output / name, task, inputs, run)
     return {
         "models": rows,
         "same_model": same,
@@ -110,6 +103,20 @@ def score(folder: Path, output: Path, task: Task, inputs: Inputs, run: Run) -> d
         "order": record.get("order"),
         "stages": {key: record.get(key, {}) for key in ("epochs", "seconds", "processor_seconds")},
     }
+
+
+def scored(folder: Path, weights: Path, output: Path, task: Task, inputs: Inputs, run: Run) -> list[dict[str, Any]]:
+    """Label maps of the test scans by one model, and their rows, see `evaluated`. Raises `CommandError`."""
+    device = [f"--device={task.arguments['device']}"] if "device" in task.arguments else []
+    common = [*device, "--overwrite", "--quiet", "--num_threads=1"]
+    words = ["predict", str(inputs.images), str(output), f"--bundle={folder}", f"--weights={weights}"]
+    run([*words, "--no_preview", "--no_overlap", *common])
+    figures = output.with_name(f"{output.name}_figures")
+    rows = evaluated(output, inputs.truth, folder, figures, task.tolerance_mm, run)
+    lacking = {case["case_id"] for case in task.parts["test"]} - {row["case"] for row in rows}
+    if lacking:
+        raise CommandError(f"no label map of the test scans {sorted(lacking)}", 1)
+    return rows
 
 
 def evaluated(

@@ -1,0 +1,148 @@
+# Copyright (c) MAPSeg for MONAI contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Time to a Dice: the weights that a run of ``mapseg adapt`` has at each moment, scored beside the time they took."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.methods.processes import Usage
+from benchmarks.methods.report import markdown
+from benchmarks.methods.scoring import mean_dice, scored
+from benchmarks.methods.task import Inputs, Task
+from mapseg_components.commands.stages import finished_epochs
+from mapseg_components.files import replacing, write_json
+from mapseg_components.plans.recipes import ADAPTATION, read_recipe
+
+__all__ = ["curve_of", "curve_table", "draw_curves", "keep_weights", "minutes_to"]
+
+KEPT = "kept.json"
+WEIGHTS = ("source_only.pt", "model.pt")  # of a stage: the best of its validations so far
+DICE = (0.6, 0.7)
+AS_GOOD = 0.01  # Dice: as good as the last weights
+
+
+def kept_weights(folder: Path) -> list[dict[str, Any]]:
+    """What `keep_weights` has kept, the oldest first."""
+    path = folder / KEPT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def keep_weights(run: Path, method: str, folder: Path, seconds: float) -> None:
+    """Copy the weights that a run has chosen since the last call. Stages of other bundles, which segment nothing, are
+    left out.
+
+    Args:
+        run: folder of ``mapseg adapt``, which may be at work: it replaces files as a whole.
+        method: of the run.
+        folder: for the copies.
+        seconds: processor seconds that the run has used so far.
+    """
+    kept = kept_weights(folder)
+    known = {(one["file"], one["written"]) for one in kept}
+    for stage in (stage.name for stage in read_recipe(method).stages if stage.bundle == ADAPTATION):
+        for name in WEIGHTS:
+            path = run / "stages" / stage / name
+            if not path.is_file():
+                continue
+            one = {"file": f"{stage}/{name}", "written": path.stat().st_mtime_ns}
+            if tuple(one.values()) in known:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            copy = folder / f"{len(kept):03d}.pt"
+            shutil.copyfile(path, copy)
+            epochs = finished_epochs(path.parent)
+            kept.append({**one, "stage": stage, "epochs": epochs, "seconds": seconds, "weights": copy.name})
+            write_json(kept, folder / KEPT)
+
+
+def curve_of(
+    run: Path, folder: Path, output: Path, task: Task, inputs: Inputs, command: Callable[[Sequence[str]], Usage]
+) -> list[dict[str, Any]]:
+    """Dice of all kept weights on the test scans, which are shown to each as the finished run shows its target.
+
+    Args:
+        run: finished run.
+        folder: of `keep_weights`.
+        output: for label maps and figures.
+        task: of the test.
+        inputs: its files.
+        command: runs ``mapseg``.
+
+    Returns:
+        for each ``stage``, ``epochs`` of it that were done, ``minutes`` (of a processor, of the whole run so far) and
+        ``dice`` (mean over cases of the mean over structures).
+
+    Raises:
+        CommandError: a command failed.
+    """
+    points = []
+    for one in kept_weights(folder):
+        rows = scored(run, folder / one["weights"], output / Path(one["weights"]).stem, task, inputs, command)
+        point = {"stage": one["stage"], "epochs": one["epochs"], "minutes": one["seconds"] / 60}
+        points.append({**point, "dice": mean_dice(rows)})
+    return points
+
+
+def minutes_to(dice: float, points: Sequence[Mapping[str, Any]]) -> float | None:
+    """Processor minutes until the first weights of at least this Dice; ``None`` if there are none.
+
+    Examples:
+        >>> from benchmarks.methods.curve import minutes_to
+        >>> points = [{"minutes": 2.0, "dice": 0.5}, {"minutes": 4.0, "dice": 0.7}, {"minutes": 6.0, "dice": 0.6}]
+        >>> minutes_to(0.6, points), minutes_to(0.8, points)
+        (4.0, None)
+    """
+    return next((point["minutes"] for point in points if point["dice"] >= dice), None)
+
+
+def with_curve(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Runs whose weights were kept."""
+    return [run for run in results["runs"] if run.get("curve")]
+
+
+def curve_table(results: Mapping[str, Any]) -> str:
+    """Lines of Markdown.
+
+    Args:
+        results: content of ``results.json``.
+    """
+    head = ["method", "seed", *(f"{dice:.2f}" for dice in DICE), f"last - {AS_GOOD:.2f}", "last Dice", "whole run"]
+    rows = []
+    for run in with_curve(results):
+        last = run["curve"][-1]["dice"]
+        found = [minutes_to(dice, run["curve"]) for dice in (*DICE, last - AS_GOOD)]
+        cells = ["not reached" if minutes is None else f"{minutes:.1f}" for minutes in found]
+        whole = f"{run['processor_seconds'] / 60:.1f}"
+        rows.append([run["name"], str(run["seed"]), *cells, f"{last:.3f}", whole])
+    said = "Processor minutes until the weights that the run had chosen so far have this mean Dice on the test cases:"
+    return "\n".join([said, "", *markdown(head, rows)])
+
+
+def draw_curves(results: Mapping[str, Any], path: Path) -> None:
+    """A line for each run: Dice over processor minutes, a mark for each kept model, larger where a stage begins.
+
+    Args:
+        results: content of ``results.json``.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for run in with_curve(results):
+        minutes, dice = ([point[key] for point in run["curve"]] for key in ("minutes", "dice"))
+        (line,) = axis.plot(minutes, dice, ".-", label=f"{run['name']}, seed {run['seed']}")
+        stages = [point["stage"] for point in run["curve"]]
+        begins = [number for number, stage in enumerate(stages) if stage not in stages[:number]]
+        axis.plot([minutes[n] for n in begins], [dice[n] for n in begins], "o", color=line.get_color())
+    axis.set_xlabel("processor minutes")
+    axis.set_ylabel(f"Dice on {results['task']['test_cases']} test cases: {results['task']['title']}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
