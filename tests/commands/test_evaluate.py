@@ -10,12 +10,14 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance, compute_surface_dice
 
 from mapseg_components.colours import structure_colours
 from mapseg_components.commands import evaluate
 from mapseg_components.commands.main import main
 from mapseg_components.errors import ConfigError, DataError
-from mapseg_components.metrics import bootstrap_interval, paired_comparison
+from mapseg_components.metrics import agreement, bootstrap_interval, paired_comparison
 from tests.conftest import write_nifti
 from tests.pictures import write_picture
 
@@ -330,6 +332,21 @@ def test_a_label_map_with_a_slope_is_compared_as_the_plain_one(folders):
     with pytest.raises(DataError) as caught:
         evaluate(folders / "pred", folders / "truth", quiet=True)
     assert "values above 16777216: 16777218" in str(caught.value) and "negative values: -2" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(13, 17, 11), (13, 17)])
+def test_distances_that_are_searched_once_give_the_metrics_of_monai(shape):
+    generator, sides = np.random.default_rng(0), [1.0, 0.7, 2.1][: len(shape)]
+    for share in (0.002, 0.1, 0.5, 0.9):
+        masks = [(generator.random(shape) < share).astype(np.uint8) for _ in range(2)]
+        for mask in masks:
+            mask[(3,) * len(shape)] = 1
+        pair = [torch.from_numpy(mask)[None, None].float() for mask in masks]
+        volumes, spacing = (masks, sides) if len(shape) == 3 else ([mask[..., None] for mask in masks], [*sides, 9.0])
+        (row,) = agreement(*volumes, [1], spacing, 1.3)
+        assert row["surface_dice"] == compute_surface_dice(*pair, [1.3], True, spacing=sides).item()
+        assert row["hd95_mm"] == compute_hausdorff_distance(*pair, True, percentile=95, spacing=sides).item()
+        assert row["assd_mm"] == compute_average_surface_distance(*pair, True, symmetric=True, spacing=sides).item()
 
 
 def test_surfaces_of_an_image_are_outlines(tmp_path):
