@@ -342,10 +342,12 @@ def running_workflow() -> ConfigWorkflow | None:
     ``monai.bundle run`` takes one only from its command line (``--workflow_name``), where every user would have to
     type it.
     """
-    for frame in inspect.stack(context=0):
-        owner = frame.frame.f_locals.get("self")
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
         if isinstance(owner, ConfigWorkflow):
             return owner
+        frame = frame.f_back
     return None
 
 
