@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ComponentLocator
 
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.scans import ROOT, SAMPLE, make_dataset, make_scan, write_nifti
@@ -33,6 +35,15 @@ def pytest_collection_finish():
     """What the imports have made stays: no garbage collection goes through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_components():
+    """MONAI's table of its classes, which every parser makes for itself, is made once for the same modules."""
+    find = functools.cache(functools.partial(ComponentLocator._find_classes_or_functions, None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ComponentLocator, "_find_classes_or_functions", lambda _, names: find(tuple(names)))
+        yield
 
 
 @pytest.fixture(name="warm_processes")

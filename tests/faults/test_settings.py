@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 
@@ -13,7 +12,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 
-from mapseg_components import configs
 from mapseg_components.configs import SECTIONS, check_settings, known_keys
 from mapseg_components.errors import ConfigError
 from tests.conftest import ROOT
@@ -24,14 +22,6 @@ NAMES = ["train.json", "inference.json"]
 # the last two are run by overlays: test_time.yaml, source_stage.yaml, handover_only.yaml
 STRUCTURE = {"imports", "run", "training", "initialize", "handover", "write_handover"}
 READ_BY_COMMANDS = {"foreground_mm"}  # by predict, and by adapt of a package
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_locator():
-    """MONAI's table of its classes, most of the time of a check, is made once for all checks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "ComponentLocator", functools.cache(configs.ComponentLocator))
-        yield
 
 
 def merged(folder, name):
