@@ -29,6 +29,7 @@ from benchmarks.timing import peak_bytes
 from mapseg_components.memory import keep_freed_memory
 
 ROOT = BUNDLES.parent
+SHAPE = (128, 160, 128)  # of the scan that is segmented
 SMALL = ["train.json", "fetal_age.yaml", "small_data.yaml"]
 # bundle, configs, settings, timed calls
 CASES: dict[str, tuple[str, list[str], dict[str, Any], int]] = {
@@ -51,7 +52,7 @@ def call_of(name: str) -> Callable[[], Any]:
         parser.update(data)
         return step_of(parser, next(iter(part(parser, "train#dataloader"))))
     parser.update({"handlers": [], "cases": [], "dataset#data": [{}]})
-    return inference_of(parser, part(parser, "network_def"), torch.rand(1, 128, 160, 128))
+    return inference_of(parser, part(parser, "network_def"), torch.rand(1, *SHAPE))
 
 
 def timed(name: str, keep: bool) -> dict[str, float]:

@@ -36,7 +36,7 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.networks import GlobalLocalDeepLabV3
 from tests.conftest import ROOT
 
-QUICK = ["--quick", "--threads", "1", "--only"]
+QUICK = ["--quick", "--threads", "1", "--set", "head_channels=8", "--set", "dilations=[1,2]", "--only"]
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +302,11 @@ def test_guards_are_measured_on_and_off():
 def test_every_case_of_freed_memory_runs(name, monkeypatch):
     bundle, files, settings, _ = freed_memory.CASES[name]
     monkeypatch.setattr(freed_memory, "SMALL", ["train.json", "fetal_age.yaml", "tiny.yaml"])
+    monkeypatch.setattr(freed_memory, "SHAPE", (24, 28, 20))
     if files != ["inference.json"]:
         files = freed_memory.SMALL
+    else:
+        settings = {**settings, "patch_size": [16, 16, 16], "window_stride": [12, 12, 12]}
     monkeypatch.setitem(freed_memory.CASES, name, (bundle, files, settings, 1))
     found = freed_memory.timed(name, keep=False)
     assert found["seconds"] > 0 and found["peak_mib"] > 100
