@@ -19,6 +19,7 @@ from mapseg_components.commands.main import COMMANDS, arguments_of, main
 from mapseg_components.errors import CheckpointError, ConfigError, DataError, MAPSegError
 from mapseg_components.session import choose_device, exit_code_of, working
 from tests.conftest import ROOT
+from tests.warm import python
 
 EXITS = sorted(error.exit_code for error in MAPSegError.__subclasses__())
 
@@ -44,9 +45,9 @@ def test_a_command_is_declared_as_it_is(name):
     assert list(found.signature.parameters.values()) == list(real.parameters.values())
 
 
-def in_a_new_process(code):
+def in_a_new_process(code, start=sys.executable):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return subprocess.run([start, "-c", code], capture_output=True, text=True, env=environment, check=True)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_help_and_usage_errors_import_neither_torch_nor_numpy(words):
 def test_a_commands_name_is_its_function_whatever_was_imported_first(first):
     code = first + "from mapseg_components.commands import restore; import mapseg_components.commands as c; "
     code += "print(restore.__qualname__, c.restore is restore, callable(c.restore), hasattr(c, 'no_such'))"
-    assert in_a_new_process(code).stdout.split() == ["restore", "True", "True", "False"]
+    assert in_a_new_process(code, python()).stdout.split() == ["restore", "True", "True", "False"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["help"], ["-h"]])
