@@ -86,7 +86,7 @@ def begin_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
         sys.excepthook = plain_error_hook
     workflow = running_workflow()
     if workflow is not None:
-        check_settings(workflow.parser.config, Path(str(workflow.config_root_path)))
+        check_settings(workflow.parser.config, Path(str(workflow.config_root_path)), workflow.parser.locator)
         if given_lists() and "labels" not in workflow.parser:
             raise ConfigError(
                 "train#dataset#data is a list of labelled scans, and this bundle learns from the images of a datalist "
@@ -105,7 +105,7 @@ def end_run(folders: Sequence[str | os.PathLike[str]] = ()) -> None:
     unlock_folders(folders)
 
 
-def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
+def check_settings(settings: Mapping[str, Any], config_folder: Path, locator: ComponentLocator | None = None) -> None:
     """Refuse keys that would be ignored: at the top level, in ``train`` and ``validate``, and arguments of components.
 
     Additional keys, for use by your expressions, begin with an underscore.
@@ -113,6 +113,7 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
     Args:
         settings: the merged config, overlays and overrides included.
         config_folder: the bundle's folder of configs; its own configs say which keys there are.
+        locator: of a parser, which knows MONAI's components already.
 
     Raises:
         ConfigError: names each unknown key and the nearest known one.
@@ -135,7 +136,7 @@ def check_settings(settings: Mapping[str, Any], config_folder: Path) -> None:
         for section, key in found
         if (key not in known[section] or (not section and key in other_stage)) and not str(key).startswith("_")
     ]
-    problems += unknown_arguments(dict(settings), ComponentLocator())
+    problems += unknown_arguments(dict(settings), locator or ComponentLocator())
     if problems:
         raise ConfigError(
             f"unknown setting {', '.join(problems)}: correct it in the overlay or on the command line; "

@@ -214,7 +214,8 @@ def read_bundle(bundle: Path, overlays: Sequence[str], settings: Mapping[str, An
     check_numbers(settings, parser.config)
     for name, value in settings.items():
         parser[name] = value
-    check_settings({key: value for key, value in parser.config.items() if key != "_meta_"}, configs)
+    asked = {key: value for key, value in parser.config.items() if key != "_meta_"}
+    check_settings(asked, configs, parser.locator)
     return parser
 
 

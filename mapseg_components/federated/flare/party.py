@@ -91,7 +91,7 @@ class Party:
         parser.read_config(files)
         parser.update({"bundle_root": content["bundle_root"], **changes})
         settings = parser.config
-        check_settings(settings, folder)
+        check_settings(settings, folder, parser.locator)
         get = parser_of(settings).get_parsed_content
         return cls(
             name,
