@@ -6,8 +6,8 @@ python -m benchmarks.methods.verdicts runs/benchmark/*/results.json [--docs docs
 
 The estimates of a model's Dice are held against the truth, task by task. Their error has a part that all scans of a
 task share: what a model gets wrong alike in every view shows in no agreement. So each task's estimates are also moved
-by the median error of the other tasks, with intervals as wide as four fifths of their errors are then. That is the
-error on a task that was not used.
+by the median error of the other tasks, with intervals as wide as four fifths of the errors are then, in the task where
+they are widest. That is the error on a task that was not used.
 
 A second table has what other rules would have shipped: of a method that learns from the source's labels while it learns
 from the target the adapted model, unless its estimate is lower by more than a tolerance. Its last row takes for each
@@ -66,23 +66,28 @@ def pooled(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         and ``held``, once moved and with intervals by the other tasks; ``None`` with a single task.
     """
     errors = [errors_of(one["runs"]) for one in results]
+    tasks: dict[str, list[np.ndarray]] = {}
+    for one, own in zip(results, errors):
+        tasks.setdefault(one["task"]["name"], []).append(own)
     rows: list[dict[str, Any]] = []
     for one, own in zip(results, errors):
+        variants = one.get("knobs")
         row = {
-            "title": one["task"]["title"],
+            "title": one["task"]["title"] + (f", variants of {variants['method']}" if variants else ""),
             **verdicts_of(one["runs"]),
             **figures(own),
             "moved_error": None,
             "held": 0,
         }
-        name = one["task"]["name"]
-        others = [each for other, each in zip(results, errors) if other["task"]["name"] != name and len(each)]
+        others = [np.concatenate(each) for name, each in tasks.items() if name != one["task"]["name"]]
+        others = [each for each in others if len(each)]
         if others and len(own):
             # tasks weigh alike, however many runs they have
             shift = float(np.median([np.median(each) for each in others]))
-            width = conformal_quantile(sorted(float(abs(error - shift)) for each in others for error in each), COVERAGE)
+            widths = [conformal_quantile(sorted(abs(each - shift).tolist()), COVERAGE) for each in others]
+            width = max(np.inf if each is None else each for each in widths)
             row["moved_error"] = float(np.mean(abs(own - shift)))
-            row["held"] = int((abs(own - shift) <= (np.inf if width is None else width)).sum())
+            row["held"] = int((abs(own - shift) <= width).sum())
         rows.append(row)
     moved = [row for row in rows if row["moved_error"] is not None]
     sums = [row["moved_error"] * row["models"] for row in moved]
