@@ -7,6 +7,8 @@ python -m benchmarks.choices precision         four layers of a U-Net in float32
 python -m benchmarks.choices memory_format     a step of a planned U-Net, PyTorch's own format against channels_last_3d
 python -m benchmarks.choices memory_format_thick, memory_format_images, memory_format_dynunet, memory_format_mapseg
                                                the same of thick slices, images, and other networks
+python -m benchmarks.choices windows, windows_thick, windows_dynunet, windows_mapseg
+                                               the same of four windows of inference
 python -m benchmarks.choices resampling        eight classes to the scan's grid, along its axes against MONAI's way
 python -m benchmarks.choices onnx              windows through a planned U-Net, PyTorch against ONNX Runtime (export)
 python -m benchmarks.choices onnx_slices       the same for images
@@ -95,26 +97,41 @@ def precision_sides() -> dict[str, Callable[[], None]]:
     return {"bf16": step(network, image, "bf16"), "float32": step(network, image)}
 
 
-def formats_sides(network: nn.Module, *shape: int) -> dict[str, Callable[[], None]]:
+def formats_sides(network: nn.Module, shape: Sequence[int], trained: bool) -> dict[str, Callable[[], None]]:
     keep_freed_memory()  # as a training does
-    image, other = torch.rand(2, 1, *shape), set_memory_format(copy.deepcopy(network), "channels_last_3d")
-    return {"PyTorch's own": step(network, image), "channels_last_3d": step(other, image)}
+    other = set_memory_format(copy.deepcopy(network), "channels_last_3d")
+    image = torch.rand(2 if trained else 4, 1, *shape)
+    side = step if trained else window
+    return {"PyTorch's own": side(network, image), "channels_last_3d": side(other, image)}
 
 
-def planned_formats(shape: Sequence[int], spacing: Sequence[float], reduced: bool) -> dict[str, Callable[[], None]]:
+def window(network: nn.Module, image: torch.Tensor) -> Callable[[], None]:
+    """A forward pass."""
+    network.eval()
+
+    @torch.no_grad()
+    def run() -> None:
+        network(image)
+
+    return run
+
+
+def planned_formats(
+    shape: Sequence[int], spacing: Sequence[float], reduced: bool, trained: bool = True
+) -> dict[str, Callable[[], None]]:
     sizes = plan_unet(shape, spacing, reduced)
     del sizes["upsample_kernel_size"]
-    return formats_sides(GlobalLocalUNet(1, 8, **sizes), *shape)
+    return formats_sides(GlobalLocalUNet(1, 8, **sizes), shape, trained)
 
 
-def dynunet_formats() -> dict[str, Callable[[], None]]:
+def dynunet_formats(trained: bool = True) -> dict[str, Callable[[], None]]:
     sizes, norm = plan_unet([48] * 3, [1, 1, 1]), ("INSTANCE", {"affine": True})
-    return formats_sides(DynUNet(3, 1, 8, **sizes, norm_name=norm), 48, 48, 48)
+    return formats_sides(DynUNet(3, 1, 8, **sizes, norm_name=norm), [48] * 3, trained)
 
 
-def mapseg_formats() -> dict[str, Callable[[], None]]:
+def mapseg_formats(trained: bool = True) -> dict[str, Callable[[], None]]:
     sizes = {"width": 32, "depth": 6, "stride": 2, "dilations": [2, 4, 6], "head_channels": 16}  # small_data.yaml
-    return formats_sides(GlobalLocalDeepLabV3(in_channels=1, num_classes=8, **sizes), 48, 48, 48)
+    return formats_sides(GlobalLocalDeepLabV3(in_channels=1, num_classes=8, **sizes), [48] * 3, trained)
 
 
 def resampling_sides() -> dict[str, Callable[[], None]]:
@@ -142,6 +159,10 @@ SIDES: Mapping[str, Callable[[], dict[str, Callable[[], None]]]] = {
     "memory_format_images": lambda: planned_formats([192, 192, 1], [1, 1, 1], True),
     "memory_format_dynunet": dynunet_formats,
     "memory_format_mapseg": mapseg_formats,
+    "windows": lambda: planned_formats([48, 48, 48], [1, 1, 1], False, trained=False),
+    "windows_thick": lambda: planned_formats([80, 80, 8], [1.6, 1.6, 8], True, trained=False),
+    "windows_dynunet": lambda: dynunet_formats(trained=False),
+    "windows_mapseg": lambda: mapseg_formats(trained=False),
     "resampling": resampling_sides,
     "onnx": lambda: windows_sides(48, 48, 48),
     "onnx_slices": lambda: windows_sides(192, 192, 1),

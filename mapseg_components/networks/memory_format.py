@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mapseg_components.errors import ConfigError
+from mapseg_components.networks.norms import set_norms
 from mapseg_components.precision import resolved_amp
 
 __all__ = ["resolved_memory_format", "set_memory_format"]
@@ -57,6 +58,8 @@ def resolved_memory_format(
 def set_memory_format(network: nn.Module, memory_format: str | None) -> nn.Module:
     """Lay out the weights of a network's 3D convolutions; its features follow them, its values stay the same.
 
+    In ``channels_last_3d`` its norms become those of `mapseg_components.networks.norms`, which are faster there.
+
     Args:
         network: changed in place.
         memory_format: ``"channels_last_3d"`` or ``None`` for PyTorch's own.
@@ -75,4 +78,4 @@ def set_memory_format(network: nn.Module, memory_format: str | None) -> nn.Modul
     for weight in network.parameters():
         if weight.dim() == 5:
             weight.data = weight.data.contiguous(memory_format=layout)
-    return network
+    return set_norms(network) if memory_format == CHANNELS_LAST else network
