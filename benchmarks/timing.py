@@ -93,14 +93,24 @@ def peak_bytes() -> int:
     raise OSError("/proc/self/status has no VmHWM: memory is measured on Linux only")
 
 
-def product_rates(device: torch.device, clock: Callable[[], float], side: int, repeats: int = 5) -> dict[str, float]:
+PRECISIONS = {"package": torch.float32, "package_bf16": torch.bfloat16}
+
+
+def product_rates(
+    device: torch.device,
+    clock: Callable[[], float],
+    side: int,
+    repeats: int = 5,
+    precisions: Mapping[str, torch.dtype] = PRECISIONS,
+) -> dict[str, float]:
     """Operations a second of products of two square matrices, which no step exceeds by much: float32 and bf16.
 
     Args:
         side: rows and columns of the matrices.
+        precisions: by the names in the result.
     """
     calls = {}
-    for name, dtype in (("package", torch.float32), ("package_bf16", torch.bfloat16)):
+    for name, dtype in precisions.items():
         one, other = torch.randn(2, side, side, device=device).to(dtype)
         calls[name] = functools.partial(torch.matmul, one, other)
     seconds = interleaved(calls, repeats, device, clock=clock)

@@ -16,7 +16,7 @@ import torch
 from benchmarks.peers import monai_side, package_side
 from benchmarks.peers.plan import Plan, dynunet, nnunet_architecture, nnunet_weights, turned
 from benchmarks.peers.report import table
-from benchmarks.peers.run import QUICK, case, dice, in_turns, measured
+from benchmarks.peers.run import QUICK, case, dice, in_turns, measured, step_operations
 from benchmarks.peers.scans import scan_folder, write_scans
 from benchmarks.peers.side import SIDES, Side
 from tests.conftest import ROOT
@@ -82,6 +82,17 @@ def test_dice_is_that_of_the_label_maps(folder, tmp_path):
         name = scan.name.removesuffix("_0000.nii.gz")
         (tmp_path / f"{name}.nii.gz").write_bytes((folder / "unseen" / f"{name}_label.nii.gz").read_bytes())
     assert np.isclose(dice(folder, tmp_path, QUICK), 1)
+
+
+def test_operations_of_a_step_are_those_of_its_convolutions():
+    plan = Plan(patch=8, filters=(4, 8, 12), batch_size=1)
+    sides, pairs = (8, 4, 2), ((1, 4), (4, 8), (8, 12))
+    forward = sum(54 * side**3 * (first * second + second**2) for side, (first, second) in zip(sides, pairs))
+    for side, below, channels in ((4, 12, 8), (8, 8, 4)):  # a transposed convolution of 2, and two convolutions
+        forward += 2 * side**3 * below * channels + 54 * side**3 * (2 * channels * channels + channels**2)
+    forward += 2 * 8**3 * 4 * plan.classes
+    image = 54 * 8**3 * 4  # needs no gradient
+    assert step_operations(plan) == 3 * forward - image
 
 
 def test_sides_take_turns():

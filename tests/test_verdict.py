@@ -59,7 +59,7 @@ def test_lost_is_what_the_other_model_has_more(tmp_path, dataset, monkeypatch, s
     cases = [{"case": "target_test-0", "estimated_dice": 0.5, "consistency": 1, "confidence": 1}]
     cases[0]["within_calibration"] = True
     monkeypatch.setattr(verdict, "assess", lambda _, names, *__: {"models": {name: {"cases": cases} for name in names}})
-    monkeypatch.setattr(verdict, "verdict_of", lambda *_: said)
+    monkeypatch.setattr(verdict, "verdict_of", lambda *_, **__: said)
     rows = verdict.compare(tmp_path / "seed3", str(tmp_path / "bundle"), False, ["continued", "adapted"])
     assert [row["lost"] for row in rows[1:]] == pytest.approx(lost)
 

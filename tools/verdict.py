@@ -26,15 +26,17 @@ import numpy as np
 from monai.bundle import ConfigParser
 
 from mapseg_components.commands.assess import assess
-from mapseg_components.commands.verdict import verdict_of
+from mapseg_components.commands.verdict import tolerance_of, verdict_of
 from mapseg_components.data import load_datalist
 from mapseg_components.files import write_json
+from mapseg_components.plans.recipes import read_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.measure import MODELS, SOURCE, value_of, weights_of
 from tools.stages import ADAPTATION
 
-COMPARED = [name for name in MODELS if name != "oracle"]
+RECIPES = {"continued": "source_only", "adapted": "mapseg", "test-time": "test_time", "federated": "federated"}
+COMPARED = [name for name in MODELS if name in RECIPES]
 
 
 def write_bundle(folder: Path, datalist: Path, overlays: list[str], changes: dict[str, Any]) -> None:
@@ -71,7 +73,7 @@ def compare(seed: Path, bundle: str, symmetric: bool, only: list[str]) -> list[d
         scans = [{"dice": truth[case["case"]], **{key: case[key] for key in keys}} for case in models[name]["cases"]]
         row = {"seed": seed.name, "model": name, "dice": float(np.mean([scan["dice"] for scan in scans]))}
         if rows:
-            said = verdict_of(models[SOURCE], models[name])
+            said = verdict_of(models[SOURCE], models[name], tolerance=tolerance_of(read_recipe(RECIPES[name])))
             gain = row["dice"] - rows[0]["dice"]
             lost = max(-gain if said["ship"] == "adapted" else gain, 0.0)
             row |= {"gain": gain, "estimated_gain": said["gain"], "interval": said["interval"]}

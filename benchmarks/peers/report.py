@@ -49,6 +49,10 @@ def table(results: Mapping[str, Any]) -> str:
         peaks = results["cases"][f"command, {plan['scans']} scans"]["memory"]
         lines.append(memory_line("memory of the command, all processes", peaks))
     lines.append(memory_line("memory of training", results["training_memory"]))
+    done = results["operations"]
+    steps = results["cases"]["training step"]["seconds"]
+    each_second = {side: done["step"] / steps[side]["median"] for side in sides}
+    shares = ", ".join(f"{SIDES[side]} {rate / done['products']:.0%}" for side, rate in each_second.items())
     scored = ", ".join(f"{SIDES[side]} {results['dice'][side]:.3f}" for side in sides)
     return "\n".join([
         *lines,
@@ -56,6 +60,9 @@ def table(results: Mapping[str, Any]) -> str:
         f"The same network: with the same weights nnU-Net's logits of a patch differ by {results['logits']:.0e} of the "
         f"largest. The same result: mean Dice of the {plan['scans']} scans, {scored}. nnU-Net as it comes averages "
         f"eight flips: {seconds(results['nnunet_as_it_comes'])} for one scan.",
+        "",
+        f"A training step has {done['step'] / 1e9:.1f} GFLOP of convolutions. Products of large float32 matrices reach "
+        f"{done['products'] / 1e9:.0f} GFLOP/s here; of that rate, steps reach: {shares}.",
     ])  # fmt: skip
 
 

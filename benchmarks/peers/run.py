@@ -28,12 +28,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from benchmarks.analytic import counted
 from benchmarks.peers import monai_side, nnunet_side, package_side
-from benchmarks.peers.plan import Plan
+from benchmarks.peers.plan import Plan, dynunet
 from benchmarks.peers.report import table
 from benchmarks.peers.scans import CHANNEL, scan_folder, write_scans
 from benchmarks.peers.side import Side, environment
-from benchmarks.timing import machine, ratios, summary
+from benchmarks.timing import CLOCKS, machine, product_rates, ratios, summary
 from benchmarks.trees import tree_bytes
 
 __all__ = ["run"]
@@ -41,6 +42,7 @@ __all__ = ["run"]
 logger = logging.getLogger("benchmarks")
 COMMANDS = {"package": package_side.command, "monai": monai_side.command, "nnunet": nnunet_side.command}
 STEPS = {"step": "training step", "step_with_samples": "training step and its samples"}
+SIDE = 2048  # rows and columns of matrices whose product shows what the processor can do
 QUICK = Plan(patch=16, filters=(4, 8, 8), shape=(30, 36, 30), scans=2, steps=2, training=2)
 POLL_SECONDS = 0.1
 
@@ -67,6 +69,7 @@ def run(plan: Plan, repeats: int, commands: int, threads: int, folder: Path) -> 
         "machine": {**machine(torch.device("cpu")), "threads": threads, "date": datetime.date.today().isoformat()},
         "plan": json.loads((folder / "plan.json").read_text(encoding="utf-8")),
         "logits": prepared["nnunet"],
+        "operations": {"step": step_operations(plan), "products": rate(threads)},
         "cases": {},
     }
     for key, name in STEPS.items():
@@ -100,6 +103,18 @@ def run(plan: Plan, repeats: int, commands: int, threads: int, folder: Path) -> 
     )
     results["nnunet_as_it_comes"] = seconds
     return results
+
+
+def step_operations(plan: Plan) -> int:
+    """Operations of the convolutions of a training step, forward and backward."""
+    network, images = dynunet(plan), torch.rand(plan.batch_size, 1, *[plan.patch] * 3)
+    return counted(lambda: network(images).sum().backward())
+
+
+def rate(threads: int) -> float:
+    """Operations a second of products of large float32 matrices."""
+    torch.set_num_threads(threads)
+    return product_rates(torch.device("cpu"), CLOCKS["wall"], SIDE, precisions={"float32": torch.float32})["float32"]
 
 
 def in_turns(calls: dict[str, Callable[[], float]], repeats: int, warmup: int) -> dict[str, list[float]]:

@@ -162,10 +162,10 @@ def structure_names(
     """Structures to train for: as asked, as the datalist or ``dataset.json`` says, or as found in the label maps."""
     if labels:
         found = labels.get("labels")
-        return structures_of(found if isinstance(found, dict) else labels, "labels")
+        return trainable(structures_of(found if isinstance(found, dict) else labels, "labels"), "labels")
     named = labels_file(source)
     if named is not None:
-        return structures_of(read_json(named)["labels"], f"{named}, labels")
+        return trainable(structures_of(read_json(named)["labels"], f"{named}, labels"), f"{named}: labels")
     values: dict[float, int] = {}
     for case in cases:
         facts = facts_of(case["label"], with_values=True)
@@ -177,3 +177,10 @@ def structure_names(
     if not values or len(values) > MOST_LABELS:
         raise DataError(f"the label maps of {source} have {len(values)} values above 0: name the structures by labels")
     return {unnamed(value): int(value) for value in sorted(values)}
+
+
+def trainable(structures: dict[str, int], origin: str) -> dict[str, int]:
+    """The structures. Raises `ConfigError` if they are too many for class indices in a byte."""
+    if len(structures) > MOST_LABELS:
+        raise ConfigError(f"{origin} name {len(structures)} structures, expected {MOST_LABELS} at most: merge some")
+    return structures

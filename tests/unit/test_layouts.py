@@ -225,6 +225,17 @@ def test_regions_and_ignore_are_refused_by_name(tmp_path, capsys, labels, messag
         structure_names(None, str(tmp_path), [])
 
 
+def test_more_structures_than_a_byte_has_indices_for_are_refused_before_training(tmp_path):
+    many = {f"structure {value}": value for value in range(1, 256)}
+    with pytest.raises(ConfigError, match="labels name 255 structures, expected 254 at most: merge some"):
+        structure_names(many, "elsewhere", [])
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": many}))
+    with pytest.raises(ConfigError, match=r"dataset\.json: labels name 255 structures, expected 254"):
+        structure_names(None, str(tmp_path), [])
+    del many["structure 255"]
+    assert structure_names(many, "elsewhere", []) == many
+
+
 def test_a_label_map_without_a_scan_is_named(tmp_path):
     dataset(tmp_path, "nnU-Net v2")
     write_nifti(tmp_path / "labelsTr/lost.nii.gz", scan_of(0)[1], AFFINE)
