@@ -32,7 +32,7 @@ from mapseg_components.commands.source_choice import (
 )
 from mapseg_components.commands.stages import threads
 from mapseg_components.commands.training import CHECK, Run
-from mapseg_components.commands.verdict import tolerance_of
+from mapseg_components.commands.verdict import least_gain_of
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
@@ -303,7 +303,7 @@ class Adaptation(Run):
                 self.record.get("samples"),
                 {name: str(self.datalist_of_model(name)) for name in weights},
                 self.record["plan"].get("package"),
-                tolerance_of(self.recipe),
+                least_gain_of(self.recipe),
             )
             self.save()
         chosen = self.record["assessment"]["verdict"]["ship"]

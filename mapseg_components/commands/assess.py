@@ -65,7 +65,7 @@ def assess(
     samples: int | None = None,
     validation: Mapping[str, str] | None = None,
     package: Mapping[str, Any] | None = None,
-    tolerance: float = 0.0,
+    least_gain: float = 0.0,
 ) -> dict[str, Any]:
     """Figures of each model on the target's scans and on the source's validation scans, and what they say.
 
@@ -94,7 +94,7 @@ def assess(
             trained on them, such as translated ones; by default the bundle's. Cases and label maps are the same.
         package: of a bundle whose datalist names no source, ``share_ranges`` and ``ranges_ml`` of its structures, see
             `mapseg_components.plans.package.plan_of_package`.
-        tolerance: of the verdict, see `mapseg_components.commands.verdict.tolerance_of`.
+        least_gain: for the verdict, see `mapseg_components.commands.verdict.least_gain_of`.
 
     Returns:
         ``held_out``, ``passes`` (number of segmentations of a whole scan), ``coverage`` (nominal, of each case's
@@ -222,7 +222,7 @@ def assess(
             case["interval"] = interval_of(calibrations[name], case["estimated_dice"])
     if "between" in result:
         both = models["source_only"], models["adapted"]
-        result["verdict"] = verdict_of(*both, result["held_out"], result["by"], tolerance)
+        result["verdict"] = verdict_of(*both, result["held_out"], result["by"], least_gain)
     return result
 
 

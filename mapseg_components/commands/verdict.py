@@ -12,14 +12,14 @@ import numpy as np
 from mapseg_components.metrics import bootstrap_interval
 from mapseg_components.plans.recipes import Recipe
 
-__all__ = ["CONSISTENCY", "ESTIMATE", "rounded", "tolerance_of", "verdict_of"]
+__all__ = ["CONSISTENCY", "ESTIMATE", "least_gain_of", "rounded", "verdict_of"]
 
 ESTIMATE, CONSISTENCY = "estimated_dice", "consistency"  # figures of a case by which models are compared
 TITLES = {ESTIMATE: "Estimated Dice", CONSISTENCY: "Consistency"}
 HELD_OUT = "target scans that were held out of adaptation"
 ADAPTED_ON = "target scans, the ones adapted on (none was held out; gains may be less on others)"
 LEAST_LOSS = 0.01
-TOLERANCE = 0.02  # Dice; chosen by benchmarks/methods/verdicts.py
+WITH_SOURCE, WITHOUT_SOURCE = -0.02, 0.01  # least estimated gain; chosen by benchmarks/methods/verdicts.py
 WITHOUT_LABELS = (
     "There is no labelled scan, so Dice is not estimated: consistency is how alike a model's label maps of one scan "
     "are when its intensities change. A model can be consistent and wrong."
@@ -31,11 +31,12 @@ OFF = {
 FAILS_BELOW = 0.2  # of the Dice on the source's validation scans
 
 
-def tolerance_of(recipe: Recipe) -> float:
-    """How much lower the estimate of an adapted model may be for it to be shipped.
+def least_gain_of(recipe: Recipe) -> float:
+    """The estimated gain from which on an adapted model is shipped.
 
     A method that learns from the source's labels while it learns from the target seldom makes a model much worse, and
-    a small difference of estimates is within their error. Without the source nothing holds a model: 0.
+    a small difference of estimates is within their error: its model may be estimated a little lower. Without the source
+    nothing holds a model, and its gain must be more than that error.
 
     Args:
         recipe: the method.
@@ -44,12 +45,12 @@ def tolerance_of(recipe: Recipe) -> float:
         Dice.
 
     Examples:
-        >>> from mapseg_components.commands.verdict import tolerance_of
+        >>> from mapseg_components.commands.verdict import least_gain_of
         >>> from mapseg_components.plans.recipes import read_recipe
-        >>> [tolerance_of(read_recipe(name)) for name in ("mapseg", "test_time")]
-        [0.02, 0.0]
+        >>> [least_gain_of(read_recipe(name)) for name in ("mapseg", "test_time")]
+        [-0.02, 0.01]
     """
-    return TOLERANCE if recipe.source else 0.0
+    return WITH_SOURCE if recipe.source else WITHOUT_SOURCE
 
 
 def verdict_of(
@@ -57,21 +58,21 @@ def verdict_of(
     adapted: Mapping[str, Any],
     held_out: bool = False,
     by: str = ESTIMATE,
-    tolerance: float = 0.0,
+    least_gain: float = 0.0,
 ) -> dict[str, Any]:
     """The verdict: which model to use, with the reason, from the figures of both on the same target scans.
 
     The estimates of Dice are compared scan by scan. Better means: by their mean, and in more than half of the scans.
     Worse: the mean difference is 0.01 at least, and the bootstrap interval (95 %, over scans) does not hold 0. An
-    adapted model that is not better is not shipped, unless its estimate is lower by no more than the tolerance. A gain
-    whose interval holds 0, or of one scan, is called uncertain.
+    adapted model that is not better is not shipped, unless its estimate is lower by no more than the least gain allows;
+    nor is one that is better by less than that. A gain whose interval holds 0, or of one scan, is called uncertain.
 
     Args:
         source: figures of the source-only model, as `assess` makes them.
         adapted: those of the other one.
         held_out: whether adaptation did not see these scans; the sentences say so.
         by: which figure of a case is compared: ``estimated_dice``, or ``consistency`` where no scan is labelled.
-        tolerance: Dice, see `tolerance_of`.
+        least_gain: Dice, see `least_gain_of`; of no effect on consistency.
 
     Returns:
         ``verdict`` ("adapted", "no gain", "worse than source"), ``ship`` (the model's name), ``gain`` (mean difference
@@ -111,20 +112,27 @@ def verdict_of(
     if outside:
         of = f"{outside} of {len(adapted['cases'])}"
         why.append(f"{of} target scans lie outside the consistency of all labelled scans: guesses.")
-    if gain > 0 and np.mean(differences > 0) > 0.5:
+    least = least_gain if by == ESTIMATE else 0.0
+    better = gain > 0 and np.mean(differences > 0) > 0.5
+    if better and gain > least:
         verdict = "adapted"
         if interval is not None and interval[0] <= 0:
             why.append("The interval holds 0: the gain is uncertain.")
-    elif tolerance and gain >= -tolerance:
+    elif least < 0 and gain >= least:
         verdict = "adapted"
         why.append(
-            f"That is no gain, and within what estimates are off by ({tolerance:.2f}): a model that learnt from the "
+            f"That is no gain, and within what estimates are off by ({-least:.2f}): a model that learnt from the "
             "source's labels as well is seldom worse, so it is kept."
         )
     elif gain <= -LEAST_LOSS and interval is not None and interval[1] < 0:
         verdict = "worse than source"
     else:
         verdict = "no gain"
+        if better:
+            why.append(
+                f"That is within what estimates are off by ({least:.2f}): nothing of the source holds a model that was "
+                "adapted without it, so the source-only model is kept."
+            )
     why += [] if interval else ["One scan: no interval, the gain is uncertain."]
     ship = "adapted" if verdict == "adapted" else "source_only"
     best = float(np.mean([pair[ship == "adapted"] for pair in pairs]))

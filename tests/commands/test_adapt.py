@@ -21,7 +21,7 @@ from mapseg_components.commands.assess import case_figures
 from mapseg_components.commands.order import describe_order
 from mapseg_components.commands.report import report
 from mapseg_components.commands.stages import error_of, run_stage
-from mapseg_components.commands.verdict import tolerance_of, verdict_of
+from mapseg_components.commands.verdict import least_gain_of, verdict_of
 from mapseg_components.data import load_datalist
 from mapseg_components.data.datalist import all_targets
 from mapseg_components.errors import ConfigError, DataError, MAPSegError, ResourceError
@@ -369,15 +369,22 @@ def test_verdicts():
 
 
 @pytest.mark.parametrize(
-    "method, change, ship",
-    [("mapseg", -0.015, "adapted"), ("mapseg", -0.03, "source_only"), ("test_time", -0.015, "source_only")],
+    "method, change, verdict",
+    [
+        ("mapseg", -0.015, "adapted"),
+        ("mapseg", -0.03, "worse than source"),
+        ("test_time", -0.015, "worse than source"),
+        ("test_time", 0.008, "no gain"),
+        ("test_time", 0.012, "adapted"),
+    ],
 )
-def test_a_method_that_keeps_learning_the_source_is_kept_where_its_estimate_is_little_lower(method, change, ship):
-    base = [0.5, 0.6, 0.7, 0.55]
-    tolerance = tolerance_of(read_recipe(method))
-    said = verdict_of(figures(base), figures([each + change for each in base]), tolerance=tolerance)
-    assert said["ship"] == ship and said["verdict"] == ("adapted" if ship == "adapted" else "worse than source")
-    assert ("within what estimates are off by (0.02)" in " ".join(said["why"])) == (ship == "adapted")
+def test_the_least_gain_is_less_for_a_method_that_keeps_learning_the_source(method, change, verdict):
+    base, least = [0.5, 0.6, 0.7, 0.55], least_gain_of(read_recipe(method))
+    said = verdict_of(figures(base), figures([each + change for each in base]), least_gain=least)
+    assert said["verdict"] == verdict and (said["ship"] == "adapted") == (verdict == "adapted")
+    why = " ".join(said["why"])
+    assert ("within what estimates are off by (0.02)" in why) == (change == -0.015 and method == "mapseg")
+    assert ("within what estimates are off by (0.01)" in why) == (verdict == "no gain")
 
 
 @pytest.mark.parametrize("after, verdict", [(0.6, "adapted"), (0.5, "no gain"), (0.3, "no gain")])

@@ -228,6 +228,8 @@ def test_the_verdict_without_labelled_scans_is_by_consistency():
     better = verdict_of(cases(0.5, 0.6, 0.7), cases(0.6, 0.75, 0.8), True, "consistency")
     assert better["verdict"] == "adapted" and better["gain"] == pytest.approx(0.1167, abs=1e-4)
     assert "Dice is not estimated" in " ".join(better["why"]) and better["why"][0].startswith("Consistency on 3")
+    little = verdict_of(cases(0.5, 0.6, 0.7), cases(0.505, 0.605, 0.705), True, "consistency", least_gain=0.01)
+    assert little["verdict"] == "adapted", "a least gain is in Dice"
     worse = verdict_of(cases(0.6, 0.75, 0.8), cases(0.5, 0.6, 0.7), True, "consistency")
     assert worse["verdict"] == "worse than source" and worse["ship"] == "source_only"
     assert judged_images(30, 7, labelled=False) == (0, 7) and judged_images(3, None, labelled=False) == (0, 3)
