@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from benchmarks import (
     cases,
     freed_memory,
     guards,
+    many_scans,
     memory,
     overlap,
     report,
@@ -247,9 +250,33 @@ def test_text_goes_between_the_markers(tmp_path):
 def test_the_page_shows_the_results_file():
     page = (ROOT / "docs" / "reference" / "performance.md").read_text(encoding="utf-8")
     own = {"overlap.json": overlap.table, "scaling.json": scaling.table, "peers.json": peers_report.table}
+    own["many_scans.json"] = many_scans.table
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         assert own.get(path.name, report.tables)(content) in page, path.name
+
+
+def test_commands_are_measured_on_more_and_more_scans(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(many_scans, "watched", lambda line: commands.append(line[3:]) or (1.0, 2e6))
+    commands = []
+    found = many_scans.measure(tmp_path, [1, 3])
+    assert [(line[0], Path(line[1]).name) for line in commands] == [("check", "scans"), ("predict", "scans")] * 2
+    assert len({path.read_bytes() for path in (tmp_path / "scans").iterdir()}) == 3
+    assert found["commands"]["check"] == {"seconds": [1.0, 1.0], "bytes": [2e6, 2e6]}
+    grown = {"counts": [1, 10, 100], "machine": found["machine"]}
+    grown["commands"] = {"check": {"seconds": [8.0, 9.0, 108.0], "bytes": [1e8] * 3}}
+    assert "| `mapseg check` | 8 s, 100 MB | 9 s, 100 MB | 108 s, 100 MB | 2.00 |" in many_scans.table(grown)
+    monkeypatch.setattr("sys.argv", ["many_scans", "--scans", "3", "1", "5"])
+    with pytest.raises(SystemExit):
+        many_scans.main()
+    assert "three numbers or more, rising" in capsys.readouterr().err
+
+
+def test_a_watched_command_tells_what_it_took_or_that_it_failed():
+    seconds, peak = many_scans.watched([sys.executable, "-c", "b = bytearray(10**8)"])
+    assert seconds > 0 and peak > 1e8
+    with pytest.raises(subprocess.CalledProcessError):
+        many_scans.watched([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_an_unknown_setting_is_refused():

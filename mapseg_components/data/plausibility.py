@@ -242,13 +242,13 @@ def orientations(files: Sequence[str], reference: Sequence[str], statistics: Sta
     """Orientation by content: does a scan fit the reference's mean better in another orientation than its header's?"""
     if len(reference) < FEWEST_SCANS:
         return
-    edges = {file: edges_of(statistics[file].view) for file in {*files, *reference}}
-    total = np.sum([edges[file] for file in reference], axis=0)
-    left_out = [preference(edges[file], total - edges[file]) for file in reference]
+    of_reference = set(reference)
+    total = sum(edges_of(statistics[file].view) for file in reference)  # one scan's at a time: there may be thousands
+    left_out = [preference(scan, total - scan) for scan in (edges_of(statistics[file].view) for file in reference)]
     usual = float(np.median(left_out)) if min(left_out) > 0 else None  # else the reference has no consistent side
     for file in files:
-        scan = edges[file]
-        mean = total - scan if file in reference else total
+        scan = edges_of(statistics[file].view)
+        mean = total - scan if file in of_reference else total
         fits = {turn: likeness(turned(scan, *turn), mean) for turn in every_turn()}
         by_header = max(fits[UPRIGHT], fits[MIRRORED])
         best = max(fits, key=lambda turn: fits[turn])
@@ -291,7 +291,7 @@ def said(order: tuple[int, ...], flips: tuple[bool, ...]) -> str:
 
 def edges_of(view: np.ndarray) -> np.ndarray:
     """Size of the coarse view's intensity gradient, standardised; the same for bright and for dark structures."""
-    size: Any = np.sqrt(sum(np.square(part) for part in np.gradient(view)))
+    size: Any = np.sqrt(sum(np.square(part) for part in np.gradient(view.astype(np.float64))))
     return (size - size.mean()) / max(float(size.std()), 1e-9)
 
 

@@ -41,7 +41,7 @@ class ScanStatistics:
         quantiles: (101,) of the voxels above the lowest value, scaled so that 0 is the lowest value and 1 the 99.5th
             percentile.
         view: (16, 16, 16), the box of what is above the lowest value, in RAS by the header, on a coarse grid: mean
-            intensity of each cell, scaled as the quantiles.
+            intensity of each cell, scaled as the quantiles; float16, since those of all scans are kept.
         sized: lengths are known; of an image without a pixel size they are in pixels.
     """
 
@@ -85,7 +85,7 @@ def scan_statistics(scan: Scan) -> ScanStatistics | None:
         soft_tissue_hu=float(((drawn > -150) & (drawn < 250)).mean()),
         soft_tissue_shifted=float(((drawn > 874) & (drawn < 1274)).mean()),
         quantiles=np.quantile(scaled, np.linspace(0, 1, QUANTILES)),
-        view=coarse(np.clip((voxels[box] - lowest) / (top - lowest), 0, 1)),
+        view=coarse(np.clip((voxels[box] - lowest) / (top - lowest), 0, 1)).astype(np.float16),
         sized=not isinstance(scan, Picture) or scan.sized,
     )
 
