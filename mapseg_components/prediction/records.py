@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Prediction:
     def record(self) -> dict[str, Any]:
         """As plain values, for the manifest."""
         hidden = ("kind", "place", *(() if self.adaptation else ("adaptation",)))
-        return {name: value for name, value in asdict(self).items() if name not in hidden}
+        return {name: value for name, value in vars(self).items() if name not in hidden}
 
     @property
     def adapted(self) -> str:

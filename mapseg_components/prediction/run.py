@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 Around = Callable[[Todo, Mapping[str, Any]], contextlib.AbstractContextManager[None]]
 # Bytes per voxel while one scan is read, one segmented and one written; measured in docs/reference/command_line.md
 BYTES_OVERLAPPED, BYTES_A_CLASS = 70, 4
+SAVES = 100  # of the journal in a run, about: each takes time in proportion to the scans, as would one after every scan
 
 
 class Run:
@@ -63,6 +64,8 @@ class Run:
         self.around = around or no_context
         self.bundle, self.journal, self.writer, self.todo = bundle, journal, writer, todo
         self.quiet, self.overlap = quiet, overlap
+        self.together = -(-len(journal.predictions) // SAVES)  # scans that are claimed, and noted as done, at once
+        self.unsaved, self.ahead = 0, set[str]()
         self.output: dict[str, Any] = {}  # of the evaluator's last iteration
         self.evaluator: Engine = bundle["evaluator"]
         self.evaluator.interrupt_resume_enabled = False  # else the run after one that raised would do nothing
@@ -138,15 +141,30 @@ class Run:
         one, case = todo
         if output is not None:
             with self.stage(todo):
-                one.claimed = True
-                self.journal.write_manifest()
+                self.claim(todo)
                 place = self.writer.output.places[one.case]
                 self.journal.volumes += self.writer.keep(one, case, place, self.saving(output))
                 one.status = "done"
-            with contextlib.suppress(ResourceError):  # a full disk is reported by the next claim, or at the end
-                self.journal.save()
+            self.unsaved += 1
+            if self.unsaved >= self.together:
+                with contextlib.suppress(ResourceError):  # a full disk is reported by the next claim, or at the end
+                    self.journal.save()
+                    self.unsaved = 0
+        elif one.case in self.ahead:
+            one.claimed = False  # it has no files
         if one.series is not None:
             Path(case[IMAGE]).unlink(missing_ok=True)
+
+    def claim(self, todo: Todo) -> None:
+        """Have the manifest say that the files of this scan, and of the next ones, are this run's, before they are."""
+        if todo[0].case in self.ahead:
+            return
+        place = next(number for number, other in enumerate(self.todo) if other[0] is todo[0])
+        chosen = [one for one, _ in self.todo[place : place + self.together]]
+        for one in chosen:
+            one.claimed = True
+        self.journal.write_manifest()
+        self.ahead.update(one.case for one in chosen)
 
 
 def no_context(todo: Todo, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:

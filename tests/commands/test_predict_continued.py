@@ -178,6 +178,44 @@ def test_a_full_disk_fails_the_scan_before_its_files_are_written(folder, tmp_pat
     assert go_on(folder, output, no_preview=True).kept == 1 and done_of(output) == CASES
 
 
+def test_many_scans_are_noted_together_and_a_stop_loses_no_more_than_those(folder, tmp_path, monkeypatch):
+    output, written_of = tmp_path / "out", []
+    monkeypatch.setattr("mapseg_components.prediction.run.SAVES", 2)  # of four scans: two at a time
+    finish = Journal.write_manifest
+    monkeypatch.setattr(
+        Journal,
+        "write_manifest",
+        lambda journal: finish(journal) or written_of.append([one.case for one in journal.predictions if one.claimed]),
+    )
+    (folder / "b.nii.gz").write_bytes(b"no scan")
+    done = go_on(folder, output, no_preview=True)
+    assert [one.status for one in done.predictions] == ["done", "failed", "done", "done"]
+    assert written_of[0] == [] and ["a", "c", "d"] in (sorted(each) for each in written_of)
+    assert len(written_of) <= 2 + 2 + 2  # begun, two claims, two of what is done, the end
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert {scan["case"]: scan["claimed"] for scan in manifest["scans"]} == {
+        "a": True,
+        "b": False,
+        "c": True,
+        "d": True,
+    }
+
+
+def test_a_claim_that_was_not_written_is_made_again(folder, tmp_path, monkeypatch):
+    output, finish, fails = tmp_path / "out", Journal.write_manifest, [True]
+    monkeypatch.setattr("mapseg_components.prediction.run.SAVES", 1)  # all at once
+
+    def full(journal):
+        if fails and any(one.claimed for one in journal.predictions):
+            fails.clear()
+            raise ResourceError("disk full")
+        finish(journal)
+
+    monkeypatch.setattr(Journal, "write_manifest", full)
+    done = go_on(folder, output, no_preview=True)
+    assert [one.status for one in done.predictions] == ["failed", "done", "done", "done"]
+
+
 def test_files_of_others_are_neither_replaced_nor_removed(folder, tmp_path):
     output = tmp_path / "out"
     (output / "previews").mkdir(parents=True)
