@@ -65,7 +65,8 @@ class Run:
         self.bundle, self.journal, self.writer, self.todo = bundle, journal, writer, todo
         self.quiet, self.overlap = quiet, overlap
         self.together = -(-len(journal.predictions) // SAVES)  # scans that are claimed, and noted as done, at once
-        self.unsaved, self.ahead = 0, set[str]()
+        self.unsaved = 0
+        self.noted, self.ahead = set[str](), set[str]()  # cases whose claim is written; of these, those new with it
         self.output: dict[str, Any] = {}  # of the evaluator's last iteration
         self.evaluator: Engine = bundle["evaluator"]
         self.evaluator.interrupt_resume_enabled = False  # else the run after one that raised would do nothing
@@ -157,14 +158,16 @@ class Run:
 
     def claim(self, todo: Todo) -> None:
         """Have the manifest say that the files of this scan, and of the next ones, are this run's, before they are."""
-        if todo[0].case in self.ahead:
+        if todo[0].case in self.noted:
             return
         place = next(number for number, other in enumerate(self.todo) if other[0] is todo[0])
         chosen = [one for one, _ in self.todo[place : place + self.together]]
+        new = [one.case for one in chosen if not one.claimed]
         for one in chosen:
             one.claimed = True
         self.journal.write_manifest()
-        self.ahead.update(one.case for one in chosen)
+        self.noted.update(one.case for one in chosen)
+        self.ahead.update(new)
 
 
 def no_context(todo: Todo, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
