@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,14 +23,14 @@ import nibabel as nib
 import numpy as np
 import torch
 
+from benchmarks.predict_memory import BUNDLE, watched
 from benchmarks.report import replace_between
+from benchmarks.startup import children_seconds
 from benchmarks.timing import machine
 from mapseg_components.prediction.bundle import read_bundle
 
 __all__ = ["measure", "table"]
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLE = ROOT / "bundles" / "mapseg_adaptation"
 SIDE = 16
 SIZES = {
     "patch_size": [SIDE] * 3, "window_stride": [SIDE] * 3, "width": 8, "depth": 1, "dilations": [1, 2],
@@ -74,26 +72,18 @@ def measure(folder: Path, counts: Sequence[int]) -> dict[str, Any]:
             "predict": ["predict", str(scans), str(folder / f"out_{count}"), *options, "--no_preview"],
         }
         for name, line in lines.items():
-            seconds, peak = watched([sys.executable, "-m", "mapseg_components.commands", *line, "--quiet"])
+            seconds, peak = measured([sys.executable, "-m", "mapseg_components.commands", *line, "--quiet"])
             found[name]["seconds"].append(seconds)
             found[name]["bytes"].append(peak)
             print(f"{name}, {count} scans: {seconds:.1f} s, {peak / 1e6:.0f} MB", file=sys.stderr)
     return {"machine": machine(torch.device("cpu")), "counts": [*counts], "commands": found}
 
 
-def watched(line: Sequence[str]) -> tuple[float, int]:
-    """Processor seconds of a command, which starts no workers, and bytes of its largest resident memory.
-
-    Raises:
-        subprocess.CalledProcessError: it failed.
-    """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, line)
-    return used.ru_utime + used.ru_stime, 1024 * used.ru_maxrss
+def measured(line: list[str]) -> tuple[float, int]:
+    """Processor seconds of a command, and bytes of its largest resident memory. Raises as `watched`."""
+    before = children_seconds()
+    peak, _ = watched(line)
+    return children_seconds() - before, peak
 
 
 def exponent(counts: Sequence[int], values: Sequence[float]) -> float:

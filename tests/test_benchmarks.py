@@ -257,7 +257,7 @@ def test_the_page_shows_the_results_file():
 
 
 def test_commands_are_measured_on_more_and_more_scans(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(many_scans, "watched", lambda line: commands.append(line[3:]) or (1.0, 2e6))
+    monkeypatch.setattr(many_scans, "measured", lambda line: commands.append(line[3:]) or (1.0, 2e6))
     commands = []
     found = many_scans.measure(tmp_path, [1, 3])
     assert [(line[0], Path(line[1]).name) for line in commands] == [("check", "scans"), ("predict", "scans")] * 2
@@ -273,10 +273,10 @@ def test_commands_are_measured_on_more_and_more_scans(tmp_path, monkeypatch, cap
 
 
 def test_a_watched_command_tells_what_it_took_or_that_it_failed():
-    seconds, peak = many_scans.watched([sys.executable, "-c", "b = bytearray(10**8)"])
+    seconds, peak = many_scans.measured([sys.executable, "-c", "import time; b = bytearray(10**8); time.sleep(0.3)"])
     assert seconds > 0 and peak > 1e8
     with pytest.raises(subprocess.CalledProcessError):
-        many_scans.watched([sys.executable, "-c", "raise SystemExit(3)"])
+        many_scans.measured([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_an_unknown_setting_is_refused():
