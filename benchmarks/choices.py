@@ -12,19 +12,25 @@ python -m benchmarks.choices windows, windows_thick, windows_dynunet, windows_ma
 python -m benchmarks.choices resampling        eight classes to the scan's grid, along its axes against MONAI's way
 python -m benchmarks.choices onnx              windows through a planned U-Net, PyTorch against ONNX Runtime (export)
 python -m benchmarks.choices onnx_slices       the same for images
+python -m benchmarks.choices int8, int8_slices
+                                               ONNX Runtime (export), convolutions in 8-bit integers against float32
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer
 from monai.networks.nets import DynUNet
+from monai.networks.utils import convert_to_onnx
 from monai.transforms import SpatialResample
 from torch import nn
 
@@ -82,6 +88,45 @@ def windows_sides(*shape: int) -> dict[str, Callable[[], None]]:
 
     there()  # the graph is made once
     return {"ONNX Runtime": there, "PyTorch": window(network, image)}
+
+
+def int8_sides(*shape: int) -> dict[str, Callable[[], None]]:
+    """Weights by channel, activations by their range on two windows: the usual static quantization (export)."""
+    import onnx
+    import onnxruntime
+    from onnxruntime.quantization import quantize_static
+
+    image = torch.rand(4, 1, *shape)
+    sizes = plan_unet(image.shape[2:], [1, 1, 1], reduced=False)
+    del sizes["upsample_kernel_size"]
+    network = GlobalLocalUNet(1, 8, **sizes).eval()
+    options, providers = onnxruntime.SessionOptions(), ["CPUExecutionProvider"]
+    options.intra_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder:
+        whole, quantized = f"{folder}/float32.onnx", f"{folder}/int8.onnx"
+        graph = convert_to_onnx(network, [image], input_names=["image"], output_names=["logits"], opset_version=18)
+        onnx.save(graph, whole)
+        quantize_static(
+            whole, quantized, Windows(image.shape), op_types_to_quantize=["Conv", "ConvTranspose"], per_channel=True
+        )
+        sessions = [onnxruntime.InferenceSession(path, options, providers) for path in (whole, quantized)]
+    exact, rounded = (session.run(None, {"image": image.numpy()})[0].argmax(1) for session in sessions)
+    print(f"voxels with another label: {(exact != rounded).mean():.1%}")
+    return {
+        name: partial(session.run, None, {"image": image.numpy()})
+        for name, session in zip(("float32", "int8"), sessions)
+    }
+
+
+class Windows:
+    """Two batches of random windows."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.inputs = iter([{"image": torch.rand(*shape).numpy()} for _ in range(2)])
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch, ``None`` after the last one."""
+        return next(self.inputs, None)
 
 
 def precision_sides() -> dict[str, Callable[[], None]]:
@@ -162,6 +207,8 @@ SIDES: Mapping[str, Callable[[], dict[str, Callable[[], None]]]] = {
     "resampling": resampling_sides,
     "onnx": lambda: windows_sides(48, 48, 48),
     "onnx_slices": lambda: windows_sides(192, 192, 1),
+    "int8": lambda: int8_sides(48, 48, 48),
+    "int8_slices": lambda: int8_sides(192, 192, 1),
 }
 
 
