@@ -52,7 +52,7 @@ def read_knobs(path: Path) -> list[Variant]:
     content = read_mapping_file(path)
     if set(content) != {"method", "variants"}:
         raise ConfigError(f"{path} has {sorted(content)}, expected method and variants")
-    method = read_recipe(str(content["method"])).name
+    recipe = read_recipe(str(content["method"]))
     found = []
     for name, change in mapping_of(content["variants"], f"{path}, variants").items():
         origin = f"{path}, {name}"
@@ -61,9 +61,9 @@ def read_knobs(path: Path) -> list[Variant]:
         if unknown:
             raise ConfigError(f"{origin} has {unknown}, expected settings and arguments")
         settings = mapping_of(change.get("settings") or {}, f"{origin}, settings")
-        check_names(settings)
+        check_names(settings, recipe)
         arguments = checked_arguments(change.get("arguments") or {}, path)
-        found.append(Variant(str(name), method, settings, arguments))
+        found.append(Variant(str(name), recipe.name, settings, arguments))
     if len(found) < 2 or len({slug(one.name) for one in found}) < len(found):
         raise ConfigError(f"{path} has the variants {[one.name for one in found]}, expected two or more, named apart")
     return found
