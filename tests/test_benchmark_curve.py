@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.methods import curve
 from benchmarks.methods.processes import StoppedError, Usage
 from benchmarks.methods.run import main
 from benchmarks.methods.variants import Variant
@@ -81,6 +82,23 @@ def test_weights_of_each_moment_are_scored_beside_the_minutes_that_they_took(sca
     text = (tmp_path / "out" / "results.md").read_text()
     assert f"| mapseg | 0 | {4 + lost:.1f} | {5 + lost:.1f} | {5 + lost:.1f} | 1.000 |" in text
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_page_and_picture_show_all_tasks(scans, tmp_path, monkeypatch):
+    results_of(bench_of(scans, tmp_path / "out", Training(), curve=True), ONE, [0])
+    one = json.loads((tmp_path / "out" / "results.json").read_text())
+    other = {**one, "task": {**one["task"], "name": "other", "title": "another task"}}
+    for number, content in enumerate((one, other)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    page, picture = tmp_path / "page.md", tmp_path / "curves.png"
+    page.write_text("before\n<!-- curves: begin -->\nold\n<!-- curves: end -->\nafter\n")
+    words = [*(str(tmp_path / f"{number}.json") for number in (0, 1)), "--docs", str(page), "--picture", str(picture)]
+    monkeypatch.setattr("sys.argv", ["curve", *words])
+    curve.main()
+    text = page.read_text()
+    assert f"| {one['task']['title']} | mapseg | 0 | 4.0 |" in text and "| another task | mapseg | 0 | 4.0 |" in text
+    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_begins_with_nothing_of_another_one_and_its_folder_is_no_other_benchmarks(scans, tmp_path):

@@ -179,11 +179,11 @@ class Bench:
             results = self._results()
             if results["runs"]:
                 write_json(results, self.folder / "results.json")
-                curve = f"\n{curve_table(results)}\n" if self.curve else ""
+                curve = f"\n{curve_table([results])}\n" if self.curve else ""
                 write_text(f"{tables(results)}\n{curve}", self.folder / "results.md")
                 draw(results, self.folder / "results.png")
                 if self.curve:
-                    draw_curves(results, self.folder / "curve.png")
+                    draw_curves([results], self.folder / "curve.png")
         return results
 
     def _results(self) -> dict[str, Any]:

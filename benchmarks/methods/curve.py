@@ -1,9 +1,16 @@
 # Copyright (c) MAPSeg for MONAI contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Time to a Dice: the weights that a run of ``mapseg adapt`` has at each moment, scored beside the time they took."""
+"""Time to a Dice: the weights that a run of ``mapseg adapt`` has at each moment, scored beside the time they took.
+
+python -m benchmarks.methods.curve runs/benchmark/*/results.json --docs docs/reference/benchmark.md --picture PNG
+
+Results of one task are joined, such as those of two seeds. The table stands between the lines <!-- curves: begin -->
+and <!-- curves: end --> of a page.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +20,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.methods.processes import Usage
-from benchmarks.methods.report import markdown
+from benchmarks.methods.report import joined, markdown
 from benchmarks.methods.scoring import mean_dice, scored
 from benchmarks.methods.task import Inputs, Task
+from benchmarks.report import replace_between
 from mapseg_components.commands.stages import finished_epochs
 from mapseg_components.files import replacing, write_json
 from mapseg_components.plans.recipes import ADAPTATION, read_recipe
@@ -26,6 +34,7 @@ KEPT = "kept.json"
 WEIGHTS = ("source_only.pt", "model.pt")  # of a stage: the best of its validations so far
 DICE = (0.6, 0.7)
 AS_GOOD = 0.01  # Dice: as good as the last weights
+MARKER = "curves"
 
 
 def kept_weights(folder: Path) -> list[dict[str, Any]]:
@@ -107,42 +116,66 @@ def with_curve(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [run for run in results["runs"] if run.get("curve")]
 
 
-def curve_table(results: Mapping[str, Any]) -> str:
+def curve_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Lines of Markdown.
 
     Args:
-        results: content of ``results.json``.
+        results: contents of ``results.json``, one of each task.
     """
-    head = ["method", "seed", *(f"{dice:.2f}" for dice in DICE), f"last - {AS_GOOD:.2f}", "last Dice", "whole run"]
+    head = ["task", "method", "seed", *(f"{dice:.2f}" for dice in DICE), f"last - {AS_GOOD:.2f}", "last Dice"]
     rows = []
-    for run in with_curve(results):
-        last = run["curve"][-1]["dice"]
-        found = [minutes_to(dice, run["curve"]) for dice in (*DICE, last - AS_GOOD)]
-        cells = ["not reached" if minutes is None else f"{minutes:.1f}" for minutes in found]
-        whole = f"{run['processor_seconds'] / 60:.1f}"
-        rows.append([run["name"], str(run["seed"]), *cells, f"{last:.3f}", whole])
+    for one in results:
+        for run in with_curve(one):
+            last = run["curve"][-1]["dice"]
+            found = [minutes_to(dice, run["curve"]) for dice in (*DICE, last - AS_GOOD)]
+            cells = ["not reached" if minutes is None else f"{minutes:.1f}" for minutes in found]
+            whole = f"{run['processor_seconds'] / 60:.1f}"
+            rows.append([one["task"]["title"], run["name"], str(run["seed"]), *cells, f"{last:.3f}", whole])
     said = "Processor minutes until the weights that the run had chosen so far have this mean Dice on the test cases:"
-    return "\n".join([said, "", *markdown(head, rows)])
+    return "\n".join([said, "", *markdown([*head, "whole run"], rows)])
 
 
-def draw_curves(results: Mapping[str, Any], path: Path) -> None:
-    """A line for each run: Dice over processor minutes, a mark for each kept model, larger where a stage begins.
+def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A panel for each task, in it a line for each run: Dice over processor minutes, a mark for each kept model, larger
+    where a stage begins.
 
     Args:
-        results: content of ``results.json``.
+        results: contents of ``results.json``, one of each task.
         path: PNG to write.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for run in with_curve(results):
-        minutes, dice = ([point[key] for point in run["curve"]] for key in ("minutes", "dice"))
-        (line,) = axis.plot(minutes, dice, ".-", label=f"{run['name']}, seed {run['seed']}")
-        stages = [point["stage"] for point in run["curve"]]
-        begins = [number for number, stage in enumerate(stages) if stage not in stages[:number]]
-        axis.plot([minutes[n] for n in begins], [dice[n] for n in begins], "o", color=line.get_color())
-    axis.set_xlabel("processor minutes")
-    axis.set_ylabel(f"Dice on {results['task']['test_cases']} test cases: {results['task']['title']}")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    figure = Figure(figsize=(8 if len(results) == 1 else 5 * len(results), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(results), squeeze=False)[0]
+    for axis, one in zip(axes, results):
+        for run in with_curve(one):
+            minutes, dice = ([point[key] for point in run["curve"]] for key in ("minutes", "dice"))
+            (line,) = axis.plot(minutes, dice, ".-", label=f"{run['name']}, seed {run['seed']}")
+            stages = [point["stage"] for point in run["curve"]]
+            begins = [number for number, stage in enumerate(stages) if stage not in stages[:number]]
+            axis.plot([minutes[n] for n in begins], [dice[n] for n in begins], "o", color=line.get_color())
+        axis.set_title(one["task"]["title"], fontsize=10)
+        axis.set_xlabel("processor minutes")
+        axis.set_ylabel(f"mean Dice, {one['task']['test_cases']} test cases")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def main() -> None:
+    """Print the table of all tasks, or write it into a page; draw the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of benchmarks with --curve")
+    parser.add_argument("--docs", type=Path, help="page whose table is replaced")
+    parser.add_argument("--picture", type=Path, help="PNG to write")
+    arguments = parser.parse_args()
+    results = joined([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
+    if arguments.docs:
+        replace_between(arguments.docs, MARKER, curve_table(results))
+    else:
+        print(curve_table(results))
+    if arguments.picture:
+        draw_curves(results, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
