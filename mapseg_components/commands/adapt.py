@@ -129,7 +129,8 @@ def adapt(
             while training.
         method: how the model learns from the target; ``mapseg methods`` lists them; by default mapseg, of label maps
             label_maps, of a package test_time.
-        preset: small-data-cpu, single-gpu, paper, or auto: by GPU and number of scans.
+        preset: small-data-cpu, single-gpu, paper, or auto: small-data-cpu, with a GPU as well; the larger ones have
+            not been measured.
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
             are taken as they are.

@@ -73,7 +73,7 @@ def initial_model_for(
         return None
     home, config, spacing = suiting
     network = config["network_def"]
-    preset, _ = preset_for(request, len(labelled) + len(target))
+    preset, _ = preset_for(request)
     own = of_method(configs_of(ADAPTATION).parent, "train.json", recipe, preset)
     if own["uncertainty"] or network["_target_"] != own["network_def"]["_target_"]:
         return None

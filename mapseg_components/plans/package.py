@@ -22,7 +22,7 @@ from mapseg_components.plans.extents import describe_size, find_size
 from mapseg_components.plans.flips import find_flips
 from mapseg_components.plans.frame import Frame, Grid, laid
 from mapseg_components.plans.recipes import Recipe
-from mapseg_components.plans.sizes import choose_preset, gpu_gib
+from mapseg_components.plans.sizes import preset_for
 from mapseg_components.scans.extents import median_extent
 from mapseg_components.scans.nifti import read_geometry
 from mapseg_components.shipped_files import METADATA, bundle_of, bundles_folder, shipped_bundles
@@ -193,9 +193,7 @@ def plan_of_package(
     match, policy = bool(request.get("match_size")), asked.get("target_negative_values")
     package, size = sized_package(package, target, match, policy)
     content = package.content
-    preset, reason = request["preset"], "asked for"
-    if preset == "auto":
-        preset, reason = choose_preset(gpu_gib(request["device"]), len(target))
+    preset, reason = preset_for(request)
     settings = {**package.settings["preprocessing"], **package.settings["training"]}
     settings["negative_values"] = asked.get("target_negative_values", settings["target_negative_values"])
     headers = [read_geometry(case["image"]) for case in target]

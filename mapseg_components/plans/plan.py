@@ -50,7 +50,7 @@ def make_plan(
     labelled = [*training, *validation]
     of_initial = {} if initial is None else initial["settings"]
     asked = {**of_initial, **(request["settings"] or {})}
-    preset, reason = preset_for(request, len(labelled) + len(target))
+    preset, reason = preset_for(request)
     frame = find_frame(labelled, target, structures, preset, asked)
     planned = frame.settings | plan_sizes(frame.shapes, frame.spacings, preset, frame.fine, asked)
     if not frame.needs_view(planned["patch_size"]):

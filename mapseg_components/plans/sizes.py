@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from mapseg_components.boxes import THICK
 from mapseg_components.errors import ConfigError
@@ -17,9 +16,7 @@ from mapseg_components.plans.components import describe_after
 
 __all__ = [
     "PRESETS",
-    "choose_preset",
     "describe",
-    "gpu_gib",
     "plan_sizes",
     "plan_slices",
     "plan_unet",
@@ -34,7 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "single-gpu": {"overlays": ["single_gpu.yaml"], "patch": 96, "stride": 4},
     "paper": {"overlays": ["paper.yaml"], "patch": 96, "stride": 4},
 }
-SHORT = ("small-data-cpu",)  # presets of few steps
+MEASURED = "small-data-cpu"
+SHORT = (MEASURED,)  # presets of few steps
 FILTERS = [12, 24, 48, 96, 160]  # of a U-Net's levels
 FILTERS_REDUCED = [32, 64, 128, 160]  # of one that begins at half the resolution
 FILTERS_NNUNET = [32, 64, 128, 256, 320, 320, 320]  # of the network of that paper, with deep supervision
@@ -42,30 +40,17 @@ IN_PLANE_DEG = 15  # rotation of thick slices
 MOST_SLICES, MOST_IN_PLANE = 8, 192  # sides of a flat patch
 MOST_OF_SLICE = {True: 112, False: 256}  # side of a slice that is translated: in presets of few steps, in others
 SHARE = 0.28  # of a cube's voxels: few scans have few slices, and many patches are seen
-PAPER_GIB, PAPER_SCANS = 70, 40
 
 
-def choose_preset(gpu_gib: float, scans: int) -> tuple[str, str]:
-    """Preset and the reason, for a GPU of so many GiB (0 without one) and so many scans, source and target."""
-    if gpu_gib <= 0:
-        return "small-data-cpu", "there is no GPU"
-    if gpu_gib < PAPER_GIB or scans < PAPER_SCANS:
-        return (
-            "single-gpu",
-            f"a GPU of {gpu_gib:.0f} GiB and {scans} scans (paper: {PAPER_GIB} GiB, {PAPER_SCANS} scans)",
-        )
-    return "paper", f"a GPU of {gpu_gib:.0f} GiB and {scans} scans"
-
-
-def preset_for(request: Mapping[str, Any], scans: int) -> tuple[str, str]:
-    """Preset and the reason, for the arguments of ``mapseg adapt`` and so many scans, source and target.
+def preset_for(request: Mapping[str, Any]) -> tuple[str, str]:
+    """Preset and the reason, for the arguments of ``mapseg adapt``; ``auto`` is the one whose results are known.
 
     Raises `ConfigError` for an unknown one.
     """
-    if request["preset"] != "auto":
-        check_preset(request["preset"])
-        return request["preset"], "asked for"
-    return choose_preset(gpu_gib(request["device"]), scans)
+    if request["preset"] == "auto":
+        return MEASURED, "the one that was measured"
+    check_preset(request["preset"])
+    return request["preset"], "asked for"
 
 
 def check_preset(preset: str) -> None:
@@ -241,14 +226,6 @@ def settings_of(known: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[st
         degrees = wanted.pop("rotation_deg")
         wanted |= dict.fromkeys(("rotation_deg", "source_rotation_deg", "target_rotation_deg"), degrees)
     return {name: value for name, value in wanted.items() if name in known}
-
-
-def gpu_gib(device: str) -> float:
-    """Memory of the GPU that will be used; 0 without one."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return 0.0
-    number = torch.device("cuda" if device == "auto" else device).index or 0
-    return torch.cuda.get_device_properties(number).total_memory / 2**30
 
 
 def describe(plan: Mapping[str, Any]) -> str:

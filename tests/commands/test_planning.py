@@ -12,7 +12,7 @@ from mapseg_components.errors import ConfigError
 from mapseg_components.networks import GlobalLocalUNet
 from mapseg_components.plans.frame import sizes_of
 from mapseg_components.plans.plan import make_plan
-from mapseg_components.plans.sizes import PRESETS, choose_preset, plan_sizes, plan_unet, settings_of
+from mapseg_components.plans.sizes import PRESETS, plan_sizes, plan_unet, preset_for, settings_of
 from tests.pictures import cells, write_picture
 
 
@@ -100,11 +100,11 @@ def test_sizes_follow_from_the_patch_and_the_window_of_the_user(preset):
             plan_sizes(*isotropic, {"patch_size": wrong})
 
 
-def test_preset_by_machine():
-    assert choose_preset(0, 500)[0] == "small-data-cpu"
-    assert choose_preset(24, 500)[0] == "single-gpu"
-    assert choose_preset(80, 10)[0] == "single-gpu"
-    assert choose_preset(141, 100)[0] == "paper"
+def test_by_default_the_preset_is_the_one_that_was_measured():
+    assert preset_for({"preset": "auto"}) == ("small-data-cpu", "the one that was measured")
+    assert preset_for({"preset": "single-gpu"}) == ("single-gpu", "asked for")
+    with pytest.raises(ConfigError, match="preset 'large' is unknown"):
+        preset_for({"preset": "large"})
 
 
 def test_rotation_gets_the_names_that_a_config_has():
