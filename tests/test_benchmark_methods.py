@@ -24,7 +24,7 @@ from benchmarks.methods.run import main
 from benchmarks.methods.splits import main as write_splits
 from benchmarks.methods.task import link, read_task, write_inputs
 from benchmarks.methods.variants import Variant, read_knobs
-from benchmarks.methods.verdicts import OTHERS, pooled, rules, rules_table
+from benchmarks.methods.verdicts import ALWAYS, OTHERS, pooled, rules, rules_table
 from benchmarks.methods.verdicts import table as verdict_table
 from mapseg_components.commands.main import main as mapseg
 from mapseg_components.errors import ConfigError, DataError, ResourceError
@@ -442,14 +442,29 @@ def test_other_rules_are_judged_task_by_task_with_the_least_gain_of_the_others()
     rows = rules(results, source=True)
     right = {row["least"]: row["right"] for row in rows}
     assert {row["comparisons"] for row in rows} == {4}
-    assert right == {0.0: 2, -0.005: 2, -0.01: 2, -0.015: 4, -0.02: 4, -0.025: 2, -0.03: 2, -0.04: 2, OTHERS: 2}
+    assert right == {
+        0.0: 2,
+        -0.005: 2,
+        -0.01: 2,
+        -0.015: 4,
+        -0.02: 4,
+        -0.025: 2,
+        -0.03: 2,
+        -0.04: 2,
+        ALWAYS: 2,
+        OTHERS: 2,
+    }
     lost = {row["least"]: row["lost"] for row in rows}
     assert lost[0.0] == pytest.approx(0.06 / 4) and lost[-0.02] == 0 and lost[-0.03] == pytest.approx(0.1 / 4)
     without = {row["least"]: (row["right"], row["lost"]) for row in rules(results, source=False)}
     assert without[0.0] == (0, pytest.approx(0.04)) and without[0.005] == (1, pytest.approx(0.02))
     text = rules_table(results)
-    assert "| -0.02 | 4 of 4 | 0.0000 |" in text and "| 0.005 | 1 of 2 | 0.0200 |" in text
-    assert [row["least"] for row in rules([result("hearts", missed)], True)][-1] == -0.04, "one task has no others"
+    assert "| -0.02 | 4 of 4 | 4 of 4 | 0.0000 |" in text and "| 0.005 | 1 of 2 | 1 of 2 | 0.0200 |" in text
+    assert f"| {ALWAYS} | 2 of 4 | 2 of 4 | 0.0250 |" in text
+    same = ("mapseg", "adapted", 0.01, 0.009)
+    text = rules_table([result("hearts", missed, same)])
+    assert "| -0.02 | 2 of 2 | 1 of 1 | 0.0000 |" in text and "| 0.0 | 1 of 2 | 0 of 1 | 0.0150 |" in text
+    assert [row["least"] for row in rules([result("hearts", missed)], True)][-1] == ALWAYS, "one task has no others"
 
 
 def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):

@@ -11,7 +11,8 @@ they are widest. That is the error on a task that was not used.
 
 Further tables have what other rules would have shipped: the adapted model where its estimated gain is more than a least
 one, which is negative of a method that learns from the source's labels while it learns from the target. Their last row
-takes for each task the least gain that lost least on the others.
+takes for each task the least gain that lost least on the others. Where two models differ by less than 0.01 either is
+right: those that differ are counted by themselves as well.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LEAST_GAINS = {  # Dice, by whether the method has the source's labels
     False: (0.0, 0.005, 0.01, 0.015, 0.02),
 }
 TITLES = {True: "with the source's labels at hand", False: "without them"}
-OTHERS = "that of the other tasks"
+OTHERS, ALWAYS = "that of the other tasks", "none: always the adapted model"
 
 
 def errors_of(runs: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -151,9 +152,9 @@ def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, 
         source: of methods that learn from the source's labels while they learn from the target, or of the others.
 
     Returns:
-        a row for each least gain and one where it is that of the other tasks, which loses least on them: ``least``
-        (its name, or Dice), ``comparisons``, ``right`` (the better model, or a difference below 0.01), ``lost`` (Dice
-        that the other model has more, mean).
+        a row for each least gain, one without any, and one where it is that of the other tasks, which loses least on
+        them: ``least`` (its name, or Dice), ``comparisons``, ``right`` (the better model, or a difference below 0.01),
+        ``differ`` (by 0.01 or more), ``lost`` (Dice that the other model has more, mean).
     """
     tasks: dict[str, list[Mapping[str, Any]]] = {}
     for one in results:
@@ -163,6 +164,8 @@ def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, 
     lost: dict[float | str, list[float]] = {
         least: [each for runs in tasks.values() for each in lost_by(least, runs)] for least in LEAST_GAINS[source]
     }
+    gains = [run["verdict"]["gain"] for runs in tasks.values() for run in runs]
+    lost[ALWAYS] = [max(-gain, 0.0) for gain in gains]
     if len(tasks) > 1:
         lost[OTHERS] = []
         for name, runs in tasks.items():
@@ -174,6 +177,7 @@ def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, 
             "least": least,
             "comparisons": len(values),
             "right": sum(value < EQUAL for value in values),
+            "differ": sum(abs(gain) >= EQUAL for gain in gains),
             "lost": float(np.mean(values)) if values else None,
         }
         for least, values in lost.items()
@@ -187,8 +191,11 @@ def rules_table(results: Sequence[Mapping[str, Any]]) -> str:
         cells = []
         for row in rules(results, source):
             lost = "" if row["lost"] is None else f"{row['lost']:.4f}"
-            cells.append([str(row["least"]), f"{row['right']} of {row['comparisons']}", lost])
-        lines.append("\n".join(markdown([f"least estimated gain, {title}", "right", "lost"], cells)))
+            same = row["comparisons"] - row["differ"]
+            right = [f"{row['right']} of {row['comparisons']}", f"{row['right'] - same} of {row['differ']}"]
+            cells.append([str(row["least"]), *right, lost])
+        head = [f"least estimated gain, {title}", "right", "of those that differ", "lost"]
+        lines.append("\n".join(markdown(head, cells)))
     return "\n\n".join(lines)
 
 
