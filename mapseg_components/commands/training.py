@@ -212,6 +212,8 @@ class Run:
         own = {name: scaled(merged[name], factor) for name, factor in factors.items()} | dict(stage.settings)
         own = {name: value for name, value in own.items() if name.partition("#")[0] not in self.asked}
         own |= dict(stage.fixed)
+        if stage.bundle != ADAPTATION:
+            own["datalist"] = str(self.folder / DATALIST)  # no path of this machine stands in the bundle's configs
         listed = read_json(self.datalist_of(stage))
         if stage.fold is not None:
             earlier["datalist"] = output / DATALIST

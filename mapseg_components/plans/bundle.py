@@ -82,7 +82,7 @@ def write_bundle(folder: Path, recipe: Recipe, plan: Mapping[str, Any], request:
     for name in {*beside, *bundles_of(recipe)} - {ADAPTATION}:
         other = bundles_folder() / name
         known = ConfigParser.load_config_file(other / "configs" / "train.json")
-        wanted = settled(other, "train.json", recipe, plan, request) | {"datalist": str(folder / "datalist.json")}
+        wanted = settled(other, "train.json", recipe, plan, request)
         write_json({key: wanted[key] for key in known if wanted[key] != known[key]}, configs / config_of(name))
     asked = {key: train[key] for key in request["settings"] or {} if key in train}  # a network as it is planned
     asked.pop("device", None)  # no overlay has one, and a run may go on with another
