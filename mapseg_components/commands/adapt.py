@@ -134,7 +134,7 @@ def adapt(
         prepare: prepare all scans first, with these options of mapseg prepare, such as '{"spacing": 1}' (or '{}'), as a
             mapping, JSON text or a JSON file; label maps come back on the target's own grids as well. By default scans
             are taken as they are.
-        pretraining: masked autoencoding on all images first, where the method has such a stage.
+        pretraining: masked autoencoding on all images first, where the method has such a stage (mapseg_masked).
         random_contrasts: show the source in random contrasts, and find out by the source-only model whether the target
             is bright where the source is dark; turn it off if both have the same contrast.
         validation_share: of the source's cases, one at least, where it names none; by default 0.2.
