@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class TwoHeads(nn.Module):
         """
         self.variance, self.both, self.channel_axis = variance, False, -1 - spatial_dims
         if variance is not None:
-            start = START if variance == "free" else torch.tensor(START).expm1().log().item()
+            start = START if variance == "free" else math.log(math.expm1(START))  # V is 1 either way
             for layer in layers:
                 start_second_half(layer, start)
 

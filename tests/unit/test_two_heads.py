@@ -215,6 +215,10 @@ def test_a_package_makes_both_heads():
     fragment = {"_target_": "mapseg_components.networks.TwoHeadDynUNet", **DYNUNET, "variance": "softplus"}
     assert not list(faults_of_fragment(fragment))
     assert has_uncertainty(network_of(fragment)) and has_uncertainty(copy.deepcopy(network_of(fragment)))
+    named = network_of(fragment, "meta").state_dict()  # as a package is checked, without memory for the weights
+    assert {key: value.shape for key, value in named.items()} == {
+        key: value.shape for key, value in network_of(fragment).state_dict().items()
+    }
 
 
 def test_a_scripted_network_gives_its_logits():
