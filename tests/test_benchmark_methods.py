@@ -24,7 +24,7 @@ from benchmarks.methods.run import main
 from benchmarks.methods.splits import main as write_splits
 from benchmarks.methods.task import link, read_task, write_inputs
 from benchmarks.methods.variants import Variant, read_knobs
-from benchmarks.methods.verdicts import ALWAYS, OTHERS, pooled, rules, rules_table
+from benchmarks.methods.verdicts import ADAPTED_ON, ALWAYS, HELD_OUT, OTHERS, SOURCE, pooled, rules, rules_table
 from benchmarks.methods.verdicts import table as verdict_table
 from mapseg_components.commands.main import main as mapseg
 from mapseg_components.errors import ConfigError, DataError, ResourceError
@@ -429,7 +429,7 @@ def test_other_rules_are_judged_task_by_task_with_the_least_gain_of_the_others()
     def result(task, *verdicts):
         keys = {"state": "done", "oracle": False, "same_model": False, "seed": 0}
         said = [
-            {"method": method, "verdict": {"ship": ship, "estimated_gain": estimated, "gain": gain}}
+            {"method": method, "verdict": {"ship": ship, "estimated_gain": estimated, "gain": gain, "held_out": True}}
             for method, ship, estimated, gain in verdicts
         ]
         return {"task": {"title": task, "name": task}, "runs": [keys | one for one in said]}
@@ -439,7 +439,7 @@ def test_other_rules_are_judged_task_by_task_with_the_least_gain_of_the_others()
     let_go = ("test_time", "adapted", 0.005, -0.04)
     unlucky = ("entropy", "source_only", 0.012, 0.04)  # in most scans its estimate is lower
     results = [result("hearts", missed, found), result("brains", found, let_go, unlucky), result("hearts", missed)]
-    rows = rules(results, source=True)
+    rows = rules(results, SOURCE)
     right = {row["least"]: row["right"] for row in rows}
     assert {row["comparisons"] for row in rows} == {4}
     assert right == {
@@ -456,15 +456,19 @@ def test_other_rules_are_judged_task_by_task_with_the_least_gain_of_the_others()
     }
     lost = {row["least"]: row["lost"] for row in rows}
     assert lost[0.0] == pytest.approx(0.06 / 4) and lost[-0.02] == 0 and lost[-0.03] == pytest.approx(0.1 / 4)
-    without = {row["least"]: (row["right"], row["lost"]) for row in rules(results, source=False)}
+    without = {row["least"]: (row["right"], row["lost"]) for row in rules(results, HELD_OUT)}
     assert without[0.0] == (0, pytest.approx(0.04)) and without[0.005] == (1, pytest.approx(0.02))
     text = rules_table(results)
     assert "| -0.02 | 4 of 4 | 4 of 4 | 0.0000 |" in text and "| 0.005 | 1 of 2 | 1 of 2 | 0.0200 |" in text
     assert f"| {ALWAYS} | 2 of 4 | 2 of 4 | 0.0250 |" in text
+    for run in results[1]["runs"]:
+        run["verdict"]["held_out"] = False
+    seen = {row["least"]: row["comparisons"] for row in rules(results, ADAPTED_ON)}
+    assert seen[0.05] == 2 and {row["comparisons"] for row in rules(results, HELD_OUT)} == {0}
     same = ("mapseg", "adapted", 0.01, 0.009)
     text = rules_table([result("hearts", missed, same)])
     assert "| -0.02 | 2 of 2 | 1 of 1 | 0.0000 |" in text and "| 0.0 | 1 of 2 | 0 of 1 | 0.0150 |" in text
-    assert [row["least"] for row in rules([result("hearts", missed)], True)][-1] == ALWAYS, "one task has no others"
+    assert [row["least"] for row in rules([result("hearts", missed)], SOURCE)][-1] == ALWAYS, "one task has no others"
 
 
 def test_knobs_are_compared_with_the_first_variant(scans, tmp_path):

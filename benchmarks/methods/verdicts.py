@@ -10,9 +10,10 @@ by the median error of the other tasks, with intervals as wide as four fifths of
 they are widest. That is the error on a task that was not used.
 
 Further tables have what other rules would have shipped: the adapted model where its estimated gain is more than a least
-one, which is negative of a method that learns from the source's labels while it learns from the target. Their last row
-takes for each task the least gain that lost least on the others. Where two models differ by less than 0.01 either is
-right: those that differ are counted by themselves as well.
+one, which is negative of a method that learns from the source's labels while it learns from the target. Where no target
+scan is held out, a method without them is judged on scans whose labels it has made itself. Their last row takes for
+each task the least gain that lost least on the others. Where two models differ by less than 0.01 either is right: those
+that differ are counted by themselves as well.
 """
 
 from __future__ import annotations
@@ -34,11 +35,17 @@ from mapseg_components.quality import COVERAGE, conformal_quantile
 __all__ = ["errors_of", "pooled", "rules", "rules_table", "table"]
 
 MARKER = "verdicts"
-LEAST_GAINS = {  # Dice, by whether the method has the source's labels
-    True: (0.0, -0.005, -0.01, -0.015, -0.02, -0.025, -0.03, -0.04),
-    False: (0.0, 0.005, 0.01, 0.015, 0.02),
+SOURCE, HELD_OUT, ADAPTED_ON = "source", "held out", "adapted on"
+LEAST_GAINS = {  # Dice, by whether the method has the source's labels, else by what scans are judged
+    SOURCE: (0.0, -0.005, -0.01, -0.015, -0.02, -0.025, -0.03, -0.04),
+    HELD_OUT: (0.0, 0.005, 0.01, 0.015, 0.02),
+    ADAPTED_ON: (0.0, 0.01, 0.02, 0.03, 0.04, 0.05),
 }
-TITLES = {True: "with the source's labels at hand", False: "without them"}
+TITLES = {
+    SOURCE: "with the source's labels at hand",
+    HELD_OUT: "without them, on scans held out of adaptation",
+    ADAPTED_ON: "without them, on scans adapted on",
+}
 OTHERS, ALWAYS = "that of the other tasks", "none: always the adapted model"
 
 
@@ -144,12 +151,19 @@ def lost_by(least: float, runs: Sequence[Mapping[str, Any]]) -> list[float]:
     return lost
 
 
-def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, Any]]:
+def kind_of(run: Mapping[str, Any]) -> str:
+    """Which of the least gains is for a run."""
+    if read_recipe(run["method"]).source:
+        return SOURCE
+    return HELD_OUT if run["verdict"].get("held_out") else ADAPTED_ON
+
+
+def rules(results: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
     """What verdicts with another least gain would have shipped, over all benchmarks.
 
     Args:
         results: contents of ``results.json``; several may be of one task.
-        source: of methods that learn from the source's labels while they learn from the target, or of the others.
+        kind: of runs, one of `LEAST_GAINS`.
 
     Returns:
         a row for each least gain, one without any, and one where it is that of the other tasks, which loses least on
@@ -159,10 +173,10 @@ def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, 
     tasks: dict[str, list[Mapping[str, Any]]] = {}
     for one in results:
         judged = [run for run in one["runs"] if run["state"] == "done" and not run["oracle"] and not run["same_model"]]
-        of_kind = [run for run in judged if read_recipe(run["method"]).source == source]
+        of_kind = [run for run in judged if kind_of(run) == kind]
         tasks.setdefault(one["task"]["name"], []).extend(of_kind)
     lost: dict[float | str, list[float]] = {
-        least: [each for runs in tasks.values() for each in lost_by(least, runs)] for least in LEAST_GAINS[source]
+        least: [each for runs in tasks.values() for each in lost_by(least, runs)] for least in LEAST_GAINS[kind]
     }
     gains = [run["verdict"]["gain"] for runs in tasks.values() for run in runs]
     lost[ALWAYS] = [max(-gain, 0.0) for gain in gains]
@@ -170,7 +184,7 @@ def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, 
         lost[OTHERS] = []
         for name, runs in tasks.items():
             others = [run for other, own in tasks.items() if other != name for run in own]
-            best = min(LEAST_GAINS[source], key=lambda least: sum(lost_by(least, others)))
+            best = min(LEAST_GAINS[kind], key=lambda least: sum(lost_by(least, others)))
             lost[OTHERS] += lost_by(best, runs)
     return [
         {
@@ -187,9 +201,9 @@ def rules(results: Sequence[Mapping[str, Any]], source: bool) -> list[dict[str, 
 def rules_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Lines of Markdown."""
     lines = []
-    for source, title in TITLES.items():
+    for kind, title in TITLES.items():
         cells = []
-        for row in rules(results, source):
+        for row in rules(results, kind):
             lost = "" if row["lost"] is None else f"{row['lost']:.4f}"
             same = row["comparisons"] - row["differ"]
             right = [f"{row['right']} of {row['comparisons']}", f"{row['right'] - same} of {row['differ']}"]

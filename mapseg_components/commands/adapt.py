@@ -31,8 +31,9 @@ from mapseg_components.commands.source_choice import (
     is_choice_due,
 )
 from mapseg_components.commands.stages import threads
-from mapseg_components.commands.training import CHECK, Run
+from mapseg_components.commands.training import CHECK, DATALIST, Run
 from mapseg_components.commands.verdict import least_gain_of
+from mapseg_components.data.datalist import has_section
 from mapseg_components.errors import ConfigError
 from mapseg_components.files import lock_folder, require_writable, sha256_of, unlock_folders, write_json
 from mapseg_components.plans.arguments import read_mapping
@@ -304,7 +305,7 @@ class Adaptation(Run):
                 self.record.get("samples"),
                 {name: str(self.datalist_of_model(name)) for name in weights},
                 self.record["plan"].get("package"),
-                least_gain_of(self.recipe),
+                least_gain_of(self.recipe, has_section(self.folder / DATALIST, "target_heldout")),
             )
             self.save()
         chosen = self.record["assessment"]["verdict"]["ship"]
