@@ -122,3 +122,9 @@ def test_a_finished_run_has_no_moments(scans, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(scans), "--curve", "--from", str(tmp_path)])
     assert "--curve keeps weights while a run trains, and --from trains nothing" in capsys.readouterr().err
+
+
+def test_a_benchmark_whose_runs_all_failed_has_an_empty_picture(tmp_path):
+    failed = {"task": {"title": "hearts", "test_cases": 1}, "runs": [{"name": "mapseg", "state": "failed"}]}
+    curve.draw_curves([failed], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").is_file() and curve.curve_table([failed]).endswith("| --- |")

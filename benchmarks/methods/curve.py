@@ -144,7 +144,9 @@ def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: PNG to write.
     """
     figure = Figure(figsize=(8 if len(results) == 1 else 5 * len(results), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(results), squeeze=False)[0]
+    axes = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    seen = (point["dice"] for one in results for run in with_curve(one) for point in run["curve"])
+    axes[0].set_ylim(int(10 * min(seen, default=0)) / 10, 1)
     for axis, one in zip(axes, results):
         for run in with_curve(one):
             minutes, dice = ([point[key] for point in run["curve"]] for key in ("minutes", "dice"))
@@ -153,6 +155,7 @@ def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             begins = [number for number, stage in enumerate(stages) if stage not in stages[:number]]
             axis.plot([minutes[n] for n in begins], [dice[n] for n in begins], "o", color=line.get_color())
         axis.set_title(one["task"]["title"], fontsize=10)
+        axis.set_xlim(left=0)
         axis.set_xlabel("processor minutes")
         axis.set_ylabel(f"mean Dice, {one['task']['test_cases']} test cases")
         axis.spines[["top", "right"]].set_visible(False)
