@@ -159,7 +159,8 @@ def draw_curves(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_xlabel("processor minutes")
         axis.set_ylabel(f"mean Dice, {one['task']['test_cases']} test cases")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        if with_curve(one):
+            axis.legend(frameon=False, fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
