@@ -73,7 +73,7 @@ def compare(seed: Path, bundle: str, symmetric: bool, only: list[str]) -> list[d
         scans = [{"dice": truth[case["case"]], **{key: case[key] for key in keys}} for case in models[name]["cases"]]
         row = {"seed": seed.name, "model": name, "dice": float(np.mean([scan["dice"] for scan in scans]))}
         if rows:
-            said = verdict_of(models[SOURCE], models[name], least_gain=least_gain_of(read_recipe(RECIPES[name]), True))
+            said = verdict_of(models[SOURCE], models[name], least_gain=least_gain_of(read_recipe(RECIPES[name]), False))
             gain = row["dice"] - rows[0]["dice"]
             lost = max(-gain if said["ship"] == "adapted" else gain, 0.0)
             row |= {"gain": gain, "estimated_gain": said["gain"], "interval": said["interval"]}
