@@ -125,9 +125,13 @@ def verdict_of(
             why.append("The interval holds 0: the gain is uncertain.")
     elif least < 0 and gain >= least:
         verdict = "adapted"
+        what = (
+            "a gain in few of the scans"
+            if gain > 0
+            else f"no gain, and within what estimates are off by ({-least:.2f})"
+        )
         why.append(
-            f"That is no gain, and within what estimates are off by ({-least:.2f}): a model that learnt from the "
-            "source's labels as well is seldom worse, so it is kept."
+            f"That is {what}: a model that learnt from the source's labels as well is seldom worse, so it is kept."
         )
     elif gain <= -LEAST_LOSS and interval is not None and interval[1] < 0:
         verdict = "worse than source"

@@ -82,6 +82,7 @@ def fits(features: torch.Tensor, weight: torch.Tensor | None) -> bool:
         and weight is not None
         and features.device.type == "cpu"
         and features.dtype == weight.dtype
+        and features.dtype in (torch.float32, torch.float64)  # sums of half precision would be of half precision
         and features.dim() == 5
         and features.shape[1] > 1
         and features.is_contiguous(memory_format=torch.channels_last_3d)
@@ -105,7 +106,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and fits(input, self.weight):
+        if torch.is_grad_enabled() and fits(input, self.bias):  # with a bias there is a weight
             return _Normalise.apply(input, self.num_groups, self.weight, self.bias, self.eps)
         return super().forward(input)
 
@@ -114,7 +115,7 @@ class ChannelsLastInstanceNorm(nn.InstanceNorm3d):
     """PyTorch's ``InstanceNorm3d`` without running statistics, faster for such volumes in both passes."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if fits(input, self.weight):
+        if fits(input, self.bias):
             return _Normalise.apply(input, self.num_features, self.weight, self.bias, self.eps)
         return super().forward(input)
 

@@ -165,9 +165,9 @@ class Run:
         new = [one.case for one in chosen if not one.claimed]
         for one in chosen:
             one.claimed = True
+        self.ahead.update(new)  # known here even if the disk is full
         self.journal.write_manifest()
         self.noted.update(one.case for one in chosen)
-        self.ahead.update(new)
 
 
 def no_context(todo: Todo, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:

@@ -135,3 +135,11 @@ def test_a_network_in_channels_last_has_them_by_the_same_names():
     kinds = [type(one) for one in set_memory_format(network, "channels_last_3d")]
     assert kinds[1:] == [ChannelsLastGroupNorm, ChannelsLastInstanceNorm, nn.InstanceNorm3d, nn.BatchNorm3d]
     assert list(network.state_dict()) == names
+
+
+def test_norms_without_a_bias_and_of_half_precision_are_left_to_pytorch():
+    norm = ChannelsLastGroupNorm(2, 8, bias=False)
+    features = torch.rand(1, 8, 32, 32, 40).to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(norm(features), nn.functional.group_norm(features, 2, norm.weight))
+    half = features.half()
+    assert ChannelsLastInstanceNorm(8, affine=True).half()(half).isfinite().all()
